@@ -1,0 +1,69 @@
+"""Robust concentrating loss (RCLL, Eq. 11-12): learning from noisy pseudo-labels. Used by step 2."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RobustConcentratingLoss(nn.Module):
+    """L(p) = (-log p)^alpha (1 - p) for p > 1/K and the constant L(1/K) below, with p the pseudo-label's probability.
+
+    Samples whose pseudo-label is less likely than chance get no gradient (Eq. 12); alpha -> 0 gives 1 - p, half the
+    mean absolute error (Property 1), and a larger alpha moves the loss towards cross-entropy.
+
+    Args:
+        alpha: exponent >= 0; the paper uses 0.25 to 0.35.
+        num_classes: K, the number of clusters that the pseudo-labels come from, >= 2.
+    Raises:
+        ValueError: on alpha < 0 or num_classes < 2.
+    """
+
+    def __init__(self, alpha: float, num_classes: int) -> None:
+        super().__init__()
+        if alpha < 0:
+            raise ValueError(f"alpha must be >= 0, found {alpha}")
+        if num_classes < 2:
+            raise ValueError(f"num_classes (K) must be >= 2, found {num_classes}")
+        self.alpha = alpha
+        self.num_classes = num_classes
+
+    def forward(self, logits: Tensor, pseudo_labels: Tensor) -> Tensor:
+        """Return the mean loss of a batch.
+
+        Args:
+            logits: (B, K) unnormalised scores, any float type; computed in float32 or wider.
+            pseudo_labels: (B,) int64 in 0..K-1.
+        Returns:
+            Scalar, dimensionless, >= 0.
+        Raises:
+            ValueError: on wrong shapes or an empty batch, or on labels outside 0..K-1 (checked on the CPU only; on a
+                GPU the check would make every step wait).
+        """
+        self._check(logits, pseudo_labels)
+        log_probs = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)
+        surprise = -log_probs.gather(1, pseudo_labels[:, None]).squeeze(1)  # (B,) -log p >= 0
+        # The slope of x^alpha is infinite at 0: keep x above the smallest normal number, where the true slope is 0 too.
+        surprise = surprise.clamp_min(torch.finfo(surprise.dtype).tiny)
+        loss = surprise.pow(self.alpha) * -torch.expm1(-surprise)
+        ceiling = math.log(self.num_classes)
+        constant = ceiling**self.alpha * (1 - 1 / self.num_classes)
+        # Rounding must not push an exactly uniform prediction (p = 1/K) above the clip level.
+        rounding = 8 * torch.finfo(surprise.dtype).eps * ceiling
+        return torch.where(surprise < ceiling - rounding, loss, torch.full_like(loss, constant)).mean()
+
+    def clipped_fraction(self, logits: Tensor, pseudo_labels: Tensor) -> Tensor:
+        """Return the share of samples with p <= 1/K, which get no gradient, as a scalar in [0, 1]."""
+        probs = logits.detach().float().softmax(dim=1)
+        return (probs.gather(1, pseudo_labels[:, None]) <= 1 / self.num_classes).float().mean()
+
+    def _check(self, logits: Tensor, pseudo_labels: Tensor) -> None:
+        if logits.dim() != 2 or logits.shape[1] != self.num_classes or len(logits) == 0:
+            raise ValueError(f"logits must be (B >= 1, K = {self.num_classes}), found {tuple(logits.shape)}")
+        if pseudo_labels.shape != logits.shape[:1]:
+            raise ValueError(f"pseudo_labels must be ({len(logits)},), found {tuple(pseudo_labels.shape)}")
+        if pseudo_labels.device.type == "cpu":
+            low, high = int(pseudo_labels.min()), int(pseudo_labels.max())
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"pseudo_labels must lie in 0..{self.num_classes - 1}, found {low}..{high}")

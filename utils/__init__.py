@@ -1,0 +1,1 @@
+"""Helpers without knowledge of models, losses or data sets; imports no sibling package."""

@@ -1,0 +1,149 @@
+"""Atomic files and checkpoints: a reader sees the old content or the new one, never a mixture."""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+FORMAT_VERSION = 1
+_UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError)
+_PLAIN_TYPES = (type(None), bool, int, float, str, bytes)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; folders cannot be opened on every system, hence the guard."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """Return the failed system call, which torch's zip writer hides behind a RuntimeError of its own; else None."""
+    inner = error.__context__ if isinstance(error, RuntimeError) else error
+    return inner if isinstance(inner, OSError) else None
+
+
+def _failure(path: Path, existed: bool, error: OSError) -> OSError:
+    free = shutil.disk_usage(path.parent).free / 2**20
+    reason = f"{error.strerror or error} ({free:.1f} MiB free on that disk)"
+    state = "the previous file is intact" if existed else "no file was left behind"
+    return OSError(error.errno, f"could not write {path}: {reason}; {state}. Free space or choose another folder.")
+
+
+def _atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write through `.NAME.tmp` in the same folder, fsync, rename over `path`, fsync the folder.
+
+    The temporary name is fixed on purpose: what a killed process left is overwritten by the next save.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        cause = _os_error(error)
+        if cause is not None:
+            raise _failure(path, existed, cause) from error
+        raise
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Replace the content of a UTF-8 text file in one step, creating its folder if needed.
+
+    Args:
+        path: target file.
+        text: whole new content; line ends are written as given.
+    Raises:
+        OSError: if it cannot be written (full disk, no permission); the previous file stays as it was.
+    """
+    _atomic_write(path, lambda stream: stream.write(text.encode("utf-8")))
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON with a final line end, atomically.
+
+    Raises:
+        OSError: as `atomic_write_text`.
+        ValueError: if the value holds NaN or infinity, which JSON does not know.
+    """
+    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what `torch.load(weights_only=True)` would refuse later, naming the entry."""
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN_TYPES:
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, entry in value.items():
+            _check_plain(key, f"{where}[{key!r}]")
+            _check_plain(entry, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, entry in enumerate(value):
+            _check_plain(entry, f"{where}[{index}]")
+    else:
+        kind = f"{type(value).__module__}.{type(value).__name__}"
+        raise ValueError(f"{where} is a {kind}; a checkpoint holds only tensors, numbers, strings, dicts, lists and tuples")
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write a checkpoint atomically, with a format version added.
+
+    Args:
+        path: target file, e.g. RUN/last.pt.
+        state: string keys; tensors and plain containers, so that it loads with weights_only=True.
+    Raises:
+        ValueError: if an entry is neither a tensor nor plain (NumPy scalars included), naming it.
+        OSError: if it cannot be written, with the free space; the previous checkpoint stays intact.
+    """
+    _check_plain(state, "state")
+    _atomic_write(path, lambda stream: torch.save({"format_version": FORMAT_VERSION, "state": state}, stream))
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
+    """Read what `save_checkpoint` wrote.
+
+    Args:
+        path: checkpoint file.
+        map_location: device of the loaded tensors.
+    Returns:
+        The saved state.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, damaged, no checkpoint of this project, or of another format version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: give the .pt file inside a run folder of a training script")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"checksum of {damaged} does not match")
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except _UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} ({path.stat().st_size} bytes) is damaged or not a checkpoint: {reason}") from error
+    if not isinstance(content, dict) or set(content) != {"format_version", "state"}:
+        raise ValueError(f"{path} is not a checkpoint of this project: expected the keys format_version and state")
+    if content["format_version"] != FORMAT_VERSION:
+        found = content["format_version"]
+        raise ValueError(f"{path} has checkpoint format {found!r}, this code reads {FORMAT_VERSION}: use the matching version")
+    return content["state"]

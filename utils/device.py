@@ -1,0 +1,43 @@
+"""Choice of the torch device and of the number of CPU threads."""
+
+import torch
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """Turn a setting into a device that exists.
+
+    Args:
+        name: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".
+    Returns:
+        The device; plain "cuda" becomes "cuda:0".
+    Raises:
+        ValueError: if the name is none of these, or asks for a CUDA device that torch does not see.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (name != "cuda" and not index.isdecimal()):
+        raise ValueError(f"run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise ValueError(f"run.device is {name!r}, but torch {torch.__version__} sees {count} CUDA devices: use auto or cpu")
+    return torch.device("cuda", int(index or 0))
+
+
+def set_threads(threads: int | None) -> int:
+    """Limit torch's CPU threads.
+
+    Args:
+        threads: number of threads, or None to keep torch's choice.
+    Returns:
+        The number in effect.
+    Raises:
+        ValueError: if the number is below 1.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"run.threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

@@ -1,0 +1,86 @@
+"""The part of a stage that both stages share: encoders, classifiers, Adam, epochs of shuffled batches, and the state."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.seed import generator_for
+from utils.trainer import learning_rate, run_batches
+
+Views = Callable[[Tensor, torch.Generator], list[Tensor]]
+
+
+class StageLearner:
+    """Base of the two learners; a subclass gives `step`, and adds to `parts` what else changes in training.
+
+    Args:
+        stage: "step1" or "step2"; seeds the epochs and names them in messages.
+        config: settings with the sections optim and run.
+        count: N, number of training samples.
+        views: maps indices (B,) and a generator to one augmented input per modality.
+        encoders: modality -> encoder; classifiers: modality -> classifier. Both are moved to the device.
+        device: where training runs.
+    """
+
+    parts: tuple[str, ...] = ("encoders", "classifiers", "optimizer")
+
+    def __init__(
+        self, stage: str, config: Any, count: int, views: Views, encoders: nn.ModuleDict, classifiers: nn.ModuleDict,
+        device: torch.device,
+    ) -> None:
+        self.stage, self.config, self.count, self.views, self.device = stage, config, count, views, device
+        self.encoders, self.classifiers = encoders.to(device), classifiers.to(device)
+        self.optimizer = torch.optim.Adam(
+            [*self.encoders.parameters(), *self.classifiers.parameters()],
+            lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay,
+        )
+
+    def step(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Train on one batch of sample indices; return detached scalars for the log."""
+        raise NotImplementedError
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train one epoch (1-based). Its random numbers depend on the seed and the epoch alone, not on the past."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optim, epoch)
+        generator = generator_for(self.config.run.seed, self.stage, epoch, device=self.device)
+        return run_batches(
+            shuffled_batches(self.count, self.config.optim.batch_size, generator),
+            lambda index: self.step(index, generator),
+            title=f"{self.stage} epoch {epoch}", log_interval=self.config.run.log_interval,
+        )
+
+    def embed(self, index: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Return the embeddings (B, D), not normalised, of one augmented view per modality."""
+        views = self.views(index, generator)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.run.amp):
+            return [encoder(view) for encoder, view in zip(self.encoders.values(), views)]
+
+    def optimise(self, loss: Tensor) -> None:
+        """One step of Adam."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def state_dict(self) -> dict:
+        """Return everything that changes in training, as tensors and plain containers."""
+        return {part: getattr(self, part).state_dict() for part in self.parts}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned, strictly."""
+        for part in self.parts:
+            getattr(self, part).load_state_dict(state[part])
+
+
+def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield (B,) index tensors of a random order of 0..count-1, on the generator's device.
+
+    All batches are full: the up to batch_size - 1 samples left over sit this epoch out (BatchNorm and the contrastive
+    loss depend on the batch size), other ones every epoch. A set smaller than one batch is one batch.
+    """
+    order = torch.randperm(count, generator=generator, device=generator.device)
+    batch_size = min(batch_size, count)
+    for start in range(0, count - batch_size + 1, batch_size):
+        yield order[start : start + batch_size]

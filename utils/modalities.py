@@ -1,0 +1,39 @@
+"""The one table of modalities: name -> task letter, list-file token, kind of file, encoder. Adding a modality is one entry."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Modality:
+    """What the rest of the code needs to know of one modality.
+
+    Attributes:
+        name: key of a sample in configuration files, file names and dictionaries.
+        letter: the paper's letter in task names (RP = RGB image query, point-cloud gallery).
+        list_name: token of the list-file names, as in the authors' release.
+        kind: "image" (files read by Pillow) or "points" (.npy arrays of shape (n, 3)); selects loader and transforms.
+        encoder: class name in `models`.
+        is_2d: True for images; tasks always join one 2D and one 3D modality first.
+    """
+
+    name: str
+    letter: str
+    list_name: str
+    kind: str
+    encoder: str
+    is_2d: bool
+
+
+MODALITIES: dict[str, Modality] = {
+    entry.name: entry
+    for entry in (
+        Modality("RGBImg", "R", "RGBImgs", "image", "ResNet18", True),
+        Modality("GrayImg", "G", "GrayImgs", "image", "ResNet18", True),
+        Modality("PointCloud", "P", "PointCloud", "points", "DGCNN", False),
+    )
+}
+
+
+def task_name(query: str, gallery: str) -> str:
+    """Return the paper's task name, e.g. ("RGBImg", "PointCloud") -> "RP"."""
+    return MODALITIES[query].letter + MODALITIES[gallery].letter

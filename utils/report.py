@@ -1,0 +1,83 @@
+"""End of a run: the score table on screen and in metrics.json, and the figures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from utils.checkpoint import atomic_write_json
+from utils.evaluation import format_table
+from utils.figures import plot_curves, plot_retrieval, plot_tsne, point_cloud_thumbnail
+from utils.modalities import MODALITIES, task_name
+from utils.run_log import RunLog
+
+PANEL_QUERIES, PANEL_RANKS = 8, 5
+
+
+def report_pretrained(run: RunLog, reports: Mapping[str, Any]) -> None:
+    """Log which initial weights each modality got, key by key for checkpoints; `reports` is from `load_pretrained`."""
+    if not reports:
+        run.log("initial weights: random for every modality (model.pretrained: none)")
+    for name, report in reports.items():
+        run.log(f"initial weights of {name}: {report}")
+
+
+def print_scores(run: RunLog, name: str) -> None:
+    """Print the last epoch's table and write it to metrics.json; the best epoch by test score appears as `oracle` only.
+
+    Args:
+        run: its metrics.jsonl ends with the scores of the last epoch.
+        name: of the row, e.g. "after RDL".
+    """
+    epochs = run.read_epochs()
+    scored = [row for row in epochs if "map/avg" in row]
+    last, best = scored[-1], max(scored, key=lambda row: row["map/avg"])
+    run.log(format_table([(name, last)]))
+    run.log(
+        f"oracle, not a result (best epoch chosen with test labels, as in the authors' release): "
+        f"{100 * best['map/avg']:.1f} at epoch {best['epoch']}"
+    )
+    scores = {key: value for key, value in last.items() if not key.startswith(("loss/", "seconds/"))}
+    oracle = {"map/avg": best["map/avg"], "epoch": best["epoch"]}
+    atomic_write_json(run.folder / "metrics.json", {**scores, "selection": "last epoch", "oracle": oracle})
+
+
+def draw_figures(run: RunLog, embeddings: Mapping[str, Tensor], labels: Tensor, arrays: Mapping[str, Tensor]) -> None:
+    """Write curves.png, tsne.png and one retrieval_<task>.png per task into RUN/figures.
+
+    Args:
+        run: run folder.
+        embeddings: modality -> (N, D) of the test set.
+        labels: (N,) ground truth, for colours and frames.
+        arrays: modality -> (N, 3, S, S) uint8 images or (N, P, 3) float points, for thumbnails.
+    """
+    folder = run.folder / "figures"
+    epochs = run.read_epochs()
+    plot_curves(epochs, folder / "curves.png", chance=epochs[-1]["map/chance"])
+    plot_tsne({name: rows.cpu().numpy() for name, rows in embeddings.items()}, labels.numpy(), folder / "tsne.png")
+    for query in embeddings:
+        for gallery in embeddings:
+            if query != gallery:
+                path = folder / f"retrieval_{task_name(query, gallery)}.png"
+                _draw_panel(query, gallery, embeddings, labels.numpy(), arrays, path)
+    run.log(f"figures in {folder}")
+
+
+def _draw_panel(query: str, gallery: str, embeddings, labels: np.ndarray, arrays, path) -> None:
+    """Top-5 panel for queries spread evenly over the test set."""
+    chosen = np.linspace(0, len(labels) - 1, min(PANEL_QUERIES, len(labels))).astype(int)
+    scores = (embeddings[query][chosen] @ embeddings[gallery].T).cpu().numpy()
+    ranks = np.argsort(-scores, axis=1, kind="stable")[:, :PANEL_RANKS]
+    plot_retrieval(
+        [_thumbnail(query, arrays[query][row]) for row in chosen],
+        {int(row): _thumbnail(gallery, arrays[gallery][row]) for row in np.unique(ranks)},
+        ranks, labels[ranks] == labels[chosen][:, None], path,
+        title=f"{task_name(query, gallery)}: {query} query, {gallery} gallery",
+    )
+
+
+def _thumbnail(modality: str, sample: Tensor) -> np.ndarray:
+    if MODALITIES[modality].kind == "image":
+        return sample.permute(1, 2, 0).cpu().numpy()
+    return point_cloud_thumbnail(sample.cpu().numpy())

@@ -1,0 +1,111 @@
+"""Seeding of every random generator, derived generators, and RNG states that fit into a checkpoint."""
+
+import hashlib
+import json
+import os
+import random
+import warnings
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (CPU and every CUDA device).
+
+    Args:
+        seed: integer in [0, 2**32), the range of NumPy's global generator.
+    Raises:
+        ValueError: if the seed is outside that range.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # seeds the CUDA generators as well
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Ask torch for deterministic kernels; call it before the first CUDA operation.
+
+    Operations without a deterministic kernel only warn, so that a GPU run never stops half way. CPU runs are
+    bit-reproducible for a fixed number of threads either way.
+
+    Args:
+        enabled: True for reproducible kernels, False for the fastest ones.
+    """
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    torch.backends.cudnn.benchmark = not enabled
+
+
+def derive_seed(seed: int, *keys: int | str) -> int:
+    """Hash a seed and keys into a new seed, the same in every process and on every machine.
+
+    Args:
+        seed: the run's seed.
+        keys: integers or strings that name the use, e.g. ("augment", epoch, index); 1 and "1" differ.
+    Returns:
+        Integer in [0, 2**63).
+    Raises:
+        ValueError: if the seed or a key is neither an integer nor a string.
+    """
+    for key in (seed, *keys):
+        if isinstance(key, bool) or not isinstance(key, (int, str, np.integer)):
+            raise ValueError(f"seed keys must be integers or strings, got {key!r} of type {type(key).__name__}")
+    plain = [key if isinstance(key, str) else int(key) for key in (seed, *keys)]
+    digest = hashlib.sha256(json.dumps(plain).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator_for(seed: int, *keys: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+    """Return a torch generator that depends on the seed and the keys alone, not on what was drawn before.
+
+    Args:
+        seed, keys: see `derive_seed`.
+        device: where the generator lives.
+    """
+    return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))
+
+
+def rng_state() -> dict:
+    """Return the state of all global generators as tensors and plain containers (loads with weights_only=True)."""
+    version, internal, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": {
+            "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+            "pos": int(numpy_state["state"]["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Restore what `rng_state` returned.
+
+    Args:
+        state: dictionary with the keys python, numpy, torch, cuda. CUDA states are skipped with a warning when this
+            machine has another number of CUDA devices: the resumed run is then not bit-identical.
+    """
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    saved = state["numpy"]
+    key = saved["key"].cpu().numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, saved["pos"], saved["has_gauss"], saved["gauss"]))
+    torch.set_rng_state(state["torch"].cpu())
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(state["cuda"]) == devices:
+        for index, device_state in enumerate(state["cuda"]):
+            torch.cuda.set_rng_state(device_state.cpu(), index)
+    else:
+        warnings.warn(
+            f"the saved run had {len(state['cuda'])} CUDA devices, this machine has {devices}: CUDA generators are not "
+            "restored, so the resumed run will differ from an uninterrupted one",
+            stacklevel=2,
+        )
