@@ -1,0 +1,1 @@
+"""Everything between raw files and training samples: preparation commands, list files, arrays, transforms, pseudo-labels."""

@@ -1,0 +1,210 @@
+"""List files (`path label`, one sample a row): parsing, validation, pairing. The only reader of labels in the code base.
+
+In messages, row k is the k-th non-empty row of a file, counted from 1.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.modalities import MODALITIES
+
+PREPARATION = {"digits": "python -m datasets.prepare_digits", "mnist3d": "python -m datasets.prepare_mnist3d"}
+
+
+@dataclass(frozen=True)
+class SampleList:
+    """The samples of one list file, without labels.
+
+    Attributes:
+        path: the list file.
+        modality: key of `MODALITIES`.
+        names: paths as written in the list.
+        files: the same paths, resolved to existing files.
+        instance_ids: the object each sample shows; equal ids in two lists are the same object.
+    """
+
+    path: Path
+    modality: str
+    names: tuple[str, ...]
+    files: tuple[Path, ...]
+    instance_ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def default_list_path(root: str | Path, dataset: str, modality: str, split: str) -> Path:
+    """Return `{root}/{dataset}_{list name of the modality}_{split}_list.txt`.
+
+    Raises:
+        ValueError: on an unknown modality or split.
+    """
+    _check_modality(modality)
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', found {split!r}")
+    return Path(root) / f"{dataset}_{MODALITIES[modality].list_name}_{split}_list.txt"
+
+
+def read_training_list(
+    path: str | Path, *, modality: str, root: str | Path, instance_id: str = r"(\d+)$", num_classes: int | None = None
+) -> SampleList:
+    """Read a list for training. A label column may be there; it is checked and dropped.
+
+    Args:
+        path: the list file.
+        modality: key of `MODALITIES`.
+        root: folder the rows are relative to; a row not found there is tried from the current directory.
+        instance_id: regular expression searched in the file stem; group 1 is the id of the object.
+        num_classes: if given, labels must be below it.
+    Returns:
+        The samples in list order; the object has no labels.
+    Raises:
+        FileNotFoundError: if the list, or a file named in it, does not exist.
+        ValueError: on an empty list, a bad row or label, a repeated path or id, or an id that cannot be found.
+    """
+    samples, _ = _read(Path(path), modality, Path(root), instance_id, num_classes)
+    return samples
+
+
+def read_labelled_list(
+    path: str | Path, *, modality: str, root: str | Path, instance_id: str = r"(\d+)$", num_classes: int | None = None
+) -> tuple[SampleList, np.ndarray]:
+    """Read a list with its labels; for evaluation and data preparation alone.
+
+    Args, Raises: as `read_training_list`; a list without labels is a ValueError.
+    Returns:
+        The samples and their (N,) int64 labels.
+    """
+    samples, labels = _read(Path(path), modality, Path(root), instance_id, num_classes)
+    if labels is None:
+        raise ValueError(f"{path}, row 1: expected `path label`, found {samples.names[0]!r} without a label; evaluation needs labels")
+    return samples, labels
+
+
+def check_paired(lists: Sequence[SampleList]) -> None:
+    """Check that row k of every list shows the same object.
+
+    Raises:
+        ValueError: on different lengths, or at the first row with different ids (names both files, row and ids).
+    """
+    if not lists:
+        raise ValueError("expected at least one list to pair, found none")
+    advice = "write both lists in the same order of ids (for the authors' lists: python -m datasets.prepare_mnist3d --authors DIR)"
+    first = lists[0]
+    for other in lists[1:]:
+        if len(first) != len(other):
+            raise ValueError(f"{first.path} has {len(first)} rows, {other.path} has {len(other)}; {advice}")
+        for row, (left, right) in enumerate(zip(first.instance_ids, other.instance_ids, strict=True), start=1):
+            if left != right:
+                raise ValueError(f"row {row} is not the same object: id {left} in {first.path}, id {right} in {other.path}; {advice}")
+
+
+def check_disjoint(train: SampleList, test: SampleList) -> None:
+    """Check that no file is in both lists.
+
+    Raises:
+        ValueError: naming the first shared file and its rows.
+    """
+    rows = {file.resolve(): row for row, file in enumerate(train.files, start=1)}
+    for row, file in enumerate(test.files, start=1):
+        if file.resolve() in rows:
+            raise ValueError(
+                f"{file} is in the training list {train.path}, row {rows[file.resolve()]}, and in the test list {test.path}, "
+                f"row {row}; remove it from one of them"
+            )
+
+
+def _check_modality(modality: str) -> None:
+    if modality not in MODALITIES:
+        raise ValueError(f"unknown modality {modality!r}; expected one of {', '.join(MODALITIES)}")
+
+
+def _read(
+    path: Path, modality: str, root: Path, instance_id: str, num_classes: int | None
+) -> tuple[SampleList, np.ndarray | None]:
+    _check_modality(modality)
+    pattern = _compile(instance_id)
+    names, files, labels = [], [], []
+    for row, text in enumerate(_rows(path), start=1):
+        where = f"{path}, row {row}"
+        name, label, file = _parse_row(text, root, where)
+        if label is not None and (label < 0 or (num_classes is not None and label >= num_classes)):
+            raise ValueError(f"{where}: label {label} is outside 0..{'' if num_classes is None else num_classes - 1}")
+        if labels and (label is None) != (labels[0] is None):
+            raise ValueError(f"{where}: either all rows carry a label or none; row 1 and this row differ ({text!r})")
+        names.append(name)
+        files.append(file)
+        labels.append(label)
+    ids = [_find_id(file, pattern, f"{path}, row {row}") for row, file in enumerate(files, start=1)]
+    _check_unique(files, "path", path)
+    _check_unique(ids, "instance id", path)
+    samples = SampleList(path, modality, tuple(names), tuple(files), tuple(ids))
+    return samples, None if labels[0] is None else np.array(labels, dtype=np.int64)
+
+
+def _rows(path: Path) -> list[str]:
+    if not path.is_file():
+        command = PREPARATION.get(path.name.split("_")[0])
+        advice = f"make it with: {command}" if command else "see docs/data.md for the format of list files"
+        raise FileNotFoundError(f"list file {path} not found; {advice}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a UTF-8 text file with rows `path label`, found other bytes ({error})") from error
+    rows = [line.strip() for line in text.split("\n") if line.strip()]
+    if not rows:
+        raise ValueError(f"{path}: expected rows `path label`, found an empty file")
+    return rows
+
+
+def _parse_row(text: str, root: Path, where: str) -> tuple[str, int | None, Path]:
+    """Split one row from the right, so that paths may hold spaces; the last column is a label if it is an integer."""
+    head, *tail = text.rsplit(maxsplit=1)
+    if tail and re.fullmatch(r"[+-]?[0-9]+", tail[0]):
+        return head, int(tail[0]), _find_file(head, root, where)
+    if tail and _existing(text, root) is None and _existing(head, root) is not None:
+        raise ValueError(f"{where}: expected `path label` with an integer label, found label {tail[0]!r}")
+    return text, None, _find_file(text, root, where)
+
+
+def _existing(name: str, root: Path) -> Path | None:
+    return next((file for file in (root / name, Path(name)) if file.is_file()), None)
+
+
+def _find_file(name: str, root: Path, where: str) -> Path:
+    file = _existing(name, root)
+    if file is not None:
+        return file
+    shorter = name.rsplit(maxsplit=1)[0]
+    if _existing(shorter, root) is not None:
+        raise ValueError(f"{where}: expected `path label`, found more columns after {shorter!r}")
+    raise FileNotFoundError(f"{where}: file {name!r} does not exist, neither below {root} nor below the current directory")
+
+
+def _compile(instance_id: str) -> re.Pattern:
+    try:
+        pattern = re.compile(instance_id)
+    except re.error as error:
+        raise ValueError(f"instance_id {instance_id!r} is not a regular expression: {error}") from error
+    if pattern.groups < 1:
+        raise ValueError(f"instance_id {instance_id!r} needs a group in parentheses around the id")
+    return pattern
+
+
+def _find_id(file: Path, pattern: re.Pattern, where: str) -> str:
+    match = pattern.search(file.stem)
+    if not match or not match.group(1):
+        raise ValueError(f"{where}: instance_id {pattern.pattern!r} finds no id in the file stem {file.stem!r}")
+    return match.group(1)
+
+
+def _check_unique(values: Sequence, what: str, path: Path) -> None:
+    seen: dict = {}
+    for row, value in enumerate(values, start=1):
+        if value in seen:
+            raise ValueError(f"{path}, row {row}: {what} {str(value)!r} is already in row {seen[value]}; expected each once")
+        seen[value] = row

@@ -1,0 +1,143 @@
+"""The 3D MNIST recipe: one handwritten digit -> oriented surface points, gray image and RGB image. Called by the preparation commands."""
+
+import numpy as np
+
+DIGIT_SIZE = 28
+FRAME_SIZE = 30
+HALF_DEPTH = 3.0  # the digit is extruded from -3 to +3 pixels
+
+VIEW_NORMAL = np.array([1.0, 0.65, 0.0])
+BACKGROUND = np.array([0.95, 0.95, 0.85])
+VIEW_HALF_WIDTH = 0.68  # of the drawn square, in units of the longer side of the digit; the same for every sample
+OVERSAMPLING = 3  # cells stay larger than the spacing of the points, so faces are drawn solid
+
+
+def _face(z: np.ndarray, r: np.ndarray, c: np.ndarray, normal: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (n, 3) offsets (r, c, z) of one face, z slowest and c fastest, and its (n, 3) normals."""
+    zs, rs, cs = np.meshgrid(z, r, c, indexing="ij")
+    offsets = np.stack([rs.ravel(), cs.ravel(), zs.ravel()], axis=1)
+    return offsets, np.tile(np.array(normal, dtype=np.float64), (len(offsets), 1))
+
+
+def _face_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the six faces of a voxel: offsets (650, 3), normals (650, 3) in the rotated frame, face number (650,)."""
+    low, high, g5 = np.array([-0.5]), np.array([0.5]), np.linspace(-0.5, 0.5, 5)
+    near, far, g30 = np.array([HALF_DEPTH]), np.array([-HALF_DEPTH]), np.linspace(-HALF_DEPTH, HALF_DEPTH, 30)
+    faces = [
+        _face(near, g5, g5, (1, 0, 0)),
+        _face(far, g5, g5, (-1, 0, 0)),
+        _face(g30, low, g5, (0, 0, 1)),
+        _face(g30, high, g5, (0, 0, -1)),
+        _face(g30, g5, low, (0, -1, 0)),
+        _face(g30, g5, high, (0, 1, 0)),
+    ]
+    numbers = np.repeat(np.arange(6), [len(offsets) for offsets, _ in faces])
+    return np.concatenate([o for o, _ in faces]), np.concatenate([n for _, n in faces]), numbers
+
+
+_OFFSETS, _NORMALS, _FACE_NUMBERS = _face_table()
+
+
+def _check_digit(image: np.ndarray) -> None:
+    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+    if shape != (DIGIT_SIZE, DIGIT_SIZE) or dtype != np.uint8:
+        raise ValueError(f"a digit must be a (28, 28) uint8 array, found shape {shape} and dtype {dtype} ({type(image).__name__})")
+
+
+def gray_image(image: np.ndarray) -> np.ndarray:
+    """Put the digit in the middle of a 30x30 black frame; byte values are kept.
+
+    Args:
+        image: (28, 28) uint8.
+    Returns:
+        (30, 30) uint8.
+    Raises:
+        ValueError: on another shape or dtype.
+    """
+    _check_digit(image)
+    return np.pad(image, (FRAME_SIZE - DIGIT_SIZE) // 2)
+
+
+def digit_to_point_cloud(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn a digit into the full surface point set of its extrusion, exactly as 3D MNIST does.
+
+    Every non-zero pixel is a box of 1 x 1 x 6; front and back carry 25 points each, every side without a lit neighbour
+    carries 150. Lit pixels come in row-major order, faces as front, back, top, bottom, left, right.
+
+    Args:
+        image: (28, 28) uint8; every non-zero pixel is lit, whatever its intensity.
+    Returns:
+        points (M, 3) float64 with M = 50 * lit pixels + 150 * exposed sides, zero mean, longest side 1, x = depth,
+        y = right, z = up; and unit normals (M, 3) float64 in the same frame.
+    Raises:
+        ValueError: on another shape or dtype, or when no pixel is lit.
+    """
+    lit = gray_image(image) > 0
+    rows, cols = np.nonzero(lit)  # row-major
+    if len(rows) == 0:
+        raise ValueError("the digit has no lit pixel: expected at least one non-zero value in the (28, 28) image, found none")
+    always = np.ones(len(rows), dtype=bool)
+    emitted = np.stack(  # (lit, 6): which faces each lit pixel shows; the zero frame guarantees the neighbours
+        [always, always, ~lit[rows - 1, cols], ~lit[rows + 1, cols], ~lit[rows, cols - 1], ~lit[rows, cols + 1]], axis=1
+    )
+    pixel, template = np.nonzero(emitted[:, _FACE_NUMBERS])
+    centres = np.stack([rows, cols, np.zeros_like(rows)], axis=1).astype(np.float64)
+    points = centres[pixel] + _OFFSETS[template]
+    # The original first subtracts one axis' minimum from all three axes; centring undoes that, so it is left out.
+    extent = np.ptp(points, axis=0).max()
+    points = (points - points.mean(axis=0)) / extent
+    return np.stack([points[:, 2], points[:, 1], -points[:, 0]], axis=1), _NORMALS[template]  # (r, c, z) -> (z, c, -r)
+
+
+def copper(value: np.ndarray) -> np.ndarray:
+    """Map values (...,) in 0..1 to RGB (..., 3) in 0..1, from black to copper (the well-known linear map)."""
+    return np.minimum(1.0, value[..., None] * np.array([1.0 / 0.809524, 0.7812, 0.4975]))
+
+
+def project_rgb(points: np.ndarray, size: int = FRAME_SIZE) -> np.ndarray:
+    """Draw the orthographic projection of a cloud on the plane with normal (1, 0.65, 0).
+
+    This is our reconstruction of the undocumented RGB images of 3D MNIST: colour is the copper map of the projected y
+    coordinate (per sample from its minimum to its maximum) on a background of (0.95, 0.95, 0.85). The viewer stands on
+    the side of the normal with z up, so the digit is upright and not mirrored. Scale and centre are the same for every
+    cloud. Points are marked on a grid `OVERSAMPLING` times finer, which is then averaged.
+
+    Args:
+        points: (M, 3) float, the frame of `digit_to_point_cloud`.
+        size: side of the image in pixels.
+    Returns:
+        (size, size, 3) uint8.
+    Raises:
+        ValueError: when points are not a non-empty, finite (M, 3) array.
+    """
+    if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0 or not np.isfinite(points).all():
+        raise ValueError(f"points must be a non-empty (M, 3) array of finite numbers, found shape {points.shape}")
+    normal = VIEW_NORMAL / np.linalg.norm(VIEW_NORMAL)
+    projected = points - np.outer(points @ normal, normal)
+    right = np.cross([0.0, 0.0, 1.0], normal)  # viewer at +normal, z up
+    grid = size * OVERSAMPLING
+    to_cell = grid / (2 * VIEW_HALF_WIDTH)
+    col = np.clip(np.floor((projected @ right + VIEW_HALF_WIDTH) * to_cell), 0, grid - 1).astype(np.int64)
+    row = np.clip(np.floor((VIEW_HALF_WIDTH - projected[:, 2]) * to_cell), 0, grid - 1).astype(np.int64)
+    y = projected[:, 1]
+    canvas = np.tile(BACKGROUND, (grid, grid, 1))
+    canvas[row, col] = copper((y - y.min()) / max(np.ptp(y), 1e-12))
+    cells = canvas.reshape(size, OVERSAMPLING, size, OVERSAMPLING, 3)
+    return np.rint(cells.mean(axis=(1, 3)) * 255).astype(np.uint8)
+
+
+def colourise(image: np.ndarray) -> np.ndarray:
+    """Colour the gray digit itself: copper from left to right on the background of `project_rgb`, blended by intensity.
+
+    The alternative RGB image, made of the handwriting and not of the cloud.
+
+    Args:
+        image: (28, 28) uint8.
+    Returns:
+        (30, 30, 3) uint8.
+    Raises:
+        ValueError: on another shape or dtype.
+    """
+    ink = gray_image(image)[..., None] / 255.0  # (30, 30, 1)
+    colour = copper(np.linspace(0.0, 1.0, FRAME_SIZE))[None]  # (1, 30, 3)
+    return np.rint((ink * colour + (1.0 - ink) * BACKGROUND) * 255).astype(np.uint8)

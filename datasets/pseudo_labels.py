@@ -1,0 +1,193 @@
+"""Sole writer and reader of pseudo-label files, the only thing that passes from step 1 to step 2."""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from datasets.lists import SampleList
+from utils.checkpoint import atomic_write_json, atomic_write_text
+from utils.modalities import MODALITIES
+
+COMMAND = "python train_step1.py"
+
+
+def pseudo_label_path(folder: str | Path, dataset: str, modality: str) -> Path:
+    """Return `<folder>/<dataset>_<list name>_train_list_pseudo_labelling.txt`.
+
+    Raises:
+        ValueError: on an unknown modality.
+    """
+    if modality not in MODALITIES:
+        raise ValueError(f"unknown modality {modality!r}; expected one of {', '.join(MODALITIES)}")
+    return Path(folder) / f"{dataset}_{MODALITIES[modality].list_name}_train_list_pseudo_labelling.txt"
+
+
+def write_pseudo_labels(
+    path: str | Path, sample_list: SampleList, pseudo_labels: np.ndarray, *, dataset: str, num_clusters: int, provenance: dict
+) -> None:
+    """Write rows `name pseudo_label` in list order, and `<path>.meta.json`; both atomically.
+
+    Args:
+        path: the text file; its folder is made if need be.
+        sample_list: the training list.
+        pseudo_labels: (N,) integers in 0..num_clusters-1, in list order.
+        dataset: name of the data set.
+        num_clusters: K.
+        provenance: plain values on the run (id, epoch, configuration hash ...), kept in the meta file.
+    Raises:
+        ValueError: on another shape or type, or a value outside 0..K-1.
+        OSError: if writing fails; an older file is then intact.
+    """
+    path, labels = Path(path), np.asarray(pseudo_labels)
+    if labels.shape != (len(sample_list),) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: expected {len(sample_list)} integer pseudo-labels for {sample_list.path}, found shape {labels.shape} and "
+            f"dtype {labels.dtype}"
+        )
+    _check_range(labels, num_clusters, path)
+    text = "".join(f"{name} {label}\n" for name, label in zip(sample_list.names, labels.tolist(), strict=True))
+    meta = {
+        "dataset": dataset,
+        "modality": sample_list.modality,
+        "num_clusters": num_clusters,
+        "count": len(labels),
+        "histogram": np.bincount(labels, minlength=num_clusters).tolist(),
+        "sha256": _sha256(text.encode()),
+        "names_sha256": _sha256("\n".join(sample_list.names).encode()),
+        "provenance": provenance,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, text)
+    atomic_write_json(_meta_path(path), meta)
+
+
+def read_pseudo_labels(
+    path: str | Path, sample_list: SampleList, *, dataset: str, num_clusters: int | None = None
+) -> tuple[np.ndarray, int]:
+    """Read a pseudo-label file in the order of a training list.
+
+    Rows are `path pseudo_label` or, as in the authors' files, `path pseudo_label true_label`; the third column is dropped.
+    Rows may come in any order. The meta file, if there is one, is checked.
+
+    Args:
+        path: the text file.
+        sample_list: the training list it was made for.
+        dataset: name of the data set.
+        num_clusters: K, needed for files without a meta file.
+    Returns:
+        (N,) int64 pseudo-labels in list order, and K.
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it belongs to another data set or modality, was altered, has bad rows or values outside 0..K-1, or K
+            is unknown.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"pseudo-label file {path} not found; make it with: {COMMAND} (same data set and folder)")
+    content = path.read_bytes()
+    num_clusters = _resolve_clusters(path, _read_meta(path, content), sample_list.modality, dataset, num_clusters)
+    labels = _match_rows(path, content, sample_list, dataset)
+    _check_range(labels, num_clusters, path)
+    _warn_if_degenerate(labels, num_clusters, path)
+    return labels, num_clusters
+
+
+def _read_meta(path: Path, content: bytes) -> dict | None:
+    meta_path = _meta_path(path)
+    if not meta_path.is_file():
+        return None
+    try:
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        recorded = {key: meta[key] for key in ("dataset", "modality", "num_clusters", "sha256")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{meta_path}: expected the JSON that {COMMAND} writes, found a broken file ({error!r})") from error
+    if recorded["sha256"] != _sha256(content):
+        raise ValueError(
+            f"{path} is not the file described by {meta_path} (sha256 differs): it was edited, or writing was cut off; "
+            f"run {COMMAND} again"
+        )
+    return recorded
+
+
+def _resolve_clusters(path: Path, meta: dict | None, modality: str, dataset: str, num_clusters: int | None) -> int:
+    """Check the meta file against what is asked for, and return K."""
+    if meta is None:
+        if num_clusters is None:
+            raise ValueError(f"{path} has no {_meta_path(path).name}, so the number of clusters is unknown: give num_clusters")
+        return num_clusters
+    for key, wanted in (("dataset", dataset), ("modality", modality)):
+        if meta[key] != wanted:
+            raise ValueError(f"{path} belongs to another dataset or modality: expected {key} {wanted!r}, found {meta[key]!r}")
+    if num_clusters is not None and num_clusters != meta["num_clusters"]:
+        raise ValueError(f"{path}: expected {num_clusters} clusters, but it was written with {meta['num_clusters']}")
+    return meta["num_clusters"]
+
+
+def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: str) -> np.ndarray:
+    position = {_normal(name): index for index, name in enumerate(sample_list.names)}
+    labels = np.full(len(sample_list), -1, dtype=np.int64)
+    seen = np.zeros(len(sample_list), dtype=bool)
+    rows = [line.strip() for line in content.decode("utf-8-sig").split("\n") if line.strip()]
+    for row, text in enumerate(rows, start=1):
+        name, value = _split_row(text, position, f"{path}, row {row}")
+        index = position.get(name)
+        if index is None:
+            raise ValueError(
+                f"{path}, row {row}: {name!r} is not in {sample_list.path}; the file belongs to another dataset than "
+                f"{dataset!r} (first path expected: {sample_list.names[0]!r})"
+            )
+        if seen[index]:
+            raise ValueError(f"{path}, row {row}: {name!r} stands in the file twice")
+        labels[index], seen[index] = value, True
+    if not seen.all():
+        missing = sample_list.names[int(np.argmin(seen))]
+        raise ValueError(
+            f"{path} belongs to another dataset or is cut short: it has {len(rows)} rows for the {len(sample_list)} of "
+            f"{sample_list.path}; the first one missing is {missing!r}"
+        )
+    return labels
+
+
+def _split_row(text: str, known: dict[str, int], where: str) -> tuple[str, int]:
+    """Return path and pseudo-label of a row with two columns, or three whose last is dropped; paths may hold spaces."""
+    two, three = text.rsplit(maxsplit=1), text.rsplit(maxsplit=2)
+    if len(two) < 2:
+        raise ValueError(f"{where}: expected `path pseudo_label`, found {text!r}")
+    is_three = len(three) == 3 and _normal(two[0]) not in known and (
+        _normal(three[0]) in known or re.fullmatch(r"[+-]?[0-9]+", three[1])
+    )
+    name, value = three[:2] if is_three else two
+    if not re.fullmatch(r"[+-]?[0-9]+", value):
+        raise ValueError(f"{where}: expected an integer pseudo-label, found {value!r}")
+    return _normal(name), int(value)
+
+
+def _normal(name: str) -> str:
+    return os.path.normpath(name)  # ./a and a are one path
+
+
+def _check_range(labels: np.ndarray, num_clusters: int, path: Path) -> None:
+    bad = np.flatnonzero((labels < 0) | (labels >= num_clusters))
+    if len(bad):
+        raise ValueError(f"{path}: pseudo-label {labels[bad[0]]} of sample {bad[0]} is outside 0..{num_clusters - 1}")
+
+
+def _warn_if_degenerate(labels: np.ndarray, num_clusters: int, path: Path) -> None:
+    counts = np.bincount(labels, minlength=num_clusters)
+    if (counts == 0).any():
+        warnings.warn(f"{path}: {(counts == 0).sum()} of {num_clusters} clusters are empty", stacklevel=3)
+    if counts.max() * 2 > len(labels):
+        warnings.warn(f"{path}: cluster {counts.argmax()} holds {counts.max()} of {len(labels)} samples", stacklevel=3)
+
+
+def _meta_path(path: Path) -> Path:
+    return path.with_name(path.name + ".meta.json")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

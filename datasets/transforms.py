@@ -1,0 +1,146 @@
+"""Batched transforms of images and point clouds: random ones for training, deterministic ones for evaluation.
+
+All work on the device of their input and draw from the generator they are given, so that a seed fixes every sample.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def prepare_images(images: Tensor, size: int, resize: int) -> Tensor:
+    """Evaluation transform: resize to `resize`, crop the central `size`, normalise with the ImageNet statistics.
+
+    Args:
+        images: (B, 3, S, S) uint8.
+        size: side of the result in pixels; resize: side before the central crop, >= size.
+    Returns:
+        (B, 3, size, size) float32.
+    """
+    images = images.float() / 255
+    if images.shape[-1] != resize:
+        images = F.interpolate(images, size=(resize, resize), mode="bilinear", antialias=True, align_corners=False)
+    start = (resize - size) // 2
+    return _normalise(images[:, :, start : start + size, start : start + size])
+
+
+def augment_images(images: Tensor, size: int, resize: int, augment, generator: torch.Generator) -> Tensor:
+    """Training transform: one random affine map, brightness and contrast per image, then as `prepare_images`.
+
+    Rotation, scale, shear and shift are one bilinear resampling of the stored image; outside it, the edge continues.
+
+    Args:
+        images: (B, 3, S, S) uint8; size, resize: as in `prepare_images`.
+        augment: ranges, see `utils.options.AugmentConfig` (the image_* fields).
+        generator: on the device of the images.
+    Returns:
+        (B, 3, size, size) float32.
+    """
+    images = images.float() / 255
+    theta = _random_affine(len(images), size / resize, augment, generator, images.device)  # (B, 2, 3)
+    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    images = _random_tone(images, augment, generator)
+    if augment.image_flip:
+        mirrored = _uniform(len(images), 0, 1, generator, images.device) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    return _normalise(images)
+
+
+def prepare_points(points: Tensor, num_points: int) -> Tensor:
+    """Evaluation transform: the first `num_points` stored points (they are stored in random order) of (B, P, 3)."""
+    return points[:, :num_points]
+
+
+def augment_points(points: Tensor, num_points: int, augment, generator: torch.Generator) -> Tensor:
+    """Training transform: a fresh random subset, rotation, scale per axis, shear, shift and jitter per cloud.
+
+    Args:
+        points: (B, P, 3) float32, z up.
+        num_points: size of the subset, drawn without replacement, <= P.
+        augment: ranges, see `utils.options.AugmentConfig` (the point_* fields).
+        generator: on the device of the points.
+    Returns:
+        (B, num_points, 3) float32.
+    """
+    batch_size, stored, _ = points.shape
+    device = points.device
+    order = torch.rand(batch_size, stored, generator=generator, device=device).argsort(dim=1)[:, :num_points]
+    points = points.gather(1, order[:, :, None].expand(-1, -1, 3))
+    low, high = augment.point_scale
+    matrix = _random_rotation(batch_size, augment, generator, device)  # (B, 3, 3)
+    scale = torch.exp(_uniform((batch_size, 3), math.log(low), math.log(high), generator, device))
+    matrix = matrix @ torch.diag_embed(scale) @ _random_shear(batch_size, augment.point_shear, generator, device)
+    reach = augment.point_translate
+    shift = _uniform((batch_size, 1, 3), -reach, reach, generator, device)
+    noise = torch.randn(points.shape, generator=generator, device=device) * augment.point_jitter
+    return points @ matrix.transpose(1, 2) + shift + noise
+
+
+def _random_affine(count: int, zoom: float, augment, generator: torch.Generator, device) -> Tensor:
+    """Maps (count, 2, 3) from output to input coordinates; `zoom` is the central crop's share of the image."""
+    degrees = augment.image_rotation_degrees
+    angle = _uniform(count, -math.radians(degrees), math.radians(degrees), generator, device)
+    degrees = augment.image_shear_degrees
+    shear = torch.tan(_uniform(count, -math.radians(degrees), math.radians(degrees), generator, device))
+    low, high = augment.image_scale
+    scale = torch.exp(_uniform((count, 2), math.log(low), math.log(high), generator, device))
+    shift = _uniform((count, 2), -2 * augment.image_translate, 2 * augment.image_translate, generator, device)
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)  # (B, 2, 2)
+    shearing = torch.eye(2, device=device).repeat(count, 1, 1)
+    shearing[:, 0, 1] = shear
+    linear = rotation @ shearing @ torch.diag_embed(zoom / scale)
+    return torch.cat([linear, shift[:, :, None]], dim=2)
+
+
+def _random_tone(images: Tensor, augment, generator: torch.Generator) -> Tensor:
+    shape = (len(images), 1, 1, 1)
+    reach = augment.image_contrast
+    contrast = _uniform(shape, 1 - reach, 1 + reach, generator, images.device)
+    reach = augment.image_brightness
+    brightness = _uniform(shape, -reach, reach, generator, images.device)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return ((images - mean) * contrast + mean + brightness).clamp(0, 1)
+
+
+def _random_rotation(count: int, augment, generator: torch.Generator, device) -> Tensor:
+    """Rotations (count, 3, 3): a turn about the vertical axis z, then small tilts about x and y."""
+    turn = math.radians(augment.point_rotation_degrees)
+    tilt = math.radians(augment.point_tilt_degrees)
+    about_z = _axis_rotation(2, _uniform(count, -turn, turn, generator, device))
+    about_x = _axis_rotation(0, _uniform(count, -tilt, tilt, generator, device))
+    about_y = _axis_rotation(1, _uniform(count, -tilt, tilt, generator, device))
+    return about_y @ about_x @ about_z
+
+
+def _axis_rotation(axis: int, angle: Tensor) -> Tensor:
+    first, second = [a for a in range(3) if a != axis]
+    matrix = torch.eye(3, device=angle.device).repeat(len(angle), 1, 1)
+    matrix[:, first, first] = matrix[:, second, second] = angle.cos()
+    matrix[:, first, second] = -angle.sin()
+    matrix[:, second, first] = angle.sin()
+    return matrix
+
+
+def _random_shear(count: int, reach: float, generator: torch.Generator, device) -> Tensor:
+    """Shears (count, 3, 3): the horizontal coordinates lean with the height z by up to `reach`."""
+    matrix = torch.eye(3, device=device).repeat(count, 1, 1)
+    matrix[:, :2, 2] = _uniform((count, 2), -reach, reach, generator, device)
+    return matrix
+
+
+def _uniform(shape, low: float, high: float, generator: torch.Generator, device) -> Tensor:
+    shape = (shape,) if isinstance(shape, int) else shape
+    return torch.rand(shape, generator=generator, device=device) * (high - low) + low
+
+
+def _normalise(images: Tensor) -> Tensor:
+    mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
+    std = images.new_tensor(IMAGENET_STD)[:, None, None]
+    return (images - mean) / std

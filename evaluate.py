@@ -1,0 +1,103 @@
+"""Evaluation of trained runs: mAP@All of every task in one table; writes metrics.json into each run folder."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from datasets.lists import default_list_path, read_labelled_list
+from datasets.pseudo_labels import pseudo_label_path, read_pseudo_labels
+from datasets.samples import embed_samples, load_test_samples
+from models.build import build_encoders
+from utils.checkpoint import atomic_write_json, load_checkpoint
+from utils.clustering import clustering_accuracy, nmi, purity
+from utils.config import load_config
+from utils.device import select_device
+from utils.evaluation import format_table, retrieval_table
+from utils.options import Step1Config, Step2Config
+from utils.run_log import RunLog
+from utils.trainer import LAST, run_command
+
+CONFIGS = {"step1": Step1Config, "step2": Step2Config}
+
+
+def evaluate_checkpoint(checkpoint: Path, device: torch.device) -> tuple[str, dict[str, float]]:
+    """Score one checkpoint on the test set of its run's configuration, and write metrics.json beside it.
+
+    Args:
+        checkpoint: .pt file in a run folder, beside its config.yaml.
+        device: where the encoders run.
+    Returns:
+        Name of the table row, and the scores of `retrieval_table`.
+    Raises:
+        FileNotFoundError, ValueError: if the run folder, the checkpoint or the test data is missing or broken.
+    """
+    run = RunLog.open(checkpoint.parent)
+    state = load_checkpoint(checkpoint, map_location=device)
+    config = load_config(CONFIGS[state["stage"]], str(run.folder / "config.yaml"))
+    encoders = build_encoders(config.data.modalities, config.model).to(device)
+    encoders.load_state_dict(state["learner"]["encoders"])
+    test, labels = load_test_samples(config.data, device)
+    scores = retrieval_table(embed_samples(encoders, test, config.data), labels)
+    if state["stage"] == "step1":
+        scores.update(pseudo_label_quality(config, run.run_id))
+    atomic_write_json(run.folder / "metrics.json", {**scores, "epoch": state["epoch"], "selection": "last epoch"})
+    return _row_name(config, state), scores
+
+
+def pseudo_label_quality(config: Step1Config, run_id: str) -> dict[str, float]:
+    """Compare the pseudo-labels of a run with the labels of the training lists, where both are at hand.
+
+    Args:
+        config: settings of the run.
+        run_id: only files that this very run wrote are compared.
+    Returns:
+        "acc/<modality>" (Hungarian), "purity/<modality>" and "nmi/<modality>", or nothing. A diagnostic: it never
+        reaches training.
+    """
+    quality, data = {}, config.data
+    for name in data.modalities:
+        path = pseudo_label_path(config.run.pseudo_labels, data.dataset, name)
+        meta = path.with_name(path.name + ".meta.json")
+        if not meta.is_file() or json.loads(meta.read_text())["provenance"].get("run_id") != run_id:
+            return {}
+        list_path = data.train_lists.get(name, default_list_path(data.root, data.dataset, name, "train"))
+        try:
+            rows, labels = read_labelled_list(list_path, modality=name, root=data.root, instance_id=data.instance_id)
+        except ValueError:
+            return {}  # training lists may come without labels
+        pseudo_labels, _ = read_pseudo_labels(path, rows, dataset=data.dataset)
+        for key, score in (("acc", clustering_accuracy), ("purity", purity), ("nmi", nmi)):
+            quality[f"{key}/{name}"] = score(pseudo_labels, labels)
+    return quality
+
+
+def _row_name(config, state: dict) -> str:
+    stage, weight = ("RDL", config.rdl.lambda_2) if state["stage"] == "step2" else ("PLA", config.pla.lambda_1)
+    unfinished = "" if state["epoch"] == config.optim.epochs else f" (epoch {state['epoch']} of {config.optim.epochs})"
+    return (f"after {stage}" if weight > 0 else f"{state['stage']}, MLM only") + unfinished
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate the given runs or checkpoints and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", nargs="+", default=[], metavar="RUN", help="run folders; their last.pt is evaluated")
+    parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE", help="checkpoints inside run folders")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    arguments = parser.parse_args(argv)
+    checkpoints = [Path(run) / LAST for run in arguments.run] + [Path(path) for path in arguments.checkpoint]
+    if not checkpoints:
+        parser.error("give at least one run folder (--run RUN) or checkpoint (--checkpoint FILE)")
+    device = select_device(arguments.device)
+    rows = [evaluate_checkpoint(path, device) for path in checkpoints]
+    print(format_table(rows))
+    for name, scores in rows:
+        quality = [f"{key} {value:.3f}" for key, value in scores.items() if key.startswith(("acc/", "purity/", "nmi/"))]
+        if quality:
+            print(f"pseudo-labels {name} against the training labels (diagnostic): {', '.join(quality)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

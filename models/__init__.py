@@ -1,0 +1,8 @@
+"""Encoders, heads and the memory bank of RoMo."""
+
+from models.heads import LinearClassifier, MLPClassifier
+from models.image_encoder import ResNet18
+from models.memory_bank import MemoryBank
+from models.point_encoder import DGCNN
+
+__all__ = ["DGCNN", "LinearClassifier", "MLPClassifier", "MemoryBank", "ResNet18"]

@@ -1,0 +1,41 @@
+"""Builds one encoder per modality from the model settings, with the initial weights that the configuration names."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+import models
+from models.pretrained import LoadReport, load_dgcnn_checkpoint, load_resnet18_weights
+from utils.modalities import MODALITIES
+from utils.options import ModelConfig
+
+
+def build_encoders(modalities: Sequence[str], model: ModelConfig) -> nn.ModuleDict:
+    """Return modality -> encoder, in the order given, randomly initialised from torch's global generator."""
+    return nn.ModuleDict({name: _build_encoder(name, model) for name in modalities})
+
+
+def _build_encoder(modality: str, model: ModelConfig) -> nn.Module:
+    if MODALITIES[modality].encoder == "DGCNN":
+        return models.DGCNN(model.embedding_dim, model.num_neighbors, model.point_width)
+    return models.ResNet18(model.embedding_dim, model.image_stages)
+
+
+def load_pretrained(encoders: nn.ModuleDict, sources: Mapping[str, str]) -> dict[str, LoadReport]:
+    """Load the weights that the configuration names.
+
+    Args:
+        encoders: modality -> encoder, changed in place.
+        sources: modality -> "imagenet", "none" or the path of a weight file, one for every encoder.
+    Returns:
+        What was loaded, for every modality whose source is not "none".
+    Raises:
+        RuntimeError, FileNotFoundError, ValueError: if weights cannot be had or do not fit; random weights never
+            take their place.
+    """
+    loaders = {"DGCNN": load_dgcnn_checkpoint, "ResNet18": load_resnet18_weights}
+    return {
+        name: loaders[MODALITIES[name].encoder](encoder, sources[name])
+        for name, encoder in encoders.items()
+        if sources[name] != "none"
+    }

@@ -1,0 +1,43 @@
+"""Point-cloud encoder: DGCNN (Wang et al., TOG 2019) with a linear projection to the common space."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.edge_conv import EdgeConv
+
+EDGE_CHANNELS = (3, 64, 64, 128, 256)
+
+
+class DGCNN(nn.Module):
+    """Four EdgeConv layers on dynamic k-NN graphs, a point-wise convolution, max and average pool, and a projection.
+
+    Args:
+        embedding_dim: D, dimension of the common space.
+        k: neighbours per point, the point itself included; 20 for 1,024 points in the paper.
+        width: channels of the point-wise convolution before pooling (conv5); 1024 as published. Smaller widths are for
+            CPU configurations and cannot take conv5 of the public checkpoint.
+        edge_conv: "fused" or "reference", see `models.edge_conv`.
+    """
+
+    def __init__(self, embedding_dim: int, k: int = 20, width: int = 1024, edge_conv: str = "fused") -> None:
+        super().__init__()
+        self.edge_convs = nn.ModuleList(
+            EdgeConv(c_in, c_out, k, implementation=edge_conv)
+            for c_in, c_out in zip(EDGE_CHANNELS[:-1], EDGE_CHANNELS[1:])
+        )
+        self.conv5 = nn.Conv1d(sum(EDGE_CHANNELS[1:]), width, kernel_size=1, bias=False)
+        self.bn5 = nn.BatchNorm1d(width)
+        self.head = nn.Sequential(nn.Linear(2 * width, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim))
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Map clouds (B, P, 3) float to embeddings (B, D), not normalised; P >= k."""
+        layers = []
+        features = points
+        for edge_conv in self.edge_convs:
+            features = edge_conv(features)  # (B, P, C)
+            layers.append(features)
+        features = self.conv5(torch.cat(layers, dim=2).transpose(1, 2))  # (B, width, P)
+        features = F.leaky_relu(self.bn5(features), 0.2)
+        pooled = torch.cat([features.amax(dim=2), features.mean(dim=2)], dim=1)  # (B, 2 * width)
+        return self.head(pooled)

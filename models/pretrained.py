@@ -1,0 +1,189 @@
+"""Loads public weights into the encoders and reports every key, or raises; called by `models/build.py`."""
+
+import hashlib
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights
+
+PRETRAINED_DIR = Path("pretrained")
+OPTIONAL_SUFFIX = "num_batches_tracked"
+
+
+@dataclass
+class LoadReport:
+    """What became of every key: `used` names of the module, `skipped` 'checkpoint key: reason', `missing` names."""
+
+    used: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line of counts for the run log."""
+        return f"{len(self.used)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} left as they were"
+
+
+def load_matching(module: nn.Module, state_dict: Mapping[str, Tensor], rename: Callable[[str], str | None],
+                  required_prefixes: Iterable[str]) -> LoadReport:
+    """Copy the tensors of a state dict that the module has under the same name and shape.
+
+    Nothing is copied unless all required names are there. A leading `module.` (DataParallel) is stripped from the keys.
+
+    Args:
+        module: receives the tensors in place.
+        state_dict: key -> tensor.
+        rename: maps a stripped key to the module's name, or to None for a key to leave out.
+        required_prefixes: the module's names that start with one of these must all be filled; counters of seen
+            batches, which old files lack, are excepted.
+    Returns:
+        The report; `missing` lists all names of the module that were not filled.
+    Raises:
+        ValueError: if no key matched or a required name is missing; both say what was found instead.
+    """
+    own = module.state_dict()
+    report, chosen = LoadReport(), {}
+    for key, tensor in state_dict.items():
+        name = rename(key.removeprefix("module."))
+        if name is None:
+            report.skipped.append(f"{key}: not used by this encoder")
+        elif name not in own:
+            report.skipped.append(f"{key}: the encoder has no {name}")
+        elif own[name].shape != tensor.shape:
+            shapes = f"shape {tuple(tensor.shape)}, the encoder's {name} has {tuple(own[name].shape)}"
+            report.skipped.append(f"{key}: {shapes}")
+        else:
+            chosen[name] = tensor
+    report.used = sorted(chosen)
+    report.missing = sorted(set(own) - set(chosen))
+    _check_complete(report, tuple(required_prefixes))
+    with torch.no_grad():
+        for name, tensor in chosen.items():
+            own[name].copy_(tensor)
+    return report
+
+
+def _check_complete(report: LoadReport, prefixes: tuple[str, ...]) -> None:
+    lacking = [n for n in report.missing if n.startswith(prefixes) and not n.endswith(OPTIONAL_SUFFIX)]
+    if report.used and not lacking:
+        return
+    found = "; ".join(report.skipped[:5]) or "no keys at all"
+    what = f"lacks {', '.join(lacking[:5])}" if report.used else "matches no parameter of the encoder"
+    raise ValueError(f"the checkpoint {what} ({len(lacking)} required tensors missing, {len(report.used)} matched); "
+                     f"first keys not used: {found}")
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a flat state dict, from the present or the pre-zip container of PyTorch, without running code of the file.
+
+    Args:
+        path: file written by `torch.save`.
+    Returns:
+        key -> tensor on the CPU.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or holds anything but named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; give the path of a checkpoint, or `none` to train from scratch")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
+        raise ValueError(f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}: "
+                         f"{str(error).splitlines()[0] if str(error) else 'no detail'}); fetch it again") from error
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a flat state dict (name -> tensor)")
+    return dict(state)
+
+
+def load_imagenet_resnet18() -> dict[str, Tensor]:
+    """ImageNet weights of ResNet18: from `pretrained/` if they are there, else through torchvision's address.
+
+    A download goes to the folder of torch.hub (set by TORCH_HOME) and is found there again; the contents are checked
+    against the hash in the file name in all cases.
+
+    Returns:
+        torchvision's state dict, on the CPU.
+    Raises:
+        ValueError: if a file that is already there does not have the hash of its name.
+        RuntimeError: if the download fails; says what to fetch, where to put it, and the alternative.
+    """
+    url = ResNet18_Weights.IMAGENET1K_V1.url
+    name = Path(urlparse(url).path).name
+    for path in (PRETRAINED_DIR / name, Path(torch.hub.get_dir()) / "checkpoints" / name):
+        if path.is_file():
+            _check_hash(path)
+            return read_state_dict(path)
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True,
+                                                  weights_only=True)
+    except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RuntimeError(f"could not download the ImageNet weights of ResNet18 ({type(error).__name__}: {error}). "
+                           f"Fetch {name} from {url} and put it at {PRETRAINED_DIR / name}, or set the weights to "
+                           "`none` to train from scratch") from error
+
+
+def _check_hash(path: Path) -> None:
+    expected = path.stem.rsplit("-", 1)[-1]
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(expected):
+        raise ValueError(f"{path} is damaged: its SHA-256 should start with {expected}, found {found}; fetch it again")
+
+
+def load_resnet18_weights(encoder: nn.Module, source: str) -> LoadReport:
+    """Fill the ResNet18 trunk of an image encoder.
+
+    Args:
+        encoder: has `backbone`, torchvision's resnet18 with `fc` replaced by an identity.
+        source: "imagenet", or the path of a state dict with torchvision's names.
+    Returns:
+        The report; `fc.*` is left out on purpose and listed as skipped.
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: weights that are absent, damaged, incomplete or not to be had.
+    """
+    state = load_imagenet_resnet18() if source == "imagenet" else read_state_dict(source)
+
+    def rename(key: str) -> str | None:
+        return None if key.startswith("fc.") else key
+
+    try:
+        return load_matching(encoder.backbone, state, rename, required_prefixes=("",))
+    except ValueError as error:
+        raise ValueError(f"ResNet18 weights from {source}: {error}") from error
+
+
+def load_dgcnn_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
+    """Fill the trunk of a DGCNN from the public classification checkpoint (`model.1024.t7`).
+
+    The four EdgeConvs are always filled, conv5 when its width fits. The file registers its BatchNorms twice: `convN.1`
+    is read, `bnN` left out. The classifier (`linear1` on) never enters the encoder.
+
+    Args:
+        encoder: has `edge_convs` (conv, bn), `conv5` and `bn5`.
+        path: the checkpoint.
+    Returns:
+        The report, under the encoder's names.
+    Raises:
+        FileNotFoundError, ValueError: a file that is absent, damaged, or lacks part of the four EdgeConvs.
+    """
+    try:
+        return load_matching(encoder, read_state_dict(path), _dgcnn_name, required_prefixes=("edge_convs.",))
+    except ValueError as error:
+        raise ValueError(f"DGCNN checkpoint {path}: {error}") from error
+
+
+def _dgcnn_name(key: str) -> str | None:
+    layer, _, rest = key.partition(".")
+    part, _, name = rest.partition(".")
+    if layer not in {f"conv{n}" for n in range(1, 6)} or part not in ("0", "1"):
+        return None
+    if layer == "conv5":
+        return f"conv5.{name}" if part == "0" else f"bn5.{name}"
+    return f"edge_convs.{int(layer[4:]) - 1}.{'conv' if part == '0' else 'bn'}.{name}"

@@ -1,0 +1,52 @@
+"""Shared fixtures: a small prepared data set of real 8x8 digits, and how to run the stages on it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TRAIN, TEST = 40, 16
+FOLDERS = {"GrayImg": ("gray_imgs", "GrayImgs", "png"), "PointCloud": ("point_cloud", "PointCloud", "npy")}
+
+
+def write_lists(root: Path, split: str, labels: list[int | None], dataset: str = "digits") -> None:
+    """(Re)write both list files of a split; a label None leaves the column out."""
+    for modality, (folder, token, suffix) in FOLDERS.items():
+        rows = [f"{split}/{folder}/{modality}_{split}_{i:06d}.{suffix}" for i in range(len(labels))]
+        text = "".join(row + ("\n" if label is None else f" {label}\n") for row, label in zip(rows, labels))
+        (root / f"{dataset}_{token}_{split}_list.txt").write_text(text)
+
+
+def write_samples(root: Path, split: str, images: np.ndarray, seed: int) -> None:
+    """One gray image (30 x 30) and one cloud of 48 points on the digit's pixels per 8 x 8 image."""
+    generator = np.random.default_rng(seed)
+    for folder, _, _ in FOLDERS.values():
+        (root / split / folder).mkdir(parents=True)
+    for i, image in enumerate(images):
+        pixels = np.kron((image * 15).astype(np.uint8), np.ones((3, 3), np.uint8))
+        Image.fromarray(np.pad(pixels, 3)).save(root / split / "gray_imgs" / f"GrayImg_{split}_{i:06d}.png")
+        rows, columns = np.nonzero(image > 7)
+        chosen = generator.integers(len(rows), size=48)
+        points = np.stack([generator.random(48), columns[chosen] / 8, -rows[chosen] / 8], axis=1)
+        np.save(root / split / "point_cloud" / f"PointCloud_{split}_{i:06d}.npy", points.astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def _digits_folder(tmp_path_factory) -> tuple[Path, list[int]]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    root = tmp_path_factory.mktemp("digits")
+    write_samples(root, "train", digits.images[:TRAIN], seed=0)
+    write_samples(root, "test", digits.images[TRAIN : TRAIN + TEST], seed=1)
+    return root, digits.target[: TRAIN + TEST].tolist()
+
+
+@pytest.fixture
+def small_digits(_digits_folder) -> Path:
+    """Root of 40 training and 16 test digits as GrayImg and PointCloud, with fresh list files."""
+    root, labels = _digits_folder
+    write_lists(root, "train", labels[:TRAIN])
+    write_lists(root, "test", labels[TRAIN:])
+    return root

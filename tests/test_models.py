@@ -1,0 +1,314 @@
+"""models/: the memory bank against loops, the heads, and the encoders' shapes, symmetries and batch isolation."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models import DGCNN, LinearClassifier, MemoryBank, MLPClassifier, ResNet18
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_update(rows, index, embeddings, momentum):
+    """Eq. 6 by plain Python on {sample: row}."""
+    for i, vector in zip(index.tolist(), embeddings.tolist()):
+        norm = math.sqrt(math.fsum(x * x for x in vector))
+        fresh = [x / norm for x in vector]
+        mixed = [momentum * m + (1 - momentum) * v for m, v in zip(rows[i], fresh)] if i in rows else fresh
+        norm = math.sqrt(math.fsum(x * x for x in mixed))
+        rows[i] = [x / norm for x in mixed]
+
+
+def filled_bank(count=8, dim=5, momentum=0.9):
+    bank = MemoryBank(count, dim, momentum)
+    bank.fill(draw(count, dim, seed=9))
+    return bank
+
+
+# Memory bank, Eq. 6
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.999])
+def test_updates_equal_loops(momentum):
+    bank, rows = MemoryBank(12, 5, momentum), {}
+    for step in range(20):
+        index = torch.randperm(12, generator=torch.Generator().manual_seed(step))[:5]
+        embeddings = draw(5, 5, seed=step) * 10.0 ** (step % 5 - 2)
+        bank.update(index, embeddings)
+        slow_update(rows, index, embeddings, momentum)
+    expected = torch.tensor([rows.get(i, [0.0] * 5) for i in range(12)])
+    assert torch.allclose(bank.memory, expected, atol=1e-5)
+    seen = bank.memory[list(rows)]
+    assert torch.allclose(seen.norm(dim=1), torch.ones(len(seen)), atol=1e-6)
+
+
+def test_embeddings_are_normalised_before_the_blend():
+    bank = MemoryBank(1, 2, 0.5)
+    bank.fill(torch.tensor([[3.0, 0.0]]))
+    bank.update(torch.tensor([0]), torch.tensor([[0.0, 1000.0]]))
+    assert torch.allclose(bank.memory, torch.full((1, 2), 0.5**0.5))  # halfway, whatever the norms
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.9999])
+def test_first_update_stores_the_unit_embedding_and_nothing_else(momentum):
+    bank, index, embeddings = MemoryBank(6, 4, momentum), torch.tensor([4, 1]), draw(2, 4)
+    bank.update(index, embeddings)
+    assert torch.allclose(bank.memory[index], F.normalize(embeddings, dim=1), atol=1e-6)
+    assert not bank.memory[[0, 2, 3, 5]].any()
+
+
+def test_other_rows_stay_bit_for_bit():
+    bank = filled_bank()
+    before = bank.memory.clone()
+    bank.update(torch.tensor([6, 2]), draw(2, 5))
+    others = [0, 1, 3, 4, 5, 7]
+    assert torch.equal(bank.memory[others], before[others])
+    assert (bank.memory[[6, 2]] != before[[6, 2]]).any(dim=1).all()
+
+
+def test_rows_are_addressed_by_index_whatever_the_batch_order():
+    order, embeddings = torch.tensor([5, 0, 3, 7, 1]), draw(5, 5)
+    banks = filled_bank(), filled_bank(), filled_bank()
+    shuffle = torch.tensor([4, 2, 0, 3, 1])
+    banks[0].update(order, embeddings)
+    banks[1].update(order[shuffle], embeddings[shuffle])
+    for row in range(5):
+        banks[2].update(order[row:row + 1], embeddings[row:row + 1])
+    assert torch.equal(banks[0].memory, banks[1].memory)
+    assert torch.allclose(banks[0].memory, banks[2].memory, atol=1e-7)
+    assert torch.equal(banks[0](order), banks[0].memory[order])
+
+
+def test_fill_is_row_by_row_and_normalised():
+    bank, embeddings = MemoryBank(7, 3), draw(7, 3) * 50
+    bank.fill(embeddings)
+    assert torch.allclose(bank(torch.arange(7)), embeddings / embeddings.norm(dim=1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_rows_stay_unit_and_finite_for_opposite_embeddings(momentum):
+    bank = MemoryBank(2, 3, momentum)
+    bank.fill(torch.tensor([[1.0, 2, 2], [0, 0, 1]]))
+    bank.update(torch.tensor([0, 1]), torch.tensor([[-3.0, -6, -6], [0, 0, -1e-6]]))
+    assert torch.allclose(bank.memory.norm(dim=1), torch.ones(2), atol=1e-5)
+
+
+def test_no_gradient_enters_or_leaves_the_bank():
+    bank, embeddings = filled_bank(), draw(2, 5).requires_grad_()
+    assert not list(bank.parameters())
+    bank.update(torch.tensor([0, 1]), embeddings * 2)
+    assert not bank.memory.requires_grad and bank.memory.grad_fn is None and not bank(torch.tensor([0])).requires_grad
+    (bank(torch.tensor([0, 1])) * embeddings).sum().backward()
+    assert torch.equal(embeddings.grad, bank.memory[:2])
+
+
+def test_rows_handed_out_are_copies_and_survive_the_next_update():
+    bank = filled_bank()
+    rows = bank(torch.arange(8))
+    before = rows.clone()
+    bank.update(torch.arange(8), draw(8, 5))
+    assert torch.equal(rows, before)
+
+
+def test_the_bank_travels_with_the_state_dict():
+    bank, other = filled_bank(), MemoryBank(8, 5)
+    other.load_state_dict(bank.state_dict(), strict=True)
+    assert torch.equal(other.memory, bank.memory) and len(other) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_float_types_are_stored_in_float32(dtype):
+    bank = filled_bank()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        bank.update(torch.tensor([3]), draw(1, 5).to(dtype))
+    assert bank.memory.dtype == torch.float32 and bank.memory[3].norm().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("arguments", [(0, 3), (3, 0), (3, 3, -0.1), (3, 3, 1.0), (3, 3, float("nan"))])
+def test_bank_rejects_arguments(arguments):
+    with pytest.raises(ValueError, match="found"):
+        MemoryBank(*arguments)
+
+
+@pytest.mark.parametrize("index,shape,error", [
+    ([0, 1], (2, 4), ValueError), ([0, 1], (3, 5), ValueError), ([0], (5,), ValueError), ([[0]], (1, 5), ValueError),
+    ([8], (1, 5), IndexError), ([-1], (1, 5), IndexError),
+])
+def test_bank_rejects_updates_and_keeps_its_rows(index, shape, error):
+    bank = filled_bank()
+    before = bank.memory.clone()
+    with pytest.raises(error):
+        bank.update(torch.tensor(index), torch.ones(shape))
+    assert torch.equal(bank.memory, before)
+
+
+def test_bank_rejects_a_wrong_fill():
+    with pytest.raises(ValueError, match=r"\(8, 5\)"):
+        filled_bank().fill(draw(7, 5))
+
+
+# Heads
+
+
+def test_linear_classifier_is_bias_free_and_scaled():
+    head = LinearClassifier(5, 3, scale=7.0)
+    assert [name for name, _ in head.named_parameters()] == ["weight"] and head.weight.shape == (3, 5)
+    x = draw(4, 5)
+    expected = [[7 * sum(a * b for a, b in zip(row, w)) for w in head.weight.tolist()] for row in x.tolist()]
+    assert torch.allclose(head(x), torch.tensor(expected), atol=1e-5)
+    assert not head(torch.zeros(1, 5)).any()
+
+
+def test_linear_classifier_starts_at_the_centroids_and_stays_trainable():
+    head, centroids = LinearClassifier(5, 3, scale=10.0), draw(3, 5).double() * 4
+    weight = head.weight
+    head.start_from(centroids)
+    assert head.weight is weight and weight.requires_grad and weight.dtype == torch.float32
+    assert torch.allclose(weight, F.normalize(centroids, dim=1).float(), atol=1e-6)
+    assert head(F.normalize(centroids.float(), dim=1)).argmax(1).tolist() == [0, 1, 2]
+    with pytest.raises((ValueError, RuntimeError)):
+        head.start_from(draw(4, 5))
+
+
+def test_mlp_classifier_maps_embeddings_to_logits():
+    head = MLPClassifier(6, 16, 4).eval()
+    x = draw(5, 6)
+    assert head(x).shape == (5, 4)
+    assert torch.allclose(head(x)[2:3], head(x[2:3]), atol=1e-6)
+    assert len({tuple(p.shape) for p in head.parameters()} & {(16, 6), (4, 16)}) == 2
+
+
+# Encoders
+
+
+def jolted(model):
+    """Give BatchNorm statistics and weights arbitrary values, so that nothing holds by their initial ones alone."""
+    torch.manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(module.weight, 0, 1)
+    return model.eval()
+
+
+def point_encoder(edge_conv="fused"):
+    torch.manual_seed(0)
+    return jolted(DGCNN(16, k=5, width=24, edge_conv=edge_conv))
+
+
+@pytest.mark.parametrize("stages,feature_dim", [(1, 64), (2, 128), (3, 256), (4, 512)])
+def test_image_encoder_shapes_and_stages(stages, feature_dim):
+    encoder = ResNet18(12, stages)
+    assert encoder(draw(2, 3, 32, 32)).shape == (2, 12)
+    assert encoder.head[0].in_features == feature_dim
+    kept = {name.split(".")[1] for name, _ in encoder.named_parameters() if name.startswith("backbone.layer")}
+    assert kept == {f"layer{i}" for i in range(1, stages + 1)}
+    assert not any(name.startswith("backbone.fc") for name, _ in encoder.named_parameters())
+
+
+@pytest.mark.parametrize("stages", [0, 5])
+def test_image_encoder_rejects_stages(stages):
+    with pytest.raises(ValueError, match=f"found {stages}"):
+        ResNet18(12, stages)
+
+
+def test_stage_count_keeps_the_trunk_of_the_full_network():
+    torch.manual_seed(0)
+    full, short = ResNet18(4), ResNet18(4, 2)
+    trunk = {name: value for name, value in full.backbone.state_dict().items() if name in short.backbone.state_dict()}
+    short.backbone.load_state_dict(trunk, strict=True)
+    full.eval(), short.eval()
+    seen = []
+    full.backbone.layer2.register_forward_hook(lambda *call: seen.append(call[2].mean(dim=(2, 3))))
+    x = draw(2, 3, 32, 32)
+    full(x)
+    assert torch.allclose(short.backbone(x), seen[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("build,shape", [
+    (lambda: jolted(ResNet18(8, 3)), (4, 3, 32, 32)), (point_encoder, (4, 20, 3)),
+    (lambda: point_encoder("reference"), (4, 20, 3)),
+], ids=["images", "fused", "reference"])
+def test_eval_mode_does_not_mix_samples(build, shape):
+    encoder, x = build(), draw(*shape)
+    with torch.no_grad():
+        expected = encoder(x)
+        alone = torch.cat([encoder(row[None]) for row in x])
+        order = torch.tensor([2, 0, 3, 1])
+        assert torch.allclose(alone, expected, atol=1e-5)
+        assert torch.allclose(encoder(x[order]), expected[order], atol=1e-5)
+    assert expected.std(dim=0).min() > 1e-4  # the samples do differ
+
+
+@pytest.mark.parametrize("edge_conv", ["fused", "reference"])
+@pytest.mark.parametrize("hostile", [0, 2])
+@pytest.mark.parametrize("spoil", [lambda x: x * float("nan"), lambda x: x * 1e6, lambda x: x + 1e4, torch.zeros_like],
+                         ids=["nan", "huge", "far", "zero"])
+def test_a_broken_cloud_leaves_the_others_alone(edge_conv, hostile, spoil):
+    encoder, x = point_encoder(edge_conv), draw(3, 20, 3)
+    others = [i for i in range(3) if i != hostile]
+    spoiled = x.clone()
+    spoiled[hostile] = spoil(x[hostile])
+    with torch.no_grad():
+        assert torch.allclose(encoder(spoiled)[others], encoder(x)[others], atol=1e-4)
+
+
+@pytest.mark.parametrize("edge_conv", ["fused", "reference"])
+def test_point_encoder_ignores_the_order_of_points(edge_conv):
+    encoder, x = point_encoder(edge_conv), draw(3, 40, 3)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = encoder(x)
+        assert torch.allclose(encoder(x[:, order]), expected, atol=1e-5)
+        assert not torch.allclose(encoder(x[:, :, [1, 0, 2]]), expected, atol=1e-3)
+
+
+def test_point_encoder_implementations_agree():
+    fused, reference = point_encoder(), point_encoder("reference")
+    reference.load_state_dict(fused.state_dict(), strict=True)
+    x = draw(3, 30, 3)
+    for mode in (False, True):
+        assert torch.allclose(fused.train(mode)(x), reference.train(mode)(x), atol=1e-3)
+
+
+def test_point_encoder_shapes_and_gradients():
+    encoder, x = DGCNN(16, k=4, width=8), draw(3, 10, 3).requires_grad_()
+    embeddings = encoder(x)
+    assert embeddings.shape == (3, 16)
+    embeddings.square().sum().backward()
+    assert x.grad.isfinite().all()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert [c.conv.weight.shape[:2] for c in encoder.edge_convs] == [(64, 6), (64, 128), (128, 128), (256, 256)]
+    assert encoder.conv5.weight.shape == (8, 512, 1)
+
+
+def test_point_encoder_needs_as_many_points_as_neighbours():
+    encoder = point_encoder()
+    assert encoder(draw(2, 5, 3)).shape == (2, 16)
+    with pytest.raises(ValueError, match="k = 5.*N = 4"):
+        encoder(draw(2, 4, 3))
+
+
+def test_coinciding_points_stay_finite():
+    encoder = DGCNN(16, k=5, width=8)
+    x = draw(3, 1, 3).expand(3, 12, 3).contiguous().requires_grad_()
+    embeddings = encoder(x)
+    embeddings.square().sum().backward()
+    assert embeddings.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("build,shape", [(lambda: ResNet18(8, 2), (2, 3, 32, 32)), (lambda: DGCNN(8, 4, 8), (2, 12, 3))],
+                         ids=["images", "points"])
+def test_encoders_work_under_bfloat16_autocast(build, shape):
+    encoder = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeddings = encoder(draw(*shape))
+    embeddings.float().square().sum().backward()
+    assert embeddings.shape == (2, 8) and embeddings.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())

@@ -1,0 +1,211 @@
+"""Both stages through their command lines: files, determinism, resume after a kill, clear errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train_step1
+import train_step2
+from conftest import write_lists
+from utils import trainer
+from utils.checkpoint import load_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PSEUDO_LABELS = ["digits_GrayImgs_train_list_pseudo_labelling.txt", "digits_PointCloud_train_list_pseudo_labelling.txt"]
+
+
+def settings(root: Path, out: Path, step: int, *more: str) -> list[str]:
+    """Arguments of one stage on the small digits, with every output under `out`."""
+    labels = f"run.pseudo_labels={out / 'pseudo_labels'}" if step == 1 else f"rdl.pseudo_labels={out / 'pseudo_labels'}"
+    config = REPOSITORY / f"configs/smoke/step{step}.yaml"
+    return ["--config", str(config), "--set", f"data.root={root}", f"run.output={out / 'runs'}", labels, *more]
+
+
+def only_run(out: Path, step: int) -> Path:
+    (run,) = (out / "runs" / "digits" / f"step{step}").iterdir()
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint, by dotted name."""
+    flat = {}
+
+    def visit(prefix, value):
+        if isinstance(value, torch.Tensor):
+            flat[prefix] = value
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                visit(f"{prefix}.{key}", entry)
+
+    visit("", load_checkpoint(run / "last.pt")["learner"])
+    return flat
+
+
+def assert_same_result(first: Path, second: Path, step: int) -> None:
+    one, two = weights(only_run(first, step)), weights(only_run(second, step))
+    assert one.keys() == two.keys() and len(one) > 50
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    if step == 1:
+        for name in PSEUDO_LABELS:
+            assert (first / "pseudo_labels" / name).read_bytes() == (second / "pseudo_labels" / name).read_bytes()
+
+
+def log_lines(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, _digits_folder) -> Path:
+    """Output folder of one uninterrupted step 1 and step 2."""
+    root, labels = _digits_folder
+    write_lists(root, "train", labels[:40])
+    write_lists(root, "test", labels[40:])
+    out = tmp_path_factory.mktemp("finished")
+    train_step1.main(settings(root, out, 1))
+    train_step2.main(settings(root, out, 2))
+    return out
+
+
+def test_files_of_both_stages(finished, small_digits):
+    for name in PSEUDO_LABELS:
+        rows = (finished / "pseudo_labels" / name).read_text().splitlines()
+        source = (small_digits / name.replace("_pseudo_labelling", "")).read_text().splitlines()
+        assert [row.split()[0] for row in rows] == [row.split()[0] for row in source]
+        assert all(0 <= int(row.split()[1]) < 6 and len(row.split()) == 2 for row in rows)
+        assert json.loads((finished / "pseudo_labels" / f"{name}.meta.json").read_text())["num_clusters"] == 6
+    for step in (1, 2):
+        run = only_run(finished, step)
+        assert {"config.yaml", "env.json", "log.txt", "metrics.jsonl", "last.pt", "metrics.json"} <= set(os.listdir(run))
+        assert [line["epoch"] for line in log_lines(run)] == [1, 2, 3]
+    first, second, _ = log_lines(only_run(finished, 1))
+    assert "loss/ssm" not in first and {"loss/ssm", "loss/mlm", "agreement"} <= second.keys()
+
+
+def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small_digits, capsys):
+    runs = [str(only_run(finished, step)) for step in (1, 2)]
+    evaluate.main(["--run", *runs, "--device", "cpu"])
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("GP", "PG", "map/avg".removeprefix("map/"), "chance", "after PLA", "after RDL"))
+    for run in runs:
+        scores = json.loads((Path(run) / "metrics.json").read_text())
+        assert scores["map/avg"] == pytest.approx((scores["map/GP"] + scores["map/PG"]) / 2)
+        assert scores["map/GP"] == pytest.approx(log_lines(Path(run))[-1]["map/GP"], abs=1e-12)
+    evaluate.main(["--checkpoint", f"{runs[1]}/last.pt", "--device", "cpu"])
+    assert "after RDL" in capsys.readouterr().out
+
+
+def test_figures(finished, small_digits, tmp_path):
+    train_step2.main(settings(small_digits, tmp_path, 2, f"rdl.pseudo_labels={finished / 'pseudo_labels'}",
+                              "run.figures=true", "optim.epochs=1"))
+    figures = {path.name for path in (only_run(tmp_path, 2) / "figures").iterdir()}
+    assert figures == {"curves.png", "tsne.png", "retrieval_GP.png", "retrieval_PG.png"}
+
+
+def test_same_seed_same_result_other_seed_another(finished, small_digits, tmp_path):
+    train_step1.main(settings(small_digits, tmp_path / "same", 1))
+    assert_same_result(finished, tmp_path / "same", 1)
+    train_step1.main(settings(small_digits, tmp_path / "other", 1, "run.seed=1"))
+    one, two = weights(only_run(finished, 1)), weights(only_run(tmp_path / "other", 1))
+    assert not torch.equal(one[".encoders.PointCloud.conv5.weight"], two[".encoders.PointCloud.conv5.weight"])
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside one process: nothing in the code under test catches it."""
+
+
+@pytest.mark.parametrize("step, moment", [(1, "before"), (1, "after"), (2, "before"), (2, "after")])
+def test_stopped_around_a_checkpoint_and_resumed_equals_uninterrupted(
+    finished, small_digits, tmp_path, monkeypatch, step, moment
+):
+    module = train_step1 if step == 1 else train_step2
+    more = [] if step == 1 else [f"rdl.pseudo_labels={finished / 'pseudo_labels'}"]
+    save = trainer.save_checkpoint
+
+    def interrupted(path, state):
+        if moment == "after" or state["epoch"] < 2:
+            save(path, state)
+        if state["epoch"] == 2:
+            raise Killed
+
+    monkeypatch.setattr(trainer, "save_checkpoint", interrupted)
+    with pytest.raises(Killed):
+        module.main(settings(small_digits, tmp_path, step, *more))
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    torch.manual_seed(123)  # a fresh process would not share this generator's state either
+    module.main(["--resume", str(only_run(tmp_path, step))])
+    assert_same_result(finished, tmp_path, step)
+    assert log_lines(only_run(tmp_path, step)) == log_lines(only_run(finished, step))
+
+
+@pytest.mark.parametrize("seconds_after_start", [0.0, 1.2])
+def test_sigkill_and_resume_equals_uninterrupted(finished, small_digits, tmp_path, seconds_after_start):
+    command = [sys.executable, "train_step1.py", *settings(small_digits, tmp_path, 1)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/digits/step1/*/config.yaml")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(seconds_after_start)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train_step1.main(["--resume", str(only_run(tmp_path, 1))])
+    assert_same_result(finished, tmp_path, 1)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, small_digits):
+    run = only_run(finished, 1)
+    before = (run / "last.pt").read_bytes()
+    train_step1.main(["--resume", str(run)])
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_resume_refuses_other_settings(finished):
+    with pytest.raises(ValueError, match="optim.learning_rate"):
+        train_step1.main(["--resume", str(only_run(finished, 1)), "--set", "optim.learning_rate=0.5"])
+
+
+def test_errors_of_a_stage_name_the_mend(finished, small_digits, tmp_path):
+    with pytest.raises(FileNotFoundError, match="train_step1.py"):
+        train_step2.main(settings(small_digits, tmp_path, 2))
+    with pytest.raises(ValueError, match="50.*40"):
+        train_step1.main(settings(small_digits, tmp_path, 1, "pla.num_clusters=50"))
+    with pytest.raises(ValueError, match="num_clusters"):
+        train_step1.main(settings(small_digits, tmp_path, 1, "pla.num_cluster=5"))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        evaluate.main(["--run", str(_empty_run(tmp_path))])
+
+
+def _empty_run(folder: Path) -> Path:
+    run = folder / "empty"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}\n")
+    return run
+
+
+def test_bare_command_without_gpu_names_the_cpu_configuration(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="configs/mnist3d_cpu/step1.yaml"):
+        train_step1.main([])
+    for step in (1, 2):
+        assert (REPOSITORY / f"configs/mnist3d_cpu/step{step}.yaml").is_file()
+
+
+def test_command_line_prints_one_line_instead_of_a_traceback(tmp_path):
+    result = subprocess.run([sys.executable, "train_step1.py", "--config", str(tmp_path / "no.yaml")], cwd=REPOSITORY,
+                            capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "error:" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_non_finite_loss_stops_with_epoch_and_step():
+    with pytest.raises(FloatingPointError, match="step1 epoch 4, step 2"):
+        trainer.run_batches([torch.arange(2)] * 3, lambda index: {"loss/mlm": torch.tensor(float("nan"))},
+                            title="step1 epoch 4", log_interval=2)

@@ -1,0 +1,146 @@
+"""Step 1, pseudo-label annotation (PLA): trains with self matching and modality invariance, writes pseudo-label files."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
+from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
+from datasets.samples import training_views
+from losses import ModalityInvarianceLoss, SelfMatchingLoss
+from models import LinearClassifier, MemoryBank
+from models.build import build_encoders, load_pretrained
+from utils.clustering import joint_then_per_modality
+from utils.config import config_hash
+from utils.learner import StageLearner
+from utils.options import Step1Config
+from utils.evaluation import retrieval_table
+from utils.report import draw_figures, print_scores, report_pretrained
+from utils.run_log import environment
+from utils.seed import derive_seed
+from utils.trainer import Session, fit, open_session, parse_arguments, run_command
+
+DEFAULT_CONFIG = "configs/mnist3d/step1.yaml"
+
+
+class PLALearner(StageLearner):
+    """Encoders, classifiers g, memory banks and optimiser of step 1 (Algorithm 1, first half).
+
+    Args:
+        config: settings of step 1.
+        samples: training samples, without labels.
+        device: where everything lives.
+    Raises:
+        ValueError: if there are more clusters than samples.
+    """
+
+    parts = (*StageLearner.parts, "banks")
+
+    def __init__(self, config: Step1Config, samples: PairedSamples, device: torch.device) -> None:
+        self.samples = samples
+        dim, pla = config.model.embedding_dim, config.pla
+        if pla.num_clusters > len(samples):
+            raise ValueError(f"pla.num_clusters (K = {pla.num_clusters}) exceeds the {len(samples)} training samples")
+        encoders = build_encoders(config.data.modalities, config.model)
+        classifiers = nn.ModuleDict({name: LinearClassifier(dim, pla.num_clusters, pla.logit_scale) for name in encoders})
+        views = lambda index, generator: training_views(samples, index, config.data, generator)  # noqa: E731
+        super().__init__("step1", config, len(samples), views, encoders, classifiers, device)
+        self.banks = nn.ModuleDict({name: MemoryBank(len(samples), dim, pla.momentum) for name in encoders}).to(device)
+        self.self_matching = SelfMatchingLoss(pla.tau_1, pla.estimator)
+        self.modality_invariance = ModalityInvarianceLoss(pla.tau_2)
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train one epoch (1-based); the banks are filled and clustered before the first one after the warm-up."""
+        since_warmup = epoch - self.config.pla.warmup_epochs
+        interval = self.config.pla.recluster_every
+        if since_warmup == 1 or (since_warmup > 1 and interval and (since_warmup - 1) % interval == 0):
+            self.cluster(epoch)
+        self.annotating = since_warmup >= 1
+        losses = super().train_epoch(epoch)
+        return {**losses, **self.agreement()} if self.annotating else losses
+
+    def cluster(self, epoch: int) -> None:
+        """Fill the banks with the current embeddings and start the classifiers at their k-means centres (Sec. III-B)."""
+        seed = derive_seed(self.config.run.seed, "k-means", epoch) % 2**32
+        for name, rows in embed_samples(self.encoders, self.samples, self.config.data).items():
+            self.banks[name].fill(rows)
+        memories = [bank.memory for bank in self.banks.values()]
+        _, centroids, _ = joint_then_per_modality(memories, self.config.pla.num_clusters, seed)
+        for classifier, start in zip(self.classifiers.values(), centroids):
+            classifier.start_from(start)
+
+    @torch.no_grad()
+    def pseudo_labels(self) -> dict[str, Tensor]:
+        """Return z = argmax g(f(x)) of every training sample: modality -> (N,) int64 on the CPU."""
+        embeddings = embed_samples(self.encoders, self.samples, self.config.data)
+        return {name: self.classifiers[name](rows).argmax(dim=1).cpu() for name, rows in embeddings.items()}
+
+    @torch.no_grad()
+    def agreement(self) -> dict[str, float]:
+        """Return label-free diagnostics of the banks: the share of objects whose modalities fall into one cluster."""
+        ids = torch.stack([self.classifiers[name](bank.memory).argmax(dim=1) for name, bank in self.banks.items()])
+        return {
+            "agreement": float((ids == ids[0]).all(dim=0).float().mean()),
+            "clusters_used": len(ids.unique()),
+        }
+
+    def step(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """One step on Eq. 3, followed by the memory update of Eq. 6; on Eq. 14 alone in the warm-up."""
+        embeddings = self.embed(index, generator)
+        mlm = self.modality_invariance(torch.stack(embeddings))
+        if not self.annotating:
+            self.optimise(mlm)
+            return {"loss/mlm": mlm.detach()}
+        extra = torch.randint(self.count, (self.config.pla.memory_samples,), generator=generator, device=self.device)
+        ssm = sum(self._match(name, index, extra, rows) for name, rows in zip(self.encoders, embeddings))
+        weight = self.config.pla.lambda_1
+        self.optimise(weight * ssm + (1 - weight) * mlm)
+        for name, rows in zip(self.encoders, embeddings):
+            self.banks[name].update(index, rows.detach())
+        return {"loss/ssm": ssm.detach(), "loss/mlm": mlm.detach()}
+
+    def _match(self, name: str, index: Tensor, extra: Tensor, embeddings: Tensor) -> Tensor:
+        """Self-matching loss of one modality over the batch and N' extra memory rows, which stand for both views."""
+        bank, classifier = self.banks[name], self.classifiers[name]
+        rows = F.normalize(embeddings.float(), dim=1)
+        current = classifier(torch.cat([rows, bank(extra)]))  # (B + N', K)
+        memory = classifier(torch.cat([bank(index), bank(extra)]))  # (B + N', K)
+        return self.self_matching(current, memory)
+
+
+def export(session: Session, learner: PLALearner) -> None:
+    """Write one pseudo-label file per modality: the hand-over to step 2."""
+    config, run = session.config, session.run
+    provenance = {
+        "run_id": run.run_id, "epoch": config.optim.epochs, "config_hash": config_hash(config),
+        "git_sha": environment(config.run.seed)["git_sha"], "seed": config.run.seed,
+    }
+    for name, labels in learner.pseudo_labels().items():
+        path = pseudo_label_path(config.run.pseudo_labels, config.data.dataset, name)
+        write_pseudo_labels(
+            path, learner.samples.lists[name], labels.numpy(), dataset=config.data.dataset,
+            num_clusters=config.pla.num_clusters, provenance=provenance,
+        )
+        run.log(f"wrote {path}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train step 1, write the pseudo-labels, and report the test scores of the last epoch."""
+    session = open_session(Step1Config, "step1", parse_arguments(__doc__, argv), DEFAULT_CONFIG)
+    config = session.config
+    samples = load_training_samples(config.data, session.device)
+    test, labels = load_test_samples(config.data, session.device, samples)
+    learner = PLALearner(config, samples, session.device)
+    if session.checkpoint is None:
+        report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
+    fit(session, learner, lambda: retrieval_table(embed_samples(learner.encoders, test, config.data), labels), "step1")
+    export(session, learner)
+    print_scores(session.run, "after PLA")
+    if config.run.figures:
+        draw_figures(session.run, embed_samples(learner.encoders, test, config.data), labels, test.arrays)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

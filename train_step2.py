@@ -1,0 +1,98 @@
+"""Step 2, robust discriminative learning (RDL): trains fresh encoders on the noisy pseudo-labels that step 1 wrote."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from datasets.pseudo_labels import pseudo_label_path, read_pseudo_labels
+from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
+from datasets.samples import training_views
+from losses import ModalityInvarianceLoss, RobustConcentratingLoss
+from models import MLPClassifier
+from models.build import build_encoders, load_pretrained
+from utils.evaluation import retrieval_table
+from utils.learner import StageLearner
+from utils.options import Step2Config
+from utils.report import draw_figures, print_scores, report_pretrained
+from utils.trainer import fit, open_session, parse_arguments, run_command
+
+DEFAULT_CONFIG = "configs/mnist3d/step2.yaml"
+
+
+class RDLLearner(StageLearner):
+    """Fresh encoders, MLP classifiers h and optimiser of step 2 (Algorithm 1, second half).
+
+    Args:
+        config: settings of step 2.
+        samples: training samples, without labels.
+        pseudo_labels: modality -> (N,) int64 on the device.
+        num_clusters: K of the pseudo-labels.
+        device: where everything lives.
+    """
+
+    def __init__(
+        self, config: Step2Config, samples: PairedSamples, pseudo_labels: dict[str, Tensor], num_clusters: int,
+        device: torch.device,
+    ) -> None:
+        self.pseudo_labels = pseudo_labels
+        dim, hidden = config.model.embedding_dim, config.model.classifier_hidden
+        encoders = build_encoders(config.data.modalities, config.model)
+        classifiers = nn.ModuleDict({name: MLPClassifier(dim, hidden, num_clusters) for name in encoders})
+        views = lambda index, generator: training_views(samples, index, config.data, generator)  # noqa: E731
+        super().__init__("step2", config, len(samples), views, encoders, classifiers, device)
+        self.robust = RobustConcentratingLoss(config.rdl.alpha, num_clusters)
+        self.modality_invariance = ModalityInvarianceLoss(config.rdl.tau_2)
+
+    def step(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """One step on Eq. 4."""
+        embeddings = self.embed(index, generator)
+        mlm = self.modality_invariance(torch.stack(embeddings))
+        rcll = clipped = 0
+        for name, rows in zip(self.encoders, embeddings):
+            logits, labels = self.classifiers[name](rows.float()), self.pseudo_labels[name][index]
+            rcll = rcll + self.robust(logits, labels)
+            clipped = clipped + self.robust.clipped_fraction(logits, labels) / len(embeddings)
+        weight = self.config.rdl.lambda_2
+        self.optimise(weight * rcll + (1 - weight) * mlm)
+        return {"loss/rcll": rcll.detach(), "loss/mlm": mlm.detach(), "clipped": clipped}
+
+
+def load_pseudo_labels(
+    config: Step2Config, samples: PairedSamples, device: torch.device
+) -> tuple[dict[str, Tensor], int]:
+    """Read the pseudo-label file of every modality; return modality -> (N,) int64 on the device, and K.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_pseudo_labels`, and if the files disagree on K.
+    """
+    labels, counts = {}, {}
+    for name, rows in samples.lists.items():
+        path = pseudo_label_path(config.rdl.pseudo_labels, config.data.dataset, name)
+        values, counts[name] = read_pseudo_labels(
+            path, rows, dataset=config.data.dataset, num_clusters=config.rdl.num_clusters
+        )
+        labels[name] = torch.from_numpy(values).to(device)
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"the pseudo-label files in {config.rdl.pseudo_labels} disagree on the number of clusters: {counts}")
+    return labels, next(iter(counts.values()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train step 2 on the pseudo-labels and report the test scores of the last epoch."""
+    session = open_session(Step2Config, "step2", parse_arguments(__doc__, argv), DEFAULT_CONFIG)
+    config = session.config
+    samples = load_training_samples(config.data, session.device)
+    pseudo_labels, num_clusters = load_pseudo_labels(config, samples, session.device)
+    test, labels = load_test_samples(config.data, session.device, samples)
+    learner = RDLLearner(config, samples, pseudo_labels, num_clusters, session.device)
+    if session.checkpoint is None:
+        report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
+    fit(session, learner, lambda: retrieval_table(embed_samples(learner.encoders, test, config.data), labels), "step2")
+    print_scores(session.run, "after RDL")
+    if config.run.figures:
+        draw_figures(session.run, embed_samples(learner.encoders, test, config.data), labels, test.arrays)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
