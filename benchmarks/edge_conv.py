@@ -51,7 +51,7 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=50, help="clouds, B")
-    parser.add_argument("--points", type=int, default=1024, help="points of a cloud, N; the reference takes 9 GB at 1024")
+    parser.add_argument("--points", type=int, default=1024, help="points of a cloud; the reference takes 9 GB at 1024")
     parser.add_argument("--k", type=int, default=20, help="neighbours")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds after one for warming up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")

@@ -323,6 +323,15 @@ def test_uniform_logits_are_clipped_for_every_class_count(dtype, offset):
         assert loss.clipped_fraction(logits, labels) == 1, classes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_does_not_push_a_chance_level_sample_above_the_clip(dtype):
+    for classes in range(4, 200):
+        probs = torch.full((1, classes), 1 / classes, dtype=torch.float64)
+        probs[0, 1], probs[0, 2] = 1.5 / classes, 0.5 / classes  # p = 1/K exactly, the others uneven
+        _, grad = value_and_gradient(RobustConcentratingLoss(0.3, classes), probs.log().to(dtype), torch.tensor([0]))
+        assert not grad.any(), classes
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_samples_below_chance_get_no_gradient_and_the_constant(alpha, dtype):
