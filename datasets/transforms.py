@@ -24,7 +24,7 @@ def prepare_images(images: Tensor, size: int, resize: int) -> Tensor:
     """
     images = images.float() / 255
     if images.shape[-1] != resize:
-        images = F.interpolate(images, size=(resize, resize), mode="bilinear", antialias=True, align_corners=False)
+        images = _resize(images, resize)
     start = (resize - size) // 2
     return _normalise(images[:, :, start : start + size, start : start + size])
 
@@ -42,6 +42,8 @@ def augment_images(images: Tensor, size: int, resize: int, augment, generator: t
         (B, 3, size, size) float32.
     """
     images = images.float() / 255
+    if images.shape[-1] > resize:  # the resampling below does not smooth: without this, training images would alias
+        images = _resize(images, resize)
     theta = _random_affine(len(images), size / resize, augment, generator, images.device)  # (B, 2, 3)
     grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -133,6 +135,10 @@ def _random_shear(count: int, reach: float, generator: torch.Generator, device) 
     matrix = torch.eye(3, device=device).repeat(count, 1, 1)
     matrix[:, :2, 2] = _uniform((count, 2), -reach, reach, generator, device)
     return matrix
+
+
+def _resize(images: Tensor, side: int) -> Tensor:
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _uniform(shape, low: float, high: float, generator: torch.Generator, device) -> Tensor:

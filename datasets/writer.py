@@ -82,8 +82,7 @@ def write_dataset(
         dataset: prefix of the list files.
         splits: "train" and "test".
         num_points, rgb: see `make_sample`.
-        seed: of the point subsets.
-        source: one line on the origin, for the manifest.
+        seed: of the point subsets; source: one line on the origin, for the manifest.
     Returns:
         False if the same data were there already and nothing was done.
     Raises:

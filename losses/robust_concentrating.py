@@ -22,7 +22,7 @@ class RobustConcentratingLoss(nn.Module):
 
     def __init__(self, alpha: float, num_classes: int) -> None:
         super().__init__()
-        if alpha < 0:
+        if not alpha >= 0:
             raise ValueError(f"alpha must be >= 0, found {alpha}")
         if num_classes < 2:
             raise ValueError(f"num_classes (K) must be >= 2, found {num_classes}")
@@ -45,9 +45,10 @@ class RobustConcentratingLoss(nn.Module):
         log_probs = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)
         surprise = -log_probs.gather(1, pseudo_labels[:, None]).squeeze(1)  # (B,) -log p >= 0
         # The slope of x^alpha is infinite at 0: keep x above the smallest normal number, where the true slope is 0 too.
-        surprise = surprise.clamp_min(torch.finfo(surprise.dtype).tiny)
-        loss = surprise.pow(self.alpha) * -torch.expm1(-surprise)
+        # Above the ceiling the branch is not used, but an overflow there would reach the gradient as 0 * inf.
         ceiling = math.log(self.num_classes)
+        bounded = surprise.clamp(torch.finfo(surprise.dtype).tiny, ceiling)
+        loss = bounded.pow(self.alpha) * -torch.expm1(-bounded)
         constant = ceiling**self.alpha * (1 - 1 / self.num_classes)
         # Rounding must not push an exactly uniform prediction (p = 1/K) above the clip level.
         rounding = 8 * torch.finfo(surprise.dtype).eps * ceiling

@@ -43,14 +43,17 @@ class SelfMatchingLoss(nn.Module):
         Returns:
             Scalar in nats: -MI, in [-log K, 0] ("class"), [-log B, 0] ("instance"), or a cross-entropy >= 0 ("hard").
         Raises:
-            ValueError: if the shapes differ or are not (B, K).
+            ValueError: if the shapes differ, are not (B, K), or the batch is empty.
         """
-        if logits.dim() != 2 or logits.shape != memory_logits.shape:
+        if logits.dim() != 2 or logits.shape != memory_logits.shape or len(logits) == 0:
             raise ValueError(
-                f"logits and memory_logits must both be (B, K), found {tuple(logits.shape)} and "
+                f"logits and memory_logits must both be (B >= 1, K), found {tuple(logits.shape)} and "
                 f"{tuple(memory_logits.shape)}"
             )
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._compare(logits if logits.dtype == torch.float64 else logits.float(), memory_logits)
+
+    def _compare(self, logits: Tensor, memory_logits: Tensor) -> Tensor:
         memory_logits = memory_logits.detach().to(logits.dtype)
         if self.estimator == "hard":
             return F.cross_entropy(logits, memory_logits.argmax(dim=1))

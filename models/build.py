@@ -30,7 +30,7 @@ def load_pretrained(encoders: nn.ModuleDict, sources: Mapping[str, str]) -> dict
     Returns:
         What was loaded, for every modality whose source is not "none".
     Raises:
-        RuntimeError, FileNotFoundError, ValueError: if weights cannot be had or do not fit; random weights never
+        FileNotFoundError, ValueError: if weights cannot be had or do not fit; random weights never
             take their place.
     """
     loaders = {"DGCNN": load_dgcnn_checkpoint, "ResNet18": load_resnet18_weights}

@@ -147,7 +147,9 @@ class _FusedEdgeConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, rows, points, running, eps, slope):
         channels, edges = x.shape[1], rows.numel()
-        centre = x[0].clone()  # any nearby point will do, and this one keeps integer coordinates, so true ties, exact
+        # Any nearby point will do, and this one keeps integer coordinates, so true ties, exact. In eval mode no cloud may
+        # depend on another one of the batch, not even by rounding.
+        centre = x[0].clone() if running is None else torch.zeros_like(x[0])
         x = x - centre
         split = torch.cat((weight[:, :channels], weight[:, channels:] - weight[:, :channels]), 1)  # (C_out, 2C)
         shift = weight[:, channels:] @ centre

@@ -23,7 +23,9 @@ class LinearClassifier(nn.Module):
 
     @torch.no_grad()
     def start_from(self, centroids: Tensor) -> None:
-        """Copy k-means centroids (K, D) into the rows, each scaled to unit norm."""
+        """Copy k-means centroids (K, D) into the rows, each scaled to unit norm; another shape is a ValueError."""
+        if centroids.shape != self.weight.shape:
+            raise ValueError(f"centroids must be {tuple(self.weight.shape)}, found {tuple(centroids.shape)}")
         self.weight.copy_(F.normalize(centroids.to(self.weight), dim=1))
 
     def forward(self, embeddings: Tensor) -> Tensor:

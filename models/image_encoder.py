@@ -9,7 +9,7 @@ class ResNet18(nn.Module):
     """ResNet18 trunk, global average pool, Linear and BatchNorm1d to the common space.
 
     Gray images come as three equal channels, so that the ImageNet stem serves both. The trunk starts random; weights are
-    loaded by `models.build_encoder` alone.
+    loaded by `models.build.load_pretrained` alone.
 
     Args:
         embedding_dim: D, dimension of the common space.

@@ -49,9 +49,13 @@ class MemoryBank(nn.Module):
             index: (B,) int64 sample indices in 0..N-1, each at most once (of a repeated one, one row wins).
             embeddings: (B, D) float, any norm; no gradient is kept.
         Raises:
-            ValueError: if the shapes do not fit; IndexError on an index outside 0..N-1.
+            ValueError: if the shapes do not fit; IndexError on an index outside 0..N-1 (below 0: checked on the CPU).
         """
+        if index.dim() != 1:
+            raise ValueError(f"index must be (B,), found {tuple(index.shape)}")
         self._check_shape(embeddings, len(index))
+        if index.device.type == "cpu" and len(index) and int(index.min()) < 0:
+            raise IndexError(f"index must lie in 0..{len(self) - 1}, found {int(index.min())}")
         fresh = F.normalize(embeddings.to(self.memory.dtype), dim=1)
         blended = self.momentum * self.memory[index] + (1 - self.momentum) * fresh
         # A row that points exactly away from its new embedding can cancel to zero: then the new embedding is kept.

@@ -112,7 +112,7 @@ def load_imagenet_resnet18() -> dict[str, Tensor]:
         torchvision's state dict, on the CPU.
     Raises:
         ValueError: if a file that is already there does not have the hash of its name.
-        RuntimeError: if the download fails; says what to fetch, where to put it, and the alternative.
+        FileNotFoundError: if the download fails; says what to fetch, where to put it, and the alternative.
     """
     url = ResNet18_Weights.IMAGENET1K_V1.url
     name = Path(urlparse(url).path).name
@@ -124,7 +124,7 @@ def load_imagenet_resnet18() -> dict[str, Tensor]:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True,
                                                   weights_only=True)
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RuntimeError(f"could not download the ImageNet weights of ResNet18 ({type(error).__name__}: {error}). "
+        raise FileNotFoundError(f"could not download the ImageNet weights of ResNet18 ({type(error).__name__}: {error}). "
                            f"Fetch {name} from {url} and put it at {PRETRAINED_DIR / name}, or set the weights to "
                            "`none` to train from scratch") from error
 
@@ -146,7 +146,7 @@ def load_resnet18_weights(encoder: nn.Module, source: str) -> LoadReport:
     Returns:
         The report; `fc.*` is left out on purpose and listed as skipped.
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: weights that are absent, damaged, incomplete or not to be had.
+        FileNotFoundError, ValueError: weights that are absent, damaged, incomplete or not to be had.
     """
     state = load_imagenet_resnet18() if source == "imagenet" else read_state_dict(source)
 

@@ -258,7 +258,7 @@ def test_mutual_information_by_hand():
 
 @pytest.mark.parametrize("logits,memory", [((4, 3), (4, 2)), ((4, 3), (5, 3)), ((4,), (4,)), ((2, 4, 3), (2, 4, 3))])
 def test_matching_rejects_shapes(logits, memory):
-    with pytest.raises(ValueError, match=r"\(B, K\)"):
+    with pytest.raises(ValueError, match=r"must both be"):
         SelfMatchingLoss(0.5)(torch.ones(logits), torch.ones(memory))
 
 

@@ -231,7 +231,7 @@ def test_failed_download_says_what_to_fetch(server, resnet_bytes, monkeypatch, f
         url = f"http://127.0.0.1:1/{server.name}"
         monkeypatch.setattr(pretrained.ResNet18_Weights.IMAGENET1K_V1, "url", url)
     encoder = resnet_encoder()
-    unchanged(encoder, lambda: load_resnet18_weights(encoder, "imagenet"), RuntimeError,
+    unchanged(encoder, lambda: load_resnet18_weights(encoder, "imagenet"), FileNotFoundError,
               rf"Fetch {server.name} from http.* put it at .*pretrained.*{server.name}.*`none`")
     checkpoints = server.home / "hub" / "checkpoints"
     assert not checkpoints.exists() or not list(checkpoints.iterdir())

@@ -16,11 +16,17 @@ PANEL_QUERIES, PANEL_RANKS = 8, 5
 
 
 def report_pretrained(run: RunLog, reports: Mapping[str, Any]) -> None:
-    """Log which initial weights each modality got, key by key for checkpoints; `reports` is from `load_pretrained`."""
+    """Log which initial weights each modality got; every key goes to RUN/initial_weights.json.
+
+    Args:
+        run: run folder.
+        reports: modality -> models.pretrained.LoadReport, for the modalities that do not start random.
+    """
     if not reports:
         run.log("initial weights: random for every modality (model.pretrained: none)")
     for name, report in reports.items():
-        run.log(f"initial weights of {name}: {report}")
+        run.log(f"initial weights of {name}: {report.summary()}; keys in initial_weights.json")
+    atomic_write_json(run.folder / "initial_weights.json", {name: vars(report) for name, report in reports.items()})
 
 
 def print_scores(run: RunLog, name: str) -> None:

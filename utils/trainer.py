@@ -184,7 +184,7 @@ def run_command(main: Callable[[], None]) -> int:
     """Run a script's main function; turn the errors that a user can mend into one message instead of a traceback."""
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

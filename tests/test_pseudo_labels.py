@@ -1,0 +1,149 @@
+"""Pseudo-label files: equality after reading, rows in any order, the authors' format, and every way they can be wrong."""
+
+import errno
+import json
+import os
+import warnings
+
+import numpy as np
+import pytest
+
+from datasets.lists import SampleList
+from datasets.pseudo_labels import pseudo_label_path, read_pseudo_labels, write_pseudo_labels
+
+NAMES = ("./train/a_1.png", "train/my file_2.png", "train/c_3.png", "train/d_4.png")
+LABELS = np.array([2, 0, 1, 2])
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return SampleList(tmp_path / "list.txt", "RGBImg", NAMES, tuple(tmp_path / n for n in NAMES), ("1", "2", "3", "4"))
+
+
+@pytest.fixture
+def written(tmp_path, samples):
+    path = pseudo_label_path(tmp_path / "out", "own", "RGBImg")
+    write_pseudo_labels(path, samples, LABELS, dataset="own", num_clusters=3, provenance={"epoch": 4})
+    return path
+
+
+def meta(path):
+    return path.with_name(path.name + ".meta.json")
+
+
+def test_default_name(tmp_path):
+    assert pseudo_label_path(tmp_path, "mnist3d", "RGBImg") == tmp_path / "mnist3d_RGBImgs_train_list_pseudo_labelling.txt"
+    with pytest.raises(ValueError, match="unknown modality"):
+        pseudo_label_path(tmp_path, "mnist3d", "RGBImgs")
+
+
+def test_written_bytes_and_meta(written):
+    assert written.read_bytes() == b"./train/a_1.png 2\ntrain/my file_2.png 0\ntrain/c_3.png 1\ntrain/d_4.png 2\n"
+    facts = json.loads(meta(written).read_text())
+    assert facts["histogram"] == [1, 1, 2] and facts["count"] == 4 and facts["provenance"] == {"epoch": 4}
+    assert (facts["dataset"], facts["modality"], facts["num_clusters"]) == ("own", "RGBImg", 3)
+    assert sorted(os.listdir(written.parent)) == sorted([written.name, meta(written).name])  # no temporary file stays
+
+
+def test_read_gives_back_what_was_written(written, samples):
+    labels, num_clusters = read_pseudo_labels(written, samples, dataset="own")
+    assert labels.tolist() == LABELS.tolist() and labels.dtype == np.int64 and num_clusters == 3
+
+
+def test_authors_format_in_any_order(tmp_path, samples):
+    path = tmp_path / "three.txt"
+    rows = [f"{name} {label} {truth}" for name, label, truth in zip(NAMES, LABELS, [9, 8, 7, 6], strict=True)]
+    path.write_text("\r\n".join(rows[::-1]) + "\r\n\r\n")
+    labels, num_clusters = read_pseudo_labels(path, samples, dataset="own", num_clusters=3)
+    assert labels.tolist() == LABELS.tolist() and num_clusters == 3
+    path.write_text("\n".join(rows).replace(" 9", " 0"))
+    assert read_pseudo_labels(path, samples, dataset="own", num_clusters=3)[0].tolist() == LABELS.tolist()
+
+
+def test_missing_file_names_the_command(tmp_path, samples):
+    with pytest.raises(FileNotFoundError, match="python train_step1.py"):
+        read_pseudo_labels(tmp_path / "none.txt", samples, dataset="own")
+
+
+def test_number_of_clusters(written, samples):
+    with pytest.raises(ValueError, match="expected 5 clusters.*written with 3"):
+        read_pseudo_labels(written, samples, dataset="own", num_clusters=5)
+    meta(written).unlink()
+    with pytest.raises(ValueError, match="give num_clusters"):
+        read_pseudo_labels(written, samples, dataset="own")
+    with pytest.raises(ValueError, match=r"outside 0\.\.1"):
+        read_pseudo_labels(written, samples, dataset="own", num_clusters=2)
+
+
+def test_other_dataset_or_modality(written, samples):
+    with pytest.raises(ValueError, match="another dataset.*'digits'.*'own'"):
+        read_pseudo_labels(written, samples, dataset="digits")
+    gray = SampleList(samples.path, "GrayImg", samples.names, samples.files, samples.instance_ids)
+    with pytest.raises(ValueError, match="modality 'GrayImg'.*'RGBImg'"):
+        read_pseudo_labels(written, gray, dataset="own")
+    meta(written).unlink()
+    names = tuple(name.replace("c_3", "z_3") for name in NAMES)
+    other = SampleList(samples.path, "RGBImg", names, samples.files, samples.instance_ids)
+    with pytest.raises(ValueError, match="row 3: 'train/c_3.png'.*another dataset"):
+        read_pseudo_labels(written, other, dataset="own", num_clusters=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text + "train/c_3.png 1\n", "twice"),
+        (lambda text: text.replace("train/c_3.png 1\n", ""), "cut short.*c_3"),
+        (lambda text: text.replace("c_3.png 1", "c_3.png one"), "row 3.*integer"),
+        (lambda text: text.replace("c_3.png 1", "c_3.png"), "row 3"),
+        (lambda text: text.replace("c_3.png 1", "c_3.png -1"), "outside"),
+        (lambda text: text.replace("c_3.png 1", "c_3.png 1.0"), "row 3.*integer"),
+        (lambda text: "", "cut short"),
+    ],
+)
+def test_bad_rows(written, samples, change, words):
+    written.write_text(change(written.read_text()))
+    with pytest.raises(ValueError, match="sha256 differs.*train_step1.py"):
+        read_pseudo_labels(written, samples, dataset="own")
+    meta(written).unlink()
+    with pytest.raises(ValueError, match=words):
+        read_pseudo_labels(written, samples, dataset="own", num_clusters=3)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "null"])
+def test_broken_meta(written, samples, content):
+    meta(written).write_text(content)
+    with pytest.raises(ValueError, match="broken file"):
+        read_pseudo_labels(written, samples, dataset="own")
+
+
+@pytest.mark.parametrize("bad", [LABELS[:3], LABELS.astype(float), LABELS + 1, LABELS - 1, LABELS[None]])
+def test_writer_refuses(written, samples, bad):
+    before = written.read_bytes()
+    with pytest.raises(ValueError, match="pseudo-label"):
+        write_pseudo_labels(written, samples, bad, dataset="own", num_clusters=3, provenance={})
+    assert written.read_bytes() == before
+
+
+def test_full_disk_keeps_the_old_file(written, samples, monkeypatch):
+    before = {path: path.read_bytes() for path in written.parent.iterdir()}
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="intact"):
+        write_pseudo_labels(written, samples, np.zeros(4, int), dataset="own", num_clusters=3, provenance={})
+    assert {path: path.read_bytes() for path in written.parent.iterdir()} == before
+
+
+def test_warnings_on_degenerate_clusters(tmp_path, samples):
+    path = tmp_path / "labels.txt"
+    write_pseudo_labels(path, samples, np.array([0, 0, 0, 1]), dataset="own", num_clusters=3, provenance={})
+    with pytest.warns(UserWarning) as caught:
+        read_pseudo_labels(path, samples, dataset="own")
+    text = " ".join(str(warning.message) for warning in caught)
+    assert "1 of 3 clusters are empty" in text and "cluster 0 holds 3 of 4" in text
+    write_pseudo_labels(path, samples, LABELS, dataset="own", num_clusters=3, provenance={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_pseudo_labels(path, samples, dataset="own")
