@@ -1,6 +1,7 @@
 """Step 1, pseudo-label annotation (PLA): trains with self matching and modality invariance, writes pseudo-label files."""
 
 import sys
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from datasets.samples import training_views
 from losses import ModalityInvarianceLoss, SelfMatchingLoss
 from models import LinearClassifier, MemoryBank
 from models.build import build_encoders, load_pretrained
-from utils.clustering import joint_then_per_modality
+from utils.clustering import joint_then_per_modality, nmi
 from utils.config import config_hash
 from utils.learner import StageLearner
 from utils.options import Step1Config
@@ -79,10 +80,16 @@ class PLALearner(StageLearner):
 
     @torch.no_grad()
     def agreement(self) -> dict[str, float]:
-        """Return label-free diagnostics of the banks: the share of objects whose modalities fall into one cluster."""
-        ids = torch.stack([self.classifiers[name](bank.memory).argmax(dim=1) for name, bank in self.banks.items()])
+        """Return label-free diagnostics of the banks' cluster ids.
+
+        agreement: share of objects whose modalities all fall into one cluster; 1 for a collapsed clustering too.
+        cross_nmi: normalised mutual information of two modalities' ids, mean over the pairs; 0 for a collapsed one.
+        """
+        ids = torch.stack([self.classifiers[name](bank.memory).argmax(dim=1) for name, bank in self.banks.items()]).cpu()
+        pairs = [nmi(one, other) for one, other in combinations(ids, 2)]
         return {
             "agreement": float((ids == ids[0]).all(dim=0).float().mean()),
+            "cross_nmi": sum(pairs) / len(pairs),
             "clusters_used": len(ids.unique()),
         }
 

@@ -127,7 +127,7 @@ def fit(
 
 
 def _summary(row: Mapping[str, Any], epochs: int) -> str:
-    shown = {key: value for key, value in row.items() if key.startswith("loss/") or key in ("agreement", "map/avg")}
+    shown = {key: value for key, value in row.items() if key.startswith("loss/") or key in ("agreement", "cross_nmi", "map/avg")}
     return f"epoch {row['epoch']}/{epochs}: " + ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
 
 
