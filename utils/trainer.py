@@ -82,9 +82,9 @@ def open_session(config_class: type, stage: str, arguments: argparse.Namespace, 
 def _cpu_advice(stage: str, default_config: str) -> str:
     cpu_config = default_config.replace("mnist3d/", "mnist3d_cpu/")
     return (
-        f"no GPU found, and {default_config} (224-pixel images, 1,024 points, batch 50) takes days on a CPU. Use the CPU "
-        f"configuration, about an hour per stage on 2 cores:\n  python train_{stage}.py --config {cpu_config}\n"
-        f"or insist with --config {default_config}"
+        f"no GPU found. {default_config} (224-pixel images, 1,024 points, batch 50) is estimated at half an hour per epoch on "
+        f"2 CPU cores, a day and a half for both stages. Use the CPU configuration, about half an hour per stage:\n"
+        f"  python train_{stage}.py --config {cpu_config}\nor insist with --config {default_config}"
     )
 
 
