@@ -47,7 +47,7 @@ class PLALearner(StageLearner):
         encoders = build_encoders(config.data.modalities, config.model)
         classifiers = nn.ModuleDict({name: LinearClassifier(dim, pla.num_clusters, pla.logit_scale) for name in encoders})
         views = lambda index, generator: training_views(samples, index, config.data, generator)  # noqa: E731
-        super().__init__("step1", config, len(samples), views, encoders, classifiers, device)
+        super().__init__("step1", config, samples.arrays, views, encoders, classifiers, device)
         self.banks = nn.ModuleDict({name: MemoryBank(len(samples), dim, pla.momentum) for name in encoders}).to(device)
         self.self_matching = SelfMatchingLoss(pla.tau_1, pla.estimator)
         self.modality_invariance = ModalityInvarianceLoss(pla.tau_2)

@@ -5,7 +5,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from datasets.pseudo_labels import pseudo_label_path, read_pseudo_labels
+from datasets.pseudo_labels import pseudo_label_path, pseudo_label_run, read_pseudo_labels
 from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
 from datasets.samples import training_views
 from losses import ModalityInvarianceLoss, RobustConcentratingLoss
@@ -40,9 +40,16 @@ class RDLLearner(StageLearner):
         encoders = build_encoders(config.data.modalities, config.model)
         classifiers = nn.ModuleDict({name: MLPClassifier(dim, hidden, num_clusters) for name in encoders})
         views = lambda index, generator: training_views(samples, index, config.data, generator)  # noqa: E731
-        super().__init__("step2", config, len(samples), views, encoders, classifiers, device)
-        self.robust = RobustConcentratingLoss(config.rdl.alpha, num_clusters)
+        inputs = {**samples.arrays, **{f"pseudo-labels of {name}": values for name, values in pseudo_labels.items()}}
+        super().__init__("step2", config, inputs, views, encoders, classifiers, device)
+        self.clipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters)
+        self.unclipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters, clip=False)
         self.modality_invariance = ModalityInvarianceLoss(config.rdl.tau_2)
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train one epoch (1-based); in the first ones RCLL is not clipped, see `docs/method.md`."""
+        self.robust = self.unclipped if epoch <= self.config.rdl.warmup_epochs else self.clipped
+        return super().train_epoch(epoch)
 
     def step(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """One step on Eq. 4."""
@@ -64,17 +71,23 @@ def load_pseudo_labels(
     """Read the pseudo-label file of every modality; return modality -> (N,) int64 on the device, and K.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_pseudo_labels`, and if the files disagree on K.
+        FileNotFoundError, ValueError: as `read_pseudo_labels`, and if the files disagree on K or come from different runs.
     """
-    labels, counts = {}, {}
+    labels, counts, runs = {}, {}, {}
     for name, rows in samples.lists.items():
         path = pseudo_label_path(config.rdl.pseudo_labels, config.data.dataset, name)
         values, counts[name] = read_pseudo_labels(
             path, rows, dataset=config.data.dataset, num_clusters=config.rdl.num_clusters
         )
         labels[name] = torch.from_numpy(values).to(device)
+        runs[name] = pseudo_label_run(path)
     if len(set(counts.values())) != 1:
         raise ValueError(f"the pseudo-label files in {config.rdl.pseudo_labels} disagree on the number of clusters: {counts}")
+    if len(set(runs.values())) != 1:  # step 1 was cut off between two files: cluster ids would not mean the same
+        raise ValueError(
+            f"the pseudo-label files in {config.rdl.pseudo_labels} come from different runs of step 1: {runs}; repeat "
+            "python train_step1.py, or its --resume"
+        )
     return labels, next(iter(counts.values()))
 
 

@@ -105,9 +105,9 @@ def _read_cloud(file: Path, where: str) -> np.ndarray:
     if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0 or points.dtype.kind not in "fiu":
         raise ValueError(f"{where}: expected numbers of shape (n, 3) with n >= 1, found shape {points.shape} and dtype {points.dtype}")
     points = points.astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
+    bad = np.flatnonzero(~(np.abs(points) <= np.finfo(np.float32).max).all(axis=1))
     if len(bad):
-        raise ValueError(f"{where}: expected finite coordinates, found {points[bad[0]]} at point {bad[0]} ({len(bad)} such points)")
+        raise ValueError(f"{where}: expected finite float32 coordinates, found {points[bad[0]]} at point {bad[0]} ({len(bad)} such points)")
     return points
 
 

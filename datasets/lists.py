@@ -164,7 +164,7 @@ def _rows(path: Path) -> list[str]:
 def _parse_row(text: str, root: Path, where: str) -> tuple[str, int | None, Path]:
     """Split one row from the right, so that paths may hold spaces; the last column is a label if it is an integer."""
     head, *tail = text.rsplit(maxsplit=1)
-    if tail and re.fullmatch(r"[+-]?[0-9]+", tail[0]):
+    if tail and re.fullmatch(r"[+-]?[0-9]{1,18}", tail[0]):  # fits int64
         return head, int(tail[0]), _find_file(head, root, where)
     if tail and _existing(text, root) is None and _existing(head, root) is not None:
         raise ValueError(f"{where}: expected `path label` with an integer label, found label {tail[0]!r}")

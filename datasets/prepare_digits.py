@@ -4,12 +4,14 @@ python -m datasets.prepare_digits [--root dataset/digits] [--points 1024]
 """
 
 import argparse
+import sys
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from datasets.writer import RGB_MODES, DigitSplit, write_dataset
+from utils.trainer import run_command
 
 NUM_TRAIN = 1437
 SPLIT_SEED = 0
@@ -60,4 +62,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

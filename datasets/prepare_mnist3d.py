@@ -4,11 +4,13 @@ python -m datasets.prepare_mnist3d [--mnist DIR | --kaggle DIR | --authors DIR] 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from datasets.authors import join_authors_lists
 from datasets.sources import check_class_counts, download_mnist, read_kaggle, read_mnist
 from datasets.writer import RGB_MODES, write_dataset
+from utils.trainer import run_command
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,4 +43,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -97,6 +97,12 @@ def read_pseudo_labels(
     return labels, num_clusters
 
 
+def pseudo_label_run(path: str | Path) -> str | None:
+    """Return the id of the run that wrote a file, None if there is no meta file or it does not say."""
+    meta = _meta_path(Path(path))
+    return json.loads(meta.read_text(encoding="utf-8")).get("provenance", {}).get("run_id") if meta.is_file() else None
+
+
 def _read_meta(path: Path, content: bytes) -> dict | None:
     meta_path = _meta_path(path)
     if not meta_path.is_file():
@@ -118,7 +124,7 @@ def _resolve_clusters(path: Path, meta: dict | None, modality: str, dataset: str
     """Check the meta file against what is asked for, and return K."""
     if meta is None:
         if num_clusters is None:
-            raise ValueError(f"{path} has no {_meta_path(path).name}, so the number of clusters is unknown: give num_clusters")
+            raise ValueError(f"{path} has no {_meta_path(path).name}, so the number of clusters is unknown: give num_clusters (rdl.num_clusters)")
         return num_clusters
     for key, wanted in (("dataset", dataset), ("modality", modality)):
         if meta[key] != wanted:
@@ -129,12 +135,16 @@ def _resolve_clusters(path: Path, meta: dict | None, modality: str, dataset: str
 
 
 def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: str) -> np.ndarray:
-    position = {_normal(name): index for index, name in enumerate(sample_list.names)}
+    position = {spelling: index for index, name in enumerate(sample_list.names) for spelling in _spellings(name)}
     labels = np.full(len(sample_list), -1, dtype=np.int64)
     seen = np.zeros(len(sample_list), dtype=bool)
-    rows = [line.strip() for line in content.decode("utf-8-sig").split("\n") if line.strip()]
-    for row, text in enumerate(rows, start=1):
-        name, value = _split_row(text, position, f"{path}, row {row}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a UTF-8 text file with rows `path pseudo_label`, found other bytes ({error})") from error
+    rows = [line.strip() for line in text.split("\n") if line.strip()]
+    for row, line in enumerate(rows, start=1):
+        name, value = _split_row(line, position, f"{path}, row {row}")
         index = position.get(name)
         if index is None:
             raise ValueError(
@@ -162,9 +172,16 @@ def _split_row(text: str, known: dict[str, int], where: str) -> tuple[str, int]:
         _normal(three[0]) in known or re.fullmatch(r"[+-]?[0-9]+", three[1])
     )
     name, value = three[:2] if is_three else two
-    if not re.fullmatch(r"[+-]?[0-9]+", value):
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):  # fits int64
         raise ValueError(f"{where}: expected an integer pseudo-label, found {value!r}")
     return _normal(name), int(value)
+
+
+def _spellings(name: str) -> list[str]:
+    """Return a path and, if it is absolute, its endings: the authors' files name `./dataset/...`, lists joined from theirs do not."""
+    parts = Path(_normal(name)).parts
+    starts = len(parts) - 1 if os.path.isabs(name) else 1  # never the bare file name
+    return [os.path.join(*parts[start:]) for start in range(max(1, starts))]
 
 
 def _normal(name: str) -> str:

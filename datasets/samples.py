@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import transforms
-from datasets.arrays import load_images, load_points
+from datasets.arrays import MAX_POINTS, load_images, load_points
 from datasets.lists import SampleList, check_disjoint, check_paired, default_list_path
 from datasets.lists import read_labelled_list, read_training_list
 from utils.features import extract_embeddings
@@ -134,7 +134,7 @@ def _load(lists: dict[str, SampleList], data: DataConfig, device: torch.device) 
         if MODALITIES[name].kind == "image":
             arrays[name] = torch.from_numpy(load_images(rows, data.image_resize)).to(device)
         else:
-            arrays[name] = torch.from_numpy(load_points(rows)).to(device)
+            arrays[name] = torch.from_numpy(load_points(rows, max(MAX_POINTS, data.num_points))).to(device)
             if arrays[name].shape[1] < data.num_points:
                 raise ValueError(
                     f"{rows.path}: clouds hold {arrays[name].shape[1]} points, fewer than data.num_points = "

@@ -16,11 +16,13 @@ class RobustConcentratingLoss(nn.Module):
     Args:
         alpha: exponent >= 0; the paper uses 0.25 to 0.35.
         num_classes: K, the number of clusters that the pseudo-labels come from, >= 2.
+        clip: False leaves out Eq. 12's constant part, for the first epochs of a randomly started classifier: clusters
+            that it gives less than 1/K everywhere would never get a gradient.
     Raises:
         ValueError: on alpha < 0 or num_classes < 2.
     """
 
-    def __init__(self, alpha: float, num_classes: int) -> None:
+    def __init__(self, alpha: float, num_classes: int, clip: bool = True) -> None:
         super().__init__()
         if not alpha >= 0:
             raise ValueError(f"alpha must be >= 0, found {alpha}")
@@ -28,6 +30,7 @@ class RobustConcentratingLoss(nn.Module):
             raise ValueError(f"num_classes (K) must be >= 2, found {num_classes}")
         self.alpha = alpha
         self.num_classes = num_classes
+        self.clip = clip
 
     def forward(self, logits: Tensor, pseudo_labels: Tensor) -> Tensor:
         """Return the mean loss of a batch.
@@ -45,14 +48,20 @@ class RobustConcentratingLoss(nn.Module):
         log_probs = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)
         surprise = -log_probs.gather(1, pseudo_labels[:, None]).squeeze(1)  # (B,) -log p >= 0
         # The slope of x^alpha is infinite at 0: keep x above the smallest normal number, where the true slope is 0 too.
-        # Above the ceiling the branch is not used, but an overflow there would reach the gradient as 0 * inf.
+        surprise = surprise.clamp_min(torch.finfo(surprise.dtype).tiny)
+        if not self.clip:
+            return self._value(surprise).mean()
+        # Rounding must not push an exactly uniform prediction (p = 1/K) above the clip level. An overflow above it would
+        # reach the gradient of the unused branch as 0 * inf, hence the clamp.
         ceiling = math.log(self.num_classes)
-        bounded = surprise.clamp(torch.finfo(surprise.dtype).tiny, ceiling)
-        loss = bounded.pow(self.alpha) * -torch.expm1(-bounded)
-        constant = ceiling**self.alpha * (1 - 1 / self.num_classes)
-        # Rounding must not push an exactly uniform prediction (p = 1/K) above the clip level.
         rounding = 8 * torch.finfo(surprise.dtype).eps * ceiling
+        loss = self._value(surprise.clamp_max(ceiling))
+        constant = ceiling**self.alpha * (1 - 1 / self.num_classes)
         return torch.where(surprise < ceiling - rounding, loss, torch.full_like(loss, constant)).mean()
+
+    def _value(self, surprise: Tensor) -> Tensor:
+        """(-log p)^alpha (1 - p) from -log p."""
+        return surprise.pow(self.alpha) * -torch.expm1(-surprise)
 
     def clipped_fraction(self, logits: Tensor, pseudo_labels: Tensor) -> Tensor:
         """Return the share of samples with p <= 1/K, which get no gradient, as a scalar in [0, 1]."""

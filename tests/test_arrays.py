@@ -118,3 +118,10 @@ def test_pickles_archives_and_broken_files_are_refused(tmp_path):
         samples.files[0].write_bytes(content)
         with pytest.raises(ValueError, match="row 1"):
             load_points(samples)
+
+
+def test_coordinates_beyond_float32_are_refused(tmp_path):
+    np.save(tmp_path / "cloud_1.npy", np.full((4, 3), 1e300))
+    rows = SampleList(tmp_path / "list.txt", "PointCloud", ("cloud_1.npy",), (tmp_path / "cloud_1.npy",), ("1",))
+    with pytest.raises(ValueError, match="row 1.*finite float32"):
+        load_points(rows)

@@ -121,7 +121,7 @@ def test_round_trip_and_hash(tmp_path):
         ("data.dataset=../up", "data.dataset names files and folders"),
         ("data.image_resize=200", "data.image_resize (200) must be at least data.image_size (224)"),
         ("data.num_points=10", "model.num_neighbors (20) must not exceed data.num_points (10)"),
-        ("pla.warmup_epochs=21", "pla.warmup_epochs (21) must not exceed optim.epochs (20)"),
+        ("pla.warmup_epochs=20", "pla.warmup_epochs (20) must be below optim.epochs (20)"),
         ("run.seed", "--set expects section.key=value, got 'run.seed'"),
         ("=3", "--set expects section.key=value, got '=3'"),
         ("run..seed=3", "--set expects section.key=value"),

@@ -135,3 +135,8 @@ def test_default_path(tmp_path):
     assert default_list_path(tmp_path, "mnist3d", "GrayImg", "test") == tmp_path / "mnist3d_GrayImgs_test_list.txt"
     with pytest.raises(ValueError, match="split"):
         default_list_path(tmp_path, "mnist3d", "GrayImg", "valid")
+
+
+def test_label_that_fits_no_integer_type(tmp_path):
+    with pytest.raises(ValueError, match="row 1: expected `path label`.*999"):
+        read(make(tmp_path, ["a_1.png " + "9" * 25], files=["a_1.png"]))

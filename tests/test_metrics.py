@@ -212,3 +212,11 @@ def test_cuda_equals_cpu():
     sets = random_sets()
     on_gpu = retrieval_metrics(*(values.cuda() for values in sets))
     assert on_gpu == pytest.approx(retrieval_metrics(*sets), abs=1e-12)
+
+
+def test_reversed_and_read_only_arrays_are_accepted(recwarn):
+    rows, labels = np.random.default_rng(0).normal(size=(6, 4)), np.arange(6) % 3
+    expected = mean_average_precision(rows, labels, rows, labels)
+    rows.flags.writeable = labels.flags.writeable = False
+    assert mean_average_precision(rows[::-1], labels[::-1], rows, labels) == pytest.approx(expected)
+    assert not recwarn.list

@@ -147,3 +147,23 @@ def test_warnings_on_degenerate_clusters(tmp_path, samples):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_pseudo_labels(path, samples, dataset="own")
+
+
+@pytest.mark.parametrize("content, words", [(b"\xff\xfe\x80", "UTF-8"), (b"train/c_3.png " + b"9" * 30, "integer pseudo-label")])
+def test_foreign_content_names_the_file(tmp_path, samples, content, words):
+    path = tmp_path / "odd.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"odd.txt.*{words}"):
+        read_pseudo_labels(path, samples, dataset="own", num_clusters=3)
+
+
+def test_authors_relative_paths_find_absolute_ones(tmp_path):
+    names = tuple(f"{tmp_path}/dataset/3dmnist/train/{name}" for name in ("a_1.png", "b_2.png"))
+    joined = SampleList(tmp_path / "list.txt", "RGBImg", names, names, ("1", "2"))
+    path = tmp_path / "release.txt"
+    path.write_text("./dataset/3dmnist/train/b_2.png 0 7\n./dataset/3dmnist/train/a_1.png 2 7\n")
+    assert read_pseudo_labels(path, joined, dataset="own", num_clusters=3)[0].tolist() == [2, 0]
+    for wrong in ("./other/3dmnist/train/a_1.png 0 7\n", "a_1.png 0 7\n"):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match="another dataset"):
+            read_pseudo_labels(path, joined, dataset="own", num_clusters=3)

@@ -1,7 +1,9 @@
 """Both stages through their command lines: files, determinism, resume after a kill, clear errors."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import train_step2
 from conftest import write_lists
 from utils import trainer
 from utils.checkpoint import load_checkpoint
+from utils.evaluation import format_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PSEUDO_LABELS = ["digits_GrayImgs_train_list_pseudo_labelling.txt", "digits_PointCloud_train_list_pseudo_labelling.txt"]
@@ -209,3 +212,48 @@ def test_non_finite_loss_stops_with_epoch_and_step():
     with pytest.raises(FloatingPointError, match="step1 epoch 4, step 2"):
         trainer.run_batches([torch.arange(2)] * 3, lambda index: {"loss/mlm": torch.tensor(float("nan"))},
                             title="step1 epoch 4", log_interval=2)
+
+
+def test_step_2_refuses_pseudo_label_files_of_two_runs(finished, small_digits, tmp_path):
+    train_step1.main(settings(small_digits, tmp_path, 1, "run.seed=1"))
+    for path in (finished / "pseudo_labels").glob("*GrayImgs*"):  # as if step 1 had been cut off before the second file
+        shutil.copy(path, tmp_path / "pseudo_labels")
+    with pytest.raises(ValueError, match="different runs.*train_step1.py"):
+        train_step2.main(settings(small_digits, tmp_path, 2))
+
+
+@pytest.mark.parametrize("step, changed", [(1, "GrayImg, PointCloud"), (2, "pseudo-labels of GrayImg")])
+def test_resume_refuses_changed_inputs(finished, small_digits, tmp_path, step, changed):
+    shutil.copytree(finished / "pseudo_labels", tmp_path / "pseudo_labels")
+    module = train_step1 if step == 1 else train_step2
+    module.main(settings(small_digits, tmp_path, step))
+    if step == 1:
+        for path in small_digits.glob("*train_list.txt"):
+            path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    else:
+        write_other_pseudo_labels(tmp_path / "pseudo_labels" / PSEUDO_LABELS[0])
+    with pytest.raises(ValueError, match=f"{changed} changed"):
+        module.main(["--resume", str(only_run(tmp_path, step))])
+
+
+def write_other_pseudo_labels(path: Path) -> None:
+    """Move every sample to the next of the 6 clusters and mend the meta file."""
+    rows = [row.split() for row in path.read_text().splitlines()]
+    path.write_text("".join(f"{name} {(int(label) + 1) % 6}\n" for name, label in rows))
+    meta = path.with_name(path.name + ".meta.json")
+    facts = json.loads(meta.read_text())
+    meta.write_text(json.dumps({**facts, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
+
+
+@pytest.mark.parametrize("module", ["datasets.prepare_mnist3d --mnist nowhere", "datasets.prepare_digits --points -1"])
+def test_preparation_prints_one_line_instead_of_a_traceback(tmp_path, module):
+    command = [sys.executable, "-m", *module.split(), "--root", str(tmp_path / "data")]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.startswith("error:") and "Traceback" not in result.stderr
+
+
+def test_table_shows_the_tasks_of_all_runs():
+    rows = [("one", {"map/RP": 0.5, "map/avg": 0.5, "map/chance": 0.1}), ("two", {"map/GP": 0.25, "map/avg": 0.25, "map/chance": 0.1})]
+    head, chance, one, two = (line.split()[-3:] for line in format_table(rows).splitlines())
+    assert head == ["RP", "GP", "avg"] and chance == ["10.0"] * 3
+    assert one == ["50.0", "-", "50.0"] and two == ["-", "25.0", "25.0"]

@@ -117,7 +117,7 @@ def joint_then_per_modality(
 
 
 def _label_pairs(assignments: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
-    pair = tuple(torch.as_tensor(values).cpu().numpy() for values in (assignments, labels))
+    pair = tuple(np.asarray(values.cpu() if isinstance(values, Tensor) else values) for values in (assignments, labels))
     for name, values in zip(("assignments", "labels"), pair):
         if values.ndim != 1 or len(values) == 0 or values.dtype.kind not in "iu":
             raise ValueError(f"{name} must be a non-empty (N,) integer array, got shape {values.shape} of {values.dtype}")

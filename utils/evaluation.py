@@ -34,9 +34,9 @@ def retrieval_table(embeddings: Mapping[str, Tensor], labels: Tensor) -> dict[st
 
 def format_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     """Return a text table of mAP@All in percent: one line per (name, scores of `retrieval_table`), chance level first."""
-    tasks = [key for key in rows[0][1] if key.startswith("map/") and key not in ("map/avg", "map/chance")]
-    columns = [*tasks, "map/avg"]
-    chance = {key: rows[0][1]["map/chance"] for key in columns}
+    keys = dict.fromkeys(key for _, scores in rows for key in scores if key.startswith("map/"))  # tasks differ between runs
+    columns = [*(key for key in keys if key not in ("map/avg", "map/chance")), "map/avg"]
+    chance = {key: next(scores["map/chance"] for _, scores in rows if key in scores) for key in columns}
     width = max(len(name) for name, _ in [*rows, ("chance", {})])
     lines = ["mAP@All [%]".ljust(width) + "".join(key.removeprefix("map/").rjust(8) for key in columns)]
     for name, scores in [("chance", chance), *rows]:

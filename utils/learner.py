@@ -1,6 +1,7 @@
 """The part of a stage that both stages share: encoders, classifiers, Adam, epochs of shuffled batches, and the state."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class StageLearner:
     Args:
         stage: "step1" or "step2"; seeds the epochs and names them in messages.
         config: settings with the sections optim and run.
-        count: N, number of training samples.
+        inputs: name -> tensor (N, ...), all that training reads of the N samples; a resumed run must find the same.
         views: maps indices (B,) and a generator to one augmented input per modality.
         encoders: modality -> encoder; classifiers: modality -> classifier. Both are moved to the device.
         device: where training runs.
@@ -27,10 +28,12 @@ class StageLearner:
     parts: tuple[str, ...] = ("encoders", "classifiers", "optimizer")
 
     def __init__(
-        self, stage: str, config: Any, count: int, views: Views, encoders: nn.ModuleDict, classifiers: nn.ModuleDict,
+        self, stage: str, config: Any, inputs: Mapping[str, Tensor], views: Views, encoders: nn.ModuleDict, classifiers: nn.ModuleDict,
         device: torch.device,
     ) -> None:
-        self.stage, self.config, self.count, self.views, self.device = stage, config, count, views, device
+        self.stage, self.config, self.views, self.device = stage, config, views, device
+        self.count = len(next(iter(inputs.values())))
+        self.inputs = {name: hashlib.sha256(values.cpu().numpy()).hexdigest() for name, values in inputs.items()}
         self.encoders, self.classifiers = encoders.to(device), classifiers.to(device)
         self.optimizer = torch.optim.Adam(
             [*self.encoders.parameters(), *self.classifiers.parameters()],
@@ -66,10 +69,13 @@ class StageLearner:
 
     def state_dict(self) -> dict:
         """Return everything that changes in training, as tensors and plain containers."""
-        return {part: getattr(self, part).state_dict() for part in self.parts}
+        return {"inputs": self.inputs, **{part: getattr(self, part).state_dict() for part in self.parts}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned, strictly."""
+        """Restore what `state_dict` returned, strictly; ValueError if the run was started on other data."""
+        changed = [name for name in self.inputs if state["inputs"].get(name) != self.inputs[name]]
+        if changed:
+            raise ValueError(f"cannot resume {self.stage}: {', '.join(changed)} changed since the run was started; start a new run")
         for part in self.parts:
             getattr(self, part).load_state_dict(state[part])
 

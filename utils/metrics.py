@@ -14,8 +14,13 @@ SCORE_BYTES = 256 * 2**20  # upper bound of one float64 score matrix
 SCORE_DECIMALS = 12  # equal cosines that differ by summation order alone (1e-16) must tie
 
 
+def _tensor(values: Array) -> Tensor:
+    """Torch refuses NumPy's reversed views and warns of read-only arrays, hence the copy."""
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+
+
 def _embeddings(name: str, values: Array) -> Tensor:
-    values = torch.as_tensor(values).detach()
+    values = _tensor(values).detach()
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"{name} must be a non-empty (rows, D) array, got shape {tuple(values.shape)}")
     bad = (~torch.isfinite(values).all(dim=1)).nonzero()
@@ -26,7 +31,7 @@ def _embeddings(name: str, values: Array) -> Tensor:
 
 
 def _labels(name: str, values: Array, rows: int | None = None) -> Tensor:
-    values = torch.as_tensor(values)
+    values = _tensor(values)
     if values.ndim != 1 or (rows is not None and len(values) != rows):
         raise ValueError(f"{name} must have shape ({'rows' if rows is None else rows},), got {tuple(values.shape)}")
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:

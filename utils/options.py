@@ -152,6 +152,7 @@ class RDLConfig:
     lambda_2: float = option(0.25, "weight of the robust loss in Eq. 4; 1 - lambda_2 weights modality invariance", min=0, max=1)
     alpha: float = option(0.3, "exponent of the robust loss", min=0, max=1)
     tau_2: float = option(0.15, "temperature of the modality-invariance loss", above=0)
+    warmup_epochs: int = option(0, "first epochs with RCLL not clipped at p = 1/K (ours; 0 in the paper)", min=0)
     num_clusters: int | None = option(None, "K; default: read from the pseudo-labels' .meta.json", min=2)
     pseudo_labels: str = option("pseudo_labels", "folder that step 1 wrote")
 
@@ -200,8 +201,8 @@ class Step1Config:
     def __post_init__(self) -> None:
         _check_pretrained(self.data, self.model)
         _check_neighbors(self.data, self.model)
-        if self.pla.warmup_epochs > self.optim.epochs:
-            raise ValueError(f"pla.warmup_epochs ({self.pla.warmup_epochs}) must not exceed optim.epochs ({self.optim.epochs})")
+        if self.pla.warmup_epochs >= self.optim.epochs:  # without an epoch after it, g would never leave its random start
+            raise ValueError(f"pla.warmup_epochs ({self.pla.warmup_epochs}) must be below optim.epochs ({self.optim.epochs})")
 
 
 @dataclass(frozen=True)
