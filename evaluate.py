@@ -36,6 +36,8 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device) -> tuple[str, di
     """
     run = RunLog.open(checkpoint.parent)
     state = load_checkpoint(checkpoint, map_location=device)
+    if not {"stage", "epoch", "learner"} <= state.keys():
+        raise ValueError(f"{checkpoint} is not a checkpoint of a training stage: it holds {sorted(state)}")
     config = load_config(CONFIGS[state["stage"]], str(run.folder / "config.yaml"))
     encoders = build_encoders(config.data.modalities, config.model).to(device)
     encoders.load_state_dict(state["learner"]["encoders"])
@@ -43,8 +45,16 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device) -> tuple[str, di
     scores = retrieval_table(embed_samples(encoders, test, config.data), labels)
     if state["stage"] == "step1":
         scores.update(pseudo_label_quality(config, run.run_id))
-    atomic_write_json(run.folder / "metrics.json", {**scores, "epoch": state["epoch"], "selection": "last epoch"})
+    _write_metrics(run, scores, state["epoch"], config.optim.epochs)
     return _row_name(config, state), scores
+
+
+def _write_metrics(run: RunLog, scores: dict[str, float], epoch: int, epochs: int) -> None:
+    """Write metrics.json, keeping the oracle entry that the training script may have put there."""
+    path = run.folder / "metrics.json"
+    oracle = {"oracle": json.loads(path.read_text())["oracle"]} if path.is_file() and '"oracle"' in path.read_text() else {}
+    selection = "last epoch" if epoch == epochs else f"epoch {epoch} of {epochs}, unfinished"
+    atomic_write_json(path, {**scores, "epoch": epoch, "selection": selection, **oracle})
 
 
 def pseudo_label_quality(config: Step1Config, run_id: str) -> dict[str, float]:
@@ -77,7 +87,7 @@ def pseudo_label_quality(config: Step1Config, run_id: str) -> dict[str, float]:
 def _row_name(config, state: dict) -> str:
     stage, weight = ("RDL", config.rdl.lambda_2) if state["stage"] == "step2" else ("PLA", config.pla.lambda_1)
     unfinished = "" if state["epoch"] == config.optim.epochs else f" (epoch {state['epoch']} of {config.optim.epochs})"
-    return (f"after {stage}" if weight > 0 else f"{state['stage']}, MLM only") + unfinished
+    return (f"after {stage}" if weight > 0 else "MLM alone") + unfinished
 
 
 def main(argv: list[str] | None = None) -> None:

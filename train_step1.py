@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
     fit(session, learner, lambda: retrieval_table(embed_samples(learner.encoders, test, config.data), labels), "step1")
     export(session, learner)
-    print_scores(session.run, "after PLA")
+    print_scores(session.run, "after PLA" if config.pla.lambda_1 > 0 else "MLM alone")
     if config.run.figures:
         draw_figures(session.run, embed_samples(learner.encoders, test, config.data), labels, test.arrays)
 

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     if session.checkpoint is None:
         report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
     fit(session, learner, lambda: retrieval_table(embed_samples(learner.encoders, test, config.data), labels), "step2")
-    print_scores(session.run, "after RDL")
+    print_scores(session.run, "after RDL" if config.rdl.lambda_2 > 0 else "MLM alone")
     if config.run.figures:
         draw_figures(session.run, embed_samples(learner.encoders, test, config.data), labels, test.arrays)
 

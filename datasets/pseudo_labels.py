@@ -88,7 +88,7 @@ def read_pseudo_labels(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"pseudo-label file {path} not found; make it with: {COMMAND} (same data set and folder)")
+        raise FileNotFoundError(f"pseudo-label file {path} not found; make it with: {COMMAND}, with the step1.yaml of the same data set and folder")
     content = path.read_bytes()
     num_clusters = _resolve_clusters(path, _read_meta(path, content), sample_list.modality, dataset, num_clusters)
     labels = _match_rows(path, content, sample_list, dataset)

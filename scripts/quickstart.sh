@@ -16,6 +16,7 @@ echo "== Step 1: pseudo-label annotation; beside it, its baseline with lambda_1 
     run.output="$RUNS/mlm_alone" run.pseudo_labels="$RUNS/mlm_alone" pla.lambda_1=0 run.figures=false \
     > "$RUNS/mlm_alone.log" 2>&1 &
 baseline=$!
+trap 'kill "$baseline" 2>/dev/null || true' EXIT
 "$PYTHON_BIN" train_step1.py --config configs/digits/step1.yaml --set run.seed="$SEED" run.threads=1 run.device=cpu \
     run.output="$RUNS" run.pseudo_labels="$LABELS"
 wait "$baseline" || { cat "$RUNS/mlm_alone.log"; exit 1; }

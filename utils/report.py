@@ -61,7 +61,8 @@ def draw_figures(run: RunLog, embeddings: Mapping[str, Tensor], labels: Tensor, 
     folder = run.folder / "figures"
     epochs = run.read_epochs()
     plot_curves(epochs, folder / "curves.png", chance=epochs[-1]["map/chance"])
-    plot_tsne({name: rows.cpu().numpy() for name, rows in embeddings.items()}, labels.numpy(), folder / "tsne.png")
+    if len(labels) > 1:
+        plot_tsne({name: rows.cpu().numpy() for name, rows in embeddings.items()}, labels.numpy(), folder / "tsne.png")
     for query in embeddings:
         for gallery in embeddings:
             if query != gallery:
