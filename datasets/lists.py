@@ -12,7 +12,11 @@ import numpy as np
 
 from utils.modalities import MODALITIES
 
-PREPARATION = {"digits": "python -m datasets.prepare_digits", "mnist3d": "python -m datasets.prepare_mnist3d"}
+PREPARATION = {
+    "digits": "python -m datasets.prepare_digits",
+    "mnist3d": "python -m datasets.prepare_mnist3d",
+    "modelnet10_splat": "python -m datasets.prepare_modelnet --npz modelnet10_points.npz",
+}
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def _read(
 
 def _rows(path: Path) -> list[str]:
     if not path.is_file():
-        command = PREPARATION.get(path.name.split("_")[0])
+        command = next((call for name, call in PREPARATION.items() if path.name.startswith(f"{name}_")), None)
         advice = f"make it with: {command}" if command else "see docs/data.md for the format of list files"
         raise FileNotFoundError(f"list file {path} not found; {advice}")
     try:

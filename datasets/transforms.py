@@ -74,14 +74,19 @@ def augment_points(points: Tensor, num_points: int, augment, generator: torch.Ge
     device = points.device
     order = torch.rand(batch_size, stored, generator=generator, device=device).argsort(dim=1)[:, :num_points]
     points = points.gather(1, order[:, :, None].expand(-1, -1, 3))
-    low, high = augment.point_scale
-    matrix = _random_rotation(batch_size, augment, generator, device)  # (B, 3, 3)
-    scale = torch.exp(_uniform((batch_size, 3), math.log(low), math.log(high), generator, device))
-    matrix = matrix @ torch.diag_embed(scale) @ _random_shear(batch_size, augment.point_shear, generator, device)
-    reach = augment.point_translate
-    shift = _uniform((batch_size, 1, 3), -reach, reach, generator, device)
+    matrix, shift = random_map(batch_size, augment, generator, device)
     noise = torch.randn(points.shape, generator=generator, device=device) * augment.point_jitter
     return points @ matrix.transpose(1, 2) + shift + noise
+
+
+def random_map(count: int, augment, generator: torch.Generator, device) -> tuple[Tensor, Tensor]:
+    """Random affine maps of 3D objects: matrices (count, 3, 3), rotation x scale x shear, and shifts (count, 1, 3)."""
+    low, high = augment.point_scale
+    matrix = _random_rotation(count, augment, generator, device)
+    scale = torch.exp(_uniform((count, 3), math.log(low), math.log(high), generator, device))
+    matrix = matrix @ torch.diag_embed(scale) @ _random_shear(count, augment.point_shear, generator, device)
+    reach = augment.point_translate
+    return matrix, _uniform((count, 1, 3), -reach, reach, generator, device)
 
 
 def _random_affine(count: int, zoom: float, augment, generator: torch.Generator, device) -> Tensor:

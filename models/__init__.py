@@ -3,6 +3,7 @@
 from models.heads import LinearClassifier, MLPClassifier
 from models.image_encoder import ResNet18
 from models.memory_bank import MemoryBank
+from models.mesh_encoder import MeshNet
 from models.point_encoder import DGCNN
 
-__all__ = ["DGCNN", "LinearClassifier", "MLPClassifier", "MemoryBank", "ResNet18"]
+__all__ = ["DGCNN", "LinearClassifier", "MLPClassifier", "MemoryBank", "MeshNet", "ResNet18"]

@@ -14,6 +14,7 @@ from torchvision.models import ResNet18_Weights
 
 PRETRAINED_DIR = Path("pretrained")
 OPTIONAL_SUFFIX = "num_batches_tracked"
+MESHNET_WIDTH = 1024
 
 
 @dataclass
@@ -187,3 +188,30 @@ def _dgcnn_name(key: str) -> str | None:
     if layer == "conv5":
         return f"conv5.{name}" if part == "0" else f"bn5.{name}"
     return f"edge_convs.{int(layer[4:]) - 1}.{'conv' if part == '0' else 'bn'}.{name}"
+
+
+def load_meshnet_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
+    """Fill the trunk of a MeshNet from the public classification checkpoint (2021 version, one of its `.pkl` files).
+
+    The names are the file's own. The descriptors and both mesh convolutions are always filled, `fusion_mlp` and
+    `concat_mlp` when the encoder has their published width. The classifier never enters the encoder.
+
+    Args:
+        encoder: a `models.mesh_encoder.MeshNet`.
+        path: the checkpoint.
+    Returns:
+        The report, under the encoder's names.
+    Raises:
+        FileNotFoundError, ValueError: a file that is absent, damaged, or lacks part of these layers.
+    """
+    required = ["spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2."]
+    if encoder.fusion_mlp[0].out_channels == MESHNET_WIDTH:
+        required += ["fusion_mlp.", "concat_mlp."]
+
+    def rename(key: str) -> str | None:
+        return None if key.startswith("classifier.") else key
+
+    try:
+        return load_matching(encoder, read_state_dict(path), rename, required)
+    except ValueError as error:
+        raise ValueError(f"MeshNet checkpoint {path}: {error}") from error

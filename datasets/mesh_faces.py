@@ -1,0 +1,185 @@
+"""Meshes as arrays of faces: made from vertices and triangles, read from files, padded, and transformed in batches.
+
+Row f of a mesh (F, 18) float32 is centre 3, vectors from the centre to the corners 9, unit normal 3, and the indices of
+the faces across the edges (1,2), (2,3), (3,1), the face itself where there is none. `models.MeshNet` reads this array.
+"""
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from datasets.lists import SampleList
+from datasets.transforms import random_map
+
+FACE_CHANNELS = 18
+MAX_FACES = 500
+FLATNESS = 1e-6  # a face whose height is below this share of its longest edge has no area and no normal
+
+
+def mesh_to_faces(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
+    """Turn a triangle mesh into the array of its faces; coordinates are kept as they are.
+
+    Vertices at equal positions are welded and faces without area dropped, before neighbours are looked up. Where more
+    than two faces share an edge, the neighbour is the one of lowest index that is not the face itself.
+
+    Args:
+        vertices: (V, 3) float.
+        triangles: (T, 3) integer indices of vertices.
+    Returns:
+        (F, 18) float32, F <= T, in the order of the triangles.
+    Raises:
+        ValueError: on another shape, NaN or infinity, an index out of range, or a mesh without any face of positive area.
+    """
+    vertices, triangles = np.asarray(vertices, dtype=np.float64), np.asarray(triangles)
+    _check_mesh(vertices, triangles)
+    positions, welded = np.unique(vertices, axis=0, return_inverse=True)
+    triangles = welded.reshape(-1)[triangles]
+    corners = positions[triangles]  # (T, corner, xyz)
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    area = np.linalg.norm(normals, axis=1)  # of the parallelogram
+    longest = np.linalg.norm(corners - np.roll(corners, -1, axis=1), axis=2).max(axis=1)
+    kept = area > FLATNESS * longest**2
+    if not kept.any():
+        raise ValueError(f"expected at least one face of positive area, found none among {len(triangles)} triangles")
+    corners, normals = corners[kept], normals[kept] / area[kept, None]
+    centres = corners.mean(axis=1)
+    vectors = (corners - centres[:, None]).reshape(-1, 9)
+    return np.concatenate([centres, vectors, normals, _neighbours(triangles[kept])], axis=1).astype(np.float32)
+
+
+def _check_mesh(vertices: np.ndarray, triangles: np.ndarray) -> None:
+    shapes = f"{vertices.shape} and {triangles.shape} of {triangles.dtype}"
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or triangles.ndim != 2 or triangles.shape[1] != 3:
+        raise ValueError(f"a mesh is vertices (V, 3) and triangles (T, 3), found shapes {shapes}")
+    if triangles.dtype.kind not in "iu" or len(triangles) == 0:
+        raise ValueError(f"a mesh needs at least one triangle of integer indices, found shapes {shapes}")
+    bad = np.flatnonzero(~np.isfinite(vertices).all(axis=1))
+    if len(bad):
+        raise ValueError(f"expected finite coordinates, found {vertices[bad[0]]} at vertex {bad[0]} ({len(bad)} such vertices)")
+    outside = np.flatnonzero(((triangles < 0) | (triangles >= len(vertices))).any(axis=1))
+    if len(outside):
+        raise ValueError(f"expected vertex indices in 0..{len(vertices) - 1}, found {triangles[outside[0]]} in triangle {outside[0]}")
+
+
+def _neighbours(triangles: np.ndarray) -> np.ndarray:
+    """Return (F, 3), the face across the edges (1,2), (2,3), (3,1) of every face."""
+    edges = np.sort(np.stack([triangles, np.roll(triangles, -1, axis=1)], axis=2), axis=2).reshape(-1, 2)
+    face = np.arange(len(edges)) // 3
+    _, edge, uses = np.unique(edges, axis=0, return_inverse=True, return_counts=True)
+    edge = edge.reshape(-1)
+    order = np.argsort(edge, kind="stable")  # the faces of one edge stand together, lowest index first
+    first = np.cumsum(uses) - uses
+    lowest, second = face[order[first]], face[order[np.minimum(first + 1, first + uses - 1)]]
+    return np.where(lowest[edge] != face, lowest[edge], second[edge]).reshape(-1, 3)
+
+
+def pad_faces(faces: np.ndarray, max_faces: int, generator: np.random.Generator) -> np.ndarray:
+    """Bring a mesh to `max_faces` rows by repeating faces drawn at random, with their neighbours, after its own.
+
+    Args:
+        faces: (F, 18), 1 <= F <= max_faces.
+        max_faces: rows of the result.
+        generator: of the draw.
+    Returns:
+        (max_faces, 18) of the same type.
+    Raises:
+        ValueError: if the mesh has no face or too many.
+    """
+    if not 1 <= len(faces) <= max_faces:
+        raise ValueError(f"expected 1 to {max_faces} faces, found {len(faces)}; simplify the mesh first")
+    return np.concatenate([faces, faces[generator.integers(len(faces), size=max_faces - len(faces))]])
+
+
+def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 0, unit_sphere: bool = True) -> np.ndarray:
+    """Read all meshes of a list, padded to the number of faces of the largest.
+
+    Args:
+        sample_list: of a modality of kind "mesh": .npy files of shape (F, 18), see the module.
+        max_faces: no mesh may have more.
+        seed: of the padding, together with the instance id.
+        unit_sphere: move the centre of each bounding box to the origin and scale the largest corner norm to 1.
+    Returns:
+        (N, F, 18) float32.
+    Raises:
+        ValueError: on an unreadable file or an array that is no such mesh (names file and row).
+    """
+    meshes = []
+    for row, file in enumerate(sample_list.files, start=1):
+        where = f"{sample_list.path}, row {row}: {file}"
+        try:
+            faces = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{where} is not a readable .npy array of numbers ({error})") from error
+        _check_faces(faces, max_faces, where)
+        meshes.append(_to_unit_sphere(faces) if unit_sphere else faces.astype(np.float32))
+    stored = max(len(faces) for faces in meshes)
+    generators = (np.random.default_rng([seed, zlib.crc32(name.encode())]) for name in sample_list.instance_ids)
+    return np.stack([pad_faces(faces, stored, generator) for faces, generator in zip(meshes, generators, strict=True)])
+
+
+def _check_faces(faces: np.ndarray, max_faces: int, where: str) -> None:
+    shape, dtype = getattr(faces, "shape", None), getattr(faces, "dtype", None)
+    if shape is None or len(shape) != 2 or shape[1] != FACE_CHANNELS or dtype.kind != "f":
+        raise ValueError(f"{where}: expected floats of shape (F, {FACE_CHANNELS}), found shape {shape} and dtype {dtype}")
+    if not 1 <= len(faces) <= max_faces:
+        raise ValueError(f"{where}: expected 1 to {max_faces} faces, found {len(faces)}; simplify the mesh or raise the limit")
+    neighbours, vectors = faces[:, 15:], faces[:, 3:12].reshape(-1, 3, 3)
+    if not np.isfinite(faces).all():
+        raise ValueError(f"{where}: expected finite numbers, found NaN or infinity")
+    wrong = np.flatnonzero(((neighbours < 0) | (neighbours >= len(faces)) | (neighbours % 1 != 0)).any(axis=1))
+    if len(wrong):
+        raise ValueError(f"{where}: expected neighbours in 0..{len(faces) - 1}, found {neighbours[wrong[0]]} at face {wrong[0]}")
+    if (np.abs(vectors.sum(axis=1)) > 1e-3 * np.abs(vectors).max()).any():
+        raise ValueError(f"{where}: columns 3 to 11 must be corners minus centre, found vectors that do not add up to zero")
+
+
+def _to_unit_sphere(faces: np.ndarray) -> np.ndarray:
+    faces = faces.astype(np.float64)
+    corners = faces[:, None, :3] + faces[:, 3:12].reshape(-1, 3, 3)
+    middle = (corners.min(axis=(0, 1)) + corners.max(axis=(0, 1))) / 2
+    radius = np.linalg.norm(corners - middle, axis=2).max() or 1.0
+    faces[:, :3] = (faces[:, :3] - middle) / radius
+    faces[:, 3:12] /= radius
+    return faces.astype(np.float32)
+
+
+def prepare_faces(faces: Tensor) -> Tensor:
+    """Evaluation transform: (B, F, 18) with the normals recomputed from the corners, exactly as in training.
+
+    So files made elsewhere, whose stored normals may point the other way, mean the same to both.
+    """
+    return _assemble(faces[:, :, :3], faces[:, :, 3:12].unflatten(2, (3, 3)), faces[:, :, 15:])
+
+
+def augment_faces(faces: Tensor, augment, generator: torch.Generator) -> Tensor:
+    """Training transform: rotation, scale per axis, shear and shift per mesh, jitter and starting corner per face.
+
+    As published, the jitter moves the centres alone, so the vectors to the corners move against it. Normals follow from
+    the transformed corners.
+
+    Args:
+        faces: (B, F, 18) float32, z up.
+        augment: ranges, see `utils.options.AugmentConfig` (the point_* fields).
+        generator: on the device of the faces.
+    Returns:
+        (B, F, 18) float32.
+    """
+    device = faces.device
+    matrix, shift = random_map(len(faces), augment, generator, device)  # (B, 3, 3), (B, 1, 3)
+    noise = torch.randn(faces[:, :, :3].shape, generator=generator, device=device) * augment.point_jitter
+    turned = torch.randint(3, (*faces.shape[:2], 1), generator=generator, device=device)
+    order = (turned + torch.arange(3, device=device)) % 3  # (B, F, 3), corners and edges alike
+    corners = faces[:, :, 3:12].unflatten(2, (3, 3)).gather(2, order[..., None].expand(-1, -1, -1, 3))
+    corners = corners @ matrix.transpose(1, 2)[:, None]
+    centres = faces[:, :, :3] @ matrix.transpose(1, 2) + shift
+    return _assemble(centres + noise, corners - noise[:, :, None], faces[:, :, 15:].gather(2, order))
+
+
+def _assemble(centres: Tensor, corners: Tensor, neighbours: Tensor) -> Tensor:
+    """Join (B, F, 3), (B, F, 3, 3) and (B, F, 3) with the unit normals of the corners; zero for faces without area."""
+    normals = torch.cross(corners[:, :, 1] - corners[:, :, 0], corners[:, :, 2] - corners[:, :, 0], dim=2)
+    normals = F.normalize(normals, dim=2, eps=1e-30)
+    return torch.cat([centres, corners.flatten(2), normals, neighbours], dim=2)

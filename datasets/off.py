@@ -1,0 +1,117 @@
+"""Reads OFF meshes as they really occur in ModelNet, and cleans them. Called by the preparation commands.
+
+Stricter than the mesh libraries on purpose: a file cut short inside its face list is an error here, not a smaller mesh.
+"""
+
+import numpy as np
+
+WELD_TOLERANCE = 1e-6  # of the longest side of the bounding box
+
+
+class MeshError(ValueError):
+    """A mesh or cloud that cannot be used; the preparation leaves its object out of every modality and lists it."""
+
+
+def read_off(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Parse the content of an OFF file.
+
+    Understood: counts on the line of the magic word, with or without a space (`OFF8 12 0`), COFF, comments, blank lines,
+    CRLF, any or no edge count, polygons (cut into a fan of triangles), colours after a vertex or a face.
+
+    Args:
+        data: bytes of the file.
+    Returns:
+        vertices (V, 3) float64 and triangles (T, 3) int64 into them, in file order.
+    Raises:
+        MeshError: when it is no OFF file, has no faces, is cut short, or names a vertex that does not exist.
+    """
+    lines = _content_lines(data)
+    num_vertices, num_faces = _counts(lines)
+    body = lines[1:]
+    if len(body) < num_vertices + num_faces:
+        raise MeshError(f"the header promises {num_vertices} vertices and {num_faces} faces, only {len(body)} lines follow")
+    try:
+        vertices = _vertices(body[:num_vertices])
+        triangles = _triangles(body[num_vertices : num_vertices + num_faces])
+    except (ValueError, OverflowError) as error:
+        raise MeshError(f"not a readable vertex or face list: {error}") from error
+    if not np.isfinite(vertices).all():
+        raise MeshError(f"vertex {np.flatnonzero(~np.isfinite(vertices).all(axis=1))[0]} is not finite")
+    if triangles.min() < 0 or triangles.max() >= num_vertices:
+        raise MeshError(f"faces name vertices {triangles.min()} to {triangles.max()}, there are 0 to {num_vertices - 1}")
+    return vertices, triangles
+
+
+def clean_mesh(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weld coinciding vertices, drop triangles without area and repeated triangles, drop unused vertices.
+
+    Args:
+        vertices: (V, 3) float; triangles: (T, 3) int.
+    Returns:
+        Both, float64 and int64; triangles keep their order and winding.
+    Raises:
+        MeshError: when no triangle is left.
+    """
+    used, triangles = np.unique(triangles, return_inverse=True)  # first, so that a stray vertex does not set the scale
+    vertices, triangles = vertices[used].astype(np.float64), triangles.reshape(-1, 3)
+    extent = float(np.ptp(vertices, axis=0).max()) if len(vertices) else 0.0
+    if not extent > 0:
+        raise MeshError(f"the {len(vertices)} vertices are all in one place")
+    cells = np.rint((vertices - vertices.min(axis=0)) / (extent * WELD_TOLERANCE)).astype(np.int64)
+    _, first, merged = np.unique(cells, axis=0, return_index=True, return_inverse=True)
+    vertices, triangles = vertices[first], merged.reshape(-1)[triangles]
+    _, kept = np.unique(np.sort(triangles, axis=1), axis=0, return_index=True)  # double-sided copies go as well
+    triangles = triangles[np.sort(kept)]
+    triangles = triangles[triangle_areas(vertices, triangles) > (extent * WELD_TOLERANCE) ** 2]
+    if not len(triangles):
+        raise MeshError("no triangle has an area")
+    used, triangles = np.unique(triangles, return_inverse=True)
+    return vertices[used], triangles.reshape(-1, 3)
+
+
+def triangle_areas(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
+    """Return the (T,) areas of triangles (T, 3) over vertices (V, 3)."""
+    corners = vertices[triangles]
+    return np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
+
+
+def _content_lines(data: bytes) -> list[str]:
+    """Return the lines that hold something; the first one holds the counts, whatever it was glued to."""
+    text = data.decode("utf-8-sig", errors="replace")
+    lines = [content for line in text.splitlines() if (content := line.split("#", 1)[0].strip())]
+    for magic in ("COFF", "OFF"):
+        if lines and lines[0].upper().startswith(magic):
+            rest = lines[0][len(magic) :].strip()
+            return [rest, *lines[1:]] if rest else lines[1:]
+    raise MeshError(f"expected an OFF file, found {(lines[0][:20] if lines else 'nothing')!r}")
+
+
+def _counts(lines: list[str]) -> tuple[int, int]:
+    fields = lines[0].split() if lines else []
+    if not (2 <= len(fields) <= 3 and all(field.isdecimal() for field in fields)):
+        raise MeshError(f"expected the counts of vertices, faces and edges, found {(lines[0][:40] if lines else 'nothing')!r}")
+    num_vertices, num_faces = int(fields[0]), int(fields[1])
+    if num_vertices < 3 or num_faces < 1:
+        raise MeshError(f"an empty mesh: {num_vertices} vertices, {num_faces} faces")
+    return num_vertices, num_faces
+
+
+def _vertices(lines: list[str]) -> np.ndarray:
+    table = [line.split() for line in lines]
+    short = next((row for row in table if len(row) < 3), None)
+    if short is not None:
+        raise ValueError(f"expected three coordinates, found {' '.join(short)!r}")
+    return np.array([row[:3] for row in table], dtype=np.float64)
+
+
+def _triangles(lines: list[str]) -> np.ndarray:
+    triangles = []
+    for line in lines:
+        size, *indices = line.split()
+        corners = [int(index) for index in indices[: int(size)]]
+        if int(size) < 1 or len(corners) != int(size):
+            raise ValueError(f"expected `k i1 ... ik`, found {line[:40]!r}")
+        triangles += [(corners[0], second, third) for second, third in zip(corners[1:], corners[2:], strict=False)]
+    if not triangles:
+        raise ValueError("no face has three corners")  # faces of one or two corners have no area and are passed over
+    return np.array(triangles, dtype=np.int64)

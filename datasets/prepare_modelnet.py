@@ -1,0 +1,171 @@
+"""Command: make ModelNet10 or ModelNet40 in every modality from its meshes, or, without Mesh, from point clouds alone.
+
+python -m datasets.prepare_modelnet --archive ModelNet10.zip|ModelNet40.zip [--points HDF5_DIR]
+python -m datasets.prepare_modelnet --npz modelnet10_points.npz
+python -m datasets.prepare_modelnet --points HDF5_DIR
+"""
+
+import argparse
+import os
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+
+from datasets.mesh_faces import mesh_to_faces
+from datasets.mesh_processing import farthest_points, sample_surface, simplify, to_unit_sphere
+from datasets.modelnet import Source, check_official, make_tasks, read_archive, read_hdf5, read_npz
+from datasets.object_writer import ObjectTask, write_objects
+from datasets.off import MeshError, clean_mesh, read_off
+from datasets.rendering import luminance, probe_renderer, render_views, ring_of_cameras, splat_views
+
+CANDIDATES = 4  # surface points drawn per point kept by farthest-point sampling
+SAMPLINGS = ("farthest", "surface")
+MESH_SIZE, SPLAT_SIZE = 224, 112  # pixels; a thousand points do not fill more
+MESH_PACKAGES = ("fast-simplification", "pyvista", "vtk")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the content of the files, apart from the source; passed to the worker processes."""
+
+    size: int
+    views: int
+    elevation: float
+    num_points: int | None
+    sampling: str | None
+    max_faces: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        ring_of_cameras(self.views, self.elevation)  # refuses bad values before anything is read
+        for key, least in (("size", 8), ("num_points", 1), ("max_faces", 4), ("seed", 0)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"--{key.replace('_', '-')} must be at least {least}, found {value}")
+
+
+def make_object(recipe: Recipe, archive: str | None, needs_cloud: bool, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    """Make all modalities of one object.
+
+    Args:
+        recipe: sizes and counts; archive: zip file of `task.member`; task: the object.
+        needs_cloud: leave the object out if it brings no cloud.
+    Returns:
+        RGBImg (views, S, S, 3) and GrayImg (views, S, S) uint8, PointCloud (n, 3) float32, Mesh (F, 18) float32 if there is
+        one; and the record of the simplification.
+    Raises:
+        MeshError: when the object cannot be used.
+    """
+    if needs_cloud and task.cloud is None:
+        raise MeshError("the folder of clouds has none of this object")
+    cameras = ring_of_cameras(recipe.views, recipe.elevation)
+    if archive is None:
+        images = splat_views(to_unit_sphere(task.cloud), cameras, recipe.size)
+        return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": task.cloud}, {}
+    vertices, triangles = clean_mesh(*read_off(_read_member(archive, task.member)))
+    vertices = to_unit_sphere(vertices)
+    small, record = simplify(vertices, triangles, recipe.max_faces)
+    cloud = _sample(vertices, triangles, recipe, task.name) if task.cloud is None else task.cloud
+    images = render_views(vertices, triangles, cameras, recipe.size)
+    try:
+        faces = mesh_to_faces(*small)
+    except ValueError as error:
+        raise MeshError(f"no mesh is left after simplification: {error}") from error
+    return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": cloud, "Mesh": faces}, record
+
+
+def _sample(vertices: np.ndarray, triangles: np.ndarray, recipe: Recipe, name: str) -> np.ndarray:
+    seed = (recipe.seed, zlib.crc32(name.encode()))
+    if recipe.sampling == "surface":
+        return sample_surface(vertices, triangles, recipe.num_points, seed).astype(np.float32)
+    candidates = sample_surface(vertices, triangles, CANDIDATES * recipe.num_points, seed)
+    return farthest_points(candidates, recipe.num_points, seed).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _open(archive: str) -> zipfile.ZipFile:
+    """Open an archive once per process: its table of contents takes longer to read than a mesh."""
+    return zipfile.ZipFile(archive)
+
+
+def _read_member(archive: str, member: str) -> bytes:
+    try:
+        return _open(archive).read(member)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise MeshError(f"damaged in the archive: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archive", metavar="ZIP", help="ModelNet10.zip or ModelNet40.zip: all four modalities")
+    parser.add_argument("--points", metavar="HDF5_DIR", help="clouds to use instead of sampling the meshes; alone: clouds and splats")
+    parser.add_argument("--npz", metavar="FILE", help="modelnet10_points.npz: clouds and splats")
+    parser.add_argument("--root", help="where the data set goes; default dataset/modelnet10, modelnet40 or ..._splat")
+    parser.add_argument("--size", type=int, help=f"side of the pictures; default {MESH_SIZE} from meshes, {SPLAT_SIZE} from points")
+    parser.add_argument("--views", type=int, default=12, help="cameras around the object")
+    parser.add_argument("--elevation", type=float, default=30.0, help="of the cameras, degrees")
+    parser.add_argument("--num-points", type=int, default=2048, help="points drawn from each mesh")
+    parser.add_argument("--sampling", choices=SAMPLINGS, default="farthest", help="farthest: any beginning of a cloud is well spread")
+    parser.add_argument("--max-faces", type=int, default=500, help="of the simplified mesh")
+    parser.add_argument("--up", choices=("y", "z"), default="y", help="vertical axis of the clouds in --points")
+    parser.add_argument("--seed", type=int, default=0, help="of the surface points")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    parser.add_argument("--any-counts", action="store_true", help="accept fewer or more objects than the official set; noted in the manifest")
+    return parser
+
+
+def _read_sources(options: argparse.Namespace) -> tuple[Source, Source | None]:
+    """Return the source of the objects and, if the clouds come from elsewhere, theirs."""
+    if bool(options.npz) + bool(options.archive or options.points) != 1:
+        raise SystemExit("expected --archive ZIP, --archive ZIP --points HDF5_DIR, --points HDF5_DIR, or --npz FILE")
+    if options.npz:
+        return read_npz(options.npz), None
+    clouds = read_hdf5(options.points, options.up) if options.points else None
+    return (read_archive(options.archive), clouds) if options.archive else (clouds, None)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError as error:
+        raise ImportError(f"meshes need {package}: pip install -r requirements-data.txt") from error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` default to those of the process."""
+    options = _parser().parse_args(arguments)
+    source, clouds = _read_sources(options)
+    difference = check_official(source, clouds_only=not options.archive)
+    if difference and not options.any_counts:
+        raise SystemExit(f"{difference}; fetch the complete set, or accept it as it is with --any-counts")
+    meshes = bool(options.archive)
+    recipe = Recipe(
+        size=options.size or (MESH_SIZE if meshes else SPLAT_SIZE), views=options.views, elevation=options.elevation,
+        num_points=options.num_points if meshes and not clouds else None, sampling=options.sampling if meshes and not clouds else None,
+        max_faces=options.max_faces if meshes else None, seed=options.seed,
+    )
+    dataset = source.dataset if meshes else f"{source.dataset}_splat"
+    settings = {
+        "format": 1, "dataset": dataset, "generator": "datasets.prepare_modelnet", "pictures": "mesh" if meshes else "splat",
+        "modalities": ["RGBImg", "GrayImg", "PointCloud", *(["Mesh"] if meshes else [])], "official_counts": difference is None,
+        "input_sha256": {"objects": source.sha256, **({"clouds": clouds.sha256} if clouds else {})}, **asdict(recipe),
+        "packages": {name: _version(name) for name in MESH_PACKAGES} if meshes else {},
+    }
+    if meshes:
+        probe_renderer()
+    tasks = make_tasks(source, {shape.name: shape.cloud for shape in clouds.shapes} if clouds else None)
+    root = options.root or f"dataset/{dataset}"
+    made, manifest = write_objects(root, settings, tasks, partial(make_object, recipe, options.archive, bool(clouds)), options.workers)
+    print(f"{root}: {'written' if made else 'already prepared, nothing to do'}; objects {manifest['counts']}")
+    for entry in manifest["left_out"]:
+        print(f"left out of every modality: {entry['split']} {entry['name']}: {entry['left_out']}")
+    if manifest["flagged"]:
+        print(f"{len(manifest['flagged'])} simplified meshes lost much of their area or silhouette (`flagged` in the manifest)")
+
+
+if __name__ == "__main__":
+    main()
