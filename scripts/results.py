@@ -80,7 +80,10 @@ def table(name: str) -> str:
         cells = [_spread([run["scores"][key] for run in runs if key in run["scores"]]) for key in columns]
         minutes = mean(run["train_seconds"] for run in runs) / 60
         seeds = ", ".join(str(run["seed"]) for run in runs)
-        devices = sorted({f"{run['device']}, {run['threads']} thread(s), `{run['commit'][:7]}`" for run in runs})
+        devices = defaultdict(set)
+        for run in runs:
+            devices[f"{run['device']}, {run['threads']} thread{'s' * (run['threads'] > 1)}"].add(f"`{run['commit'][:7]}`")
+        devices = [f"{device}: {', '.join(sorted(commits))}" for device, commits in devices.items()]
         lines.append(f"| {row} | {' | '.join(cells)} | {seeds} | {minutes:.1f} min | {'; '.join(devices)} |")
     return "\n".join(lines)
 
