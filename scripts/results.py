@@ -21,7 +21,8 @@ from utils.run_log import RunLog  # noqa: E402
 def row_name(config: dict) -> str:
     """Name the table row of a run from its settings."""
     if "rdl" in config:
-        return "step 2, RDL" if config["rdl"]["lambda_2"] > 0 else "step 2, MLM alone (lambda_2 = 0)"
+        start = "" if config["rdl"].get("warmup_epochs") else ", clipped from the start"
+        return f"step 2, RDL{start}" if config["rdl"]["lambda_2"] > 0 else "step 2, MLM alone (lambda_2 = 0)"
     if config["pla"]["lambda_1"] == 0:
         return "step 1, MLM alone (lambda_1 = 0)"
     return f"step 1, PLA ({config['pla']['estimator']} estimator)"
@@ -47,7 +48,7 @@ def collect(folder: Path, name: str) -> Path:
         raise ValueError(f"{folder} was made from uncommitted code, its commit would not repeat it")
     metrics = json.loads((folder / "metrics.json").read_text())
     scores = {key: value for key, value in metrics.items() if isinstance(value, float)}
-    logged = {key: epochs[-1][key] for key in ("agreement", "cross_nmi") if key in epochs[-1]}
+    logged = {key: epochs[-1][key] for key in ("agreement", "cross_nmi", "clipped") if key in epochs[-1]}
     row = row_name(config)
     result = {
         "row": row, "dataset": config["data"]["dataset"], "seed": config["run"]["seed"], "epochs": config["optim"]["epochs"],
@@ -67,7 +68,7 @@ def table(name: str) -> str:
     if not results:
         return "not run"
     tasks = [key for key in results[0]["scores"] if key.startswith("map/") and key not in ("map/avg", "map/chance")]
-    others = [key for key in ("cross_nmi", "agreement") if any(key in result["scores"] for result in results)]
+    others = [key for key in ("cross_nmi", "agreement", "clipped") if any(key in result["scores"] for result in results)]
     columns = [*tasks, "map/avg", *others]
     rows = defaultdict(list)
     for result in results:
