@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from datasets.lists import default_list_path, read_labelled_list
-from datasets.pseudo_labels import pseudo_label_path, read_pseudo_labels
-from datasets.samples import embed_samples, load_test_samples
+from datasets.lists import read_labelled_list
+from datasets.pseudo_labels import pseudo_label_path, pseudo_label_run, read_pseudo_labels
+from datasets.samples import embed_samples, list_path, load_test_samples
 from models.build import build_encoders
 from utils.checkpoint import atomic_write_json, load_checkpoint
 from utils.clustering import clustering_accuracy, nmi, purity
@@ -52,7 +52,8 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device) -> tuple[str, di
 def _write_metrics(run: RunLog, scores: dict[str, float], epoch: int, epochs: int) -> None:
     """Write metrics.json, keeping the oracle entry that the training script may have put there."""
     path = run.folder / "metrics.json"
-    oracle = {"oracle": json.loads(path.read_text())["oracle"]} if path.is_file() and '"oracle"' in path.read_text() else {}
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    oracle = {key: before[key] for key in ("oracle",) if key in before}
     selection = "last epoch" if epoch == epochs else f"epoch {epoch} of {epochs}, unfinished"
     atomic_write_json(path, {**scores, "epoch": epoch, "selection": selection, **oracle})
 
@@ -70,12 +71,12 @@ def pseudo_label_quality(config: Step1Config, run_id: str) -> dict[str, float]:
     quality, data = {}, config.data
     for name in data.modalities:
         path = pseudo_label_path(config.run.pseudo_labels, data.dataset, name)
-        meta = path.with_name(path.name + ".meta.json")
-        if not meta.is_file() or json.loads(meta.read_text())["provenance"].get("run_id") != run_id:
+        if pseudo_label_run(path) != run_id:
             return {}
-        list_path = data.train_lists.get(name, default_list_path(data.root, data.dataset, name, "train"))
         try:
-            rows, labels = read_labelled_list(list_path, modality=name, root=data.root, instance_id=data.instance_id)
+            rows, labels = read_labelled_list(
+                list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id
+            )
         except ValueError:
             return {}  # training lists may come without labels
         pseudo_labels, _ = read_pseudo_labels(path, rows, dataset=data.dataset)

@@ -15,9 +15,9 @@ from models import LinearClassifier, MemoryBank
 from models.build import build_encoders, load_pretrained
 from utils.clustering import joint_then_per_modality, nmi
 from utils.config import config_hash
+from utils.evaluation import retrieval_table
 from utils.learner import StageLearner
 from utils.options import Step1Config
-from utils.evaluation import retrieval_table
 from utils.report import draw_figures, print_scores, report_pretrained
 from utils.run_log import environment
 from utils.seed import derive_seed

@@ -42,7 +42,7 @@ def load_training_samples(data: DataConfig, device: torch.device) -> PairedSampl
     """
     lists = {
         name: read_training_list(
-            _list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id,
+            list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id,
             num_classes=data.num_classes,
         )
         for name in data.modalities
@@ -68,7 +68,7 @@ def load_test_samples(
     lists, labels = {}, {}
     for name in data.modalities:
         lists[name], labels[name] = read_labelled_list(
-            _list_path(data, name, "test"), modality=name, root=data.root, instance_id=data.instance_id,
+            list_path(data, name, "test"), modality=name, root=data.root, instance_id=data.instance_id,
             num_classes=data.num_classes,
         )
         if train is not None:
@@ -122,7 +122,8 @@ def embed_samples(encoders: nn.ModuleDict, samples: PairedSamples, data: DataCon
     return extract_embeddings(encoders, lambda index: evaluation_views(samples, index, data), len(samples), device)
 
 
-def _list_path(data: DataConfig, modality: str, split: str) -> Path:
+def list_path(data: DataConfig, modality: str, split: str) -> Path:
+    """Return the list file of a modality: the configured one, else the prepared name under `data.root`."""
     given = data.train_lists if split == "train" else data.test_lists
     return Path(given[modality]) if modality in given else default_list_path(data.root, data.dataset, modality, split)
 

@@ -42,7 +42,7 @@ def transposed_neighbour_sum(x: Tensor, rows: Tensor, points: int) -> Tensor:
         return out
     k = rows.shape[1]
     local = (rows.view(-1, points * k) % points).numpy()
-    # NumPy sorts 16-bit integers by radix, about five times faster than torch.sort.
+    # NumPy sorts 16-bit integers by radix, which torch.sort does not.
     order = torch.from_numpy(local.astype(np.min_scalar_type(points - 1)).argsort(axis=1, kind="stable"))
     order = order.div_(k, rounding_mode="floor").add_(torch.arange(0, x.shape[0], points).view(-1, 1))
     degree = in_degrees(rows)
