@@ -15,7 +15,8 @@ from utils.checkpoint import atomic_write_json, load_checkpoint
 from utils.clustering import clustering_accuracy, nmi, purity
 from utils.config import load_config
 from utils.device import select_device
-from utils.evaluation import format_table, retrieval_table
+from utils.evaluation import format_matrix, format_table, retrieval_table
+from utils.modalities import MODALITIES, task_name
 from utils.options import Step1Config, Step2Config
 from utils.run_log import RunLog
 from utils.trainer import LAST, run_command
@@ -42,7 +43,7 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device) -> tuple[str, di
     encoders = build_encoders(config.data.modalities, config.model).to(device)
     encoders.load_state_dict(state["learner"]["encoders"])
     test, labels = load_test_samples(config.data, device)
-    scores = retrieval_table(embed_samples(encoders, test, config.data), labels)
+    scores = retrieval_table(embed_samples(encoders, test, config.data), labels, within=True)
     if state["stage"] == "step1":
         scores.update(pseudo_label_quality(config, run.run_id))
     _write_metrics(run, scores, state["epoch"], config.optim.epochs)
@@ -105,6 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = [evaluate_checkpoint(path, device) for path in checkpoints]
     print(format_table(rows))
     for name, scores in rows:
+        modalities = [name for name in MODALITIES if f"map/{task_name(name, name)}" in scores]
+        if len(modalities) > 2:
+            print(f"\nmAP@All [%] {name}, all pairs (same modality: the query itself is left out)\n{format_matrix(scores, modalities)}")
         quality = [f"{key} {value:.3f}" for key, value in scores.items() if key.startswith(("acc/", "purity/", "nmi/"))]
         if quality:
             print(f"pseudo-labels {name} against the training labels (diagnostic): {', '.join(quality)}")

@@ -42,13 +42,14 @@ class PLALearner(StageLearner):
     def __init__(self, config: Step1Config, samples: PairedSamples, device: torch.device) -> None:
         self.samples = samples
         dim, pla = config.model.embedding_dim, config.pla
-        if pla.num_clusters > len(samples):
-            raise ValueError(f"pla.num_clusters (K = {pla.num_clusters}) exceeds the {len(samples)} training samples")
+        if pla.num_clusters > min(samples.counts.values()):
+            raise ValueError(f"pla.num_clusters (K = {pla.num_clusters}) exceeds the training samples: {samples.counts}")
         encoders = build_encoders(config.data.modalities, config.model)
         classifiers = nn.ModuleDict({name: LinearClassifier(dim, pla.num_clusters, pla.logit_scale) for name in encoders})
         views = lambda index, generator: training_views(samples, index, config.data, generator)  # noqa: E731
-        super().__init__("step1", config, samples.arrays, views, encoders, classifiers, device)
-        self.banks = nn.ModuleDict({name: MemoryBank(len(samples), dim, pla.momentum) for name in encoders}).to(device)
+        counts = samples.counts
+        super().__init__("step1", config, samples.arrays, counts.values(), views, encoders, classifiers, device)
+        self.banks = nn.ModuleDict({name: MemoryBank(count, dim, pla.momentum) for name, count in counts.items()}).to(device)
         self.self_matching = SelfMatchingLoss(pla.tau_1, pla.estimator)
         self.modality_invariance = ModalityInvarianceLoss(pla.tau_2)
 
@@ -80,12 +81,15 @@ class PLALearner(StageLearner):
 
     @torch.no_grad()
     def agreement(self) -> dict[str, float]:
-        """Return label-free diagnostics of the banks' cluster ids.
+        """Return label-free diagnostics of the banks' cluster ids; the first two need pairs.
 
         agreement: share of objects whose modalities all fall into one cluster; 1 for a collapsed clustering too.
         cross_nmi: normalised mutual information of two modalities' ids, mean over the pairs; 0 for a collapsed one.
         """
-        ids = torch.stack([self.classifiers[name](bank.memory).argmax(dim=1) for name, bank in self.banks.items()]).cpu()
+        ids = [self.classifiers[name](bank.memory).argmax(dim=1).cpu() for name, bank in self.banks.items()]
+        if self.config.data.pairing == "none":
+            return {"clusters_used": len(torch.cat(ids).unique())}
+        ids = torch.stack(ids)
         pairs = [nmi(one, other) for one, other in combinations(ids, 2)]
         return {
             "agreement": float((ids == ids[0]).all(dim=0).float().mean()),
@@ -96,17 +100,24 @@ class PLALearner(StageLearner):
     def step(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """One step on Eq. 3, followed by the memory update of Eq. 6; on Eq. 14 alone in the warm-up."""
         embeddings = self.embed(index, generator)
-        mlm = self.modality_invariance(torch.stack(embeddings))
+        mlm = self.invariance(index, embeddings, generator)
         if not self.annotating:
             self.optimise(mlm)
             return {"loss/mlm": mlm.detach()}
-        extra = torch.randint(self.count, (self.config.pla.memory_samples,), generator=generator, device=self.device)
-        ssm = sum(self._match(name, index, extra, rows) for name, rows in zip(self.encoders, embeddings))
+        extra = self._extra_rows(generator)
+        ssm = sum(self._match(name, *chosen, rows) for name, *chosen, rows in zip(self.encoders, index, extra, embeddings))
         weight = self.config.pla.lambda_1
         self.optimise(weight * ssm + (1 - weight) * mlm)
-        for name, rows in zip(self.encoders, embeddings):
-            self.banks[name].update(index, rows.detach())
+        for name, chosen, rows in zip(self.encoders, index, embeddings):
+            self.banks[name].update(chosen, rows.detach())
         return {"loss/ssm": ssm.detach(), "loss/mlm": mlm.detach()}
+
+    def _extra_rows(self, generator: torch.Generator) -> list[Tensor]:
+        """Draw N' memory rows per modality; the same objects in all of them if rows are pairs."""
+        size = (self.config.pla.memory_samples,)
+        if self.config.data.pairing == "none":
+            return [torch.randint(count, size, generator=generator, device=self.device) for count in self.counts]
+        return [torch.randint(self.counts[0], size, generator=generator, device=self.device)] * len(self.counts)
 
     def _match(self, name: str, index: Tensor, extra: Tensor, embeddings: Tensor) -> Tensor:
         """Self-matching loss of one modality over the batch and N' extra memory rows, which stand for both views."""

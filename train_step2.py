@@ -41,7 +41,7 @@ class RDLLearner(StageLearner):
         classifiers = nn.ModuleDict({name: MLPClassifier(dim, hidden, num_clusters) for name in encoders})
         views = lambda index, generator: training_views(samples, index, config.data, generator)  # noqa: E731
         inputs = {**samples.arrays, **{f"pseudo-labels of {name}": values for name, values in pseudo_labels.items()}}
-        super().__init__("step2", config, inputs, views, encoders, classifiers, device)
+        super().__init__("step2", config, inputs, samples.counts.values(), views, encoders, classifiers, device)
         self.clipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters)
         self.unclipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters, clip=False)
         self.modality_invariance = ModalityInvarianceLoss(config.rdl.tau_2)
@@ -54,10 +54,10 @@ class RDLLearner(StageLearner):
     def step(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """One step on Eq. 4."""
         embeddings = self.embed(index, generator)
-        mlm = self.modality_invariance(torch.stack(embeddings))
+        mlm = self.invariance(index, embeddings, generator)
         rcll = clipped = 0
-        for name, rows in zip(self.encoders, embeddings):
-            logits, labels = self.classifiers[name](rows.float()), self.pseudo_labels[name][index]
+        for name, chosen, rows in zip(self.encoders, index, embeddings):
+            logits, labels = self.classifiers[name](rows.float()), self.pseudo_labels[name][chosen]
             rcll = rcll + self.robust(logits, labels)
             clipped = clipped + self.robust.clipped_fraction(logits, labels) / len(embeddings)
         weight = self.config.rdl.lambda_2

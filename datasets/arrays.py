@@ -21,7 +21,7 @@ def load_images(sample_list: SampleList, resize: int) -> np.ndarray:
         sample_list: of a modality of kind "image".
         resize: side in pixels.
     Returns:
-        (N, 3, S, S) uint8; gray images have three equal channels.
+        (N, 3, S, S) uint8. Of GrayImg, three equal channels: the luminance, so its list may point at colour pictures.
     Raises:
         ValueError: on an unreadable or non-8-bit image (names file and row) or resize < 1.
     """
@@ -32,8 +32,9 @@ def load_images(sample_list: SampleList, resize: int) -> np.ndarray:
     native = len(sizes) == 1 and width == height <= resize
     side = width if native else resize
     images = np.empty((len(sample_list), 3, side, side), dtype=np.uint8)
+    gray = sample_list.modality == "GrayImg"
     for row in range(len(sample_list)):
-        images[row] = _with_image(sample_list, row, lambda image: _square(image, None if native else resize))
+        images[row] = _with_image(sample_list, row, lambda image: _square(image, None if native else resize, gray))
     return images
 
 
@@ -47,11 +48,12 @@ def _with_image(sample_list: SampleList, row: int, use):
         raise ValueError(f"{sample_list.path}, row {row + 1}: {file} is not a readable 8-bit image ({error})") from error
 
 
-def _square(image: Image.Image, resize: int | None) -> np.ndarray:
-    """Return (3, S, S) uint8, resized and cropped unless `resize` is None."""
+def _square(image: Image.Image, resize: int | None, gray: bool) -> np.ndarray:
+    """Return (3, S, S) uint8, resized and cropped unless `resize` is None; with `gray`, three times the luminance."""
     if image.mode[0] in "IF":
         raise ValueError(f"pixel mode {image.mode}")
     image = image.convert("RGB")
+    image = image.convert("L").convert("RGB") if gray else image
     if resize is not None:
         scale = resize / min(image.size)
         size = tuple(max(resize, round(side * scale)) for side in image.size)

@@ -1,6 +1,7 @@
 """A handwritten digit as a watertight mesh: the outline of its pixels, extruded. Called by the preparation commands; ours, not 3D MNIST's."""
 
 import numpy as np
+import shapely
 
 from datasets.mnist3d import HALF_DEPTH, digit_to_point_cloud, gray_image
 
@@ -23,7 +24,6 @@ def extrude_digit(image: np.ndarray, max_faces: int = 500) -> tuple[np.ndarray, 
         cloud; and triangles (T, 3) int64 with outward orientation, every edge in exactly two of them.
     Raises:
         ValueError: on another shape or dtype, when no pixel is lit, or when no tolerance gives `max_faces` or fewer.
-        ImportError: without shapely.
     """
     points, _ = digit_to_point_cloud(image)
     region = _pixel_region(gray_image(image) > 0)
@@ -46,7 +46,6 @@ def extrude_digit(image: np.ndarray, max_faces: int = 500) -> tuple[np.ndarray, 
 
 def _pixel_region(lit: np.ndarray):
     """The union of the lit pixels as a shapely (multi)polygon, y = column and z = -row; no two corners coincide."""
-    shapely = _shapely()
     rows, cols = np.nonzero(lit)
     squares = shapely.box(cols - 0.5, -rows - 0.5, cols + 0.5, -rows + 0.5)
     upper, lower = lit[:-1], lit[1:]
@@ -60,7 +59,6 @@ def _pixel_region(lit: np.ndarray):
 
 def _extrude(region) -> tuple[np.ndarray, np.ndarray]:
     """Return the corners of the outline (V, 2) and the triangles (T, 3) of its extrusion; front 0..V-1, back V..2V-1."""
-    shapely = _shapely()
     rings = shapely.get_rings(shapely.orient_polygons(shapely.get_parts(region)))  # the region lies to the left
     corners, ring = shapely.get_coordinates(rings, return_index=True)
     caps = shapely.get_coordinates(shapely.get_parts(shapely.constrained_delaunay_triangles(region)))
@@ -74,11 +72,3 @@ def _extrude(region) -> tuple[np.ndarray, np.ndarray]:
     back = len(outline)
     walls = [np.column_stack([end, start, start + back]), np.column_stack([end, start + back, end + back])]
     return outline, np.concatenate([front, front[:, ::-1] + back, *walls])
-
-
-def _shapely():
-    try:
-        import shapely
-    except ImportError as error:
-        raise ImportError("meshes of digits need shapely: pip install -r requirements-data.txt") from error
-    return shapely

@@ -16,6 +16,11 @@ PREPARATION = {
     "digits": "python -m datasets.prepare_digits",
     "mnist3d": "python -m datasets.prepare_mnist3d",
     "modelnet10_splat": "python -m datasets.prepare_modelnet --npz modelnet10_points.npz",
+    "modelnet40_splat": "python -m datasets.prepare_modelnet --points HDF5_DIR",
+    "modelnet10": "python -m datasets.prepare_modelnet --archive ModelNet10.zip",
+    "modelnet40": "python -m datasets.prepare_modelnet --archive ModelNet40.zip",
+    "mi3dor_class": "python -m datasets.prepare_mi3dor --root DIR --pairing class",
+    "mi3dor": "python -m datasets.prepare_mi3dor --root DIR",
 }
 
 
@@ -54,7 +59,8 @@ def default_list_path(root: str | Path, dataset: str, modality: str, split: str)
 
 
 def read_training_list(
-    path: str | Path, *, modality: str, root: str | Path, instance_id: str = r"(\d+)$", num_classes: int | None = None
+    path: str | Path, *, modality: str, root: str | Path, instance_id: str = r"(\d+)$", num_classes: int | None = None,
+    unique: Sequence[str] = ("path", "instance id"),
 ) -> SampleList:
     """Read a list for training. A label column may be there; it is checked and dropped.
 
@@ -64,18 +70,20 @@ def read_training_list(
         root: folder the rows are relative to; a row not found there is tried from the current directory.
         instance_id: regular expression searched in the file stem; group 1 is the id of the object.
         num_classes: if given, labels must be below it.
+        unique: what may occur once only; less for lists whose rows are not paired by object.
     Returns:
         The samples in list order; the object has no labels.
     Raises:
         FileNotFoundError: if the list, or a file named in it, does not exist.
         ValueError: on an empty list, a bad row or label, a repeated path or id, or an id that cannot be found.
     """
-    samples, _ = _read(Path(path), modality, Path(root), instance_id, num_classes)
+    samples, _ = _read(Path(path), modality, Path(root), instance_id, num_classes, unique)
     return samples
 
 
 def read_labelled_list(
-    path: str | Path, *, modality: str, root: str | Path, instance_id: str = r"(\d+)$", num_classes: int | None = None
+    path: str | Path, *, modality: str, root: str | Path, instance_id: str = r"(\d+)$", num_classes: int | None = None,
+    unique: Sequence[str] = ("path", "instance id"),
 ) -> tuple[SampleList, np.ndarray]:
     """Read a list with its labels; for evaluation and data preparation alone.
 
@@ -83,7 +91,7 @@ def read_labelled_list(
     Returns:
         The samples and their (N,) int64 labels.
     """
-    samples, labels = _read(Path(path), modality, Path(root), instance_id, num_classes)
+    samples, labels = _read(Path(path), modality, Path(root), instance_id, num_classes, unique)
     if labels is None:
         raise ValueError(f"{path}, row 1: expected `path label`, found {samples.names[0]!r} without a label; evaluation needs labels")
     return samples, labels
@@ -107,6 +115,20 @@ def check_paired(lists: Sequence[SampleList]) -> None:
                 raise ValueError(f"row {row} is not the same object: id {left} in {first.path}, id {right} in {other.path}; {advice}")
 
 
+def check_same_length(lists: Sequence[SampleList]) -> None:
+    """Check that all lists have as many rows as the first: what pairs of one class need, whose ids differ.
+
+    Raises:
+        ValueError: naming both files and their lengths.
+    """
+    for other in lists[1:]:
+        if len(other) != len(lists[0]):
+            raise ValueError(
+                f"{lists[0].path} has {len(lists[0])} rows, {other.path} has {len(other)}; with data.pairing: class, row k of every "
+                "list must show the same class"
+            )
+
+
 def check_disjoint(train: SampleList, test: SampleList) -> None:
     """Check that no file is in both lists.
 
@@ -128,7 +150,7 @@ def _check_modality(modality: str) -> None:
 
 
 def _read(
-    path: Path, modality: str, root: Path, instance_id: str, num_classes: int | None
+    path: Path, modality: str, root: Path, instance_id: str, num_classes: int | None, unique: Sequence[str]
 ) -> tuple[SampleList, np.ndarray | None]:
     _check_modality(modality)
     pattern = _compile(instance_id)
@@ -144,8 +166,9 @@ def _read(
         files.append(file)
         labels.append(label)
     ids = [_find_id(file, pattern, f"{path}, row {row}") for row, file in enumerate(files, start=1)]
-    _check_unique(files, "path", path)
-    _check_unique(ids, "instance id", path)
+    for what, values in (("path", files), ("instance id", ids)):
+        if what in unique:
+            _check_unique(values, what, path)
     samples = SampleList(path, modality, tuple(names), tuple(files), tuple(ids))
     return samples, None if labels[0] is None else np.array(labels, dtype=np.int64)
 

@@ -4,6 +4,7 @@ python -m datasets.prepare_digits [--root dataset/digits] [--points 1024]
 """
 
 import argparse
+import os
 import sys
 
 import numpy as np
@@ -54,9 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--root", default="dataset/digits", help="where the data set goes")
     parser.add_argument("--points", type=int, default=1024, help="points stored per cloud; 0 = the full surface set")
     parser.add_argument("--rgb", choices=RGB_MODES, default="projection", help="what RGBImg shows: the cloud or the coloured digit")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
     options = parser.parse_args(arguments)
     made = write_dataset(
-        options.root, "digits", digits_splits(), num_points=options.points, rgb=options.rgb, source="sklearn.datasets.load_digits"
+        options.root, "digits", digits_splits(), num_points=options.points, rgb=options.rgb, source="sklearn.datasets.load_digits",
+        workers=options.workers,
     )
     print(f"{options.root}: {'written' if made else 'already prepared, nothing to do'}")
 

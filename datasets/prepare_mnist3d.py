@@ -4,6 +4,7 @@ python -m datasets.prepare_mnist3d [--mnist DIR | --kaggle DIR | --authors DIR] 
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", default="dataset/mnist3d", help="where the data set goes")
     parser.add_argument("--points", type=int, default=2048, help="points stored per cloud; 0 = the full surface set (0.3 MB each)")
     parser.add_argument("--rgb", choices=RGB_MODES, default="projection", help="what RGBImg shows: the cloud or the coloured digit")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
     return parser
 
 
@@ -38,7 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
         folder = options.mnist or download_mnist(Path(options.root) / "raw")
         splits, source = read_mnist(folder), "MNIST idx files"
     check_class_counts(splits)
-    made = write_dataset(options.root, "mnist3d", splits, num_points=options.points, rgb=options.rgb, source=source)
+    made = write_dataset(
+        options.root, "mnist3d", splits, num_points=options.points, rgb=options.rgb, source=source, workers=options.workers
+    )
     print(f"{options.root}: {'written' if made else 'already prepared, nothing to do'}")
 
 

@@ -135,7 +135,10 @@ def _resolve_clusters(path: Path, meta: dict | None, modality: str, dataset: str
 
 
 def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: str) -> np.ndarray:
-    position = {spelling: index for index, name in enumerate(sample_list.names) for spelling in _spellings(name)}
+    position: dict[str, list[int]] = {}
+    for index, name in enumerate(sample_list.names):
+        for spelling in _spellings(name):
+            position.setdefault(spelling, []).append(index)
     labels = np.full(len(sample_list), -1, dtype=np.int64)
     seen = np.zeros(len(sample_list), dtype=bool)
     try:
@@ -145,14 +148,14 @@ def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: st
     rows = [line.strip() for line in text.split("\n") if line.strip()]
     for row, line in enumerate(rows, start=1):
         name, value = _split_row(line, position, f"{path}, row {row}")
-        index = position.get(name)
-        if index is None:
+        if name not in position:
             raise ValueError(
                 f"{path}, row {row}: {name!r} is not in {sample_list.path}; the file belongs to another dataset than "
                 f"{dataset!r} (first path expected: {sample_list.names[0]!r})"
             )
-        if seen[index]:
-            raise ValueError(f"{path}, row {row}: {name!r} stands in the file twice")
+        index = next((place for place in position[name] if not seen[place]), None)
+        if index is None:
+            raise ValueError(f"{path}, row {row}: {name!r} stands in the file twice, or once more than in {sample_list.path}")
         labels[index], seen[index] = value, True
     if not seen.all():
         missing = sample_list.names[int(np.argmin(seen))]
@@ -163,7 +166,7 @@ def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: st
     return labels
 
 
-def _split_row(text: str, known: dict[str, int], where: str) -> tuple[str, int]:
+def _split_row(text: str, known: dict[str, list[int]], where: str) -> tuple[str, int]:
     """Return path and pseudo-label of a row with two columns, or three whose last is dropped; paths may hold spaces."""
     two, three = text.rsplit(maxsplit=1), text.rsplit(maxsplit=2)
     if len(two) < 2:

@@ -1,4 +1,4 @@
-"""Paired samples of one split in memory, and the batches that training and evaluation cut from them.
+"""Samples of one split in memory, and the batches that training and evaluation cut from them.
 
 Training samples carry no labels: `load_training_samples` drops the label column, `load_test_samples` alone returns it.
 """
@@ -9,50 +9,62 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datasets import transforms
-from datasets.arrays import MAX_POINTS, load_images, load_points
-from datasets.lists import SampleList, check_disjoint, check_paired, default_list_path
+from datasets.kinds import KINDS
+from datasets.lists import SampleList, check_disjoint, check_paired, check_same_length, default_list_path
 from datasets.lists import read_labelled_list, read_training_list
 from utils.features import extract_embeddings
 from utils.modalities import MODALITIES
 from utils.options import DataConfig
 
+# What may occur once only in a list: class pairs may show one picture twice; unpaired files need no ids.
+UNIQUE = {
+    "train": {"instance": ("path", "instance id"), "class": (), "none": ("path",)},
+    "test": {"instance": ("path", "instance id"), "class": ("path",), "none": ("path",)},
+}
+
 
 @dataclass(frozen=True)
 class PairedSamples:
-    """All modalities of one split; row i of every array is one object.
+    """All modalities of one split. With `data.pairing: instance`, row i of every array is one object.
 
     Attributes:
         lists: modality -> list file it came from.
-        arrays: modality -> (N, 3, S, S) uint8 images or (N, P, 3) float32 points.
+        arrays: modality -> (N, V, 3, S, S) uint8 pictures, V views each, (N, 1, P, 3) float32 points, or (N, 1, F, 18)
+            float32 faces. N may differ between modalities where rows are not pairs.
     """
 
     lists: dict[str, SampleList]
     arrays: dict[str, Tensor]
 
-    def __len__(self) -> int:
-        return len(next(iter(self.arrays.values())))
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of samples of every modality."""
+        return {name: len(array) for name, array in self.arrays.items()}
 
 
 def load_training_samples(data: DataConfig, device: torch.device) -> PairedSamples:
     """Read the training lists of `data.modalities` and their files, without labels.
 
     Raises:
-        FileNotFoundError, ValueError: on missing or broken lists and files, or rows that are not the same object.
+        FileNotFoundError, ValueError: on missing or broken lists and files, or rows that are not paired as `data.pairing` says.
     """
     lists = {
         name: read_training_list(
             list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id,
-            num_classes=data.num_classes,
+            num_classes=data.num_classes, unique=UNIQUE["train"][data.pairing],
         )
         for name in data.modalities
     }
-    return _load(lists, data, device)
+    if data.pairing == "instance":
+        check_paired(list(lists.values()))
+    elif data.pairing == "class":
+        check_same_length(list(lists.values()))
+    return PairedSamples(lists, _load(lists, data, device))
 
 
 def load_test_samples(
     data: DataConfig, device: torch.device, train: PairedSamples | None = None
-) -> tuple[PairedSamples, Tensor]:
+) -> tuple[PairedSamples, dict[str, Tensor]]:
     """Read the test lists and their labels; for evaluation alone.
 
     Args:
@@ -60,7 +72,7 @@ def load_test_samples(
         device: where the arrays go.
         train: if given, the training samples, which must not share a file with the test set.
     Returns:
-        The samples and their (N,) int64 labels on the CPU.
+        The samples, and modality -> (N,) int64 labels on the CPU.
     Raises:
         FileNotFoundError, ValueError: as `load_training_samples`, and if labels are missing, out of range, differ between
             the modalities of one object, or a file is in both splits.
@@ -69,12 +81,19 @@ def load_test_samples(
     for name in data.modalities:
         lists[name], labels[name] = read_labelled_list(
             list_path(data, name, "test"), modality=name, root=data.root, instance_id=data.instance_id,
-            num_classes=data.num_classes,
+            num_classes=data.num_classes, unique=UNIQUE["test"][data.pairing],
         )
         if train is not None:
             check_disjoint(train.lists[name], lists[name])
-    samples = _load(lists, data, device)
-    first, *others = data.modalities
+    if data.pairing == "instance":
+        check_paired(list(lists.values()))
+        _check_same_labels(lists, labels)
+    samples = PairedSamples(lists, _load(lists, data, device))
+    return samples, {name: torch.as_tensor(values) for name, values in labels.items()}
+
+
+def _check_same_labels(lists: dict[str, SampleList], labels: dict) -> None:
+    first, *others = lists
     for name in others:
         differing = (labels[first] != labels[name]).nonzero()[0]
         if len(differing):
@@ -82,44 +101,40 @@ def load_test_samples(
                 f"{lists[name].path}, row {differing[0] + 1}: label {labels[name][differing[0]]}, but {lists[first].path} "
                 f"gives the same object label {labels[first][differing[0]]}"
             )
-    return samples, torch.as_tensor(labels[first])
 
 
 def training_views(samples: PairedSamples, index: Tensor, data: DataConfig, generator: torch.Generator) -> list[Tensor]:
     """Return one randomly transformed view per modality of the given samples.
 
     Args:
-        samples: the training set; index: (B,) int64 on its device.
+        samples: the training set; index: (M, B) int64 on its device, one row of sample numbers per modality.
         data: sizes and augmentation ranges.
         generator: on the same device; the only source of randomness.
     Returns:
-        One float32 tensor per modality, (B, 3, H, W) or (B, P, 3), in the order of `samples.arrays`.
+        One float32 tensor per modality, (B, 3, H, W), (B, P, 3) or (B, F, 18), in the order of `samples.arrays`.
     """
     views = []
-    for name, array in samples.arrays.items():
-        rows = array[index]
-        if MODALITIES[name].kind == "image":
-            views.append(transforms.augment_images(rows, data.image_size, data.image_resize, data.augment, generator))
-        else:
-            views.append(transforms.augment_points(rows, data.num_points, data.augment, generator))
-    return views
-
-
-def evaluation_views(samples: PairedSamples, index: Tensor, data: DataConfig) -> list[Tensor]:
-    """Return the deterministic view of every modality; arguments and shapes as in `training_views`."""
-    views = []
-    for name, array in samples.arrays.items():
-        if MODALITIES[name].kind == "image":
-            views.append(transforms.prepare_images(array[index], data.image_size, data.image_resize))
-        else:
-            views.append(transforms.prepare_points(array[index], data.num_points))
+    for rows, (name, array) in zip(index, samples.arrays.items()):
+        view = torch.zeros_like(rows)
+        if array.shape[1] > 1 and data.train_view == "random":
+            view = torch.randint(array.shape[1], rows.shape, generator=generator, device=rows.device)
+        views.append(KINDS[MODALITIES[name].kind].augment(array[rows, view], data, generator))
     return views
 
 
 def embed_samples(encoders: nn.ModuleDict, samples: PairedSamples, data: DataConfig) -> dict[str, Tensor]:
-    """Return modality -> (N, D) unit-norm embeddings of all samples, in eval mode and without augmentation."""
-    device = next(iter(samples.arrays.values())).device
-    return extract_embeddings(encoders, lambda index: evaluation_views(samples, index, data), len(samples), device)
+    """Return modality -> (N, D) unit-norm embeddings of all samples, in eval mode and without augmentation.
+
+    Each is the embedding of the first view or, with `data.eval_view: mean`, the normalised mean over the views.
+    """
+    embeddings = {}
+    for name, encoder in encoders.items():
+        array, prepare = samples.arrays[name], KINDS[MODALITIES[name].kind].prepare
+        shown = array.shape[1] if data.eval_view == "mean" else 1
+        embeddings[name] = extract_embeddings(
+            encoder, lambda index: [prepare(array[index, view], data) for view in range(shown)], len(array), array.device
+        )
+    return embeddings
 
 
 def list_path(data: DataConfig, modality: str, split: str) -> Path:
@@ -128,17 +143,5 @@ def list_path(data: DataConfig, modality: str, split: str) -> Path:
     return Path(given[modality]) if modality in given else default_list_path(data.root, data.dataset, modality, split)
 
 
-def _load(lists: dict[str, SampleList], data: DataConfig, device: torch.device) -> PairedSamples:
-    check_paired(list(lists.values()))
-    arrays = {}
-    for name, rows in lists.items():
-        if MODALITIES[name].kind == "image":
-            arrays[name] = torch.from_numpy(load_images(rows, data.image_resize)).to(device)
-        else:
-            arrays[name] = torch.from_numpy(load_points(rows, max(MAX_POINTS, data.num_points))).to(device)
-            if arrays[name].shape[1] < data.num_points:
-                raise ValueError(
-                    f"{rows.path}: clouds hold {arrays[name].shape[1]} points, fewer than data.num_points = "
-                    f"{data.num_points}; prepare more points or lower data.num_points"
-                )
-    return PairedSamples(lists, arrays)
+def _load(lists: dict[str, SampleList], data: DataConfig, device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(KINDS[MODALITIES[name].kind].load(rows, data)).to(device) for name, rows in lists.items()}

@@ -1,21 +1,25 @@
-"""Writes a prepared data set of digits: files, list files and a manifest. Called by the preparation commands."""
+"""Writes a prepared data set of digits, in parallel: files, list files and a manifest. Called by the preparation commands."""
 
 import hashlib
 import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from datasets.digit_mesh import extrude_digit
 from datasets.lists import default_list_path
+from datasets.mesh_faces import MAX_FACES, mesh_to_faces
 from datasets.mnist3d import colourise, digit_to_point_cloud, gray_image, project_rgb
+from datasets.parallel import run_tasks
 from utils.checkpoint import atomic_write_json, atomic_write_text
+from utils.modalities import MODALITIES
 
-FOLDERS = {"RGBImg": "rgb_imgs", "GrayImg": "gray_imgs", "PointCloud": "point_cloud"}
+FOLDERS = {name: modality.folder for name, modality in MODALITIES.items()}
 SPLITS = ("train", "test")
 RGB_MODES = ("projection", "colourised")
 MANIFEST = "manifest.json"
@@ -43,14 +47,25 @@ class DigitSplit:
         return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
 
+@dataclass(frozen=True)
+class DigitTask:
+    """One digit to write: image (28, 28) uint8, seed of its point subset, and its name for messages."""
+
+    name: str
+    split: str
+    sample_id: int
+    image: np.ndarray
+    seed: tuple[int, ...]
+
+
 def sample_name(modality: str, split: str, sample_id: int) -> str:
     """Return the path of one file relative to the data root; it carries no class."""
-    suffix = "npy" if modality == "PointCloud" else "png"
+    suffix = "png" if MODALITIES[modality].kind == "image" else "npy"
     return f"{split}/{FOLDERS[modality]}/{modality}_{split}_{sample_id:06d}.{suffix}"
 
 
 def make_sample(image: np.ndarray, num_points: int, rgb: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Make the three modalities of one digit.
+    """Make the four modalities of one digit.
 
     Args:
         image: (28, 28) uint8.
@@ -58,7 +73,7 @@ def make_sample(image: np.ndarray, num_points: int, rgb: str, rng: np.random.Gen
         rgb: "projection" (of the full cloud) or "colourised" (digit).
         rng: source of the draw.
     Returns:
-        "RGBImg" (30, 30, 3) uint8, "GrayImg" (30, 30) uint8, "PointCloud" (n, 3) float32.
+        "RGBImg" (30, 30, 3) uint8, "GrayImg" (30, 30) uint8, "PointCloud" (n, 3) float32, "Mesh" (F, 18) float32.
     """
     points, _ = digit_to_point_cloud(image)
     keep = min(num_points or len(points), len(points))
@@ -66,23 +81,25 @@ def make_sample(image: np.ndarray, num_points: int, rgb: str, rng: np.random.Gen
         "RGBImg": project_rgb(points) if rgb == "projection" else colourise(image),
         "GrayImg": gray_image(image),
         "PointCloud": points[rng.permutation(len(points))[:keep]].astype(np.float32),
+        "Mesh": mesh_to_faces(*extrude_digit(image, MAX_FACES)),
     }
 
 
 def write_dataset(
     root: str | Path, dataset: str, splits: dict[str, DigitSplit], *, num_points: int, rgb: str = "projection", seed: int = 0,
-    source: str,
+    source: str, workers: int = 1,
 ) -> bool:
     """Write all files of a data set; the lists and then the manifest come last, so that a broken run is never read.
 
-    Everything is first made in `root/.partial` and then moved. A run that was cut off is simply repeated.
+    Everything is first made in `root/.partial` and then moved. A run that was cut off goes on with the digits that are not
+    there yet.
 
     Args:
         root: data folder, made if need be.
         dataset: prefix of the list files.
         splits: "train" and "test".
         num_points, rgb: see `make_sample`.
-        seed: of the point subsets; source: one line on the origin, for the manifest.
+        seed: of the point subsets; source: one line on the origin, for the manifest; workers: processes.
     Returns:
         False if the same data were there already and nothing was done.
     Raises:
@@ -92,43 +109,66 @@ def write_dataset(
     if num_points < 0 or rgb not in RGB_MODES:
         raise ValueError(f"expected num_points >= 0 and rgb one of {RGB_MODES}, found {num_points} and {rgb!r}")
     settings = {
-        "format": 1, "dataset": dataset, "generator": "datasets.writer", "source": source, "num_points": num_points, "rgb": rgb,
-        "seed": seed, "input_sha256": {name: split.sha256() for name, split in splits.items()},
+        "format": 2, "dataset": dataset, "generator": "datasets.writer", "source": source, "num_points": num_points, "rgb": rgb,
+        "max_faces": MAX_FACES, "seed": seed, "input_sha256": {name: split.sha256() for name, split in splits.items()},
         "counts": {name: len(split.ids) for name, split in splits.items()},
     }
     if _is_complete(root, dataset, settings):
         return False
     _check_root(root)
     staging = root / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    content = {
-        name: _write_split(staging, name, split, num_points, rgb, (seed, number))
+    _open_staging(staging, settings)
+    todo = [
+        DigitTask(f"{name} digit with id {sample_id}", name, sample_id, image, (seed, number, sample_id))
         for number, (name, split) in enumerate(splits.items())
-    }
+        for sample_id, image in zip(split.ids.tolist(), split.images, strict=True)
+        if not all((staging / sample_name(modality, name, sample_id)).is_file() for modality in FOLDERS)
+    ]
+    for _ in run_tasks(partial(_write_sample, staging, num_points, rgb), todo, workers):
+        pass
+    content = {name: _content_hashes(staging, name, split.ids.tolist()) for name, split in splits.items()}
     _publish(root, dataset, splits)
     atomic_write_json(root / MANIFEST, {**settings, "content_sha256": content})
     shutil.rmtree(staging, ignore_errors=True)
     return True
 
 
-def _write_split(
-    staging: Path, name: str, split: DigitSplit, num_points: int, rgb: str, seed: tuple[int, int]
-) -> dict[str, str]:
-    """Write the files of one split below `staging`; return modality -> sha256 of the arrays in order."""
-    hashes = {modality: hashlib.sha256() for modality in FOLDERS}
-    for folder in FOLDERS.values():
-        (staging / name / folder).mkdir(parents=True)
-    for row, sample_id in enumerate(tqdm(split.ids.tolist(), desc=f"{name} samples", unit="digit")):
-        rng = np.random.default_rng([*seed, sample_id])
-        try:
-            sample = make_sample(split.images[row], num_points, rgb, rng)
-        except ValueError as error:
-            raise ValueError(f"{name} digit with id {sample_id} (row {row + 1}): {error}") from error
-        for modality, array in sample.items():
-            path = staging / sample_name(modality, name, sample_id)
-            np.save(path, array) if modality == "PointCloud" else Image.fromarray(array).save(path)
-            hashes[modality].update(array.tobytes())
-    return {modality: value.hexdigest() for modality, value in hashes.items()}
+def _open_staging(staging: Path, settings: dict) -> None:
+    """Keep what an interrupted run with the same settings has left, else start with empty folders."""
+    note = staging / MANIFEST
+    if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != settings:
+        shutil.rmtree(staging, ignore_errors=True)
+    for split in settings["counts"]:
+        for folder in FOLDERS.values():
+            (staging / split / folder).mkdir(parents=True, exist_ok=True)
+    atomic_write_json(note, settings)
+
+
+def _write_sample(staging: Path, num_points: int, rgb: str, task: DigitTask) -> None:
+    """Write the files of one digit; each appears complete or not at all."""
+    try:
+        sample = make_sample(task.image, num_points, rgb, np.random.default_rng(task.seed))
+    except ValueError as error:
+        raise ValueError(f"{task.name}: {error}") from error
+    for modality, array in sample.items():
+        path = staging / sample_name(modality, task.split, task.sample_id)
+        unfinished = staging / f"{path.name}.tmp"
+        with open(unfinished, "wb") as file:
+            np.save(file, array) if path.suffix == ".npy" else Image.fromarray(array).save(file, "PNG")
+        os.replace(unfinished, path)
+
+
+def _content_hashes(staging: Path, split: str, ids: list[int]) -> dict[str, str]:
+    """Read all files back; return modality -> sha256 of the arrays in order."""
+    hashes = {}
+    for modality in FOLDERS:
+        digest = hashlib.sha256()
+        for sample_id in ids:
+            path = staging / sample_name(modality, split, sample_id)
+            array = np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
+            digest.update(array.tobytes())
+        hashes[modality] = digest.hexdigest()
+    return hashes
 
 
 def _publish(root: Path, dataset: str, splits: dict[str, DigitSplit]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 import models
-from models.pretrained import LoadReport, load_dgcnn_checkpoint, load_resnet18_weights
+from models.pretrained import LoadReport, load_dgcnn_checkpoint, load_meshnet_checkpoint, load_resnet18_weights
 from utils.modalities import MODALITIES
 from utils.options import ModelConfig
 
@@ -16,9 +16,12 @@ def build_encoders(modalities: Sequence[str], model: ModelConfig) -> nn.ModuleDi
 
 
 def _build_encoder(modality: str, model: ModelConfig) -> nn.Module:
+    dim = model.embedding_dim
     if MODALITIES[modality].encoder == "DGCNN":
-        return models.DGCNN(model.embedding_dim, model.num_neighbors, model.point_width)
-    return models.ResNet18(model.embedding_dim, model.image_stages)
+        return models.DGCNN(dim, model.num_neighbors, model.point_width)
+    if MODALITIES[modality].encoder == "MeshNet":
+        return models.MeshNet(dim, model.mesh_width, model.mesh_mask_ratio, model.mesh_conv_width)
+    return models.ResNet18(dim, model.image_stages)
 
 
 def load_pretrained(encoders: nn.ModuleDict, sources: Mapping[str, str]) -> dict[str, LoadReport]:
@@ -33,7 +36,7 @@ def load_pretrained(encoders: nn.ModuleDict, sources: Mapping[str, str]) -> dict
         FileNotFoundError, ValueError: if weights cannot be had or do not fit; random weights never
             take their place.
     """
-    loaders = {"DGCNN": load_dgcnn_checkpoint, "ResNet18": load_resnet18_weights}
+    loaders = {"DGCNN": load_dgcnn_checkpoint, "MeshNet": load_meshnet_checkpoint, "ResNet18": load_resnet18_weights}
     return {
         name: loaders[MODALITIES[name].encoder](encoder, sources[name])
         for name, encoder in encoders.items()

@@ -27,22 +27,25 @@ class MeshNet(nn.Module):
             configurations and leave the last two layers of the public checkpoint out.
         mask_ratio: share of the faces hidden from the maximum in training, a fresh draw from torch's global generator
             for every batch; 0.95 as published. Evaluation takes the maximum over all faces.
+        conv_width: channels after the first mesh convolution, half of those after the second; 256 as published. The
+            public checkpoint needs 256.
     Raises:
         ValueError: for sizes below 1 or a mask_ratio outside [0, 1).
     """
 
-    def __init__(self, embedding_dim: int, width: int = 1024, mask_ratio: float = 0.95) -> None:
+    def __init__(self, embedding_dim: int, width: int = 1024, mask_ratio: float = 0.95, conv_width: int = 256) -> None:
         super().__init__()
-        if min(embedding_dim, width) < 1 or not 0 <= mask_ratio < 1:
-            raise ValueError("MeshNet needs embedding_dim, width >= 1 and 0 <= mask_ratio < 1, found "
-                             f"{embedding_dim}, {width}, {mask_ratio}")
+        if min(embedding_dim, width, conv_width) < 1 or not 0 <= mask_ratio < 1:
+            raise ValueError("MeshNet needs embedding_dim, width, conv_width >= 1 and 0 <= mask_ratio < 1, found "
+                             f"{embedding_dim}, {width}, {conv_width}, {mask_ratio}")
         self.mask_ratio = mask_ratio
         self.spatial_descriptor = nn.Sequential(OrderedDict(spatial_mlp=_mlp(3, 64, 64)))
         self.structural_descriptor = StructuralDescriptor()
-        self.mesh_conv1 = MeshConvolution(64, STRUCTURAL, 256, 256)
-        self.mesh_conv2 = MeshConvolution(256, 256, 512, 512)
-        self.fusion_mlp = _mlp(512 + 512, width)
-        self.concat_mlp = _mlp(256 + 512 + width, width)
+        first, second = conv_width, 2 * conv_width
+        self.mesh_conv1 = MeshConvolution(64, STRUCTURAL, first, first)
+        self.mesh_conv2 = MeshConvolution(first, first, second, second)
+        self.fusion_mlp = _mlp(second + second, width)
+        self.concat_mlp = _mlp(first + second + width, width)
         self.head = nn.Sequential(nn.Linear(width, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim))
 
     def forward(self, faces: Tensor) -> Tensor:

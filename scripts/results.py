@@ -15,11 +15,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.checkpoint import atomic_write_json, atomic_write_text  # noqa: E402
+from utils.modalities import MODALITIES  # noqa: E402
 from utils.run_log import RunLog  # noqa: E402
+
+TASKS = [f"map/{task}" for task in "RP RM GP GM PR PG MR MG RG GR PM MP".split()]  # the paper's eight first
 
 
 def row_name(config: dict) -> str:
-    """Name the table row of a run from its settings."""
+    """Name the table row of a run from its settings; runs on different pairs of modalities share a row."""
+    data, remarks = config["data"], []
+    if len(data["modalities"]) > 2:
+        remarks.append("+".join(MODALITIES[name].letter for name in data["modalities"]) + " at once")
+    if data["dataset"].endswith("_splat"):
+        remarks.append("splat pictures")
+    if data.get("pairing", "instance") != "instance":
+        remarks.append({"class": "class pairs (USES LABELS)", "none": "no pairs"}[data["pairing"]])
+    return ", ".join([_stage_name(config), *remarks])
+
+
+def _stage_name(config: dict) -> str:
     if "rdl" in config:
         start = "" if config["rdl"].get("warmup_epochs") else ", clipped from the start"
         return f"step 2, RDL{start}" if config["rdl"]["lambda_2"] > 0 else "step 2, MLM alone (lambda_2 = 0)"
@@ -51,42 +65,59 @@ def collect(folder: Path, name: str) -> Path:
     logged = {key: epochs[-1][key] for key in ("agreement", "cross_nmi", "clipped") if key in epochs[-1]}
     row = row_name(config)
     result = {
-        "row": row, "dataset": config["data"]["dataset"], "seed": config["run"]["seed"], "epochs": config["optim"]["epochs"],
+        "row": row, "dataset": config["data"]["dataset"], "modalities": config["data"]["modalities"], "seed": config["run"]["seed"], "epochs": config["optim"]["epochs"],
         "scores": {**scores, **logged}, "train_seconds": round(sum(line["seconds/train"] for line in epochs), 1),
         "command": " ".join(["python", *environment["command"]]), "commit": environment["git_sha"],
         "device": environment["gpu"] or environment["cpu"], "threads": environment["threads"], "torch": environment["torch"],
     }
     slug = re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
-    path = ROOT / "results" / name / f"{slug}-seed{result['seed']}.json"
+    letters = "".join(MODALITIES[entry].letter for entry in config["data"]["modalities"]).lower()
+    path = ROOT / "results" / name / f"{slug}-{letters}-seed{result['seed']}.json"
     atomic_write_json(path, result)
     return path
 
 
 def table(name: str) -> str:
-    """Return a Markdown table of results/<name>/: one line per row name, mean and deviation over seeds."""
+    """Return a Markdown table of results/<name>/: one line per row name, mean and deviation over seeds.
+
+    Runs of one row and seed on different pairs of modalities fill different task columns; `avg` is the mean over the row's
+    2D-3D tasks, `training` the sum over its runs.
+    """
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / name).glob("*.json"))]
     if not results:
         return "not run"
-    tasks = [key for key in results[0]["scores"] if key.startswith("map/") and key not in ("map/avg", "map/chance")]
-    others = [key for key in ("cross_nmi", "agreement", "clipped") if any(key in result["scores"] for result in results)]
-    columns = [*tasks, "map/avg", *others]
-    rows = defaultdict(list)
+    rows: dict[str, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
-        rows[result["row"]].append(result)
+        rows[result["row"]][result["seed"]].append(result)
+    found = {key for result in results for key in result["scores"]}
+    tasks = [key for key in TASKS if key in found]
+    others = [key for key in ("cross_nmi", "agreement", "clipped") if key in found and len(tasks) == 2]
+    columns = [*tasks, "map/avg", *others]
     heads = [f"{key.removeprefix('map/')} mAP" if key.startswith("map/") else key for key in columns]
     lines = [f"| row | {' | '.join(heads)} | seeds | training | device, commit |", "| --- |" + " --- |" * (len(columns) + 3)]
     chance = 100 * mean(result["scores"]["map/chance"] for result in results)
     lines.append(f"| chance | {' | '.join(f'{chance:.1f}' if key.startswith('map/') else '' for key in columns)} | | | |")
-    for row, runs in rows.items():
-        cells = [_spread([run["scores"][key] for run in runs if key in run["scores"]]) for key in columns]
-        minutes = mean(run["train_seconds"] for run in runs) / 60
-        seeds = ", ".join(str(run["seed"]) for run in runs)
-        devices = defaultdict(set)
-        for run in runs:
-            devices[f"{run['device']}, {run['threads']} thread{'s' * (run['threads'] > 1)}"].add(f"`{run['commit'][:7]}`")
-        devices = [f"{device}: {', '.join(sorted(commits))}" for device, commits in devices.items()]
-        lines.append(f"| {row} | {' | '.join(cells)} | {seeds} | {minutes:.1f} min | {'; '.join(devices)} |")
+    for row, seeds in rows.items():
+        merged = [_merge(runs, tasks) for runs in seeds.values()]
+        cells = [_spread([scores[key] for scores in merged if key in scores]) for key in columns]
+        minutes = mean(sum(run["train_seconds"] for run in runs) for runs in seeds.values()) / 60
+        origin = _origin([run for runs in seeds.values() for run in runs])
+        lines.append(f"| {row} | {' | '.join(cells)} | {', '.join(map(str, sorted(seeds)))} | {minutes:.1f} min | {origin} |")
     return "\n".join(lines)
+
+
+def _merge(runs: list[dict], tasks: list[str]) -> dict[str, float]:
+    """Join the scores of one seed's runs on different modalities; "map/avg" becomes the mean over their 2D-3D tasks."""
+    scores = {key: value for run in runs for key, value in run["scores"].items()}
+    paper = [scores[key] for key in tasks if key in scores and key in TASKS[:8]]
+    return {**scores, **({"map/avg": mean(paper)} if paper else {})}
+
+
+def _origin(runs: list[dict]) -> str:
+    devices = defaultdict(set)
+    for run in runs:
+        devices[f"{run['device']}, {run['threads']} thread{'s' * (run['threads'] > 1)}"].add(f"`{run['commit'][:7]}`")
+    return "; ".join(f"{device}: {', '.join(sorted(commits))}" for device, commits in devices.items())
 
 
 def _spread(values: list[float]) -> str:

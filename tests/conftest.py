@@ -4,14 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 TRAIN, TEST = 40, 16
-FOLDERS = {"GrayImg": ("gray_imgs", "GrayImgs", "png"), "PointCloud": ("point_cloud", "PointCloud", "npy")}
+FOLDERS = {
+    "RGBImg": ("rgb_imgs", "RGBImgs", "png"), "GrayImg": ("gray_imgs", "GrayImgs", "png"),
+    "PointCloud": ("point_cloud", "PointCloud", "npy"), "Mesh": ("mesh", "Mesh", "npy"),
+}
 
 
 def write_lists(root: Path, split: str, labels: list[int | None], dataset: str = "digits") -> None:
-    """(Re)write both list files of a split; a label None leaves the column out."""
+    """(Re)write all list files of a split; a label None leaves the column out."""
     for modality, (folder, token, suffix) in FOLDERS.items():
         rows = [f"{split}/{folder}/{modality}_{split}_{i:06d}.{suffix}" for i in range(len(labels))]
         text = "".join(row + ("\n" if label is None else f" {label}\n") for row, label in zip(rows, labels))
@@ -19,13 +22,20 @@ def write_lists(root: Path, split: str, labels: list[int | None], dataset: str =
 
 
 def write_samples(root: Path, split: str, images: np.ndarray, seed: int) -> None:
-    """One gray image (30 x 30) and one cloud of 48 points on the digit's pixels per 8 x 8 image."""
+    """Images (30 x 30), a cloud of 48 points on the digit's pixels and its extruded outline per 8 x 8 image."""
+    from datasets.digit_mesh import extrude_digit
+    from datasets.mesh_faces import mesh_to_faces
+
     generator = np.random.default_rng(seed)
     for folder, _, _ in FOLDERS.values():
         (root / split / folder).mkdir(parents=True)
     for i, image in enumerate(images):
         pixels = np.kron((image * 15).astype(np.uint8), np.ones((3, 3), np.uint8))
-        Image.fromarray(np.pad(pixels, 3)).save(root / split / "gray_imgs" / f"GrayImg_{split}_{i:06d}.png")
+        gray = Image.fromarray(np.pad(pixels, 3))
+        gray.save(root / split / "gray_imgs" / f"GrayImg_{split}_{i:06d}.png")
+        ImageOps.colorize(gray, "navy", "orange").save(root / split / "rgb_imgs" / f"RGBImg_{split}_{i:06d}.png")
+        faces = mesh_to_faces(*extrude_digit(np.pad(np.where(pixels > 105, pixels, 0), 2).astype(np.uint8)))
+        np.save(root / split / "mesh" / f"Mesh_{split}_{i:06d}.npy", faces)
         rows, columns = np.nonzero(image > 7)
         chosen = generator.integers(len(rows), size=48)
         points = np.stack([generator.random(48), columns[chosen] / 8, -rows[chosen] / 8], axis=1)
@@ -45,7 +55,7 @@ def _digits_folder(tmp_path_factory) -> tuple[Path, list[int]]:
 
 @pytest.fixture
 def small_digits(_digits_folder) -> Path:
-    """Root of 40 training and 16 test digits as GrayImg and PointCloud, with fresh list files."""
+    """Root of 40 training and 16 test digits in all four modalities, with fresh list files."""
     root, labels = _digits_folder
     write_lists(root, "train", labels[:TRAIN])
     write_lists(root, "test", labels[TRAIN:])

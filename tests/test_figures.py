@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils import figures
-from utils.figures import plot_curves, plot_retrieval, plot_tsne, point_cloud_thumbnail
+from utils.figures import plot_curves, plot_retrieval, plot_tsne
 
 
 def pixels(path):
@@ -41,21 +41,22 @@ def test_tsne(tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     embeddings = {name: generator.normal(size=(30, 4)) for name in ("RGBImg", "PointCloud")}
     labels = np.arange(30) % 3
-    plot_tsne(embeddings, labels, tmp_path / "a.png", seed=1)
-    plot_tsne(embeddings, labels, tmp_path / "b.png", seed=1)
+    plot_tsne(embeddings, dict.fromkeys(embeddings, labels), tmp_path / "a.png", seed=1)
+    plot_tsne(embeddings, dict.fromkeys(embeddings, labels), tmp_path / "b.png", seed=1)
     assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
     sizes = []
     monkeypatch.setattr(figures, "MAX_TSNE_ROWS", 10)
-    monkeypatch.setattr(figures, "_project", lambda values, keep, seed: sizes.append(len(keep)) or np.zeros((2 * len(keep), 2)))
-    plot_tsne(embeddings, np.arange(30), tmp_path / "c.png")  # 30 classes need the long palette
-    assert sizes == [10]
+    monkeypatch.setattr(figures, "_project", lambda rows, seed: sizes.append([len(r) for r in rows]) or np.zeros((sum(sizes[-1]), 2)))
+    many = {"RGBImg": np.arange(30), "PointCloud": np.arange(7)}  # 30 classes need the long palette; sizes may differ
+    plot_tsne({**embeddings, "PointCloud": embeddings["PointCloud"][:7]}, many, tmp_path / "c.png")
+    assert sizes == [[10, 7]]
 
 
 def test_tsne_refuses(tmp_path):
-    with pytest.raises(ValueError, match=r"N = 4 labels, got \{'RGBImg': \(3, 2\)\}"):
-        plot_tsne({"RGBImg": np.ones((3, 2))}, np.arange(4), tmp_path / "x.png")
-    with pytest.raises(ValueError, match="at least 2 objects, got 1"):
-        plot_tsne({"RGBImg": np.ones((1, 2))}, np.arange(1), tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"got \{'RGBImg': \(3, 2\)\} and \{'RGBImg': 4\}"):
+        plot_tsne({"RGBImg": np.ones((3, 2))}, {"RGBImg": np.arange(4)}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="at least 2 objects, got"):
+        plot_tsne({"RGBImg": np.ones((1, 2))}, {"RGBImg": np.arange(1)}, tmp_path / "x.png")
 
 
 def test_retrieval_frames(tmp_path):
@@ -68,34 +69,6 @@ def test_retrieval_frames(tmp_path):
         assert (has_color(image, figures.RIGHT), has_color(image, figures.WRONG)) == colors
     with pytest.raises(ValueError, match=r"1 queries need ranks and correct of shape \(1, k\), got \(2, 2\)"):
         plot_retrieval([white], gallery, ranks, ranks == 4, tmp_path / "x.png")
-
-
-def test_thumbnail_is_upright_and_not_mirrored():
-    generator = np.random.default_rng(0)
-    bar = np.stack([np.zeros(300), np.zeros(300), np.linspace(-1, 1, 300)], axis=1)
-    foot = np.stack([np.zeros(150), np.linspace(0, 0.8, 150), np.full(150, -1.0)], axis=1)  # an L: towards +y, at the bottom
-    image = point_cloud_thumbnail(np.concatenate([bar, foot]) + 0.01 * generator.normal(size=(450, 3)))
-    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
-    dark = image.mean(axis=2) < 200
-    columns = np.nonzero(dark.any(axis=0))[0]
-    rows = np.nonzero(dark.any(axis=1))[0]
-    middle, center = (rows[0] + rows[-1]) // 2, (columns[0] + columns[-1]) // 2
-    assert dark[middle:, center + 1 :].sum() > 20 and dark[:middle, center + 1 :].sum() == 0
-    assert (image[0] == 255).all() and (image[:, 0] == 255).all()
-
-
-def test_thumbnail_ignores_position_and_scale():
-    points = np.random.default_rng(1).normal(size=(50, 3))
-    expected = point_cloud_thumbnail(points).astype(int)
-    moved = point_cloud_thumbnail(1000 * points + [5, -7, 3]).astype(int)
-    assert np.abs(expected - moved).max() <= 1
-    assert (point_cloud_thumbnail(np.zeros((1, 3))) < 255).any()
-
-
-@pytest.mark.parametrize("points", [np.ones((4, 2)), np.ones((0, 3)), np.full((2, 3), np.nan)])
-def test_thumbnail_refuses(points):
-    with pytest.raises(ValueError, match=r"finite \(P, 3\) points, got shape"):
-        point_cloud_thumbnail(points)
 
 
 def test_import_is_light():

@@ -15,6 +15,8 @@ from datasets.lists import check_paired, default_list_path, read_labelled_list, 
 from datasets.mnist3d import digit_to_point_cloud, gray_image, project_rgb
 from datasets.prepare_digits import digits_splits, enlarge_digit
 from datasets.sources import check_class_counts, download_mnist, read_idx, read_kaggle, read_mnist
+from datasets.digit_mesh import extrude_digit
+from datasets.mesh_faces import mesh_to_faces
 from datasets.writer import DigitSplit, write_dataset
 
 SIZES = {"train": 4, "test": 2}
@@ -168,7 +170,7 @@ def snapshot(root):
 def test_written_dataset(tmp_path):
     assert write_dataset(tmp_path, "own", splits(), num_points=50, source="test")
     lists = {}
-    for modality in ("RGBImg", "GrayImg", "PointCloud"):
+    for modality in ("RGBImg", "GrayImg", "PointCloud", "Mesh"):
         lists[modality], labels = read_labelled_list(
             default_list_path(tmp_path, "own", modality, "train"), modality=modality, root=tmp_path, num_classes=3
         )
@@ -182,6 +184,7 @@ def test_written_dataset(tmp_path):
     points = np.load(lists["PointCloud"].files[3])
     assert points.shape == (50, 3) and points.dtype == np.float32
     assert {tuple(p) for p in points} <= {tuple(p) for p in full.astype(np.float32)}
+    np.testing.assert_array_equal(np.load(lists["Mesh"].files[3]), mesh_to_faces(*extrude_digit(image)))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["counts"] == SIZES and set(manifest["content_sha256"]["test"]) == set(lists)
 
@@ -212,7 +215,7 @@ def test_interruption_is_never_read_and_a_rerun_repairs(tmp_path, monkeypatch, s
 
     def dies_at_second_call(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (1 if step == "atomic_write_json" else 2):
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
@@ -221,11 +224,38 @@ def test_interruption_is_never_read_and_a_rerun_repairs(tmp_path, monkeypatch, s
         with pytest.raises(KeyboardInterrupt):
             write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
     assert not (tmp_path / "cut" / "manifest.json").exists()
-    if step != "atomic_write_json":  # the last list, PointCloud_test, is only there when everything else is
+    if step != "atomic_write_json":  # the last list, Mesh_test, is only there when everything else is
         with pytest.raises(FileNotFoundError):
-            read_training_list(default_list_path(tmp_path / "cut", "own", "PointCloud", "test"), modality="PointCloud", root=tmp_path)
+            read_training_list(default_list_path(tmp_path / "cut", "own", "Mesh", "test"), modality="Mesh", root=tmp_path)
     assert write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
     assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
+
+
+def test_interrupted_run_goes_on_where_it_stopped_and_parallel_equals_serial(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "whole", "own", splits(), num_points=50, source="test", workers=2)
+    original, made = writer.make_sample, []
+
+    def dies_at_third_call(*args):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(1)
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("datasets.writer.make_sample", dies_at_third_call)
+        write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
+    monkeypatch.setattr("datasets.writer.make_sample", lambda *args: made.append(1) or original(*args))
+    write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
+    assert len(made) == sum(SIZES.values())  # none twice
+    assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
+
+
+def test_leftovers_of_other_settings_are_not_used(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("datasets.writer._publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        write_dataset(tmp_path / "cut", "own", splits(), num_points=40, source="test")
+    write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
+    assert np.load(tmp_path / "cut/train/point_cloud/PointCloud_train_000000.npy").shape == (50, 3)
 
 
 def test_foreign_folders_and_bad_options_are_refused(tmp_path):

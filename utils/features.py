@@ -12,24 +12,24 @@ EXTRACTION_BATCH = 256
 
 @torch.no_grad()
 def extract_embeddings(
-    encoders: nn.ModuleDict, views: Callable[[Tensor], list[Tensor]], count: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Run every encoder in eval mode over samples 0..count-1.
+    encoder: nn.Module, views: Callable[[Tensor], list[Tensor]], count: int, device: torch.device
+) -> Tensor:
+    """Run one encoder in eval mode over samples 0..count-1.
 
     Args:
-        encoders: modality -> encoder; their training mode is restored afterwards.
-        views: maps an index tensor (B,) on the device to one input per modality, in the order of `encoders`.
+        encoder: its training mode is restored afterwards.
+        views: maps an index tensor (B,) on the device to the encoder's inputs, one per view of the samples.
         count: N, number of samples.
         device: where the indices live.
     Returns:
-        modality -> (N, D) float32 embeddings with unit-norm rows; row i belongs to sample i.
+        (N, D) float32 embeddings with unit-norm rows, the direction of the mean over the views; row i belongs to sample i.
     """
-    rows = {name: [] for name in encoders}
-    with evaluation_mode(encoders):
+    rows = []
+    with evaluation_mode(encoder):
         for index in torch.arange(count, device=device).split(EXTRACTION_BATCH):
-            for (name, encoder), view in zip(encoders.items(), views(index)):
-                rows[name].append(F.normalize(encoder(view).float(), dim=1))
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+            directions = [F.normalize(encoder(view).float(), dim=1) for view in views(index)]
+            rows.append(directions[0] if len(directions) == 1 else F.normalize(torch.stack(directions).mean(dim=0), dim=1))
+    return torch.cat(rows)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ RIGHT, WRONG = "#1a9850", "#d73027"
 STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False}
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of this size in inches that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,7 +27,8 @@ def _new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _save(figure: "Figure", path: str | Path) -> None:
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write the figure as a PNG, making its folder if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -77,7 +79,7 @@ def plot_curves(epochs: Sequence[Mapping[str, Any]], path: str | Path, chance: f
     import matplotlib
     from matplotlib.ticker import MaxNLocator
     with matplotlib.rc_context(STYLE):
-        figure = _new_figure(8, 6)
+        figure = new_figure(8, 6)
         losses, maps = figure.subplots(2, 1, sharex=True)
         positions, starts = _time_axis(epochs)
         _draw_panel(losses, epochs, positions, "loss", 1.0)
@@ -97,7 +99,7 @@ def plot_curves(epochs: Sequence[Mapping[str, Any]], path: str | Path, chance: f
         maps.set_xlabel("epoch")
         maps.set_xlim(positions[0] - 0.5, positions[-1] + 0.5)
         maps.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _class_colors(classes: np.ndarray) -> dict[int, Any]:
@@ -109,47 +111,50 @@ def _class_colors(classes: np.ndarray) -> dict[int, Any]:
     return {int(label): color for label, color in zip(classes, palette)}
 
 
-def _project(embeddings: Mapping[str, np.ndarray], keep: np.ndarray, seed: int) -> np.ndarray:
-    """t-SNE of all modalities together on unit rows -> (M * len(keep), 2)."""
+def _project(rows: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """t-SNE of all modalities together on unit rows, M x (n, D) -> (sum of n, 2)."""
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    rows = np.concatenate([np.asarray(values, dtype=np.float64)[keep] for values in embeddings.values()])
+    rows = np.concatenate([np.asarray(values, dtype=np.float64) for values in rows])
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     perplexity = min(30.0, max(1.0, (len(rows) - 1) / 3))
     with threadpool_limits(limits=1):  # threads that compete for few cores make it many times slower
         return TSNE(perplexity=perplexity, init="pca", random_state=seed % 2**32).fit_transform(rows)
 
 
-def plot_tsne(embeddings: Mapping[str, np.ndarray], labels: np.ndarray, path: str | Path, seed: int = 0) -> None:
+def plot_tsne(
+    embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], path: str | Path, seed: int = 0
+) -> None:
     """Draw a joint t-SNE of the common space: colour is the class, marker the modality.
 
     Args:
-        embeddings: modality -> (N, D) array with D >= 2; row i of every modality is one object.
-        labels: (N,) integer classes.
+        embeddings: modality -> (N, D) array with D >= 2; N may differ.
+        labels: modality -> (N,) integer classes.
         path: PNG to write.
-        seed: of the choice of at most 1,000 objects and of t-SNE.
+        seed: of the choice of at most 1,000 objects per modality and of t-SNE.
     Raises:
         ValueError: if the arrays do not fit together.
     """
     import matplotlib
     from matplotlib.lines import Line2D
 
-    labels = np.asarray(labels)
     shapes = {name: np.shape(values) for name, values in embeddings.items()}
-    if not shapes or any(len(shape) != 2 or shape[0] != len(labels) or shape[1] < 2 for shape in shapes.values()):
-        raise ValueError(f"plot_tsne needs (N, D) embeddings, D >= 2, with N = {len(labels)} labels, got {shapes}")
-    if len(labels) < 2:
-        raise ValueError(f"plot_tsne needs at least 2 objects, got {len(labels)}")
-    keep = np.sort(np.random.default_rng(seed).permutation(len(labels))[:MAX_TSNE_ROWS])
-    points = _project(embeddings, keep, seed).reshape(len(shapes), len(keep), 2)
-    classes = np.unique(labels)
-    colors = _class_colors(classes)
+    sizes = {name: len(labels[name]) if name in labels else None for name in shapes}
+    if not shapes or any(len(shape) != 2 or shape[0] != sizes[name] or shape[1] < 2 for name, shape in shapes.items()):
+        raise ValueError(f"plot_tsne needs (N, D) embeddings, D >= 2, and N labels each, got {shapes} and {sizes}")
+    if min(sizes.values()) < 2:
+        raise ValueError(f"plot_tsne needs at least 2 objects, got {sizes}")
+    keep = {name: np.sort(np.random.default_rng(seed).permutation(size)[:MAX_TSNE_ROWS]) for name, size in sizes.items()}
+    points = _project([np.asarray(embeddings[name])[keep[name]] for name in shapes], seed)
+    clouds = np.split(points, np.cumsum([len(rows) for rows in keep.values()])[:-1])
+    labels = {name: np.asarray(labels[name])[keep[name]] for name in shapes}
+    colors = _class_colors(np.unique(np.concatenate(list(labels.values()))))
     with matplotlib.rc_context(STYLE):
-        figure = _new_figure(8.5, 7)
+        figure = new_figure(8.5, 7)
         axis = figure.subplots()
-        shades = [colors[int(label)] for label in labels[keep]]
-        for marker, cloud in zip(MARKERS, points):
+        for marker, cloud, values in zip(MARKERS, clouds, labels.values()):
+            shades = [colors[int(label)] for label in values]
             axis.scatter(*cloud.T, c=shades, marker=marker, s=16, alpha=0.75, linewidths=0.3, edgecolors="white")
         axis.set_axis_off()
         axis.set_title("t-SNE of the common space", loc="left")
@@ -157,7 +162,7 @@ def plot_tsne(embeddings: Mapping[str, np.ndarray], labels: np.ndarray, path: st
         handles += [Line2D([], [], color=color, marker="s", linestyle="", label=str(label)) for label, color in colors.items()]
         columns = 1 + (len(handles) - 1) // 30
         figure.legend(handles=handles, loc="outside right upper", frameon=False, ncols=columns)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_retrieval(
@@ -187,7 +192,7 @@ def plot_retrieval(
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = _new_figure(1.1 * (ranks.shape[1] + 1) + 0.4, 1.1 * len(ranks) + 0.7)
+        figure = new_figure(1.1 * (ranks.shape[1] + 1) + 0.4, 1.1 * len(ranks) + 0.7)
         axes = figure.subplots(len(ranks), ranks.shape[1] + 1, squeeze=False)
         for row, (query, items, marks) in enumerate(zip(query_thumbnails, ranks, correct)):
             _draw_thumbnail(axes[row, 0], query, "0.2", "query" if row == 0 else "")
@@ -195,7 +200,7 @@ def plot_retrieval(
                 heading = f"rank {column}" if row == 0 else ""
                 _draw_thumbnail(axes[row, column], gallery_thumbnails[int(item)], RIGHT if mark else WRONG, heading)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _draw_thumbnail(axis: Any, image: np.ndarray, color: str, heading: str) -> None:
@@ -204,47 +209,3 @@ def _draw_thumbnail(axis: Any, image: np.ndarray, color: str, heading: str) -> N
     axis.set_title(heading, fontsize=9, fontweight="normal", pad=4)
     for spine in axis.spines.values():
         spine.set(visible=True, color=color, linewidth=1.2 if color == "0.2" else 3)
-
-
-def point_cloud_thumbnail(points: np.ndarray) -> np.ndarray:
-    """Render a cloud as small shaded balls, orthographic, the y-z plane turned slightly, z up, seen from +x.
-
-    Args:
-        points: (P, 3) finite coordinates of any scale.
-    Returns:
-        (64, 64, 3) uint8 on white.
-    Raises:
-        ValueError: on another shape, no points, or non-finite coordinates.
-    """
-    points = np.asarray(points, dtype=np.float64)
-    if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0 or not np.isfinite(points).all():
-        raise ValueError(f"point_cloud_thumbnail needs finite (P, 3) points, got shape {points.shape}")
-    yaw, pitch = np.deg2rad(20), np.deg2rad(12)
-    points = points - (points.min(axis=0) + points.max(axis=0)) / 2
-    points /= max(np.linalg.norm(points, axis=1).max(), 1e-12)
-    near = points[:, 0] * np.cos(yaw) - points[:, 1] * np.sin(yaw)
-    right = points[:, 0] * np.sin(yaw) + points[:, 1] * np.cos(yaw)
-    near, up = near * np.cos(pitch) + points[:, 2] * np.sin(pitch), points[:, 2] * np.cos(pitch) - near * np.sin(pitch)
-    side, radius = 256, 6  # four times the final side: averaging smooths the edges
-    depth = _ball_depths(side / 2 * (1 - 0.92 * up), side / 2 * (1 + 0.92 * right), near * side / 2, side, radius)
-    filled = np.isfinite(depth)
-    slope_v, slope_h = np.gradient(np.where(filled, depth, -side))
-    light = np.clip((1.0 + 0.35 * slope_v - 0.35 * slope_h) / np.sqrt(1 + slope_v**2 + slope_h**2), 0, 1)
-    closeness = np.clip(np.where(filled, depth, 0) / side + 0.5, 0, 1)
-    tint = np.array([25, 50, 120]) + closeness[..., None] * np.array([90, 140, 130])
-    image = np.where(filled[..., None], tint * (0.55 + 0.45 * light[..., None]), 255)
-    return image.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3)).round().astype(np.uint8)
-
-
-def _ball_depths(rows: np.ndarray, columns: np.ndarray, depths: np.ndarray, side: int, radius: int) -> np.ndarray:
-    """Depth buffer (side, side) of balls at pixel positions; -inf where there is none."""
-    steps = np.arange(-radius, radius + 1)
-    down, across = (grid.ravel() for grid in np.meshgrid(steps, steps, indexing="ij"))
-    inside = down**2 + across**2 <= radius**2
-    down, across = down[inside], across[inside]
-    bulge = np.sqrt(radius**2 - down**2 - across**2)  # (ball pixels,)
-    at_rows = np.clip(rows.round().astype(int)[:, None] + down, 0, side - 1)
-    at_columns = np.clip(columns.round().astype(int)[:, None] + across, 0, side - 1)
-    buffer = np.full((side, side), -np.inf)
-    np.maximum.at(buffer, (at_rows, at_columns), depths[:, None] + bulge)
-    return buffer

@@ -51,22 +51,26 @@ def _prepare(query: Array, query_labels: Array, gallery: Array, gallery_labels: 
 
 
 def _ranked_relevance(
-    query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor, chunk_size: int | None, seed: int
+    query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor, chunk_size: int | None, seed: int,
+    exclude_self: bool = False,
 ) -> Iterator[Tensor]:
     """Yield (B, G) bool chunks in query order: entry [i, k] tells whether rank k + 1 has the class of query i.
 
     The gallery is shuffled by the seed before a stable sort, so equal scores come in an order that owes nothing to
-    the order of the files.
+    the order of the files. With `exclude_self`, query i is gallery item i and is left out of its own ranking: (B, G - 1).
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, got {chunk_size}")
     rows = max(1, SCORE_BYTES // (8 * len(gallery)))
     rows = rows if chunk_size is None else min(rows, chunk_size)
     order = torch.randperm(len(gallery), generator=generator_for(seed, "gallery order")).to(query.device)
-    gallery, gallery_labels = gallery[order], gallery_labels[order]
-    for chunk, chunk_labels in zip(query.split(rows), query_labels.split(rows)):
+    gallery, gallery_labels, own = gallery[order], gallery_labels[order], order.argsort().split(rows)
+    for chunk, chunk_labels, place in zip(query.split(rows), query_labels.split(rows), own):
         scores = torch.round(chunk @ gallery.T, decimals=SCORE_DECIMALS)  # (B, G)
+        if exclude_self:
+            scores.scatter_(1, place.unsqueeze(1), float("-inf"))
         ranking = torch.sort(scores, dim=1, descending=True, stable=True).indices
+        ranking = ranking[:, :-1] if exclude_self else ranking
         yield gallery_labels[ranking] == chunk_labels.unsqueeze(1)
 
 
@@ -93,12 +97,13 @@ def _ndcg(k: int | None) -> Callable[[Tensor], Tensor]:
 
 
 def _evaluate(
-    inputs: tuple[Tensor, ...], scores: Mapping[str, Callable[[Tensor], Tensor]], chunk_size: int | None, seed: int
+    inputs: tuple[Tensor, ...], scores: Mapping[str, Callable[[Tensor], Tensor]], chunk_size: int | None, seed: int,
+    exclude_self: bool = False,
 ) -> dict[str, float]:
     """Mean over queries of every per-query score, from one pass over the ranking."""
     parts = {name: [] for name in scores}
     orphans = 0
-    for relevant in _ranked_relevance(*inputs, chunk_size, seed):
+    for relevant in _ranked_relevance(*inputs, chunk_size, seed, exclude_self):
         orphans += int((~relevant.any(dim=1)).sum())
         for name, score in scores.items():
             parts[name].append(score(relevant))
@@ -188,16 +193,20 @@ def retrieval_metrics(
     *,
     chunk_size: int | None = None,
     seed: int = 0,
+    exclude_self: bool = False,
 ) -> dict[str, float]:
     """All retrieval metrics of one task from a single ranking pass.
 
-    Args: as `recall_at_k`.
+    Args: as `recall_at_k`; exclude_self: query i is gallery item i and may not find itself (search within one modality).
     Returns: {"map": ..., "r@K": ... for every K, "ndcg": ...}, fractions in [0, 1].
+    Raises: ValueError as `mean_average_precision`, and with `exclude_self` for sets of different size or of one item.
     """
     _check_ranks(ks)
     inputs = _prepare(query, query_labels, gallery, gallery_labels)
+    if exclude_self and (len(query) != len(gallery) or len(gallery) < 2):
+        raise ValueError(f"exclude_self needs one set of at least 2 items on both sides, got {len(query)} and {len(gallery)}")
     scores = {"map": _average_precision, **{f"r@{k}": _recall(k) for k in ks}, "ndcg": _ndcg(None)}
-    return _evaluate(inputs, scores, chunk_size, seed)
+    return _evaluate(inputs, scores, chunk_size, seed, exclude_self)
 
 
 def chance_map(query_labels: Array, gallery_labels: Array) -> float:

@@ -1,4 +1,4 @@
-"""The one table of modalities: name -> task letter, list-file token, kind of file, encoder. Adding a modality is one entry."""
+"""The one table of modalities: name -> task letter, list-file token, folder, kind of file (and so transforms), encoder. Adding a modality is one entry."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,9 @@ class Modality:
         name: key of a sample in configuration files, file names and dictionaries.
         letter: the paper's letter in task names (RP = RGB image query, point-cloud gallery).
         list_name: token of the list-file names, as in the authors' release.
-        kind: "image" (files read by Pillow) or "points" (.npy arrays of shape (n, 3)); selects loader and transforms.
+        folder: of its files in a prepared data set, below {root}/{split}/.
+        kind: "image" (files read by Pillow), "points" (.npy arrays (n, 3)) or "mesh" (.npy arrays (F, 18)); selects loader
+            and transforms in `datasets.kinds`.
         encoder: class name in `models`.
         is_2d: True for images; tasks always join one 2D and one 3D modality first.
     """
@@ -19,6 +21,7 @@ class Modality:
     name: str
     letter: str
     list_name: str
+    folder: str
     kind: str
     encoder: str
     is_2d: bool
@@ -27,9 +30,10 @@ class Modality:
 MODALITIES: dict[str, Modality] = {
     entry.name: entry
     for entry in (
-        Modality("RGBImg", "R", "RGBImgs", "image", "ResNet18", True),
-        Modality("GrayImg", "G", "GrayImgs", "image", "ResNet18", True),
-        Modality("PointCloud", "P", "PointCloud", "points", "DGCNN", False),
+        Modality("RGBImg", "R", "RGBImgs", "rgb_imgs", "image", "ResNet18", True),
+        Modality("GrayImg", "G", "GrayImgs", "gray_imgs", "image", "ResNet18", True),
+        Modality("PointCloud", "P", "PointCloud", "point_cloud", "points", "DGCNN", False),
+        Modality("Mesh", "M", "Mesh", "mesh", "mesh", "MeshNet", False),
     )
 }
 

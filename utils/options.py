@@ -79,6 +79,16 @@ class DataConfig:
     image_size: int = option(224, "side of the encoder's input, pixels", min=8)
     image_resize: int = option(256, "side after resizing, before the crop, pixels", min=8)
     num_points: int = option(1024, "points per cloud", min=2)
+    max_faces: int = option(500, "largest number of faces a mesh may have; smaller ones repeat faces", min=1)
+    num_views: int = option(1, "pictures per object: the listed one and those in view_01 ... beside it", min=1)
+    train_view: Literal["random", "first"] = option("random", "which of the num_views pictures a training step sees")
+    eval_view: Literal["first", "mean"] = option("first", "evaluation: the listed picture, or the mean embedding of all")
+    pairing: Literal["instance", "class", "none"] = option(
+        "instance", "rows of the training lists: one object; one class (made with labels: not unsupervised); unrelated"
+    )
+    positives: Literal["modalities", "views"] = option(
+        "modalities", "positives of the modality-invariance loss: one object's modalities, or two random views of one sample"
+    )
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig, metadata={"doc": "random training transforms"})
 
     def __post_init__(self) -> None:
@@ -88,6 +98,11 @@ class DataConfig:
             _check_modalities(f"data.{key}", getattr(self, key))
         if len(self.modalities) < 2 or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(f"data.modalities needs at least two different modalities, got {list(self.modalities)}")
+        if self.pairing == "none" and self.positives != "views":
+            raise ValueError(
+                "data.pairing: none leaves the modality-invariance loss without positives across modalities; say what replaces "
+                "them with data.positives: views (two random views of one sample)"
+            )
         if self.image_resize < self.image_size:
             raise ValueError(f"data.image_resize ({self.image_resize}) must be at least data.image_size ({self.image_size})")
         try:
@@ -105,6 +120,9 @@ class ModelConfig:
     embedding_dim: int = option(1024, "L, width of the common space (paper: 1024 in step 1, 256 in step 2)", min=1)
     num_neighbors: int = option(20, "neighbours per point in DGCNN's graphs", min=1)
     point_width: int = option(1024, "channels of DGCNN's last convolution (published: 1024)", min=1)
+    mesh_width: int = option(1024, "channels of MeshNet's pooled feature (published: 1024)", min=1)
+    mesh_conv_width: int = option(256, "channels of MeshNet's first mesh convolution (published: 256)", min=1)
+    mesh_mask_ratio: float = option(0.95, "share of faces hidden from MeshNet's maximum in training (published: 0.95)", min=0, below=1)
     image_stages: int = option(4, "residual stages of ResNet18 (published: 4); 3 for 32-pixel images on a CPU", min=1, max=4)
     pretrained: dict[str, str] = option({}, "modality -> imagenet | none | PATH of a weight file")
     classifier_hidden: int = option(128, "hidden width of the step-2 classifier", min=1)

@@ -7,10 +7,11 @@ import numpy as np
 from torch import Tensor
 
 from utils.checkpoint import atomic_write_json
-from utils.evaluation import format_table
-from utils.figures import plot_curves, plot_retrieval, plot_tsne, point_cloud_thumbnail
-from utils.modalities import MODALITIES, task_name
+from utils.evaluation import format_table, scored_tasks
+from utils.figures import plot_curves, plot_retrieval, plot_tsne
+from utils.modalities import task_name
 from utils.run_log import RunLog
+from utils.thumbnails import thumbnail
 
 PANEL_QUERIES, PANEL_RANKS = 8, 5
 
@@ -49,42 +50,38 @@ def print_scores(run: RunLog, name: str) -> None:
     atomic_write_json(run.folder / "metrics.json", {**scores, "selection": "last epoch", "oracle": oracle})
 
 
-def draw_figures(run: RunLog, embeddings: Mapping[str, Tensor], labels: Tensor, arrays: Mapping[str, Tensor]) -> None:
-    """Write curves.png, tsne.png and one retrieval_<task>.png per task into RUN/figures.
+def draw_figures(
+    run: RunLog, embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
+) -> None:
+    """Write curves.png, tsne.png and one retrieval_<task>.png per task of `scored_tasks` into RUN/figures.
 
     Args:
         run: run folder.
         embeddings: modality -> (N, D) of the test set.
-        labels: (N,) ground truth, for colours and frames.
-        arrays: modality -> (N, 3, S, S) uint8 images or (N, P, 3) float points, for thumbnails.
+        labels: modality -> (N,) ground truth, for colours and frames.
+        arrays: modality -> (N, V, ...), as in `datasets.samples`, for thumbnails.
     """
     folder = run.folder / "figures"
     epochs = run.read_epochs()
     plot_curves(epochs, folder / "curves.png", chance=epochs[-1]["map/chance"])
-    if len(labels) > 1:
-        plot_tsne({name: rows.cpu().numpy() for name, rows in embeddings.items()}, labels.numpy(), folder / "tsne.png")
-    for query in embeddings:
-        for gallery in embeddings:
-            if query != gallery:
-                path = folder / f"retrieval_{task_name(query, gallery)}.png"
-                _draw_panel(query, gallery, embeddings, labels.numpy(), arrays, path)
+    labels = {name: values.numpy() for name, values in labels.items()}
+    if min(map(len, labels.values())) > 1:
+        plot_tsne({name: rows.cpu().numpy() for name, rows in embeddings.items()}, labels, folder / "tsne.png")
+    for query, gallery in scored_tasks(embeddings):
+        path = folder / f"retrieval_{task_name(query, gallery)}.png"
+        _draw_panel(query, gallery, embeddings, labels, arrays, path)
     run.log(f"figures in {folder}")
 
 
-def _draw_panel(query: str, gallery: str, embeddings, labels: np.ndarray, arrays, path) -> None:
+def _draw_panel(query: str, gallery: str, embeddings, labels: Mapping[str, np.ndarray], arrays, path) -> None:
     """Top-5 panel for queries spread evenly over the test set."""
-    chosen = np.linspace(0, len(labels) - 1, min(PANEL_QUERIES, len(labels))).astype(int)
+    chosen = np.linspace(0, len(labels[query]) - 1, min(PANEL_QUERIES, len(labels[query]))).astype(int)
     scores = (embeddings[query][chosen] @ embeddings[gallery].T).cpu().numpy()
     ranks = np.argsort(-scores, axis=1, kind="stable")[:, :PANEL_RANKS]
+    show = lambda name, row: thumbnail(name, arrays[name][row, 0].cpu().numpy())  # noqa: E731
     plot_retrieval(
-        [_thumbnail(query, arrays[query][row]) for row in chosen],
-        {int(row): _thumbnail(gallery, arrays[gallery][row]) for row in np.unique(ranks)},
-        ranks, labels[ranks] == labels[chosen][:, None], path,
+        [show(query, row) for row in chosen],
+        {int(row): show(gallery, row) for row in np.unique(ranks)},
+        ranks, labels[gallery][ranks] == labels[query][chosen][:, None], path,
         title=f"{task_name(query, gallery)}: {query} query, {gallery} gallery",
     )
-
-
-def _thumbnail(modality: str, sample: Tensor) -> np.ndarray:
-    if MODALITIES[modality].kind == "image":
-        return sample.permute(1, 2, 0).cpu().numpy()
-    return point_cloud_thumbnail(sample.cpu().numpy())
