@@ -43,7 +43,7 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device) -> tuple[str, di
     encoders = build_encoders(config.data.modalities, config.model).to(device)
     encoders.load_state_dict(state["learner"]["encoders"])
     test, labels = load_test_samples(config.data, device)
-    scores = retrieval_table(embed_samples(encoders, test, config.data), labels, within=True)
+    scores = retrieval_table(embed_samples(encoders, test, config.data, device), labels, within=True)
     if state["stage"] == "step1":
         scores.update(pseudo_label_quality(config, run.run_id))
     _write_metrics(run, scores, state["epoch"], config.optim.epochs)

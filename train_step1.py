@@ -7,20 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from datasets.batches import BatchSource
 from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
 from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
-from datasets.samples import training_views
 from losses import ModalityInvarianceLoss, SelfMatchingLoss
 from models import LinearClassifier, MemoryBank
 from models.build import build_encoders, load_pretrained
+from utils import distributed
 from utils.clustering import joint_then_per_modality, nmi
 from utils.config import config_hash
-from utils.evaluation import retrieval_table
+from utils.evaluation import Evaluator
 from utils.learner import StageLearner
 from utils.options import Step1Config
-from utils.report import draw_figures, print_scores, report_pretrained
+from utils.report import finish, report_pretrained
 from utils.run_log import environment
-from utils.seed import derive_seed
+from utils.seed import BatchGenerator, derive_seed
 from utils.trainer import Session, fit, open_session, parse_arguments, run_command
 
 DEFAULT_CONFIG = "configs/mnist3d/step1.yaml"
@@ -44,12 +45,12 @@ class PLALearner(StageLearner):
         dim, pla = config.model.embedding_dim, config.pla
         if pla.num_clusters > min(samples.counts.values()):
             raise ValueError(f"pla.num_clusters (K = {pla.num_clusters}) exceeds the training samples: {samples.counts}")
-        encoders = build_encoders(config.data.modalities, config.model)
+        encoders = build_encoders(config.data.modalities, config.model, config.run.sync_batchnorm)
         classifiers = nn.ModuleDict({name: LinearClassifier(dim, pla.num_clusters, pla.logit_scale) for name in encoders})
-        views = lambda index, generator: training_views(samples, index, config.data, generator)  # noqa: E731
-        counts = samples.counts
-        super().__init__("step1", config, samples.arrays, counts.values(), views, encoders, classifiers, device)
-        self.banks = nn.ModuleDict({name: MemoryBank(count, dim, pla.momentum) for name, count in counts.items()}).to(device)
+        source = BatchSource(samples, config.data, device)
+        super().__init__("step1", config, source, samples.arrays, encoders, classifiers, device)
+        banks = {name: MemoryBank(count, dim, pla.momentum) for name, count in samples.counts.items()}
+        self.banks = nn.ModuleDict(banks).to(device)
         self.self_matching = SelfMatchingLoss(pla.tau_1, pla.estimator)
         self.modality_invariance = ModalityInvarianceLoss(pla.tau_2)
 
@@ -66,17 +67,17 @@ class PLALearner(StageLearner):
     def cluster(self, epoch: int) -> None:
         """Fill the banks with the current embeddings and start the classifiers at their k-means centres (Sec. III-B)."""
         seed = derive_seed(self.config.run.seed, "k-means", epoch) % 2**32
-        for name, rows in embed_samples(self.encoders, self.samples, self.config.data).items():
+        for name, rows in embed_samples(self.encoders, self.samples, self.config.data, self.device).items():
             self.banks[name].fill(rows)
         memories = [bank.memory for bank in self.banks.values()]
-        _, centroids, _ = joint_then_per_modality(memories, self.config.pla.num_clusters, seed)
+        centroids = distributed.from_main(lambda: joint_then_per_modality(memories, self.config.pla.num_clusters, seed)[1])
         for classifier, start in zip(self.classifiers.values(), centroids):
-            classifier.start_from(start)
+            classifier.start_from(start.to(self.device))
 
     @torch.no_grad()
     def pseudo_labels(self) -> dict[str, Tensor]:
         """Return z = argmax g(f(x)) of every training sample: modality -> (N,) int64 on the CPU."""
-        embeddings = embed_samples(self.encoders, self.samples, self.config.data)
+        embeddings = embed_samples(self.encoders, self.samples, self.config.data, self.device)
         return {name: self.classifiers[name](rows).argmax(dim=1).cpu() for name, rows in embeddings.items()}
 
     @torch.no_grad()
@@ -97,14 +98,14 @@ class PLALearner(StageLearner):
             "clusters_used": len(ids.unique()),
         }
 
-    def step(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
         """One step on Eq. 3, followed by the memory update of Eq. 6; on Eq. 14 alone in the warm-up."""
-        embeddings = self.embed(index, generator)
-        mlm = self.invariance(index, embeddings, generator)
+        embeddings = self.embed(raw, generator)
+        mlm = self.invariance(raw, embeddings, generator)
         if not self.annotating:
             self.optimise(mlm)
             return {"loss/mlm": mlm.detach()}
-        extra = self._extra_rows(generator)
+        extra = self._extra_rows(generator.generator)
         ssm = sum(self._match(name, *chosen, rows) for name, *chosen, rows in zip(self.encoders, index, extra, embeddings))
         weight = self.config.pla.lambda_1
         self.optimise(weight * ssm + (1 - weight) * mlm)
@@ -114,10 +115,10 @@ class PLALearner(StageLearner):
 
     def _extra_rows(self, generator: torch.Generator) -> list[Tensor]:
         """Draw N' memory rows per modality; the same objects in all of them if rows are pairs."""
-        size = (self.config.pla.memory_samples,)
+        counts, size = self.source.counts, (self.config.pla.memory_samples,)
         if self.config.data.pairing == "none":
-            return [torch.randint(count, size, generator=generator, device=self.device) for count in self.counts]
-        return [torch.randint(self.counts[0], size, generator=generator, device=self.device)] * len(self.counts)
+            return [torch.randint(count, size, generator=generator, device=self.device) for count in counts]
+        return [torch.randint(counts[0], size, generator=generator, device=self.device)] * len(counts)
 
     def _match(self, name: str, index: Tensor, extra: Tensor, embeddings: Tensor) -> Tensor:
         """Self-matching loss of one modality over the batch and N' extra memory rows, which stand for both views."""
@@ -129,13 +130,15 @@ class PLALearner(StageLearner):
 
 
 def export(session: Session, learner: PLALearner) -> None:
-    """Write one pseudo-label file per modality: the hand-over to step 2."""
+    """Write one pseudo-label file per modality: the hand-over to step 2. All processes must call it, the main one writes."""
     config, run = session.config, session.run
     provenance = {
         "run_id": run.run_id, "epoch": config.optim.epochs, "config_hash": config_hash(config),
         "git_sha": environment(config.run.seed)["git_sha"], "seed": config.run.seed,
     }
     for name, labels in learner.pseudo_labels().items():
+        if not run.writes:
+            continue
         path = pseudo_label_path(config.run.pseudo_labels, config.data.dataset, name)
         write_pseudo_labels(
             path, learner.samples.lists[name], labels.numpy(), dataset=config.data.dataset,
@@ -153,11 +156,10 @@ def main(argv: list[str] | None = None) -> None:
     learner = PLALearner(config, samples, session.device)
     if session.checkpoint is None:
         report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
-    fit(session, learner, lambda: retrieval_table(embed_samples(learner.encoders, test, config.data), labels), "step1")
+    evaluator = Evaluator(lambda: embed_samples(learner.encoders, test, config.data, session.device), labels)
+    fit(session, learner, evaluator, "step1")
     export(session, learner)
-    print_scores(session.run, "after PLA" if config.pla.lambda_1 > 0 else "MLM alone")
-    if config.run.figures:
-        draw_figures(session.run, embed_samples(learner.encoders, test, config.data), labels, test.arrays)
+    finish(session.run, "after PLA" if config.pla.lambda_1 > 0 else "MLM alone", evaluator, test.arrays, config.run.figures)
 
 
 if __name__ == "__main__":

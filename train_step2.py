@@ -5,16 +5,17 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from datasets.batches import BatchSource
 from datasets.pseudo_labels import pseudo_label_path, pseudo_label_run, read_pseudo_labels
 from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
-from datasets.samples import training_views
 from losses import ModalityInvarianceLoss, RobustConcentratingLoss
 from models import MLPClassifier
 from models.build import build_encoders, load_pretrained
-from utils.evaluation import retrieval_table
+from utils.evaluation import Evaluator
 from utils.learner import StageLearner
 from utils.options import Step2Config
-from utils.report import draw_figures, print_scores, report_pretrained
+from utils.report import finish, report_pretrained
+from utils.seed import BatchGenerator
 from utils.trainer import fit, open_session, parse_arguments, run_command
 
 DEFAULT_CONFIG = "configs/mnist3d/step2.yaml"
@@ -37,11 +38,10 @@ class RDLLearner(StageLearner):
     ) -> None:
         self.pseudo_labels = pseudo_labels
         dim, hidden = config.model.embedding_dim, config.model.classifier_hidden
-        encoders = build_encoders(config.data.modalities, config.model)
+        encoders = build_encoders(config.data.modalities, config.model, config.run.sync_batchnorm)
         classifiers = nn.ModuleDict({name: MLPClassifier(dim, hidden, num_clusters) for name in encoders})
-        views = lambda index, generator: training_views(samples, index, config.data, generator)  # noqa: E731
         inputs = {**samples.arrays, **{f"pseudo-labels of {name}": values for name, values in pseudo_labels.items()}}
-        super().__init__("step2", config, inputs, samples.counts.values(), views, encoders, classifiers, device)
+        super().__init__("step2", config, BatchSource(samples, config.data, device), inputs, encoders, classifiers, device)
         self.clipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters)
         self.unclipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters, clip=False)
         self.modality_invariance = ModalityInvarianceLoss(config.rdl.tau_2)
@@ -51,10 +51,10 @@ class RDLLearner(StageLearner):
         self.robust = self.unclipped if epoch <= self.config.rdl.warmup_epochs else self.clipped
         return super().train_epoch(epoch)
 
-    def step(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
         """One step on Eq. 4."""
-        embeddings = self.embed(index, generator)
-        mlm = self.invariance(index, embeddings, generator)
+        embeddings = self.embed(raw, generator)
+        mlm = self.invariance(raw, embeddings, generator)
         rcll = clipped = 0
         for name, chosen, rows in zip(self.encoders, index, embeddings):
             logits, labels = self.classifiers[name](rows.float()), self.pseudo_labels[name][chosen]
@@ -101,10 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     learner = RDLLearner(config, samples, pseudo_labels, num_clusters, session.device)
     if session.checkpoint is None:
         report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
-    fit(session, learner, lambda: retrieval_table(embed_samples(learner.encoders, test, config.data), labels), "step2")
-    print_scores(session.run, "after RDL" if config.rdl.lambda_2 > 0 else "MLM alone")
-    if config.run.figures:
-        draw_figures(session.run, embed_samples(learner.encoders, test, config.data), labels, test.arrays)
+    evaluator = Evaluator(lambda: embed_samples(learner.encoders, test, config.data, session.device), labels)
+    fit(session, learner, evaluator, "step2")
+    finish(session.run, "after RDL" if config.rdl.lambda_2 > 0 else "MLM alone", evaluator, test.arrays, config.run.figures)
 
 
 if __name__ == "__main__":

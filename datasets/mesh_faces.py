@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from datasets.lists import SampleList
 from datasets.transforms import random_map
+from utils.seed import BatchGenerator
 
 FACE_CHANNELS = 18
 MAX_FACES = 500
@@ -154,7 +155,7 @@ def prepare_faces(faces: Tensor) -> Tensor:
     return _assemble(faces[:, :, :3], faces[:, :, 3:12].unflatten(2, (3, 3)), faces[:, :, 15:])
 
 
-def augment_faces(faces: Tensor, augment, generator: torch.Generator) -> Tensor:
+def augment_faces(faces: Tensor, augment, generator: BatchGenerator) -> Tensor:
     """Training transform: rotation, scale per axis, shear and shift per mesh, jitter and starting corner per face.
 
     As published, the jitter moves the centres alone, so the vectors to the corners move against it. Normals follow from
@@ -167,11 +168,10 @@ def augment_faces(faces: Tensor, augment, generator: torch.Generator) -> Tensor:
     Returns:
         (B, F, 18) float32.
     """
-    device = faces.device
-    matrix, shift = random_map(len(faces), augment, generator, device)  # (B, 3, 3), (B, 1, 3)
-    noise = torch.randn(faces[:, :, :3].shape, generator=generator, device=device) * augment.point_jitter
-    turned = torch.randint(3, (*faces.shape[:2], 1), generator=generator, device=device)
-    order = (turned + torch.arange(3, device=device)) % 3  # (B, F, 3), corners and edges alike
+    matrix, shift = random_map(len(faces), augment, generator)  # (B, 3, 3), (B, 1, 3)
+    noise = generator.randn(*faces.shape[:2], 3) * augment.point_jitter
+    turned = generator.randint(3, *faces.shape[:2], 1)
+    order = (turned + torch.arange(3, device=faces.device)) % 3  # (B, F, 3), corners and edges alike
     corners = faces[:, :, 3:12].unflatten(2, (3, 3)).gather(2, order[..., None].expand(-1, -1, -1, 3))
     corners = corners @ matrix.transpose(1, 2)[:, None]
     centres = faces[:, :, :3] @ matrix.transpose(1, 2) + shift

@@ -36,7 +36,10 @@ _HDF5 = re.compile(r"(ply_data_)?(train|test)_?(\d+)\.h5")
 
 @dataclass(frozen=True)
 class Shape:
-    """One object of a source; `name` is its instance id, e.g. night_stand_0001."""
+    """One object of a source; `name` is its instance id, e.g. night_stand_0001.
+
+    Its shape is `member`, a mesh inside the archive or the path of a PCD file, or `cloud`, (n, 3) float32 with z up.
+    """
 
     name: str
     split: str
@@ -110,8 +113,7 @@ def read_hdf5(folder: str | Path, up: str) -> Source:
             raise ValueError(f"{path}: not a readable HDF5 file with `data` ({error}); fetch it again") from error
         if clouds.ndim != 3 or clouds.shape[2] != 3 or len(clouds) != len(names):
             raise ValueError(f"{path}: expected data of shape ({len(names)}, n, 3) as its id2file.json lists, found {clouds.shape}")
-        if up == "y":
-            clouds = np.stack([clouds[..., 0], -clouds[..., 2], clouds[..., 1]], axis=-1)
+        clouds = to_z_up(clouds, up)
         shapes += [Shape(name, match[2], cloud=cloud.astype(np.float32)) for name, cloud in zip(names, clouds, strict=True)]
     classes = {shape.object_class for shape in shapes}
     return _cloud_source("modelnet10" if classes <= set(MODELNET10) else "modelnet40", shapes)
@@ -141,6 +143,11 @@ def read_npz(path: str | Path) -> Source:
     if wrong is not None or not set(splits) <= {"train", "test"}:
         raise ValueError(f"{path}: expected splits train and test and labels as in the names, found {sorted(set(splits))}, {wrong}")
     return _cloud_source("modelnet10", shapes)
+
+
+def to_z_up(points: np.ndarray, up: str) -> np.ndarray:
+    """Turn points (..., 3) whose vertical axis is `up`, "y" or "z", to z up."""
+    return points if up == "z" else np.stack([points[..., 0], -points[..., 2], points[..., 1]], axis=-1)
 
 
 def check_official(source: Source, clouds_only: bool) -> str | None:

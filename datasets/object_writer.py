@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,9 @@ def object_file(modality: str, split: str, number: int, view: int = 0) -> str:
     return f"{folder}/{modality}_{split}_{number:06d}.{'png' if modality in ('RGBImg', 'GrayImg') else 'npy'}"
 
 
-def write_objects(root: str | Path, settings: dict, tasks: Sequence[ObjectTask], make: Make, workers: int) -> tuple[bool, dict]:
+def write_objects(
+    root: str | Path, settings: dict, tasks: Sequence[ObjectTask], make: Make, workers: int, dependents: Sequence[Path] = ()
+) -> tuple[bool, dict]:
     """Make, or finish, a data set.
 
     Args:
@@ -65,6 +68,7 @@ def write_objects(root: str | Path, settings: dict, tasks: Sequence[ObjectTask],
         make: task -> modality -> array (images (views, S, S[, 3]) uint8, others as stored), and facts for the journal;
             picklable; a MeshError leaves the object out of every modality.
         workers: processes; 1 works in this one.
+        dependents: files the caller makes from the finished objects; removed before any object changes.
     Returns:
         Whether anything was done, and the manifest.
     Raises:
@@ -81,7 +85,7 @@ def write_objects(root: str | Path, settings: dict, tasks: Sequence[ObjectTask],
     lists = _list_paths(root, settings)
     if not todo and (root / MANIFEST).is_file() and all(path.is_file() for path in lists.values()):
         return False, json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-    for path in (root / MANIFEST, *lists.values()):
+    for path in (root / MANIFEST, *lists.values(), *dependents):
         path.unlink(missing_ok=True)
     if not records:
         for split in SPLITS:
@@ -93,6 +97,27 @@ def write_objects(root: str | Path, settings: dict, tasks: Sequence[ObjectTask],
             journal.write(json.dumps(record) + "\n")
             journal.flush()
     return True, _finish(root, settings, records, {task.number for task in todo})
+
+
+def report(root: str | Path, made: bool, manifest: dict) -> None:
+    """Print what `write_objects` did."""
+    print(f"{root}: {'written' if made else 'already prepared, nothing to do'}; objects {manifest['counts']}")
+    for entry in manifest["left_out"]:
+        print(f"left out of every modality: {entry['split']} {entry['name']}: {entry['left_out']}")
+    if manifest["flagged"]:
+        print(f"{len(manifest['flagged'])} simplified meshes lost much of their area or silhouette (`flagged` in the manifest)")
+
+
+def package_versions(names: Sequence[str]) -> dict[str, str]:
+    """Return package -> version of what meshes are made with.
+
+    Raises:
+        ValueError: naming requirements-data.txt, when one is not installed.
+    """
+    try:
+        return {name: version(name) for name in names}
+    except PackageNotFoundError as error:
+        raise ValueError(f"meshes need the package {error.name}: pip install -r requirements-data.txt") from error
 
 
 def _produce(make: Make, root: str, task: ObjectTask) -> dict:
@@ -205,5 +230,5 @@ def _check_root(root: Path) -> None:
     if foreign is not None:
         raise ValueError(
             f"{foreign} exists, but {root} has no {MANIFEST}: it was not made by a preparation command and would be replaced; "
-            "choose another --root or move it away"
+            "choose another folder or move it away"
         )

@@ -3,23 +3,26 @@
 python -m datasets.prepare_modelnet --archive ModelNet10.zip|ModelNet40.zip [--points HDF5_DIR]
 python -m datasets.prepare_modelnet --npz modelnet10_points.npz
 python -m datasets.prepare_modelnet --points HDF5_DIR
+python -m datasets.prepare_modelnet --pcd DIR
 """
 
 import argparse
+import json
 import os
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 
 from datasets.mesh_faces import mesh_to_faces
 from datasets.mesh_processing import farthest_points, sample_surface, simplify, to_unit_sphere
-from datasets.modelnet import Source, check_official, make_tasks, read_archive, read_hdf5, read_npz
-from datasets.object_writer import ObjectTask, write_objects
+from datasets.modelnet import Source, check_official, make_tasks, read_archive, read_hdf5, read_npz, to_z_up
+from datasets.object_writer import JOURNAL, ObjectTask, package_versions, report, write_objects
 from datasets.off import MeshError, clean_mesh, read_off
+from datasets.pcd import read_pcd, read_pcd_folder
 from datasets.rendering import luminance, probe_renderer, render_views, ring_of_cameras, splat_views
 
 CANDIDATES = 4  # surface points drawn per point kept by farthest-point sampling
@@ -78,6 +81,21 @@ def make_object(recipe: Recipe, archive: str | None, needs_cloud: bool, task: Ob
     return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": cloud, "Mesh": faces}, record
 
 
+def make_from_pcd(recipe: Recipe, up: str, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    """Make the modalities of one object from the PCD file `task.member`, see `make_object`.
+
+    Args:
+        recipe: sizes and counts; up: "y" or "z", the vertical axis of the file; task: the object.
+    Returns:
+        The arrays, and `dropped_points`, how many points of the file were not valid.
+    Raises:
+        MeshError: when the file cannot be used.
+    """
+    cloud, dropped = read_pcd(Path(task.member).read_bytes())
+    arrays, facts = make_object(recipe, None, False, replace(task, cloud=to_z_up(cloud, up)))
+    return arrays, {**facts, "dropped_points": dropped}
+
+
 def _sample(vertices: np.ndarray, triangles: np.ndarray, recipe: Recipe, name: str) -> np.ndarray:
     seed = (recipe.seed, zlib.crc32(name.encode()))
     if recipe.sampling == "surface":
@@ -104,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--archive", metavar="ZIP", help="ModelNet10.zip or ModelNet40.zip: all four modalities")
     parser.add_argument("--points", metavar="HDF5_DIR", help="clouds to use instead of sampling the meshes; alone: clouds and splats")
     parser.add_argument("--npz", metavar="FILE", help="modelnet10_points.npz: clouds and splats")
+    parser.add_argument("--pcd", metavar="DIR", help="DIR/CLASS/{train,test}/CLASS_0001.pcd: clouds and splats")
     parser.add_argument("--root", help="where the data set goes; default dataset/modelnet10, modelnet40 or ..._splat")
     parser.add_argument("--size", type=int, help=f"side of the pictures; default {MESH_SIZE} from meshes, {SPLAT_SIZE} from points")
     parser.add_argument("--views", type=int, default=12, help="cameras around the object")
@@ -111,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-points", type=int, default=2048, help="points drawn from each mesh")
     parser.add_argument("--sampling", choices=SAMPLINGS, default="farthest", help="farthest: any beginning of a cloud is well spread")
     parser.add_argument("--max-faces", type=int, default=500, help="of the simplified mesh")
-    parser.add_argument("--up", choices=("y", "z"), default="y", help="vertical axis of the clouds in --points")
+    parser.add_argument("--up", choices=("y", "z"), help="vertical axis of the clouds; default y in --points, z in --pcd")
     parser.add_argument("--seed", type=int, default=0, help="of the surface points")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
     parser.add_argument("--any-counts", action="store_true", help="accept fewer or more objects than the official set; noted in the manifest")
@@ -120,19 +139,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _read_sources(options: argparse.Namespace) -> tuple[Source, Source | None]:
     """Return the source of the objects and, if the clouds come from elsewhere, theirs."""
-    if bool(options.npz) + bool(options.archive or options.points) != 1:
-        raise SystemExit("expected --archive ZIP, --archive ZIP --points HDF5_DIR, --points HDF5_DIR, or --npz FILE")
+    if bool(options.npz) + bool(options.pcd) + bool(options.archive or options.points) != 1:
+        raise SystemExit("expected --archive ZIP, --archive ZIP --points HDF5_DIR, --points HDF5_DIR, --npz FILE, or --pcd DIR")
     if options.npz:
         return read_npz(options.npz), None
-    clouds = read_hdf5(options.points, options.up) if options.points else None
+    if options.pcd:
+        return read_pcd_folder(options.pcd, options.up or "z"), None
+    clouds = read_hdf5(options.points, options.up or "y") if options.points else None
     return (read_archive(options.archive), clouds) if options.archive else (clouds, None)
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError as error:
-        raise ImportError(f"meshes need {package}: pip install -r requirements-data.txt") from error
+def _report_dropped(root: str) -> None:
+    """Say how many points of PCD files were not valid; the journal has the number of each object."""
+    entries = [json.loads(line) for line in (Path(root) / JOURNAL).read_text(encoding="utf-8").splitlines()[1:]]
+    dropped = [entry["dropped_points"] for entry in entries if entry.get("dropped_points")]
+    if dropped:
+        print(f"{sum(dropped)} invalid points dropped from {len(dropped)} clouds (`dropped_points` in {JOURNAL})")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -153,18 +175,18 @@ def main(arguments: list[str] | None = None) -> None:
         "format": 1, "dataset": dataset, "generator": "datasets.prepare_modelnet", "pictures": "mesh" if meshes else "splat",
         "modalities": ["RGBImg", "GrayImg", "PointCloud", *(["Mesh"] if meshes else [])], "official_counts": difference is None,
         "input_sha256": {"objects": source.sha256, **({"clouds": clouds.sha256} if clouds else {})}, **asdict(recipe),
-        "packages": {name: _version(name) for name in MESH_PACKAGES} if meshes else {},
+        "packages": package_versions(MESH_PACKAGES if meshes else ()),
     }
     if meshes:
         probe_renderer()
     tasks = make_tasks(source, {shape.name: shape.cloud for shape in clouds.shapes} if clouds else None)
     root = options.root or f"dataset/{dataset}"
-    made, manifest = write_objects(root, settings, tasks, partial(make_object, recipe, options.archive, bool(clouds)), options.workers)
-    print(f"{root}: {'written' if made else 'already prepared, nothing to do'}; objects {manifest['counts']}")
-    for entry in manifest["left_out"]:
-        print(f"left out of every modality: {entry['split']} {entry['name']}: {entry['left_out']}")
-    if manifest["flagged"]:
-        print(f"{len(manifest['flagged'])} simplified meshes lost much of their area or silhouette (`flagged` in the manifest)")
+    make = partial(make_object, recipe, options.archive, bool(clouds))
+    if options.pcd:
+        make = partial(make_from_pcd, recipe, options.up or "z")
+    made, manifest = write_objects(root, settings, tasks, make, options.workers)
+    report(root, made, manifest)
+    _report_dropped(root)
 
 
 if __name__ == "__main__":

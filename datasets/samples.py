@@ -3,6 +3,7 @@
 Training samples carry no labels: `load_training_samples` drops the label column, `load_test_samples` alone returns it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from datasets.lists import read_labelled_list, read_training_list
 from utils.features import extract_embeddings
 from utils.modalities import MODALITIES
 from utils.options import DataConfig
+
+DEVICE_SHARE = 0.5  # of the device's free memory that samples may take with data.placement: auto
 
 # What may occur once only in a list: class pairs may show one picture twice; unpaired files need no ids.
 UNIQUE = {
@@ -69,7 +72,7 @@ def load_test_samples(
 
     Args:
         data: as for training.
-        device: where the arrays go.
+        device: where training runs; the arrays go there unless `data.placement` says otherwise.
         train: if given, the training samples, which must not share a file with the test set.
     Returns:
         The samples, and modality -> (N,) int64 labels on the CPU.
@@ -103,27 +106,10 @@ def _check_same_labels(lists: dict[str, SampleList], labels: dict) -> None:
             )
 
 
-def training_views(samples: PairedSamples, index: Tensor, data: DataConfig, generator: torch.Generator) -> list[Tensor]:
-    """Return one randomly transformed view per modality of the given samples.
-
-    Args:
-        samples: the training set; index: (M, B) int64 on its device, one row of sample numbers per modality.
-        data: sizes and augmentation ranges.
-        generator: on the same device; the only source of randomness.
-    Returns:
-        One float32 tensor per modality, (B, 3, H, W), (B, P, 3) or (B, F, 18), in the order of `samples.arrays`.
-    """
-    views = []
-    for rows, (name, array) in zip(index, samples.arrays.items()):
-        view = torch.zeros_like(rows)
-        if array.shape[1] > 1 and data.train_view == "random":
-            view = torch.randint(array.shape[1], rows.shape, generator=generator, device=rows.device)
-        views.append(KINDS[MODALITIES[name].kind].augment(array[rows, view], data, generator))
-    return views
-
-
-def embed_samples(encoders: nn.ModuleDict, samples: PairedSamples, data: DataConfig) -> dict[str, Tensor]:
-    """Return modality -> (N, D) unit-norm embeddings of all samples, in eval mode and without augmentation.
+def embed_samples(
+    encoders: Mapping[str, nn.Module], samples: PairedSamples, data: DataConfig, device: torch.device
+) -> dict[str, Tensor]:
+    """Return modality -> (N, D) unit-norm embeddings of all samples, in eval mode and without augmentation, on the device.
 
     Each is the embedding of the first view or, with `data.eval_view: mean`, the normalised mean over the views.
     """
@@ -131,9 +117,8 @@ def embed_samples(encoders: nn.ModuleDict, samples: PairedSamples, data: DataCon
     for name, encoder in encoders.items():
         array, prepare = samples.arrays[name], KINDS[MODALITIES[name].kind].prepare
         shown = array.shape[1] if data.eval_view == "mean" else 1
-        embeddings[name] = extract_embeddings(
-            encoder, lambda index: [prepare(array[index, view], data) for view in range(shown)], len(array), array.device
-        )
+        inputs = lambda index: [prepare(array[index, view].to(device), data) for view in range(shown)]  # noqa: B023, E731
+        embeddings[name] = extract_embeddings(encoder, inputs, len(array), array.device)
     return embeddings
 
 
@@ -144,4 +129,10 @@ def list_path(data: DataConfig, modality: str, split: str) -> Path:
 
 
 def _load(lists: dict[str, SampleList], data: DataConfig, device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(KINDS[MODALITIES[name].kind].load(rows, data)).to(device) for name, rows in lists.items()}
+    arrays = {name: torch.from_numpy(KINDS[MODALITIES[name].kind].load(rows, data)) for name, rows in lists.items()}
+    if device.type == "cpu" or data.placement == "host":
+        return arrays
+    needed = sum(array.nbytes for array in arrays.values())
+    if data.placement == "auto" and needed > torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE:
+        return arrays
+    return {name: array.to(device) for name, array in arrays.items()}

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils.seed import BatchGenerator
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -29,7 +31,7 @@ def prepare_images(images: Tensor, size: int, resize: int) -> Tensor:
     return _normalise(images[:, :, start : start + size, start : start + size])
 
 
-def augment_images(images: Tensor, size: int, resize: int, augment, generator: torch.Generator) -> Tensor:
+def augment_images(images: Tensor, size: int, resize: int, augment, generator: BatchGenerator) -> Tensor:
     """Training transform: one random affine map, brightness and contrast per image, then as `prepare_images`.
 
     Rotation, scale, shear and shift are one bilinear resampling of the stored image; outside it, the edge continues.
@@ -44,12 +46,12 @@ def augment_images(images: Tensor, size: int, resize: int, augment, generator: t
     images = images.float() / 255
     if images.shape[-1] > resize:  # the resampling below does not smooth: without this, training images would alias
         images = _resize(images, resize)
-    theta = _random_affine(len(images), size / resize, augment, generator, images.device)  # (B, 2, 3)
+    theta = _random_affine(len(images), size / resize, augment, generator)  # (B, 2, 3)
     grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     images = _random_tone(images, augment, generator)
     if augment.image_flip:
-        mirrored = _uniform(len(images), 0, 1, generator, images.device) < 0.5
+        mirrored = _uniform(len(images), 0, 1, generator) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     return _normalise(images)
 
@@ -59,7 +61,7 @@ def prepare_points(points: Tensor, num_points: int) -> Tensor:
     return points[:, :num_points]
 
 
-def augment_points(points: Tensor, num_points: int, augment, generator: torch.Generator) -> Tensor:
+def augment_points(points: Tensor, num_points: int, augment, generator: BatchGenerator) -> Tensor:
     """Training transform: a fresh random subset, rotation, scale per axis, shear, shift and jitter per cloud.
 
     Args:
@@ -71,58 +73,57 @@ def augment_points(points: Tensor, num_points: int, augment, generator: torch.Ge
         (B, num_points, 3) float32.
     """
     batch_size, stored, _ = points.shape
-    device = points.device
-    order = torch.rand(batch_size, stored, generator=generator, device=device).argsort(dim=1)[:, :num_points]
+    order = generator.rand(batch_size, stored).argsort(dim=1)[:, :num_points]
     points = points.gather(1, order[:, :, None].expand(-1, -1, 3))
-    matrix, shift = random_map(batch_size, augment, generator, device)
-    noise = torch.randn(points.shape, generator=generator, device=device) * augment.point_jitter
+    matrix, shift = random_map(batch_size, augment, generator)
+    noise = generator.randn(*points.shape) * augment.point_jitter
     return points @ matrix.transpose(1, 2) + shift + noise
 
 
-def random_map(count: int, augment, generator: torch.Generator, device) -> tuple[Tensor, Tensor]:
+def random_map(count: int, augment, generator: BatchGenerator) -> tuple[Tensor, Tensor]:
     """Random affine maps of 3D objects: matrices (count, 3, 3), rotation x scale x shear, and shifts (count, 1, 3)."""
     low, high = augment.point_scale
-    matrix = _random_rotation(count, augment, generator, device)
-    scale = torch.exp(_uniform((count, 3), math.log(low), math.log(high), generator, device))
-    matrix = matrix @ torch.diag_embed(scale) @ _random_shear(count, augment.point_shear, generator, device)
+    matrix = _random_rotation(count, augment, generator)
+    scale = torch.exp(_uniform((count, 3), math.log(low), math.log(high), generator))
+    matrix = matrix @ torch.diag_embed(scale) @ _random_shear(count, augment.point_shear, generator)
     reach = augment.point_translate
-    return matrix, _uniform((count, 1, 3), -reach, reach, generator, device)
+    return matrix, _uniform((count, 1, 3), -reach, reach, generator)
 
 
-def _random_affine(count: int, zoom: float, augment, generator: torch.Generator, device) -> Tensor:
+def _random_affine(count: int, zoom: float, augment, generator: BatchGenerator) -> Tensor:
     """Maps (count, 2, 3) from output to input coordinates; `zoom` is the central crop's share of the image."""
     degrees = augment.image_rotation_degrees
-    angle = _uniform(count, -math.radians(degrees), math.radians(degrees), generator, device)
+    angle = _uniform(count, -math.radians(degrees), math.radians(degrees), generator)
     degrees = augment.image_shear_degrees
-    shear = torch.tan(_uniform(count, -math.radians(degrees), math.radians(degrees), generator, device))
+    shear = torch.tan(_uniform(count, -math.radians(degrees), math.radians(degrees), generator))
     low, high = augment.image_scale
-    scale = torch.exp(_uniform((count, 2), math.log(low), math.log(high), generator, device))
-    shift = _uniform((count, 2), -2 * augment.image_translate, 2 * augment.image_translate, generator, device)
+    scale = torch.exp(_uniform((count, 2), math.log(low), math.log(high), generator))
+    shift = _uniform((count, 2), -2 * augment.image_translate, 2 * augment.image_translate, generator)
     cos, sin = angle.cos(), angle.sin()
     rotation = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)  # (B, 2, 2)
-    shearing = torch.eye(2, device=device).repeat(count, 1, 1)
+    shearing = torch.eye(2, device=angle.device).repeat(count, 1, 1)
     shearing[:, 0, 1] = shear
     linear = rotation @ shearing @ torch.diag_embed(zoom / scale)
     return torch.cat([linear, shift[:, :, None]], dim=2)
 
 
-def _random_tone(images: Tensor, augment, generator: torch.Generator) -> Tensor:
+def _random_tone(images: Tensor, augment, generator: BatchGenerator) -> Tensor:
     shape = (len(images), 1, 1, 1)
     reach = augment.image_contrast
-    contrast = _uniform(shape, 1 - reach, 1 + reach, generator, images.device)
+    contrast = _uniform(shape, 1 - reach, 1 + reach, generator)
     reach = augment.image_brightness
-    brightness = _uniform(shape, -reach, reach, generator, images.device)
+    brightness = _uniform(shape, -reach, reach, generator)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     return ((images - mean) * contrast + mean + brightness).clamp(0, 1)
 
 
-def _random_rotation(count: int, augment, generator: torch.Generator, device) -> Tensor:
+def _random_rotation(count: int, augment, generator: BatchGenerator) -> Tensor:
     """Rotations (count, 3, 3): a turn about the vertical axis z, then small tilts about x and y."""
     turn = math.radians(augment.point_rotation_degrees)
     tilt = math.radians(augment.point_tilt_degrees)
-    about_z = _axis_rotation(2, _uniform(count, -turn, turn, generator, device))
-    about_x = _axis_rotation(0, _uniform(count, -tilt, tilt, generator, device))
-    about_y = _axis_rotation(1, _uniform(count, -tilt, tilt, generator, device))
+    about_z = _axis_rotation(2, _uniform(count, -turn, turn, generator))
+    about_x = _axis_rotation(0, _uniform(count, -tilt, tilt, generator))
+    about_y = _axis_rotation(1, _uniform(count, -tilt, tilt, generator))
     return about_y @ about_x @ about_z
 
 
@@ -135,10 +136,10 @@ def _axis_rotation(axis: int, angle: Tensor) -> Tensor:
     return matrix
 
 
-def _random_shear(count: int, reach: float, generator: torch.Generator, device) -> Tensor:
+def _random_shear(count: int, reach: float, generator: BatchGenerator) -> Tensor:
     """Shears (count, 3, 3): the horizontal coordinates lean with the height z by up to `reach`."""
-    matrix = torch.eye(3, device=device).repeat(count, 1, 1)
-    matrix[:, :2, 2] = _uniform((count, 2), -reach, reach, generator, device)
+    matrix = torch.eye(3, device=generator.device).repeat(count, 1, 1)
+    matrix[:, :2, 2] = _uniform((count, 2), -reach, reach, generator)
     return matrix
 
 
@@ -146,9 +147,9 @@ def _resize(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
-def _uniform(shape, low: float, high: float, generator: torch.Generator, device) -> Tensor:
+def _uniform(shape, low: float, high: float, generator: BatchGenerator) -> Tensor:
     shape = (shape,) if isinstance(shape, int) else shape
-    return torch.rand(shape, generator=generator, device=device) * (high - low) + low
+    return generator.rand(*shape) * (high - low) + low
 
 
 def _normalise(images: Tensor) -> Tensor:

@@ -6,13 +6,21 @@ from torch import nn
 
 import models
 from models.pretrained import LoadReport, load_dgcnn_checkpoint, load_meshnet_checkpoint, load_resnet18_weights
+from models.sync_batchnorm import synchronise
+from utils import distributed
 from utils.modalities import MODALITIES
 from utils.options import ModelConfig
 
 
-def build_encoders(modalities: Sequence[str], model: ModelConfig) -> nn.ModuleDict:
-    """Return modality -> encoder, in the order given, randomly initialised from torch's global generator."""
-    return nn.ModuleDict({name: _build_encoder(name, model) for name in modalities})
+def build_encoders(modalities: Sequence[str], model: ModelConfig, sync_batchnorm: bool = False) -> nn.ModuleDict:
+    """Return modality -> encoder, in the order given, randomly initialised from torch's global generator.
+
+    Args:
+        modalities: keys of `MODALITIES`; model: sizes.
+        sync_batchnorm: with several processes, take batch statistics over all of them.
+    """
+    encoders = nn.ModuleDict({name: _build_encoder(name, model) for name in modalities})
+    return synchronise(encoders) if sync_batchnorm and distributed.world() > 1 else encoders
 
 
 def _build_encoder(modality: str, model: ModelConfig) -> nn.Module:

@@ -1,4 +1,4 @@
-"""EdgeConv of DGCNN (Wang et al. 2019) without the edge tensor, its plain specification, and exact blocked k-NN.
+"""EdgeConv of DGCNN (Wang et al. 2019) without the edge tensor, and its plain specification.
 
 Used by `models/point_encoder.py`. The derivation of the fused forward and backward is in `_FusedEdgeConv`.
 """
@@ -7,45 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.neighbour_ops import in_degrees, neighbour_max, neighbour_sum, transposed_neighbour_sum
+from models import neighbour_ops
+from models.knn import knn
+from models.sync_batchnorm import SyncBatchNorm
+from utils import distributed
 
-KNN_BLOCK_BYTES = 64 * 2**20
 IMPLEMENTATIONS = ("fused", "reference")
-
-
-@torch.no_grad()
-def knn(x: Tensor, k: int) -> Tensor:
-    """Exact nearest neighbours of every point inside its own cloud, itself included.
-
-    Ranks by squared Euclidean distance from blocked matrix products, so that no (B, N, N) tensor lives. Clouds are
-    centred first: the expansion |a|^2 + |b|^2 - 2ab would otherwise lose the distance of points far from the origin.
-
-    Args:
-        x: (B, N, C) float points or features; half precisions are ranked in float32.
-        k: neighbours per point, 1 <= k <= N.
-    Returns:
-        (B, N, k) int64 indices into the N points of the same cloud, nearest first. Among neighbours at exactly equal
-        distance the order, and at the k-th place the choice, is arbitrary.
-    Raises:
-        ValueError: if x is not (B, N, C) or k is outside 1..N.
-    """
-    if x.dim() != 3:
-        raise ValueError(f"knn expects points of shape (B, N, C), found {tuple(x.shape)}")
-    batch, points, _ = x.shape
-    if not 1 <= k <= points:
-        raise ValueError(f"knn needs 1 <= k <= N, found k = {k} with clouds of N = {points} points; lower k")
-    x = x if x.dtype == torch.float64 else x.float()
-    index = torch.empty(batch, points, k, dtype=torch.long, device=x.device)
-    rows = max(1, min(points, KNN_BLOCK_BYTES // (points * x.element_size())))
-    clouds = max(1, KNN_BLOCK_BYTES // (points * points * x.element_size()))
-    with torch.autocast(x.device.type, enabled=False):
-        for b in range(0, batch, clouds):
-            centred = x[b:b + clouds] - x[b:b + clouds].mean(1, keepdim=True)
-            norms = centred.square().sum(-1).unsqueeze(1)  # (b, 1, N); the query's own norm does not change its ranking
-            for n in range(0, points, rows):
-                distance = torch.baddbmm(norms, centred[:, n:n + rows], centred.transpose(1, 2), alpha=-2)
-                index[b:b + clouds, n:n + rows] = distance.topk(k, dim=-1, largest=False).indices
-    return index
 
 
 class EdgeConv(nn.Module):
@@ -114,13 +81,14 @@ class EdgeConv(nn.Module):
         rows = (index + offset).view(-1, index.shape[2])  # (B*N, k) rows of the flattened points
         flat = x.reshape(-1, x.shape[2])
         running = None if bn.training else (bn.running_mean, bn.running_var)
+        world = distributed.world() if isinstance(bn, SyncBatchNorm) else 1
         with torch.autocast(x.device.type, enabled=False):
             flat = flat.to(self.conv.weight.dtype)
             out, mean, var = _FusedEdgeConv.apply(
                 flat, self.conv.weight.flatten(1), bn.weight, bn.bias, rows, x.shape[1], running, bn.eps,
-                self.negative_slope)
+                self.negative_slope, world)
         if bn.training:
-            _update_running_statistics(bn, mean, var, rows.numel())
+            _update_running_statistics(bn, mean, var, rows.numel() * world)
         return out.view(*x.shape[:2], -1)
 
 
@@ -141,27 +109,31 @@ class _FusedEdgeConv(torch.autograd.Function):
     variance over all edges are quadratic forms of `moments`, the second moments of (x_j, x_i), which need in-degrees
     and neighbourhood sums only. In the backward pass BatchNorm's dense terms are linear in (x_j, x_i), so that they
     too reduce to degrees, neighbourhood sums and transposed neighbourhood sums; the rest touches one edge per point
-    and channel, the one that won the maximum.
+    and channel, the one that won the maximum. With several processes of equal batches (world > 1) the moments, and
+    in the backward pass the sums over edges behind BatchNorm's terms, are added up over all of them.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, gamma, beta, rows, points, running, eps, slope):
-        channels, edges = x.shape[1], rows.numel()
+    def forward(ctx, x, weight, gamma, beta, rows, points, running, eps, slope, world):
+        channels, edges = x.shape[1], rows.numel() * world
         # Any nearby point will do, and this one keeps integer coordinates, so true ties, exact. In eval mode no cloud may
         # depend on another one of the batch, not even by rounding.
         centre = x[0].clone() if running is None else torch.zeros_like(x[0])
+        if world > 1:
+            distributed.add_over_processes(centre.div_(world))
         x = x - centre
         split = torch.cat((weight[:, :channels], weight[:, channels:] - weight[:, :channels]), 1)  # (C_out, 2C)
         shift = weight[:, channels:] @ centre
         sign = torch.where(gamma < 0, -1.0, 1.0).to(x.dtype)
-        best, winner = neighbour_max(x @ (split[:, :channels] * sign[:, None]).T, rows, points, gamma == 0)
+        ops = neighbour_ops.triton_operations(x.device, x.dtype) or neighbour_ops
+        best, winner = ops.neighbour_max(x @ (split[:, :channels] * sign[:, None]).T, rows, points, gamma == 0)
         edge = torch.addmm(best.mul_(sign), x, split[:, channels:].T)  # (B*N, C_out), winners, without shift
 
         moments = edge_mean = sums = degree = None
         if running is None:
-            degree = in_degrees(rows).to(x.dtype)
-            sums = neighbour_sum(x, rows)
-            edge_mean, moments = _edge_moments(x, sums, degree, rows.shape[1], points)
+            degree = ops.in_degrees(rows).to(x.dtype)
+            sums = ops.neighbour_sum(x, rows)
+            edge_mean, moments = _edge_moments(x, sums, degree, rows.shape[1], points, world)
             wide = split.double()
             mean = (wide @ edge_mean).to(x.dtype)
             var = ((wide @ moments) * wide).sum(1).clamp_(min=0).div_(edges).to(x.dtype)
@@ -170,7 +142,7 @@ class _FusedEdgeConv(torch.autograd.Function):
         rstd = (var + eps).rsqrt()
         ctx.save_for_backward(x, split, gamma, beta, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean,
                               moments)
-        ctx.points, ctx.slope = points, slope
+        ctx.points, ctx.slope, ctx.ops, ctx.world = points, slope, ops, world
         batch_mean = mean + shift
         ctx.mark_non_differentiable(batch_mean, var)
         scale = gamma * rstd
@@ -184,9 +156,9 @@ class _FusedEdgeConv(torch.autograd.Function):
             return _fused_backward(ctx, grad)
 
 
-def _edge_moments(x: Tensor, sums: Tensor, degree: Tensor, k: int, points: int) -> tuple[Tensor, Tensor]:
-    """Mean (2C,) and centred second moments (2C, 2C), summed over all edges, of (x_j, x_i); float64."""
-    edges = k * x.shape[0]
+def _edge_moments(x: Tensor, sums: Tensor, degree: Tensor, k: int, points: int, world: int) -> tuple[Tensor, Tensor]:
+    """Mean (2C,) and centred second moments (2C, 2C), summed over all edges of all processes, of (x_j, x_i); float64."""
+    edges = k * x.shape[0] * world
     weighted = x * degree[:, None]
     clouds = torch.cat((weighted, sums, x), 1).view(-1, points, 3 * x.shape[1])
     # One product per cloud in the working precision, added up in float64.
@@ -194,28 +166,35 @@ def _edge_moments(x: Tensor, sums: Tensor, degree: Tensor, k: int, points: int) 
     near, cross, own = product.chunk(3, dim=1)
     mean = torch.cat((weighted.sum(0, dtype=torch.float64), k * x.sum(0, dtype=torch.float64))) / edges
     moments = torch.cat((torch.cat((near, cross.T), 1), torch.cat((cross, k * own), 1)))
+    if world > 1:
+        distributed.add_over_processes(mean)
+        distributed.add_over_processes(moments)
     return mean, moments - edges * mean[:, None] * mean
 
 
 def _fused_backward(ctx, grad):
     (x, split, gamma, beta, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean,
      moments) = ctx.saved_tensors
-    channels, edges = x.shape[1], rows.numel()
+    channels, edges = x.shape[1], rows.numel() * ctx.world
     normalised = (edge - mean).mul_(rstd)
     positive = torch.addcmul(beta, normalised, gamma) > 0
     grad = torch.where(positive, grad, grad * ctx.slope)  # at the BatchNorm output of the winning edges
     grad_beta, grad_gamma = grad.sum(0), normalised.mul_(grad).sum(0)
+    every_beta, every_gamma = grad_beta, grad_gamma  # over all processes
+    if ctx.world > 1 and moments is not None:
+        every_beta, every_gamma = distributed.add_over_processes(torch.stack((grad_beta, grad_gamma)))
     scale = gamma * rstd
     own = grad * scale
-    near = torch.zeros_like(own).view(-1).scatter_add_(0, winner.view(-1).long(), own.view(-1)).view_as(own)
+    dense_x = x if moments is not None and ctx.needs_input_grad[0] else None
+    near, incoming = ctx.ops.transposed_sums(own, winner, dense_x, rows, ctx.points)
 
     grad_split = torch.cat((near.T @ x, own.T @ x), 1)
-    total = scale * grad_beta  # sum of the edge gradients; BatchNorm in training mode makes it zero
+    total = scale * every_beta  # sum of the edge gradients; BatchNorm in training mode makes it zero
     slope = None
     if moments is not None:
-        slope = (scale * rstd * grad_gamma).double() / edges
+        slope = (scale * rstd * every_gamma).double() / edges
         dense = slope[:, None] * (split.double() @ moments) + total.double()[:, None] * edge_mean
-        grad_split -= dense.to(x.dtype)
+        grad_split -= (dense / ctx.world).to(x.dtype)  # of all processes, which will be added up
         total = None
     grad_first, grad_second = grad_split.chunk(2, dim=1)
     second = grad_second if total is None else torch.addr(grad_second, total, centre)
@@ -225,19 +204,18 @@ def _fused_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = (near @ split[:, :channels]).addmm_(own, split[:, channels:])
         if slope is not None:
-            offset = (scale * grad_beta).double() / edges
-            _subtract_batch_terms(grad_x, x, split, slope, offset, rows, sums, degree, edge_mean, ctx.points)
-    return grad_x, grad_weight, grad_gamma, grad_beta, None, None, None, None, None
+            offset = (scale * every_beta).double() / edges
+            _subtract_batch_terms(grad_x, x, split, slope, offset, sums, incoming, degree, edge_mean, rows.shape[1])
+    return grad_x, grad_weight, grad_gamma, grad_beta, None, None, None, None, None, None
 
 
-def _subtract_batch_terms(grad_x, x, split, slope, offset, rows, sums, degree, edge_mean, points) -> None:
+def _subtract_batch_terms(grad_x, x, split, slope, offset, sums, incoming, degree, edge_mean, k) -> None:
     """Subtract from grad_x what flows through the batch statistics: sum over edges of offset + slope W (e - mean)."""
-    channels, k = x.shape[1], rows.shape[1]
+    channels = x.shape[1]
     wide = split.double()
     quadratic = wide.T @ (slope[:, None] * wide)  # (2C, 2C)
     constant = (wide.T @ offset - quadratic @ edge_mean).to(x.dtype)
     quadratic = quadratic.to(x.dtype)
-    incoming = transposed_neighbour_sum(x, rows, points)
     grad_x.addmm_(x * degree[:, None], quadratic[:channels, :channels], alpha=-1)
     grad_x.addmm_(incoming, quadratic[channels:, :channels], alpha=-1)
     grad_x.addmm_(sums, quadratic[:channels, channels:], alpha=-1)

@@ -1,9 +1,13 @@
 """Reductions over the neighbour lists of points, without an edge tensor; called by `models/edge_conv.py`.
 
 All take `rows`, (M, k) int64: the k neighbours of every one of the M points as rows of the (M, C) point matrix.
+`models/edge_conv_triton.py` has the same functions as kernels for CUDA; `triton_operations` says whether they run.
 """
 
+import functools
+import importlib.util
 import warnings
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -13,6 +17,29 @@ from torch.nn import functional as F
 BLOCK_ELEMENTS = 2**20  # of one block of doubles: near the cache, yet few calls, since threads meet after each
 ROW_MASK = 2**28 - 1
 SMALLEST_KEY = torch.tensor([2.0**-1000], dtype=torch.float64)
+
+
+@functools.cache
+def triton_operations(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """Look, once per device and type, whether the Triton kernels can stand in for the functions of this module.
+
+    Args:
+        device: of the points.
+        dtype: of the points; the kernels take float32 and float64.
+    Returns:
+        `models.edge_conv_triton`; None off CUDA, for other types, where Triton is missing and, with a warning that names
+        the cause, where it does not run.
+    """
+    if device.type != "cuda" or dtype not in (torch.float32, torch.float64) or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        kernels = importlib.import_module("models.edge_conv_triton")
+        kernels.check(device)
+    except Exception as error:  # a compiler, driver or chip that Triton does not like raises any type
+        warnings.warn(f"EdgeConv expected Triton to run on {device}, found {type(error).__name__}: {error}; it takes its "
+                      "slower PyTorch path. Triton needs a C compiler and a chip that it supports.", stacklevel=2)
+        return None
+    return kernels
 
 
 def in_degrees(rows: Tensor) -> Tensor:
@@ -47,6 +74,22 @@ def transposed_neighbour_sum(x: Tensor, rows: Tensor, points: int) -> Tensor:
     order = order.div_(k, rounding_mode="floor").add_(torch.arange(0, x.shape[0], points).view(-1, 1))
     degree = in_degrees(rows)
     return F.embedding_bag(order.view(-1), x, degree.cumsum(0) - degree, mode="sum")
+
+
+def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor, points: int) -> tuple[Tensor, Tensor | None]:
+    """Sums over the points that list a given point as neighbour, the adjoints of `neighbour_max` and `neighbour_sum`.
+
+    Args:
+        own: (M, C) float; added up over those points and channels where the given point won the maximum.
+        winner: (M, C) winners from `neighbour_max`.
+        x: (M, D) float, for `transposed_neighbour_sum`, or None.
+        rows: (M, k) int64; every neighbour lies in the same run of `points` rows.
+        points: N, points of one cloud; M is a multiple of it.
+    Returns:
+        (M, C) sums of own and (M, D) sums of x, or None without x.
+    """
+    near = torch.zeros_like(own).view(-1).scatter_add_(0, winner.view(-1).long(), own.view(-1)).view_as(own)
+    return near, None if x is None else transposed_neighbour_sum(x, rows, points)
 
 
 def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[Tensor, Tensor]:

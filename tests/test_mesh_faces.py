@@ -12,6 +12,8 @@ import torch
 from datasets.lists import SampleList
 from datasets.mesh_faces import augment_faces, load_faces, mesh_to_faces, pad_faces, prepare_faces
 from utils.options import AugmentConfig
+from utils.seed import BatchGenerator
+from utils.seed import BatchGenerator
 
 NONE = dict(
     point_rotation_degrees=0.0, point_tilt_degrees=0.0, point_scale=(1.0, 1.0), point_shear=0.0, point_translate=0.0,
@@ -26,7 +28,7 @@ def only(**changes):
 
 
 def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return BatchGenerator(torch.Generator().manual_seed(seed))
 
 
 def corners_of(faces):

@@ -12,15 +12,17 @@ import train_step1
 import train_step2
 from conftest import TRAIN, write_lists
 from datasets import samples
+from datasets.batches import BatchSource
 from datasets.kinds import KINDS
 from losses import ModalityInvarianceLoss
 from test_stages import only_run, settings
 from utils.config import load_config
 from utils.evaluation import format_matrix, format_table, retrieval_table, scored_tasks
-from utils.learner import shuffled_batches
+from utils.learner import plan_epoch
 from utils.metrics import retrieval_metrics
 from utils.modalities import MODALITIES
 from utils.options import Step1Config
+from utils.seed import BatchGenerator
 
 FOUR = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
 
@@ -116,6 +118,15 @@ def add_views(root, count):
                 Image.fromarray(np.full((30, 30), view * 40, np.uint8)).save(folder / file.name)
 
 
+def brightness(training, data):
+    """Mean of the first channel of one epoch's gray images, normalised as the encoder gets them."""
+    source = BatchSource(training, data, torch.device("cpu"))
+    (plan,) = plan_epoch(source.counts, source.views, TRAIN, torch.Generator().manual_seed(0))
+    ((index, raw),) = source.fetch([plan])
+    assert torch.equal(index, plan[0]) and torch.equal(index[0], index[1])
+    return source.augment(raw, BatchGenerator(torch.Generator().manual_seed(0)))[0].mean(dim=(2, 3))[:, 0]
+
+
 def test_views_random_in_training_first_or_mean_in_evaluation(small_digits):
     add_views(small_digits, 3)
     plain = "data.augment={image_rotation_degrees: 0, image_scale: [1, 1], image_translate: 0, image_shear_degrees: 0, " \
@@ -123,13 +134,12 @@ def test_views_random_in_training_first_or_mean_in_evaluation(small_digits):
     settings = config(small_digits, "data.num_views=3", plain).data
     training = samples.load_training_samples(settings, torch.device("cpu"))
     assert training.arrays["GrayImg"].shape[:2] == (TRAIN, 3) and training.arrays["PointCloud"].shape[:2] == (TRAIN, 1)
-    index = torch.arange(TRAIN).expand(2, -1)
-    means = samples.training_views(training, index, settings, torch.Generator().manual_seed(0))[0].mean(dim=(2, 3))[:, 0]
+    means = brightness(training, settings)
     flat = [torch.isclose(means, (torch.tensor(v * 40 / 255) - 0.485) / 0.229, atol=1e-3) for v in (1, 2)]
     counts = [int(mask.sum()) for mask in flat]
     assert min(counts) > 4 and sum(counts) < TRAIN - 4  # all three views occur
     first = config(small_digits, "data.num_views=3", "data.train_view=first", plain).data
-    means = samples.training_views(training, index, first, torch.Generator().manual_seed(0))[0].mean(dim=(2, 3))[:, 0]
+    means = brightness(training, first)
     assert len(means.unique()) > 10  # only real pictures
 
     class Brightness(torch.nn.Module):
@@ -137,8 +147,9 @@ def test_views_random_in_training_first_or_mean_in_evaluation(small_digits):
             return torch.stack([x.mean(dim=(1, 2, 3)), torch.ones(len(x))], dim=1)
 
     encoders = torch.nn.ModuleDict({"GrayImg": Brightness()})
-    one = samples.embed_samples(encoders, training, settings)["GrayImg"]
-    mean = samples.embed_samples(encoders, training, config(small_digits, "data.num_views=3", "data.eval_view=mean").data)["GrayImg"]
+    one = samples.embed_samples(encoders, training, settings, torch.device("cpu"))["GrayImg"]
+    averaged = config(small_digits, "data.num_views=3", "data.eval_view=mean").data
+    mean = samples.embed_samples(encoders, training, averaged, torch.device("cpu"))["GrayImg"]
     views = [torch.nn.functional.normalize(Brightness()(KINDS["image"].prepare(training.arrays["GrayImg"][:, v], settings)), dim=1) for v in range(3)]
     torch.testing.assert_close(one, views[0])
     torch.testing.assert_close(mean, torch.nn.functional.normalize(sum(views) / 3, dim=1))
@@ -196,18 +207,23 @@ def test_views_as_positives_contrast_two_views_of_each_modality(small_digits):
     training = samples.load_training_samples(settings.data, torch.device("cpu"))
     torch.manual_seed(0)
     learner = train_step1.PLALearner(settings, training, torch.device("cpu"))
-    index = torch.arange(8).expand(2, -1)
-    first = learner.embed(index, torch.Generator().manual_seed(1))
-    loss = learner.invariance(index, first, torch.Generator().manual_seed(2))
-    second = learner.embed(index, torch.Generator().manual_seed(2))
+    ((_, raw),) = learner.source.fetch([torch.stack([torch.arange(8).expand(2, -1), torch.zeros(2, 8, dtype=torch.long)])])
+    first = learner.embed(raw, batch_generator(1))
+    loss = learner.invariance(raw, first, batch_generator(2))
+    second = learner.embed(raw, batch_generator(2))
     parts = [ModalityInvarianceLoss(settings.pla.tau_2)(torch.stack([a, b])) for a, b in zip(first, second)]
     torch.testing.assert_close(loss, (parts[0] + parts[1]) / 2)
 
 
+def batch_generator(seed):
+    return BatchGenerator(torch.Generator().manual_seed(seed))
+
+
 def test_batches_of_pairs_and_of_unpaired_sets():
-    paired = list(shuffled_batches([10, 10], 4, torch.Generator().manual_seed(0)))
-    assert [batch.shape for batch in paired] == [(2, 4), (2, 4)] and all(torch.equal(*batch) for batch in paired)
-    assert len(torch.cat([batch[0] for batch in paired]).unique()) == 8
-    free = torch.cat(list(shuffled_batches([4, 12], 4, torch.Generator().manual_seed(0), paired=False)), dim=1)
+    plan = list(plan_epoch([10, 10], [1, 3], 4, torch.Generator().manual_seed(0)))
+    assert [batch.shape for batch in plan] == [(2, 2, 4)] * 2 and all(torch.equal(*batch[0]) for batch in plan)
+    assert len(torch.cat([batch[0, 0] for batch in plan]).unique()) == 8
+    assert all((batch[1, 0] == 0).all() for batch in plan) and len(torch.cat([batch[1, 1] for batch in plan]).unique()) == 3
+    free = torch.cat(list(plan_epoch([4, 12], [1, 1], 4, torch.Generator().manual_seed(0), paired=False)), dim=2)[0]
     assert free.shape == (2, 12) and sorted(free[1].tolist()) == list(range(12))
     assert torch.bincount(free[0]).tolist() == [3, 3, 3, 3] and not torch.equal(free[0, :4], free[1, :4])

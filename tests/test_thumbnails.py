@@ -71,7 +71,11 @@ def inner(hit, colors):
     return same
 
 
-@pytest.mark.parametrize("faces", [letter_l(), join(box([-0.2, -0.5, -0.5], [0, 0.5, 0.5]), box([0.5, -0.2, -0.2], [0.7, 0.2, 0.2]))])
+THICK_L = join(box([-0.4, -0.6, -1], [0.4, 0.1, 1]), box([-0.4, 0.1, -1], [0.4, 0.9, -0.3]))
+TWO_BOXES = join(box([-0.2, -0.5, -0.5], [0, 0.5, 0.5]), box([0.5, -0.2, -0.2], [0.7, 0.2, 0.2]))
+
+
+@pytest.mark.parametrize("faces", [THICK_L, TWO_BOXES])
 def test_a_mesh_is_what_rays_hit_first(faces):
     side = 28
     expected, hit = seen_by_loops(faces, side)
@@ -121,12 +125,11 @@ def test_the_cloud_and_the_mesh_of_a_digit_look_alike(seed):
     digits = load_digits().images
     clouds, meshes = [], []
     for image in (enlarge_digit(digits[seed]), enlarge_digit(digits[seed + 1])):
-        points, _ = digit_to_point_cloud(image)
+        points = np.random.default_rng(0).permutation(digit_to_point_cloud(image)[0])[:1024]
         clouds.append(inked(point_cloud_thumbnail(points)))
         meshes.append(inked(mesh_thumbnail(mesh_to_faces(*extrude_digit(image)))))
-    overlap = lambda a, b: (a & b).sum() / (a | b).sum()  # noqa: E731
-    assert overlap(clouds[0], meshes[0]) > 0.8 and overlap(clouds[1], meshes[1]) > 0.8
-    assert overlap(clouds[0], meshes[1]) < 0.75
+    overlap = np.array([[(cloud & mesh).sum() / (cloud | mesh).sum() for mesh in meshes] for cloud in clouds])
+    assert overlap.diagonal().min() > 0.75 and overlap.diagonal().min() > overlap[~np.eye(2, dtype=bool)].max() + 0.1
 
 
 def test_a_cloud_is_upright_and_not_mirrored():
@@ -155,7 +158,7 @@ def test_images_are_enlarged_by_pixels_and_shrunk_smoothly():
     image = np.random.default_rng(0).integers(0, 256, size=(3, 8, 8), dtype=np.uint8)
     assert np.array_equal(thumbnail("RGBImg", image, 24), np.kron(image.transpose(1, 2, 0), np.ones((3, 3, 1), np.uint8)))
     assert np.array_equal(thumbnail("GrayImg", image, 8), image.transpose(1, 2, 0))
-    board = np.indices((64, 64)).sum(axis=0) % 2 * np.uint8(255) * np.ones((3, 1, 1), np.uint8)
+    board = (np.indices((64, 64)).sum(axis=0) % 2 * np.full((3, 1, 1), 255)).astype(np.uint8)
     assert np.abs(thumbnail("RGBImg", board, 8).astype(int) - 127).max() <= 8
 
 
@@ -179,7 +182,8 @@ def test_no_mesh_is_refused(faces):
 
 
 @pytest.mark.parametrize("image", [
-    np.zeros((30, 30, 3), np.uint8), np.zeros((3, 30, 20), np.uint8), np.zeros((3, 8, 8), np.float32), np.zeros((3, 0, 0), np.uint8),
+    np.zeros((30, 30, 3), np.uint8), np.zeros((3, 30, 20), np.uint8), np.zeros((3, 8, 8), np.float32),
+    np.zeros((3, 0, 0), np.uint8),
 ])
 def test_no_image_is_refused(image):
     with pytest.raises(ValueError, match=r"\(3, S, S\) uint8, got shape"):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from datasets.mesh_faces import augment_faces
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, augment_images, augment_points, prepare_images, prepare_points
 from utils.options import AugmentConfig
-from utils.seed import generator_for
+from utils.seed import BatchGenerator, generator_for
 
 NONE = dict(
     image_rotation_degrees=0.0, image_scale=(1.0, 1.0), image_translate=0.0, image_shear_degrees=0.0,
@@ -25,11 +26,11 @@ def only(**changes):
 
 
 def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return BatchGenerator(torch.Generator().manual_seed(seed))
 
 
 def noise_images(count=3, side=28, seed=5):
-    return torch.randint(0, 256, (count, 3, side, side), generator=generator(seed), dtype=torch.uint8)
+    return torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 def smooth_images(side, count=3):
@@ -40,7 +41,7 @@ def smooth_images(side, count=3):
 
 
 def cloud(batch=2, points=50, seed=7):
-    return torch.randn(batch, points, 3, generator=generator(seed))
+    return torch.randn(batch, points, 3, generator=torch.Generator().manual_seed(seed))
 
 
 def to_unit(images):
@@ -85,15 +86,27 @@ def test_the_generator_is_the_only_randomness(kind):
 
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = view(generator_for(0, "train", 1))
+    first = view(BatchGenerator(generator_for(0, "train", 1)))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert torch.equal(view(generator_for(0, "train", 1)), first)
+    assert torch.equal(view(BatchGenerator(generator_for(0, "train", 1))), first)
     for other in (generator_for(0, "train", 2), generator_for(1, "train", 1)):
-        assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(view(other), first))
-    source = generator_for(0, "train", 1)
+        assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(view(BatchGenerator(other)), first))
+    source = BatchGenerator(generator_for(0, "train", 1))
     view(source)
     assert not torch.allclose(view(source), first, atol=1e-3)  # the next batch gets other draws
+
+
+@pytest.mark.parametrize("augment", [
+    lambda rows, source: augment_images(noise_images(6)[rows], 24, 28, AugmentConfig(image_flip=True), source),
+    lambda rows, source: augment_points(cloud(6)[rows], 30, AugmentConfig(), source),
+    lambda rows, source: augment_faces(torch.cat([cloud(6, 40)] * 6, dim=2)[rows], AugmentConfig(), source),
+], ids=["images", "points", "faces"])
+def test_shares_of_a_batch_join_to_the_whole_batch(augment):
+    seeded = lambda: torch.Generator().manual_seed(3)  # noqa: E731
+    whole = augment(slice(0, 6), BatchGenerator(seeded()))
+    parts = [augment(rows, BatchGenerator(seeded(), rows, 6)) for rows in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
 
 
 def test_every_sample_gets_its_own_transform():

@@ -1,5 +1,7 @@
 """Choice of the torch device and of the number of CPU threads."""
 
+import os
+
 import torch
 
 
@@ -7,7 +9,8 @@ def select_device(name: str = "auto") -> torch.device:
     """Turn a setting into a device that exists.
 
     Args:
-        name: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N".
+        name: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N". Under torchrun, "auto" and "cuda" give each
+            process of a machine its own device.
     Returns:
         The device; plain "cuda" becomes "cuda:0".
     Raises:
@@ -15,6 +18,8 @@ def select_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name == "cpu":
         return torch.device("cpu")
     kind, _, index = name.partition(":")

@@ -1,6 +1,6 @@
 """Cross-modal retrieval scores of every task, and their printed table. The only place where test labels are used."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import permutations
 
 from torch import Tensor
@@ -33,6 +33,31 @@ def retrieval_table(
     table["map/avg"] = sum(table[f"map/{task_name(*pair)}"] for pair in pairs) / len(pairs)
     table["map/chance"] = sum(chance_map(labels[query], labels[gallery]) for query, gallery in pairs) / len(pairs)
     return table
+
+
+class Evaluator:
+    """Scores a test set; embeds it once per call and keeps the last embeddings for figures.
+
+    Args:
+        embed: gives modality -> (N, D) with the current weights.
+        labels: modality -> (N,) int64 ground truth.
+    """
+
+    def __init__(self, embed: Callable[[], dict[str, Tensor]], labels: Mapping[str, Tensor]) -> None:
+        self.embed, self.labels = embed, labels
+        self._embeddings: dict[str, Tensor] | None = None
+
+    def __call__(self) -> dict[str, float]:
+        """Embed the test set and return `retrieval_table`."""
+        self._embeddings = self.embed()
+        return retrieval_table(self._embeddings, self.labels)
+
+    @property
+    def embeddings(self) -> dict[str, Tensor]:
+        """The embeddings of the last call; made now if there was none, as when a finished run is resumed."""
+        if self._embeddings is None:
+            self._embeddings = self.embed()
+        return self._embeddings
 
 
 def scored_tasks(modalities: Iterable[str]) -> list[tuple[str, str]]:

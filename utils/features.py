@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from utils import distributed
+
 EXTRACTION_BATCH = 256
 
 
@@ -14,7 +16,7 @@ EXTRACTION_BATCH = 256
 def extract_embeddings(
     encoder: nn.Module, views: Callable[[Tensor], list[Tensor]], count: int, device: torch.device
 ) -> Tensor:
-    """Run one encoder in eval mode over samples 0..count-1.
+    """Run one encoder in eval mode over samples 0..count-1, shared among the processes.
 
     Args:
         encoder: its training mode is restored afterwards.
@@ -26,10 +28,10 @@ def extract_embeddings(
     """
     rows = []
     with evaluation_mode(encoder):
-        for index in torch.arange(count, device=device).split(EXTRACTION_BATCH):
+        for index in torch.arange(count, device=device)[distributed.own_share(count)].split(EXTRACTION_BATCH):
             directions = [F.normalize(encoder(view).float(), dim=1) for view in views(index)]
             rows.append(directions[0] if len(directions) == 1 else F.normalize(torch.stack(directions).mean(dim=0), dim=1))
-    return torch.cat(rows)
+    return distributed.gather_shares(torch.cat(rows), count)
 
 
 @contextmanager

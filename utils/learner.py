@@ -1,77 +1,105 @@
 """The part of a stage that both stages share: encoders, classifiers, Adam, epochs of shuffled batches, and the state."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from utils.seed import generator_for
+from utils import distributed
+from utils.seed import BatchGenerator, generator_for
 from utils.trainer import learning_rate, run_batches
 
-Views = Callable[[Tensor, torch.Generator], list[Tensor]]
+
+class Source(Protocol):
+    """What a learner draws from, see `datasets.batches.BatchSource`."""
+
+    counts: list[int]
+    views: list[int]
+
+    def fetch(self, plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]: ...
+
+    def augment(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]: ...
 
 
 class StageLearner:
     """Base of the two learners; a subclass gives `step` and `modality_invariance`, and adds to `parts` what else changes in training.
 
+    With several processes, each one augments and embeds its share of a batch; embeddings are then gathered, so that losses,
+    memory banks and classifiers see the whole batch everywhere.
+
     Args:
         stage: "step1" or "step2"; seeds the epochs and names them in messages.
-        config: settings with the sections optim and run.
+        config: settings with the sections data, optim and run.
+        source: training batches.
         inputs: name -> tensor (N, ...), all that training reads of the samples; a resumed run must find the same.
-        counts: N of every modality, in the order of the encoders.
-        views: maps indices (M, B), one row per modality, and a generator to one augmented input per modality.
         encoders: modality -> encoder; classifiers: modality -> classifier. Both are moved to the device.
         device: where training runs.
+    Raises:
+        ValueError: if the batch cannot be shared evenly among the processes.
     """
 
     parts: tuple[str, ...] = ("encoders", "classifiers", "optimizer")
 
     def __init__(
-        self, stage: str, config: Any, inputs: Mapping[str, Tensor], counts: Sequence[int], views: Views, encoders: nn.ModuleDict,
+        self, stage: str, config: Any, source: Source, inputs: Mapping[str, Tensor], encoders: nn.ModuleDict,
         classifiers: nn.ModuleDict, device: torch.device,
     ) -> None:
-        self.stage, self.config, self.views, self.device = stage, config, views, device
-        self.counts = list(counts)
+        self.stage, self.config, self.source, self.device = stage, config, source, device
+        self.batch_size = min(config.optim.batch_size, max(source.counts))
+        if self.batch_size % distributed.world():
+            raise ValueError(f"a batch of {self.batch_size} cannot be shared evenly among {distributed.world()} processes: change optim.batch_size")
         self.inputs = {name: hashlib.sha256(values.cpu().numpy()).hexdigest() for name, values in inputs.items()}
         self.encoders, self.classifiers = encoders.to(device), classifiers.to(device)
         self.optimizer = torch.optim.Adam(
             [*self.encoders.parameters(), *self.classifiers.parameters()],
-            lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay,
+            lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay, fused=config.optim.fused,
         )
+        self.forwards = [_fast_forward(encoder, config.run.compile, device) for encoder in self.encoders.values()]
 
-    def step(self, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Train on one batch of sample indices (M, B); return detached scalars for the log."""
+    def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
+        """Train on one batch; return detached scalars for the log.
+
+        Args:
+            index: (M, B) sample numbers of the whole batch; raw: M x (b, ...), this process's rows; generator: of the batch.
+        """
         raise NotImplementedError
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based). Its random numbers depend on the seed and the epoch alone, not on the past."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, epoch)
-        generator = generator_for(self.config.run.seed, self.stage, epoch, device=self.device)
-        return run_batches(
-            shuffled_batches(self.counts, self.config.optim.batch_size, generator, paired=self.config.data.pairing != "none"),
-            lambda index: self.step(index, generator),
+        numbers = generator_for(self.config.run.seed, self.stage, epoch, device=self.device)
+        own = None if distributed.world() == 1 else distributed.own_share(self.batch_size)
+        generator = BatchGenerator(numbers, own, self.batch_size)
+        plan = plan_epoch(
+            self.source.counts, self.source.views, self.batch_size, numbers, paired=self.config.data.pairing != "none"
+        )
+        means = run_batches(
+            self.source.fetch(plan), lambda batch: self.step(*batch, generator),
             title=f"{self.stage} epoch {epoch}", log_interval=self.config.run.log_interval,
         )
+        distributed.copy_buffers(self.encoders)
+        return means
 
-    def embed(self, index: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Return the embeddings (B, D), not normalised, of one augmented view per modality."""
-        views = self.views(index, generator)
+    def embed(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]:
+        """Return the embeddings (B, D) of the whole batch, not normalised, of one augmented view per modality."""
+        inputs = self.source.augment(raw, generator)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.run.amp):
-            return [encoder(view) for encoder, view in zip(self.encoders.values(), views)]
+            return [distributed.gather_batch(forward(values)) for forward, values in zip(self.forwards, inputs)]
 
-    def invariance(self, index: Tensor, embeddings: list[Tensor], generator: torch.Generator) -> Tensor:
+    def invariance(self, raw: list[Tensor], embeddings: list[Tensor], generator: BatchGenerator) -> Tensor:
         """Modality-invariance loss of a batch, Eq. 14; with `data.positives: views`, its mean over the modalities, each against
         a second random view of the same samples.
 
         Args:
-            index: (M, B) of the batch; embeddings: M x (B, D) of its first views; generator: of the second views.
+            raw: rows of the batch; embeddings: M x (B, D) of its first views; generator: of the second views.
         """
         if self.config.data.positives == "modalities":
             return self.modality_invariance(torch.stack(embeddings))
-        pairs = zip(embeddings, self.embed(index, generator))
+        pairs = zip(embeddings, self.embed(raw, generator))
         return torch.stack([self.modality_invariance(torch.stack(pair)) for pair in pairs]).mean()
 
     def optimise(self, loss: Tensor) -> None:
@@ -93,25 +121,41 @@ class StageLearner:
             getattr(self, part).load_state_dict(state[part])
 
 
-def shuffled_batches(
-    counts: Sequence[int], batch_size: int, generator: torch.Generator, paired: bool = True
+def _fast_forward(encoder: nn.Module, mode: str, device: torch.device) -> nn.Module:
+    """Wrap an encoder as the settings say; the wrapper shares its parameters and buffers."""
+    if distributed.world() > 1:
+        # Statistics are synchronised once per epoch, and within a step by models.sync_batchnorm.
+        encoder = DistributedDataParallel(
+            encoder, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    if mode == "off":
+        return encoder
+    return torch.compile(encoder, dynamic=False, mode="reduce-overhead" if mode == "cuda-graphs" else None)
+
+
+def plan_epoch(
+    counts: Sequence[int], views: Sequence[int], batch_size: int, generator: torch.Generator, paired: bool = True
 ) -> Iterator[Tensor]:
-    """Yield (M, B) index tensors of one epoch in random order, on the generator's device; row m numbers samples of modality m.
+    """Yield (2, M, B) indices of one epoch in random order, on the generator's device: sample and view numbers per modality.
 
     All batches are full: the up to batch_size - 1 samples left over sit this epoch out (BatchNorm and the contrastive
-    loss depend on the batch size), other ones every epoch. A set smaller than one batch is one batch.
+    loss depend on the batch size, compiled encoders on its shape), other ones every epoch.
 
     Args:
-        counts: samples of each modality, all equal if paired.
-        batch_size: B.
-        generator: of the order.
-        paired: all rows of a batch are equal; otherwise each modality has its own order, and a smaller one goes round again
-            until the largest is through.
+        counts: samples of each modality, all equal if paired; views: of each modality, to draw one from.
+        batch_size: B, at most the largest count.
+        generator: of order and views.
+        paired: the sample numbers of all modalities are equal; otherwise each modality has its own order, and a smaller one
+            goes round again until the largest is through.
     """
-    orders = [torch.randperm(count, generator=generator, device=generator.device) for count in (counts[:1] if paired else counts)]
+    device = generator.device
+    orders = [torch.randperm(count, generator=generator, device=device) for count in (counts[:1] if paired else counts)]
     longest = max(counts)
-    index = torch.stack([order[torch.arange(longest, device=order.device) % len(order)] for order in orders])
-    index = index.expand(len(counts), -1)
-    batch_size = min(batch_size, longest)
+    numbers = torch.stack([order[torch.arange(longest, device=device) % len(order)] for order in orders])
+    shown = torch.stack([
+        torch.randint(count, (longest,), generator=generator, device=device) if count > 1
+        else torch.zeros(longest, dtype=torch.long, device=device) for count in views
+    ])
+    index = torch.stack([numbers.expand(len(counts), -1), shown])
     for start in range(0, longest - batch_size + 1, batch_size):
-        yield index[:, start : start + batch_size]
+        yield index[:, :, start : start + batch_size]

@@ -89,6 +89,11 @@ class DataConfig:
     positives: Literal["modalities", "views"] = option(
         "modalities", "positives of the modality-invariance loss: one object's modalities, or two random views of one sample"
     )
+    placement: Literal["auto", "device", "host"] = option(
+        "auto", "where samples lie: on the training device, or in host memory behind a DataLoader; auto: device if half of its "
+        "free memory holds them"
+    )
+    workers: int = option(2, "processes of the DataLoader with samples on the host; 0 reads in the training process", min=0)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig, metadata={"doc": "random training transforms"})
 
     def __post_init__(self) -> None:
@@ -145,6 +150,7 @@ class OptimConfig:
     learning_rate: float = option(2e-4, "Adam's step size", above=0)
     weight_decay: float = option(0.0, "L2 penalty", min=0)
     schedule: Literal["constant", "cosine"] = option("constant", "course of the learning rate")
+    fused: bool = option(False, "Adam's fused kernel: one pass over all parameters; equal up to rounding")
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,8 @@ class RunConfig:
     seed: int = option(0, "seed of all random draws", min=0, max=2**32 - 1)
     device: str = option("auto", "auto | cpu | cuda | cuda:N")
     amp: bool = option(False, "bfloat16 autocast in the encoders")
+    compile: Literal["off", "default", "cuda-graphs"] = option("off", "torch.compile of the encoders, alone or with CUDA graphs")
+    sync_batchnorm: bool = option(True, "several processes: batch statistics of the global batch, as one process would have")
     threads: int | None = option(None, "CPU threads; default: torch's choice", min=1)
     output: str = option("runs", "folder of the run folders")
     pseudo_labels: str = option("pseudo_labels", "folder that step 1 writes")

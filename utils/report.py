@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from utils.checkpoint import atomic_write_json
-from utils.evaluation import format_table, scored_tasks
+from utils.evaluation import Evaluator, format_table, scored_tasks
 from utils.figures import plot_curves, plot_retrieval, plot_tsne
 from utils.modalities import task_name
 from utils.run_log import RunLog
@@ -27,7 +27,24 @@ def report_pretrained(run: RunLog, reports: Mapping[str, Any]) -> None:
         run.log("initial weights: random for every modality (model.pretrained: none)")
     for name, report in reports.items():
         run.log(f"initial weights of {name}: {report.summary()}; keys in initial_weights.json")
-    atomic_write_json(run.folder / "initial_weights.json", {name: vars(report) for name, report in reports.items()})
+    if run.writes:
+        atomic_write_json(run.folder / "initial_weights.json", {name: vars(report) for name, report in reports.items()})
+
+
+def finish(run: RunLog, name: str, evaluator: Evaluator, arrays: Mapping[str, Tensor], figures: bool) -> None:
+    """Print the scores and draw the figures of a finished run, in the main process; all processes must call it.
+
+    Args:
+        run: run folder; name: of the table row.
+        evaluator: of the test set; arrays: its samples, for thumbnails.
+        figures: whether to draw.
+    """
+    embeddings = evaluator.embeddings if figures else {}
+    if not run.writes:
+        return
+    print_scores(run, name)
+    if figures:
+        draw_figures(run, embeddings, evaluator.labels, arrays)
 
 
 def print_scores(run: RunLog, name: str) -> None:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from utils import distributed
 from utils.checkpoint import atomic_write_json, atomic_write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -111,11 +112,13 @@ class RunLog:
     Attributes:
         folder: the run folder.
         run_id: its name.
+        writes: whether this process writes; of several processes only the main one does, the others' calls do nothing.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.run_id = self.folder.resolve().name
+        self.writes = distributed.is_main()
 
     @classmethod
     def create(cls, output: str | Path, dataset: str, stage: str, config: dict, seed: int) -> "RunLog":
@@ -162,6 +165,8 @@ class RunLog:
 
     def log(self, text: str) -> None:
         """Print a line without tearing progress bars, and append it to log.txt with the UTC time."""
+        if not self.writes:
+            return
         tqdm.write(text)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as stream:
             stream.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} {text}\n")
@@ -175,6 +180,8 @@ class RunLog:
         Raises:
             ValueError: if the epoch is missing or does not grow, or a number is not finite.
         """
+        if not self.writes:
+            return
         epochs = self.read_epochs()
         epoch = values.get("epoch")
         if isinstance(epoch, bool) or not isinstance(epoch, int):
@@ -204,7 +211,8 @@ class RunLog:
 
     def truncate_after(self, epoch: int) -> None:
         """Drop the lines of epochs later than `epoch`, atomically; call it when a run resumes from that epoch."""
-        self._replace([entry for entry in self.read_epochs() if entry["epoch"] <= epoch])
+        if self.writes:
+            self._replace([entry for entry in self.read_epochs() if entry["epoch"] <= epoch])
 
     @property
     def _metrics(self) -> Path:

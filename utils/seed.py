@@ -5,6 +5,7 @@ import json
 import os
 import random
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -67,6 +68,44 @@ def generator_for(seed: int, *keys: int | str, device: str | torch.device = "cpu
         device: where the generator lives.
     """
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))
+
+
+@dataclass(frozen=True)
+class BatchGenerator:
+    """Draws random numbers for a whole batch and keeps the rows of this process, so that the share does not matter.
+
+    Attributes:
+        generator: source of the numbers, on the device they are wanted on.
+        rows: of the whole batch that this process keeps; None keeps all (the sizes asked for are then those of the batch).
+        size: rows of the whole batch, if `rows` is given.
+    """
+
+    generator: torch.Generator
+    rows: slice | None = None
+    size: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are drawn."""
+        return self.generator.device
+
+    def rand(self, *shape: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1) of shape (b, ...)."""
+        return self._keep(torch.rand(self._whole(shape), generator=self.generator, device=self.device))
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        """Standard normal numbers of shape (b, ...)."""
+        return self._keep(torch.randn(self._whole(shape), generator=self.generator, device=self.device))
+
+    def randint(self, high: int, *shape: int) -> torch.Tensor:
+        """Integers in 0..high-1 of shape (b, ...)."""
+        return self._keep(torch.randint(high, self._whole(shape), generator=self.generator, device=self.device))
+
+    def _whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if self.rows is None else (self.size, *shape[1:])
+
+    def _keep(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self.rows is None else values[self.rows]
 
 
 def rng_state() -> dict:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils import distributed
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import add_config_arguments, load_config, to_dict
 from utils.device import select_device, set_threads
@@ -61,6 +62,7 @@ def open_session(config_class: type, stage: str, arguments: argparse.Namespace, 
     Raises:
         ValueError, FileNotFoundError: on bad settings or a run folder that cannot be continued.
     """
+    distributed.start()
     run = RunLog.open(arguments.resume) if arguments.resume else None
     path = str(run.folder / "config.yaml") if run and not arguments.config else arguments.config or default_config
     config = load_config(config_class, path, arguments.overrides)
@@ -73,10 +75,12 @@ def open_session(config_class: type, stage: str, arguments: argparse.Namespace, 
     set_deterministic(config.run.deterministic)
     seed_everything(config.run.seed)
     if run is None:
-        run = RunLog.create(config.run.output, config.data.dataset, stage, to_dict(config), config.run.seed)
+        create = lambda: RunLog.create(config.run.output, config.data.dataset, stage, to_dict(config), config.run.seed)  # noqa: E731
+        run = RunLog.open(distributed.from_main(lambda: create().folder))
     last = run.folder / LAST
     run.log(f"{stage} on {device}, run folder {run.folder}")
-    return Session(config, device, run, load_checkpoint(last) if last.is_file() else None)
+    checkpoint = load_checkpoint(last) if last.is_file() else None
+    return Session(config, device, run, checkpoint)
 
 
 def _cpu_advice(stage: str, default_config: str) -> str:
@@ -119,9 +123,10 @@ def fit(
         if epoch == config.optim.epochs or (config.run.eval_every and epoch % config.run.eval_every == 0):
             row.update(evaluate())
         run.write_epoch(row)
-        save_checkpoint(
-            run.folder / LAST, {"stage": stage, "epoch": epoch, "learner": learner.state_dict(), "rng": rng_state()}
-        )
+        if run.writes:
+            save_checkpoint(
+                run.folder / LAST, {"stage": stage, "epoch": epoch, "learner": learner.state_dict(), "rng": rng_state()}
+            )
         run.log(_summary(row, config.optim.epochs))
     return run.read_epochs()
 
@@ -132,7 +137,7 @@ def _summary(row: Mapping[str, Any], epochs: int) -> str:
 
 
 def run_batches(
-    batches: Iterable[Tensor], step: Callable[[Tensor], Mapping[str, Tensor]], *, title: str, log_interval: int
+    batches: Iterable[Any], step: Callable[[Any], Mapping[str, Tensor]], *, title: str, log_interval: int
 ) -> dict[str, float]:
     """Run one optimisation step per batch and average what the steps return.
 
@@ -140,7 +145,7 @@ def run_batches(
     every component is finite.
 
     Args:
-        batches: index tensors.
+        batches: what `step` takes.
         step: trains on one batch, returns detached scalars.
         title: for the progress bar and errors, e.g. "step1 epoch 3".
         log_interval: steps between two read-backs.
@@ -151,9 +156,9 @@ def run_batches(
     """
     totals: dict[str, Tensor] = {}
     count = 0
-    with tqdm(batches, desc=title, leave=False, disable=not sys.stderr.isatty()) as progress:
-        for index in progress:
-            for key, value in step(index).items():
+    with tqdm(batches, desc=title, leave=False, disable=not (sys.stderr.isatty() and distributed.is_main())) as progress:
+        for batch in progress:
+            for key, value in step(batch).items():
                 totals[key] = totals[key] + value if key in totals else value
             count += 1
             if count % log_interval == 0:
@@ -187,4 +192,6 @@ def run_command(main: Callable[[], None]) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        distributed.stop()
     return 0

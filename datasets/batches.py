@@ -1,0 +1,89 @@
+"""The training batches of a stage: fetched from the device or from the host, then augmented on the device.
+
+Both routes, and any number of processes, give the same batches: which samples and views make up a batch is drawn before
+anything is fetched, and augmentation runs on the device from one generator.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.kinds import KINDS
+from datasets.samples import PairedSamples
+from utils import distributed
+from utils.modalities import MODALITIES
+from utils.options import DataConfig
+from utils.seed import BatchGenerator
+
+
+class BatchSource:
+    """What a learner draws its batches from.
+
+    Args:
+        samples: the training set.
+        data: settings.
+        device: where batches are wanted.
+    Attributes:
+        counts: number of samples per modality; views: number of views to draw from, 1 if training sees the first only.
+    """
+
+    def __init__(self, samples: PairedSamples, data: DataConfig, device: torch.device) -> None:
+        self.data, self.device = data, device
+        self.arrays = list(samples.arrays.values())
+        self.kinds = [KINDS[MODALITIES[name].kind] for name in samples.arrays]
+        self.counts = list(samples.counts.values())
+        self.views = [array.shape[1] if data.train_view == "random" else 1 for array in self.arrays]
+
+    @property
+    def on_host(self) -> bool:
+        """Whether batches come through a DataLoader."""
+        return self.data.placement == "host" or self.arrays[0].device.type != self.device.type
+
+    def fetch(self, plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield every batch of an epoch, not yet augmented.
+
+        Args:
+            plan: (2, M, B) int64 each: sample numbers and view numbers per modality, see `utils.learner.plan_epoch`.
+        Yields:
+            The sample numbers (M, B) of the whole batch, and this process's rows (b, ...) of every array, on the device.
+        """
+        if not self.on_host:
+            for index in plan:
+                yield index[0], _rows(self.arrays, index[:, :, distributed.own_share(index.shape[2])])
+            return
+        rows = _HostBatches(self.arrays, [index.cpu() for index in plan])
+        loader = DataLoader(
+            rows, batch_size=None, num_workers=self.data.workers, pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if self.data.workers else None,
+        )
+        for index, raw in loader:
+            yield index.to(self.device, non_blocking=True), [part.to(self.device, non_blocking=True) for part in raw]
+
+    def augment(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]:
+        """Return one randomly transformed input per modality: (b, 3, H, W), (b, P, 3) or (b, F, 18) float32.
+
+        Args:
+            raw: rows from `fetch`; generator: on their device, the only source of randomness.
+        """
+        return [kind.augment(rows, self.data, generator) for kind, rows in zip(self.kinds, raw)]
+
+
+def _rows(arrays: list[Tensor], index: Tensor) -> list[Tensor]:
+    return [array[numbers, views] for array, numbers, views in zip(arrays, *index)]
+
+
+class _HostBatches(Dataset):
+    """Batch k of a plan, cut out of arrays in host memory, which the workers share."""
+
+    def __init__(self, arrays: list[Tensor], plan: list[Tensor]) -> None:
+        self.arrays, self.plan = arrays, plan
+        self.share = distributed.own_share(plan[0].shape[2]) if plan else slice(None)  # workers know no process group
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, batch: int) -> tuple[Tensor, list[Tensor]]:
+        index = self.plan[batch]
+        return index[0], _rows(self.arrays, index[:, :, self.share])

@@ -1,0 +1,169 @@
+"""Command: make MI3DOR, photographs and meshes of 21 classes without instance pairs, from its official release.
+
+python -m datasets.prepare_mi3dor --root DIR [--output dataset/mi3dor] [--pairing class|none]
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from datasets.lists import default_list_path
+from datasets.mesh_faces import mesh_to_faces
+from datasets.mesh_processing import simplify, to_unit_sphere
+from datasets.mi3dor import Item, Release, by_name_hash, check_official, check_photographs, draw_of_same_class, read_release
+from datasets.obj import read_obj
+from datasets.object_writer import ObjectTask, object_file, package_versions, report, write_objects
+from datasets.off import MeshError, clean_mesh
+from datasets.writer import SPLITS
+from utils.checkpoint import atomic_write_text
+from utils.trainer import run_command
+
+DATASETS = {"none": "mi3dor", "class": "mi3dor_class"}  # pairing -> prefix of the lists
+MODALITIES = ("RGBImg", "GrayImg", "Mesh")
+MESH_PACKAGES = ("fast-simplification", "pyvista", "trimesh", "vtk")
+GENERATOR = "datasets.prepare_mi3dor"
+
+
+def make_mesh(root: str, max_faces: int, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    """Make the Mesh of one model.
+
+    Args:
+        root: folder of the release; max_faces: of the simplified mesh.
+        task: the model; `member` is its OBJ file below `root`, or None.
+    Returns:
+        "Mesh" -> (F, 18) float32, in the unit sphere; the sha256 of the OBJ file with the record of the simplification.
+    Raises:
+        MeshError: when the model cannot be used.
+    """
+    if task.member is None:
+        raise MeshError("the release holds no OBJ file of this name")
+    data = (Path(root) / task.member).read_bytes()
+    vertices, triangles = clean_mesh(*read_obj(data))
+    small, record = simplify(to_unit_sphere(vertices), triangles, max_faces)
+    try:
+        faces = mesh_to_faces(*small)
+    except ValueError as error:
+        raise MeshError(f"no mesh is left after simplification: {error}") from error
+    return {"Mesh": faces}, {"source_sha256": hashlib.sha256(data).hexdigest(), **record}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, metavar="DIR", help="folder of the unpacked release, which is only read")
+    parser.add_argument("--output", default="dataset/mi3dor", help="where meshes and lists go; one folder serves both pairings")
+    parser.add_argument(
+        "--pairing", choices=tuple(DATASETS), default="none",
+        help="none: unrelated training lists (data set mi3dor); class: rows of one class, made with labels (mi3dor_class)",
+    )
+    parser.add_argument("--max-faces", type=int, default=500, help="of the simplified mesh")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of --pairing class")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    parser.add_argument("--any-counts", action="store_true", help="accept other than the official counts; noted in the manifests")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` default to those of the process."""
+    options = _parser().parse_args(arguments)
+    for key, least in (("max_faces", 4), ("seed", 0), ("workers", 1)):
+        if getattr(options, key) < least:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least {least}, found {getattr(options, key)}")
+    packages = package_versions(MESH_PACKAGES)
+    release = read_release(options.root)
+    differences = check_official(release)
+    if any(differences.values()) and not options.any_counts:
+        found = "; ".join(line for line in differences.values() if line)
+        raise ValueError(f"{options.root}: {found}; fetch the complete release, or accept it as it is with --any-counts")
+    print(f"checking {len(release.images)} photographs, then making {len(release.models)} meshes")
+    hashes = check_photographs(options.root, release.images, options.workers)
+    tasks = [ObjectTask(number, m.name, m.split, m.label, m.file) for number, m in enumerate(by_name_hash(release.models))]
+    settings = {
+        "format": 1, "dataset": DATASETS["none"], "generator": GENERATOR, "modalities": ["Mesh"], "layout": release.layout,
+        "official_counts": differences["models"] is None, "class_to_index": release.class_to_index,
+        "input_sha256": _models_hash(options.root, tasks), "max_faces": options.max_faces, "packages": packages,
+    }
+    made, meshes = write_objects(
+        options.output, settings, tasks, partial(make_mesh, options.root, options.max_faces), options.workers,
+        dependents=[path for dataset in DATASETS.values() for path in _paths(options.output, dataset).values()],
+    )
+    report(options.output, made, meshes)
+    left_out = {entry["name"] for entry in meshes["left_out"]}
+    kept = [task for task in tasks if task.name not in left_out]
+    photographs = _choose(release, kept, options.pairing, options.seed)
+    _publish(options, differences, photographs, kept, hashes, meshes)
+
+
+def _models_hash(root: str, tasks: list[ObjectTask]) -> str:
+    """Return the sha256 of names, labels and sizes; the content of every OBJ file is hashed in the journal."""
+    sizes = {task.number: (Path(root) / task.member).stat().st_size if task.member else None for task in tasks}
+    return hashlib.sha256("".join(f"{task.name} {task.label} {sizes[task.number]}\n" for task in tasks).encode()).hexdigest()
+
+
+def _paths(output: str, dataset: str) -> dict[tuple[str, str] | str, Path]:
+    """Return the lists of one pairing by (modality, split) and, last, its "manifest"."""
+    lists = {(name, split): default_list_path(output, dataset, name, split) for split in SPLITS for name in MODALITIES}
+    return {**lists, "manifest": Path(output) / f"{dataset}_pairs.json"}
+
+
+def _choose(release: Release, models: list[ObjectTask], pairing: str, seed: int) -> dict[str, list[Item]]:
+    """Return split -> photographs in the order of the lists."""
+    chosen = {split: by_name_hash(image for image in release.images if image.split == split) for split in SPLITS}
+    if pairing == "class":
+        chosen["train"] = draw_of_same_class(chosen["train"], [task.label for task in models if task.split == "train"], seed)
+    return chosen
+
+
+def _publish(
+    options: argparse.Namespace, differences: dict, photographs: dict[str, list[Item]], models: list[ObjectTask],
+    hashes: dict[str, str], meshes: dict,
+) -> None:
+    """Write the lists of one pairing and then its manifest, unless they are there already."""
+    dataset, root = DATASETS[options.pairing], Path(options.root).resolve()
+    texts, content = {}, {}
+    for split, images in photographs.items():
+        pictures = "".join(f"{root / image.file} {image.label}\n" for image in images)
+        faces = "".join(f"{object_file('Mesh', split, task.number)} {task.label}\n" for task in models if task.split == split)
+        texts |= {("RGBImg", split): pictures, ("GrayImg", split): pictures, ("Mesh", split): faces}
+        digest = hashlib.sha256("".join(f"{image.name} {hashes[image.name]}\n" for image in images).encode()).hexdigest()
+        content[split] = {"RGBImg": digest, "GrayImg": digest, **meshes["content_sha256"][split]}
+    manifest = {
+        "format": 1, "dataset": dataset, "generator": GENERATOR, "layout": meshes["layout"], "pairing": options.pairing,
+        "uses_labels_for_training_pairs": options.pairing == "class",
+        "seed": options.seed if options.pairing == "class" else None,
+        "official_counts": {kind: line is None for kind, line in differences.items()},
+        "class_to_index": meshes["class_to_index"],
+        "counts": {split: {name: texts[name, split].count("\n") for name in MODALITIES} for split in SPLITS},
+        **_overlaps(photographs, hashes), "content_sha256": content,
+    }
+    texts["manifest"] = json.dumps(manifest, indent=2) + "\n"
+    files = {path: texts[key] for key, path in _paths(options.output, dataset).items()}
+    done = all(path.is_file() and path.read_bytes() == text.encode() for path, text in files.items())
+    if not done:
+        for path in files:
+            path.unlink(missing_ok=True)
+        for path, text in files.items():  # the manifest is the last
+            atomic_write_text(path, text)
+    print(f"{dataset}: lists {'already there' if done else 'written'}; rows {manifest['counts']}")
+    if options.pairing == "class":
+        print("--pairing class read the class labels to build the training pairs: results on mi3dor_class are not unsupervised")
+
+
+def _overlaps(photographs: dict[str, list[Item]], hashes: dict[str, str]) -> dict[str, int]:
+    """Count how often training shows one photograph at most, and the test photographs whose bytes are in training too."""
+    shown = Counter(image.name for image in photographs["train"])
+    training = {hashes[name] for name in shown}
+    return {
+        "distinct_training_photographs": len(shown), "largest_use_of_one_photograph": max(shown.values()),
+        "test_photographs_also_in_training": sum(hashes[image.name] in training for image in photographs["test"]),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

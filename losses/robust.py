@@ -1,0 +1,173 @@
+"""Robust losses that step 2 can use instead of RCLL (Tables IV and V): CE, MAE, GCE, AUE, NCE+AGCE, and their builder.
+
+All but NCE are functions of p, the pseudo-label's probability. They are computed from -log p, so that value and gradient stay
+finite for p -> 0 and p -> 1 without clamping p.
+"""
+
+import difflib
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from losses.robust_concentrating import RobustConcentratingLoss
+
+ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")
+MANY_CLASSES = 22  # ours: from here on NCE+AGCE takes the values published for 100 classes, below those for 10
+NCE_AGCE_FEW = (1.0, 4.0, 6.0, 1.5)  # CIFAR-10: weights of NCE and AGCE, a, q
+NCE_AGCE_MANY = (10.0, 0.1, 1.8, 3.0)  # CIFAR-100
+
+
+class _LabelLoss(nn.Module):
+    """Mean over a batch of a loss of log-probabilities; a subclass says which, in `sample_losses`."""
+
+    def forward(self, logits: Tensor, pseudo_labels: Tensor) -> Tensor:
+        """Return the mean loss of a batch.
+
+        Args:
+            logits: (B, K) unnormalised scores, any float type; computed in float32 or wider.
+            pseudo_labels: (B,) int64 in 0..K-1.
+        Returns:
+            Scalar, >= 0.
+        Raises:
+            ValueError: on wrong shapes or types, an empty batch or K < 2, or on labels outside 0..K-1 (checked on the CPU
+                only; on a GPU the check would make every step wait).
+        """
+        _check(logits, pseudo_labels)
+        surprise = -F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)  # (B, K)
+        return self.sample_losses(surprise, surprise.gather(1, pseudo_labels[:, None]).squeeze(1)).mean()
+
+    def sample_losses(self, surprise: Tensor, own: Tensor) -> Tensor:
+        """Return (B,) losses from -log p of all classes (B, K) and of the pseudo-label (B,)."""
+        raise NotImplementedError
+
+
+class CELoss(_LabelLoss):
+    """Cross-entropy, L = -log p: the loss that wrong pseudo-labels hurt most, since its slope -1/p grows as p falls."""
+
+    def sample_losses(self, surprise: Tensor, own: Tensor) -> Tensor:
+        return own
+
+
+class MAELoss(_LabelLoss):
+    """Mean absolute error, L = |e_y - p|_1 = 2 (1 - p) (Ghosh et al., AAAI 2017); released codes scale it differently."""
+
+    def sample_losses(self, surprise: Tensor, own: Tensor) -> Tensor:
+        return 2 * _one_minus_p(own)
+
+
+class GCELoss(_LabelLoss):
+    """Generalised cross-entropy, L = (1 - p^q) / q (Zhang and Sabuncu, NeurIPS 2018).
+
+    q -> 0 is CE and q = 1 is 1 - p, half of MAE.
+
+    Args:
+        q: exponent in (0, 1]; published 0.7.
+    Raises:
+        ValueError: on another q.
+    """
+
+    def __init__(self, q: float = 0.7) -> None:
+        super().__init__()
+        if not 0 < q <= 1:
+            raise ValueError(f"q must lie in (0, 1], found {q}")
+        self.q = q
+
+    def sample_losses(self, surprise: Tensor, own: Tensor) -> Tensor:
+        return -torch.expm1(-self.q * own) / self.q
+
+
+class AUELoss(_LabelLoss):
+    """Asymmetric unhinged loss, L = [(a - p)^q - (a - 1)^q] / q (Zhou et al., ICML 2021).
+
+    Their paper calls it AUL and their code AUE, the name in RoMo's tables, which give no parameters. The asymmetric
+    exponential loss of the same paper is another one (AEL).
+
+    Args:
+        a: > 1; q: > 0. Published (5.5, 3) for CIFAR-10 and CIFAR-100, (3, 0.1) for MNIST.
+    Raises:
+        ValueError: on values outside these ranges.
+    """
+
+    def __init__(self, a: float = 5.5, q: float = 3.0) -> None:
+        super().__init__()
+        _check_asymmetric(a, q, least=1)
+        self.a, self.q = a, q
+
+    def sample_losses(self, surprise: Tensor, own: Tensor) -> Tensor:
+        # With b = a - 1: [(b + (1 - p))^q - b^q] / q without the difference of nearly equal powers at p -> 1.
+        base = self.a - 1
+        return base**self.q * torch.expm1(self.q * torch.log1p(_one_minus_p(own) / base)) / self.q
+
+
+class NCEAGCELoss(_LabelLoss):
+    """Normalised cross-entropy plus asymmetric GCE, L = v NCE + w AGCE (Zhou et al., ICML 2021).
+
+    NCE = log p / sum_k log p_k, in [0, 1] (Ma et al., ICML 2020); AGCE = [(a + 1)^q - (a + p)^q] / q.
+
+    Args:
+        nce_weight: v >= 0; agce_weight: w >= 0; a: > 0; q: > 0. Published (1, 4, 6, 1.5) for CIFAR-10,
+            (10, 0.1, 1.8, 3) for CIFAR-100 and (0, 1, 4, 0.2) for MNIST.
+    Raises:
+        ValueError: on values outside these ranges or two weights of 0.
+    """
+
+    def __init__(self, nce_weight: float = 1.0, agce_weight: float = 4.0, a: float = 6.0, q: float = 1.5) -> None:
+        super().__init__()
+        if not (nce_weight >= 0 and agce_weight >= 0 and nce_weight + agce_weight > 0):
+            raise ValueError(f"nce_weight and agce_weight must be >= 0 and not both 0, found {nce_weight} and {agce_weight}")
+        _check_asymmetric(a, q, least=0)
+        self.nce_weight, self.agce_weight, self.a, self.q = nce_weight, agce_weight, a, q
+
+    def sample_losses(self, surprise: Tensor, own: Tensor) -> Tensor:
+        normalised = own / surprise.sum(dim=1)  # the sum is at least K log K, so no division by 0
+        top = self.a + 1  # a + p = top - (1 - p); written like AUE
+        asymmetric = -(top**self.q) * torch.expm1(self.q * torch.log1p(-_one_minus_p(own) / top)) / self.q
+        return self.nce_weight * normalised + self.agce_weight * asymmetric
+
+
+def build_robust_loss(name: str, num_clusters: int, alpha: float) -> nn.Module:
+    """Return a loss of step 2 with its published parameters.
+
+    Args:
+        name: one of ROBUST_LOSSES.
+        num_clusters: K >= 2; decides the clip level of "rcll" and the parameters of "nce_agce" (see MANY_CLASSES).
+        alpha: exponent of "rcll", unused by the others.
+    Returns:
+        A module with forward(logits (B, K), pseudo_labels (B,)) -> scalar.
+    Raises:
+        ValueError: on an unknown name, naming the nearest, or num_clusters < 2.
+    """
+    if name not in ROBUST_LOSSES:
+        match = difflib.get_close_matches(str(name), ROBUST_LOSSES, n=1)
+        hint = f", did you mean {match[0]!r}?" if match else ""
+        raise ValueError(f"expected a robust loss of {', '.join(ROBUST_LOSSES)}, found {name!r}{hint}")
+    if num_clusters < 2:
+        raise ValueError(f"num_clusters (K) must be >= 2, found {num_clusters}")
+    if name == "rcll":
+        return RobustConcentratingLoss(alpha, num_clusters)
+    if name == "nce_agce":
+        return NCEAGCELoss(*(NCE_AGCE_MANY if num_clusters >= MANY_CLASSES else NCE_AGCE_FEW))
+    return {"ce": CELoss, "mae": MAELoss, "gce": GCELoss, "aue": AUELoss}[name]()
+
+
+def _one_minus_p(own: Tensor) -> Tensor:
+    """1 - p from -log p, without the cancellation at p -> 1."""
+    return -torch.expm1(-own)
+
+
+def _check_asymmetric(a: float, q: float, least: float) -> None:
+    if not (a > least and q > 0):
+        raise ValueError(f"expected a > {least} and q > 0, found a = {a} and q = {q}")
+
+
+def _check(logits: Tensor, pseudo_labels: Tensor) -> None:
+    if logits.dim() != 2 or len(logits) == 0 or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be (B >= 1, K >= 2) float, found {tuple(logits.shape)} {logits.dtype}")
+    if pseudo_labels.shape != logits.shape[:1] or pseudo_labels.dtype != torch.int64:
+        found = f"{tuple(pseudo_labels.shape)} {pseudo_labels.dtype}"
+        raise ValueError(f"pseudo_labels must be ({len(logits)},) int64, found {found}")
+    if pseudo_labels.device.type == "cpu":
+        low, high = int(pseudo_labels.min()), int(pseudo_labels.max())
+        if low < 0 or high >= logits.shape[1]:
+            raise ValueError(f"pseudo_labels must lie in 0..{logits.shape[1] - 1}, found {low}..{high}")

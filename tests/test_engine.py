@@ -1,0 +1,53 @@
+"""Routes and switches of the training engine that must not change a number: host or device samples, fused Adam, compilation."""
+
+import pytest
+import torch
+
+import train_step1
+from datasets.batches import BatchSource
+from datasets.samples import load_training_samples
+from test_stages import assert_same_result, finished, log_lines, only_run, settings  # noqa: F401  (fixture)
+from utils.config import load_config
+from utils.learner import plan_epoch
+from utils.options import Step1Config
+
+CPU = torch.device("cpu")
+
+
+def config(root, *overrides):
+    return load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}", *overrides])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_on_the_host_give_the_same_run(finished, small_digits, tmp_path, workers):  # noqa: F811
+    train_step1.main(settings(small_digits, tmp_path, 1, "data.placement=host", f"data.workers={workers}"))
+    assert_same_result(finished, tmp_path, 1)
+
+
+def test_both_routes_fetch_the_same_rows(small_digits):
+    four = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
+    samples = load_training_samples(config(small_digits, four).data, CPU)
+    sources = [BatchSource(samples, config(small_digits, four, f"data.placement={place}").data, CPU) for place in ("device", "host")]
+    assert not sources[0].on_host and sources[1].on_host
+    batches = []
+    for source in sources:
+        plan = plan_epoch(source.counts, source.views, 16, torch.Generator().manual_seed(1))
+        batches.append(list(source.fetch(plan)))
+    assert len(batches[0]) == len(batches[1]) == 2
+    for (index, raw), (other_index, other_raw) in zip(*batches):
+        assert torch.equal(index, other_index) and len(raw) == 4
+        assert all(torch.equal(one, two) for one, two in zip(raw, other_raw))
+        assert torch.equal(raw[2], samples.arrays["PointCloud"][index[2], 0])
+
+
+def test_fused_adam_follows_the_plain_one(finished, small_digits, tmp_path):  # noqa: F811
+    train_step1.main(settings(small_digits, tmp_path, 1, "optim.fused=true"))
+    fused, plain = (log_lines(only_run(folder, 1)) for folder in (tmp_path, finished))
+    assert [line["loss/mlm"] for line in fused] == pytest.approx([line["loss/mlm"] for line in plain], rel=0.02)
+
+
+def test_bfloat16_losses_track_float32(finished, small_digits, tmp_path):  # noqa: F811
+    train_step1.main(settings(small_digits, tmp_path, 1, "run.amp=true"))
+    half, full = (log_lines(only_run(folder, 1)) for folder in (tmp_path, finished))
+    assert [line["loss/mlm"] for line in half] == pytest.approx([line["loss/mlm"] for line in full], rel=0.05)
+    assert half[0]["loss/mlm"] != full[0]["loss/mlm"]

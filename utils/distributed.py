@@ -1,0 +1,115 @@
+"""Several processes on one training (torchrun): who this process is, its share of a batch, and the collectives used.
+
+Every process computes the losses of the whole batch from gathered embeddings, so the same value everywhere; gradients are
+then averaged over the processes by DistributedDataParallel. The adjoint of `gather_batch` and `sum_over_processes` adds the
+gradients of all processes, which that average turns into the gradient of one process with the whole batch.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def start() -> None:
+    """Join the process group that torchrun describes; without torchrun, or when joined already, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 for the main one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks."""
+    return rank() == 0
+
+
+def own_share(count: int) -> slice:
+    """Return the part of 0..count-1 that this process works on: contiguous, as even as possible, in the order of the ranks."""
+    return slice(count * rank() // world(), count * (rank() + 1) // world())
+
+
+def from_main(make: Callable[[], Any]) -> Any:
+    """Return what `make` gives in the main process, in all of them; tensors come back on the CPU elsewhere only if they were."""
+    if world() == 1:
+        return make()
+    box = [make() if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_batch(rows: Tensor) -> Tensor:
+    """Join the equal shares (b, D) of all processes to the batch (B, D); differentiable."""
+    return rows if world() == 1 else _Gather.apply(rows)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes; differentiable."""
+    return values if world() == 1 else _Sum.apply(values)
+
+
+def add_over_processes(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place and outside of autograd."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+@torch.no_grad()
+def gather_shares(rows: Tensor, count: int) -> Tensor:
+    """Join the shares of `own_share(count)`, (n, D) with n differing by at most one, to (count, D)."""
+    if world() == 1:
+        return rows
+    sizes = [count * (other + 1) // world() - count * other // world() for other in range(world())]
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
+def copy_buffers(module: nn.Module) -> None:
+    """Give all processes the main one's buffers, such as running statistics."""
+    if world() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(world())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return add_over_processes(grad.clone()).chunk(world())[rank()]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        return add_over_processes(values.clone())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return add_over_processes(grad.clone())
