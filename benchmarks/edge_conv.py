@@ -5,70 +5,60 @@ machine does meets both. Forward and backward of the four DGCNN layers, neighbou
 """
 
 import argparse
-import json
+import dataclasses
 import multiprocessing
-import platform
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from models.edge_conv import IMPLEMENTATIONS, EdgeConv, knn
+from benchmarks.floors import Rates, add_arguments, count_work, header, measure_rates, open_device, print_table, seconds_of
+from benchmarks.floors import synchronize, write_report
+from models.edge_conv import IMPLEMENTATIONS, EdgeConv
+from models.knn import knn
+from utils.trainer import run_command
 
 LAYERS = ((3, 64), (64, 64), (64, 128), (128, 256))
+KNN_CHANNELS = (3, 64, 128)
 SEED = 0
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the benchmark, print the table and write the JSON."""
-    args = _parse_arguments()
-    torch.set_num_threads(args.threads)
+    args = _parse_arguments(argv)
+    args.device = open_device(args)
+    args.threads = torch.get_num_threads()
+    report = header("edge_conv", args.device, argv)
+    report |= {"batch": args.batch, "points": args.points, "k": args.k, "repeats": args.repeats}
+    rates = measure_rates(args.device)
     with tempfile.TemporaryDirectory() as folder:
-        runs, difference = _run_in_turn(args, Path(folder))
-    x = torch.randn(args.batch, args.points, LAYERS[-1][0], device=args.device)
-    report = {
-        "command": "python -m benchmarks.edge_conv " + " ".join(sys.argv[1:]), "torch": torch.__version__,
-        "device": _device_name(args.device), "threads": args.threads, "batch": args.batch, "points": args.points,
-        "k": args.k, "repeats": args.repeats, "floors": _floors(args), "largest_relative_difference": difference,
-        "knn_seconds": {str(c): _seconds(lambda c=c: knn(x[..., :c], args.k), args.device) for c in (3, 64, 128)},
-    } | runs
-    report["speedup"] = runs["reference"]["median_seconds"] / runs["fused"]["median_seconds"]
-    report["memory_ratio"] = runs["reference"]["peak_bytes"] / runs["fused"]["peak_bytes"]
-    _print_table(report)
-    name = f"edge_conv_{report['device']}_n{args.points}.json".replace(" ", "-").replace("/", "-")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / name).write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {args.out / name}")
+        runs, difference = _run_in_turn(args, rates, Path(folder))
+    report |= {
+        "rates": dataclasses.asdict(rates), "largest_relative_difference": difference, **runs, "knn": _measure_knn(args, rates),
+        "speedup": runs["reference"]["seconds"] / runs["fused"]["seconds"],
+        "memory_ratio": _memory_ratio(runs),
+    }
+    _print_report(report, rates)
+    write_report(f"edge_conv-n{args.points}", report, args.output)
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=50, help="clouds, B")
     parser.add_argument("--points", type=int, default=1024, help="points of a cloud; the reference takes 9 GB at 1024")
     parser.add_argument("--k", type=int, default=20, help="neighbours")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds after one for warming up")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON")
-    return parser.parse_args()
+    add_arguments(parser)
+    return parser.parse_args(argv)
 
 
-def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _run_in_turn(args: argparse.Namespace, folder: Path) -> tuple[dict, dict]:
+def _run_in_turn(args: argparse.Namespace, rates: Rates, folder: Path) -> tuple[dict, dict]:
     """Time the implementations alternately; return their figures and the differences of their results."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -85,8 +75,9 @@ def _run_in_turn(args: argparse.Namespace, folder: Path) -> tuple[dict, dict]:
     for name in IMPLEMENTATIONS:
         pipes[name].send("stop")
         timed = seconds[name][1:]
-        runs[name] = {"median_seconds": statistics.median(timed), "min_seconds": min(timed), "all_seconds": timed,
-                      "peak_bytes": pipes[name].recv()}
+        peak, work = pipes[name].recv()
+        runs[name] = rates.beside(statistics.median(timed), work)
+        runs[name] |= {"min_seconds": min(timed), "all_seconds": timed, "peak_bytes": peak}
     for process in processes:
         process.join()
     results = {name: torch.load(folder / f"{name}.pt") for name in IMPLEMENTATIONS}
@@ -117,25 +108,31 @@ def _step(layers: nn.ModuleList, x: Tensor, weights: Tensor, index: Tensor) -> d
 
 
 def _worker(pipe: Connection, implementation: str, args: argparse.Namespace, path: Path) -> None:
-    """Answer every "step" with the seconds of one forward and backward; then save results and send the peak memory."""
+    """Answer every "step" with the seconds of one forward and backward; then save results, send peak memory and work."""
     torch.set_num_threads(args.threads)
     layers, inputs = _make_problem(args, implementation)
     before, results = _peak_bytes(args.device), {}
     while pipe.recv() == "step":
         start = time.perf_counter()
         results = _step(layers, *inputs)
-        _synchronize(args.device)
+        synchronize(args.device)
         pipe.send(time.perf_counter() - start)
     peak = _peak_bytes(args.device) - before
     torch.save({name: tensor.cpu() for name, tensor in results.items()}, path)
-    pipe.send(peak)
+    pipe.send((peak, count_work(lambda: _step(layers, *inputs))))
 
 
-def _peak_bytes(device: str) -> int:
-    if device.startswith("cuda"):
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _memory_ratio(runs: dict) -> float | None:
+    """Reference over fused; None where the problem is too small to raise the process's peak."""
+    fused = runs["fused"]["peak_bytes"]
+    return runs["reference"]["peak_bytes"] / fused if fused else None
 
 
 def _difference(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
@@ -155,57 +152,26 @@ def _difference(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, 
     return {"output": output, "gradients": gradients, "gradients_l2": norms}
 
 
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+def _measure_knn(args: argparse.Namespace, rates: Rates) -> dict[str, dict[str, float]]:
+    x = torch.randn(args.batch, args.points, max(KNN_CHANNELS), device=args.device)
+    figures = {}
+    for channels in KNN_CHANNELS:
+        search = lambda points=x[..., :channels]: knn(points, args.k)  # noqa: E731
+        figures[f"k-NN, C = {channels}"] = rates.beside(min(seconds_of(search, args.device, args.repeats)), count_work(search))
+    return figures
 
 
-def _seconds(action: Callable[[], object], device: str, repeats: int = 3) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        action()
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def _floors(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds that the arithmetic and the traffic alone would take at this machine's measured rates.
-
-    Arithmetic counts the matrix products of forward and backward (twice the forward). Traffic counts, in float32 and
-    once per pass over it, the edge tensors of the reference (2C in, four of C_out) and, for the fused one, the gathered
-    doubles and some ten point tensors; the backward again counts twice.
-    """
-    a = torch.randn(2048, 2048, device=args.device)
-    matmul_rate = 2 * 2048**3 / _seconds(lambda: a @ a, args.device)
-    source = torch.randn(2**26, device=args.device)
-    target = torch.empty_like(source)
-    byte_rate = 2 * source.numel() * 4 / _seconds(lambda: target.copy_(source), args.device)
-    points = args.batch * args.points
-    edges = points * args.k
-    flops = {"reference": sum(3 * 2 * edges * 2 * c * o for c, o in LAYERS),
-             "fused": sum(points * (3 * 2 * 2 * c * o + 2 * 7 * c * c) for c, o in LAYERS)}
-    moved = {"reference": sum(3 * 4 * edges * (2 * c + 4 * o) for c, o in LAYERS),
-             "fused": sum(8 * edges * o + 3 * 4 * points * 10 * max(c, o) for c, o in LAYERS)}
-    return {name: {"flops": flops[name], "bytes": moved[name], "arithmetic_seconds": flops[name] / matmul_rate,
-                   "traffic_seconds": moved[name] / byte_rate} for name in IMPLEMENTATIONS}
-
-
-def _print_table(report: dict) -> None:
-    print(f"{report['device']}, {report['threads']} threads, torch {report['torch']}; "
-          f"B {report['batch']}, N {report['points']}, k {report['k']}; forward and backward of four layers")
-    print(f"{'':10} {'median s':>9} {'min s':>8} {'peak MB':>8} {'FLOP floor s':>13} {'byte floor s':>13}")
-    for name in IMPLEMENTATIONS:
-        run, floor = report[name], report["floors"][name]
-        print(f"{name:10} {run['median_seconds']:9.3f} {run['min_seconds']:8.3f} {run['peak_bytes'] / 1e6:8.0f} "
-              f"{floor['arithmetic_seconds']:13.3f} {floor['traffic_seconds']:13.3f}")
-    print(f"fused is {report['speedup']:.1f} times faster in 1/{report['memory_ratio']:.1f} of the memory")
+def _print_report(report: dict, rates: Rates) -> None:
+    print(f"B {report['batch']}, N {report['points']}, k {report['k']}; forward and backward of four layers, median; k-NN, best")
+    rows = {name: report[name] | {"peak_megabytes": report[name]["peak_bytes"] / 1e6} for name in IMPLEMENTATIONS}
+    rows |= {name: figures | {"min_seconds": None, "peak_megabytes": None} for name, figures in report["knn"].items()}
+    print_table(report, rates, rows, (("min s", "min_seconds", ".4g"), ("peak MB", "peak_megabytes", ".0f")))
+    memory = "memory too small to measure" if report["memory_ratio"] is None else f"1/{report['memory_ratio']:.1f} of the memory"
+    print(f"fused is {report['speedup']:.1f} times faster, {memory}")
     for pair, found in report["largest_relative_difference"].items():
         print(f"largest relative difference, {pair}: output {found['output']:.1e}, gradients {found['gradients']:.1e} "
               f"(L2 {found['gradients_l2']:.1e})")
-    print("k-NN s: " + ", ".join(f"{seconds:.3f} at C = {c}" for c, seconds in report["knn_seconds"].items()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

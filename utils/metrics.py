@@ -11,7 +11,7 @@ from utils.seed import generator_for
 
 Array = Tensor | np.ndarray
 SCORE_BYTES = 256 * 2**20  # upper bound of one float64 score matrix
-SCORE_DECIMALS = 12  # equal cosines that differ by summation order alone (1e-16) must tie
+SCORE_STEPS = 1e12  # per unit of cosine: equal ones that differ by summation order alone (1e-16) must tie
 
 
 def _tensor(values: Array) -> Tensor:
@@ -56,22 +56,31 @@ def _ranked_relevance(
 ) -> Iterator[Tensor]:
     """Yield (B, G) bool chunks in query order: entry [i, k] tells whether rank k + 1 has the class of query i.
 
-    The gallery is shuffled by the seed before a stable sort, so equal scores come in an order that owes nothing to
-    the order of the files. With `exclude_self`, query i is gallery item i and is left out of its own ranking: (B, G - 1).
+    One sort of integers ranks a chunk: the score in the upper bits, below it the place of the item in a gallery shuffled by
+    the seed, so that equal scores come in an order that owes nothing to the order of the files, and in the last bit the
+    relevance. With `exclude_self`, query i is gallery item i and is left out of its own ranking: (B, G - 1).
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, got {chunk_size}")
     rows = max(1, SCORE_BYTES // (8 * len(gallery)))
     rows = rows if chunk_size is None else min(rows, chunk_size)
     order = torch.randperm(len(gallery), generator=generator_for(seed, "gallery order")).to(query.device)
-    gallery, gallery_labels, own = gallery[order], gallery_labels[order], order.argsort().split(rows)
+    gallery, gallery_labels, own = gallery[order].T.contiguous(), gallery_labels[order], order.argsort().split(rows)
+    place_bits = max(1, (len(order) - 1).bit_length())
+    scale = min(SCORE_STEPS, 2.0 ** (60 - place_bits))  # a cosine of 1 and the bits below it fit into 63
+    places = torch.arange(len(order), device=query.device) << 1
     for chunk, chunk_labels, place in zip(query.split(rows), query_labels.split(rows), own):
-        scores = torch.round(chunk @ gallery.T, decimals=SCORE_DECIMALS)  # (B, G)
+        keys = (chunk @ gallery).mul_(-scale).round_().long()  # (B, G), best first
+        keys = (keys << (place_bits + 1)).bitwise_or_(places).bitwise_or_(gallery_labels == chunk_labels.unsqueeze(1))
         if exclude_self:
-            scores.scatter_(1, place.unsqueeze(1), float("-inf"))
-        ranking = torch.sort(scores, dim=1, descending=True, stable=True).indices
-        ranking = ranking[:, :-1] if exclude_self else ranking
-        yield gallery_labels[ranking] == chunk_labels.unsqueeze(1)
+            keys.scatter_(1, place.unsqueeze(1), torch.iinfo(torch.int64).max)
+        relevant = (_sorted_rows(keys) & 1).bool()
+        yield relevant[:, :-1] if exclude_self else relevant
+
+
+def _sorted_rows(keys: Tensor) -> Tensor:
+    """Sort every row of integers; NumPy's sort uses the CPU's vector units, torch's does not."""
+    return torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(dim=1).values
 
 
 def _average_precision(relevant: Tensor) -> Tensor:

@@ -1,0 +1,242 @@
+"""What a measured time is held against: rates of the device, counted arithmetic and traffic; and the report of a benchmark.
+
+The two floors of a time are FLOPs / measured matrix-product rate and bytes / measured copy rate.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils.checkpoint import atomic_write_json
+from utils.device import select_device, set_threads
+from utils.run_log import REPOSITORY, environment
+
+SMALLEST_SIDE = 256  # of the matrix product, doubled until one takes PRODUCT_SECONDS
+PRODUCT_SECONDS = 0.02
+COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far above the caches
+RATE_REPEATS = 5
+
+aten = torch.ops.aten
+MISSED_BY_TORCH = {  # in-place products, as in the fused EdgeConv's backward pass, and products with a vector
+    aten.addmm_: lambda added, left, right, **_: 2 * math.prod(left) * right[-1],
+    aten.baddbmm_: lambda added, left, right, **_: 2 * math.prod(left) * right[-1],
+    aten.mv: lambda matrix, vector, **_: 2 * math.prod(matrix),
+}
+WITHOUT_TRAFFIC = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view"}
+OVERWRITING = {"aten::copy_", "aten::zero_", "aten::fill_"}  # their first tensor is written, not read
+INDEXED = {  # they touch the indexed rows of their first tensor only
+    f"aten::{name}{suffix}" for suffix in ("", "_")
+    for name in ("index", "index_select", "gather", "embedding", "_embedding_bag", "_embedding_bag_forward_only",
+                 "index_put", "_index_put_impl", "index_add", "index_copy", "scatter", "scatter_add")
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an action computes and moves.
+
+    Attributes:
+        flops: of matrix products and convolutions, a multiply-add counting 2.
+        bytes: that its operators read and write, see `count_work`.
+    """
+
+    flops: int
+    bytes: int
+
+    def times(self, factor: int) -> "Work":
+        """Return the work of `factor` repetitions."""
+        return Work(self.flops * factor, self.bytes * factor)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured rates of a device.
+
+    Attributes:
+        dtype: of the matrix product.
+        flops_per_second: of a square matrix product.
+        bytes_per_second: read plus written by a copy in memory.
+    """
+
+    dtype: str
+    flops_per_second: float
+    bytes_per_second: float
+
+    def beside(self, seconds: float, work: Work) -> dict[str, float]:
+        """Return a time with the work done in it, the two floors in seconds, and the share of the matrix-product rate."""
+        floor = work.flops / self.flops_per_second
+        return {
+            "seconds": seconds, "flops": work.flops, "bytes": work.bytes, "flop_floor_seconds": floor,
+            "byte_floor_seconds": work.bytes / self.bytes_per_second, "share_of_matmul_rate": floor / seconds,
+        }
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> Rates:
+    """Time square matrix products of growing size, and a copy; each rate is the best found."""
+    side, product, rates = SMALLEST_SIDE, 0.0, []
+    while product < PRODUCT_SECONDS:
+        matrix = torch.randn(side, side, device=device).to(dtype)
+        product = min(seconds_of(lambda: matrix @ matrix, device, RATE_REPEATS))  # noqa: B023
+        rates.append(2 * side**3 / product)
+        side *= 2
+    size = COPIED_BYTES[device.type]
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    copy = min(seconds_of(lambda: target.copy_(source), device, RATE_REPEATS))
+    return Rates(str(dtype).removeprefix("torch."), max(rates), 2 * size / copy)
+
+
+def seconds_of(action: Callable[[], object], device: torch.device, repeats: int, warm_up: bool = True) -> list[float]:
+    """Time an action `repeats` times, each until the device is idle; by default after one run that is not counted."""
+    times = []
+    for _ in range(repeats + warm_up):
+        synchronize(device)
+        start = time.perf_counter()
+        action()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return times[warm_up:]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def count_work(action: Callable[[], object]) -> Work:
+    """Run an action once and count its FLOPs and its traffic; not seen: parts under `torch.compile`, traffic of Triton kernels.
+
+    Traffic: every operator reads its inputs and writes its outputs once; views are free, and gathers and scatters touch no
+    more of the indexed tensor than they move. Tensors that stay in a cache between two operators are faster than this floor.
+    """
+    counter, traffic = FlopCounterMode(display=False, custom_mapping=MISSED_BY_TORCH), _TrafficCounter()
+    with counter, traffic:
+        action()
+    return Work(counter.get_total_flops(), traffic.bytes)
+
+
+class _TrafficCounter(TorchDispatchMode):
+    """Adds up in `bytes` what the operators inside the block move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if isinstance(func, torch._ops.OpOverload) and not func.is_view and func._schema.name not in WITHOUT_TRAFFIC:
+            self.bytes += _moved(func._schema, args, kwargs, result)
+        return result
+
+
+def _moved(schema: Any, args: Sequence, kwargs: Mapping, result: Any) -> int:
+    """Bytes read and written by one call of an operator."""
+    named = [(schema.arguments[place], value) for place, value in enumerate(args)]
+    named += [(argument, kwargs[argument.name]) for argument in schema.arguments if argument.name in kwargs]
+    read, written = [], []
+    for argument, value in named:
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        if changed:
+            written += _tensors(value)
+        if not (changed and (argument.is_out or schema.name in OVERWRITING)):
+            read += _tensors(value)
+    written += [tensor for tensor in _tensors(result) if not any(tensor is known for known in written)]
+    moved = [*read, *written]
+    if schema.name not in INDEXED:
+        return sum(map(_size, moved))
+    rest = [_size(tensor) for tensor in moved if tensor is not args[0]]
+    return sum(rest) + sum(min(_size(tensor), max(rest)) for tensor in moved if tensor is args[0])
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of a tensor in memory; an expanded one counts what is stored."""
+    if tensor.layout == torch.sparse_csr:
+        return _size(tensor.crow_indices()) + _size(tensor.col_indices()) + _size(tensor.values())
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --threads, --device and --output, common to the benchmarks."""
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: results/benchmarks/BENCHMARK-DEVICE.json")
+
+
+def open_device(arguments: argparse.Namespace) -> torch.device:
+    """Set the threads and return the device that the arguments ask for."""
+    set_threads(arguments.threads)
+    return select_device(arguments.device)
+
+
+def header(module: str, device: torch.device, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return what every report begins with: command, device, threads, torch, commit, whether the tree was dirty, load.
+
+    Call it before the work, so that the state of the tree is the one measured.
+    """
+    found = environment(seed=0)
+    command = ["python", "-m", f"benchmarks.{module}", *(sys.argv[1:] if argv is None else argv)]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else found["cpu"]
+    return {
+        "command": " ".join(command), "device": name, "threads": found["threads"], "torch": found["torch"],
+        "commit": found["git_sha"], "dirty": found["git_dirty"],
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # shows a busy machine
+    }
+
+
+def write_report(benchmark: str, report: Mapping[str, Any], output: Path | None) -> Path:
+    """Write a report as JSON and print where.
+
+    Args:
+        benchmark: first part of the file name.
+        report: begins with `header`; its device is the second part of the file name.
+        output: another file than results/benchmarks/{benchmark}-{device}.json.
+    Returns:
+        The file.
+    """
+    device = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
+    path = output or REPOSITORY / "results" / "benchmarks" / f"{benchmark}-{device}.json"
+    atomic_write_json(path, dict(report))
+    print(f"written to {path}")
+    return path
+
+
+def print_table(
+    report: Mapping[str, Any], rates: Rates, rows: Mapping[str, Mapping[str, Any]],
+    columns: Iterable[tuple[str, str, str]] = (),
+) -> None:
+    """Print the device and one line per time with its floors.
+
+    Args:
+        report: begins with `header`.
+        rates: that the floors were made with.
+        rows: name -> `Rates.beside`, and what the columns name.
+        columns: more columns as (title, key, format), right after the time; None is shown as "-".
+    """
+    print(f"{report['device']}, {report['threads']} threads, torch {report['torch']}: {rates.flops_per_second / 1e9:.1f} "
+          f"GFLOP/s in {rates.dtype} matrix products, {rates.bytes_per_second / 1e9:.1f} GB/s in copies")
+    shown = [("seconds", "seconds", ".4g"), *columns, ("FLOP floor s", "flop_floor_seconds", ".3g"),
+             ("byte floor s", "byte_floor_seconds", ".3g"), ("of matmul rate", "share_of_matmul_rate", ".1%")]
+    width = max(map(len, rows))
+    print("".ljust(width), *(title.rjust(max(9, len(title))) for title, _, _ in shown))
+    for name, row in rows.items():
+        cells = ("-" if row[key] is None else format(row[key], style) for _, key, style in shown)
+        print(name.ljust(width), *(cell.rjust(max(9, len(title))) for cell, (title, _, _) in zip(cells, shown)))

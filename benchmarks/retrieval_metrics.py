@@ -1,0 +1,144 @@
+"""mAP@All against plain Python loops, and alone on large sets: `python -m benchmarks.retrieval_metrics [--large]`.
+
+"double loop": scores, ranking and precision of every query in Python, nothing vectorised. "loop over ranks": the same, but
+scores and order come from NumPy. The loops stand beside the floors of the vectorised pass. Exit code 1 if either loop differs
+from `utils.metrics` by 1e-6 or more.
+"""
+
+import argparse
+import dataclasses
+import math
+import operator
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.floors import Rates, Work, add_arguments, count_work, header, measure_rates, open_device, print_table
+from benchmarks.floors import seconds_of, write_report
+from utils.metrics import mean_average_precision
+
+SEED = 0
+CLASSES = 10
+LARGE = 100_000
+LIMIT = 1e-6
+Problem = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the comparison and the sizes, print the table and write the JSON; return the exit code."""
+    args = _parse_arguments(argv)
+    device = open_device(args)
+    report = header("retrieval_metrics", device, argv)
+    rates = measure_rates(device, torch.float64)  # mAP ranks in double precision
+    rows, found = {}, {}
+    problem = make_problem(args.loop_size, args.dim, device)
+    small = f"metrics, {args.loop_size} x {args.loop_size}"
+    seconds = statistics.median(seconds_of(lambda: mean_average_precision(*problem), device, args.repeats))
+    work = count_work(lambda: mean_average_precision(*problem))
+    found[small] = mean_average_precision(*problem)
+    rows[small] = rates.beside(seconds, work) | {"times_slower": 1.0}
+    for name, loop in (("double loop", double_loop_map), ("loop over ranks", rank_loop_map)):
+        found[name], taken = _once(loop, problem)
+        rows[name] = rates.beside(taken, work) | {"times_slower": taken / seconds}
+    for size in sorted(set(args.sizes + [LARGE] * args.large)):
+        name = f"metrics, {size} x {size}"
+        rows[name], found[name] = _measure_alone(make_problem(size, args.dim, device), rates, device)
+    print_table(report, rates, rows, (("times slower", "times_slower", ".1f"),))
+    difference = max(abs(found[small] - found[name]) for name in ("double loop", "loop over ranks"))
+    equal = difference < LIMIT
+    print(f"largest difference from the loops: {difference:.1e}, {'below' if equal else 'NOT below'} {LIMIT:.0e}")
+    report |= {
+        "dim": args.dim, "rates": dataclasses.asdict(rates), "times": rows, "map": found, "difference": difference,
+        "speedup": {name: rows[name]["times_slower"] for name in ("double loop", "loop over ranks")}, "equal": equal,
+    }
+    write_report("retrieval_metrics", report, args.output)
+    return 0 if equal else 1
+
+
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loop-size", type=int, default=1000, help="queries and gallery items of the comparison")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[10_000], help="queries and gallery items of the runs alone")
+    parser.add_argument("--large", action="store_true", help=f"run {LARGE} alone as well")
+    parser.add_argument("--dim", type=int, default=256, help="width of the embeddings")
+    parser.add_argument("--repeats", type=int, default=5, help="timed vectorised passes, of which the median counts")
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def make_problem(size: int, dim: int, device: torch.device) -> Problem:
+    """Return query, its labels, gallery and its labels: (size, dim) float32 around one centre per class, (size,) int64."""
+    generator = torch.Generator().manual_seed(SEED)
+    centres = torch.randn(CLASSES, dim, generator=generator)
+    parts = []
+    for _ in range(2):
+        labels = torch.randint(CLASSES, (size,), generator=generator)
+        rows = centres[labels] + 4 * torch.randn(size, dim, generator=generator)
+        parts += [rows.to(device), labels.to(device)]
+    return tuple(parts)
+
+
+def double_loop_map(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
+    """mAP@All in plain Python; arguments as `make_problem` returns them."""
+    queries, items, labels = _unit_rows(query), _unit_rows(gallery), gallery_labels.tolist()
+    total = 0.0
+    for row, label in zip(queries, query_labels.tolist()):
+        scores = [sum(map(operator.mul, row, item)) for item in items]
+        order = sorted(range(len(items)), key=scores.__getitem__, reverse=True)
+        total += _average_precision(order, labels, label)
+    return total / len(queries)
+
+
+def rank_loop_map(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
+    """mAP@All with scores and order from NumPy and a Python loop over the ranks of every query."""
+    rows, items = (values.cpu().double().numpy() for values in (query, gallery))
+    rows, items = (values / np.linalg.norm(values, axis=1, keepdims=True) for values in (rows, items))
+    orders = np.argsort(-(rows @ items.T), axis=1).tolist()
+    labels = gallery_labels.tolist()
+    precisions = [_average_precision(order, labels, label) for order, label in zip(orders, query_labels.tolist())]
+    return sum(precisions) / len(precisions)
+
+
+def _unit_rows(values: Tensor) -> list[list[float]]:
+    rows = []
+    for row in values.tolist():
+        norm = math.sqrt(sum(value * value for value in row))
+        rows.append([value / norm for value in row])
+    return rows
+
+
+def _average_precision(order: list[int], labels: list[int], label: int) -> float:
+    hits, total = 0, 0.0
+    for rank, item in enumerate(order, start=1):
+        if labels[item] == label:
+            hits += 1
+            total += hits / rank
+    return total / hits if hits else 0.0
+
+
+def _once(loop: Callable[..., float], problem: Problem) -> tuple[float, float]:
+    start = time.perf_counter()
+    value = loop(*problem)
+    return value, time.perf_counter() - start
+
+
+def _measure_alone(problem: Problem, rates: Rates, device: torch.device) -> tuple[dict[str, Any], float]:
+    """Time and count one pass at once: the counters take microseconds per operator, the pass up to many minutes."""
+    values, work = [], Work(0, 0)
+
+    def run() -> None:
+        nonlocal work
+        work = count_work(lambda: values.append(mean_average_precision(*problem)))
+
+    (seconds,) = seconds_of(run, device, repeats=1, warm_up=False)
+    return rates.beside(seconds, work) | {"times_slower": None}, values[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Pairs per second of both stages: `python -m benchmarks.training_step [--config-dir configs/mnist3d_cpu] [--steps 8]`.
+
+Random samples of the shapes that the configuration names, so no data is needed. Whole epochs are timed after one for
+warming up, which holds the k-means of step 1; the shares spent on fetching and augmenting data come from another epoch.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.floors import Rates, Work, add_arguments, count_work, header, measure_rates, open_device, print_table
+from benchmarks.floors import seconds_of, synchronize, write_report
+from datasets.arrays import MAX_POINTS
+from datasets.mesh_faces import FACE_CHANNELS
+from datasets.samples import PairedSamples
+from train_step1 import PLALearner
+from train_step2 import RDLLearner
+from utils.config import load_config
+from utils.learner import Source, StageLearner, plan_epoch
+from utils.modalities import MODALITIES
+from utils.options import DataConfig, Step1Config, Step2Config
+from utils.seed import BatchGenerator, generator_for, seed_everything, set_deterministic
+from utils.trainer import run_command
+
+SEED = 0
+COLUMNS = (("pairs/s", "pairs_per_second", ".1f"), ("waiting for data", "share_waiting_for_data", ".1%"),
+           ("of it fetching", "share_fetching", ".1%"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Time both stages, print the table and write the JSON."""
+    args = _parse_arguments(argv)
+    device = open_device(args)
+    report = header("training_step", device, argv)
+    first = load_config(Step1Config, str(args.config_dir / "step1.yaml"), args.overrides)
+    second = load_config(Step2Config, str(args.config_dir / "step2.yaml"), args.overrides)
+    set_deterministic(first.run.deterministic)
+    rates = measure_rates(device, torch.bfloat16 if first.run.amp else torch.float32)
+    stages = {
+        "step1": measure_stage(make_step1(first, args, device), args.epochs, rates),
+        "step2": measure_stage(make_step2(second, first.pla.num_clusters, args, device), args.epochs, rates),
+    }
+    print_table(report, rates, {f"{stage}, one step": figures for stage, figures in stages.items()}, COLUMNS)
+    report |= {"config_dir": str(args.config_dir), "rates": dataclasses.asdict(rates), "stages": stages}
+    write_report(f"training_step-{args.config_dir.name}", report, args.output)
+
+
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-dir", type=Path, default=Path("configs/mnist3d_cpu"), help="folder of step1.yaml, step2.yaml")
+    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
+                        help="override settings that both stages know, e.g. --set run.amp=true")
+    parser.add_argument("--steps", type=int, default=8, help="steps of an epoch; with data.placement=host, enough to "
+                        "outweigh the start of the workers")
+    parser.add_argument("--epochs", type=int, default=3, help="timed epochs, of which the median counts")
+    parser.add_argument("--image-side", type=int, help="side of the stored pictures; default: data.image_resize")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if min(args.steps, args.epochs) < 1:
+        parser.error(f"--steps and --epochs must be at least 1, got {args.steps} and {args.epochs}")
+    return args
+
+
+def make_step1(config: Step1Config, args: argparse.Namespace, device: torch.device) -> PLALearner:
+    """Return the learner of step 1, without warm-up epochs, on `args.steps` batches of random samples."""
+    seed_everything(SEED)
+    config = dataclasses.replace(config, pla=dataclasses.replace(config.pla, warmup_epochs=0, recluster_every=0))
+    samples = random_samples(config.data, args.steps * config.optim.batch_size, args.image_side)
+    return PLALearner(config, _placed(samples, config.data, device), device)
+
+
+def make_step2(config: Step2Config, num_clusters: int, args: argparse.Namespace, device: torch.device) -> RDLLearner:
+    """Return the learner of step 2 on random samples and pseudo-labels, `num_clusters` of them unless configured."""
+    seed_everything(SEED)
+    count, clusters = args.steps * config.optim.batch_size, config.rdl.num_clusters or num_clusters
+    samples = random_samples(config.data, count, args.image_side)
+    labels = {name: torch.randint(clusters, (count,)).to(device) for name in samples.arrays}
+    return RDLLearner(config, _placed(samples, config.data, device), labels, clusters, device)
+
+
+def random_samples(data: DataConfig, count: int, image_side: int | None = None) -> PairedSamples:
+    """Make random samples in the shapes of `PairedSamples`, on the CPU and without list files.
+
+    Args:
+        data: modalities and sizes.
+        count: N.
+        image_side: side of the stored pictures, pixels; None for the side before the crop.
+    Returns:
+        The samples; clouds hold as many points as the loader keeps.
+    """
+    side = image_side or data.image_resize
+    makers = {
+        "image": lambda: torch.randint(256, (count, data.num_views, 3, side, side), dtype=torch.uint8),
+        "points": lambda: torch.rand(count, 1, max(MAX_POINTS, data.num_points), 3) - 0.5,
+        "mesh": lambda: _random_faces(count, data.max_faces),
+    }
+    return PairedSamples({}, {name: makers[MODALITIES[name].kind]() for name in data.modalities})
+
+
+def _random_faces(count: int, faces: int) -> Tensor:
+    array = torch.randn(count, 1, faces, FACE_CHANNELS)
+    array[..., 15:] = torch.randint(faces, (count, 1, faces, 3))  # the neighbours across the edges
+    return array
+
+
+def _placed(samples: PairedSamples, data: DataConfig, device: torch.device) -> PairedSamples:
+    if data.placement == "host":
+        return samples
+    return PairedSamples(samples.lists, {name: array.to(device) for name, array in samples.arrays.items()})
+
+
+def measure_stage(learner: StageLearner, epochs: int, rates: Rates) -> dict[str, Any]:
+    """Time whole epochs of a learner, then count one step.
+
+    Returns:
+        `Rates.beside` of one step; pairs_per_second; share_waiting_for_data: of the time of another epoch, what went by until
+        its batches were fetched and augmented, share_fetching without the augmentation; batch_size, steps_per_epoch and
+        epoch_seconds.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*joint clusters hold none")  # random samples have no clusters
+        learner.train_epoch(1)
+    numbers = iter(range(2, 2 + epochs))
+    times = seconds_of(lambda: learner.train_epoch(next(numbers)), learner.device, epochs, warm_up=False)
+    batch, seconds = learner.batch_size, statistics.median(times)
+    steps = max(learner.source.counts) // batch
+    return rates.beside(seconds / steps, count_step(learner)) | _data_shares(learner, 2 + epochs) | {
+        "pairs_per_second": steps * batch / seconds, "batch_size": batch, "steps_per_epoch": steps, "epoch_seconds": times,
+    }
+
+
+def count_step(learner: StageLearner) -> Work:
+    """Train on one more batch, with the encoders not compiled, and return its work."""
+    config, source = learner.config, learner.source
+    numbers = generator_for(config.run.seed, "benchmark", device=learner.device)
+    index = next(plan_epoch(source.counts, source.views, learner.batch_size, numbers, paired=config.data.pairing != "none"))
+    (batch,) = source.fetch([index])
+    with mock.patch.object(learner, "forwards", list(learner.encoders.values())):
+        return count_work(lambda: learner.step(*batch, BatchGenerator(numbers)))
+
+
+class _TimedSource:
+    """Stands in for `learner.source` and adds up the seconds until batches are fetched and until they are augmented."""
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self.source, self.device = source, device
+        self.counts, self.views = source.counts, source.views
+        self.fetching = self.augmenting = 0.0
+
+    def fetch(self, plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        batches = iter(self.source.fetch(plan))
+        while True:
+            seconds, batch = self._timed(lambda: next(batches, None))
+            self.fetching += seconds
+            if batch is None:
+                return
+            yield batch
+
+    def augment(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]:
+        seconds, inputs = self._timed(lambda: self.source.augment(raw, generator))
+        self.augmenting += seconds
+        return inputs
+
+    def _timed(self, action: Callable[[], Any]) -> tuple[float, Any]:
+        synchronize(self.device)
+        start = time.perf_counter()
+        result = action()
+        synchronize(self.device)
+        return time.perf_counter() - start, result
+
+
+def _data_shares(learner: StageLearner, epoch: int) -> dict[str, float]:
+    timed = _TimedSource(learner.source, learner.device)
+    with mock.patch.object(learner, "source", timed):
+        (seconds,) = seconds_of(lambda: learner.train_epoch(epoch), learner.device, repeats=1, warm_up=False)
+    return {"share_waiting_for_data": (timed.fetching + timed.augmenting) / seconds, "share_fetching": timed.fetching / seconds}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
