@@ -19,7 +19,7 @@ import numpy as np
 
 from datasets.mesh_faces import mesh_to_faces
 from datasets.mesh_processing import farthest_points, sample_surface, simplify, to_unit_sphere
-from datasets.modelnet import Source, check_official, make_tasks, read_archive, read_hdf5, read_npz, to_z_up
+from datasets.modelnet import OFFICIAL, Source, check_official, make_tasks, read_archive, read_hdf5, read_npz, to_z_up
 from datasets.object_writer import JOURNAL, ObjectTask, package_versions, report, write_objects
 from datasets.off import MeshError, clean_mesh, read_off
 from datasets.pcd import read_pcd, read_pcd_folder
@@ -174,6 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {
         "format": 1, "dataset": dataset, "generator": "datasets.prepare_modelnet", "pictures": "mesh" if meshes else "splat",
         "modalities": ["RGBImg", "GrayImg", "PointCloud", *(["Mesh"] if meshes else [])], "official_counts": difference is None,
+        "classes": list(OFFICIAL[source.dataset]),
         "input_sha256": {"objects": source.sha256, **({"clouds": clouds.sha256} if clouds else {})}, **asdict(recipe),
         "packages": package_versions(MESH_PACKAGES if meshes else ()),
     }

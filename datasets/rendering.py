@@ -31,6 +31,7 @@ RENDER_HELP = (
     "meshes cannot be drawn on this machine ({reason}). Off-screen rendering needs the packages of requirements-data.txt and, "
     "on Linux, EGL from Mesa: apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libx11-6 libxrender1"
 )
+FIRST_AZIMUTH = 30.0  # degrees
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class Camera:
 def ring_of_cameras(count: int = 12, elevation: float = 30.0) -> tuple[Camera, ...]:
     """Return cameras evenly around the object; the default are the 12 views of the multi-view literature.
 
-    The first stands at 360 / count degrees and not at 0: it is the one view that single-view training reads, and a front
-    view hides more of an aligned object than a three-quarter view does.
+    The first stands at 30 degrees and not at 0: it is the one view that evaluation reads, and a front view hides more of
+    an aligned object than a three-quarter view does.
     """
     if count < 1 or not -90 < elevation < 90:
         raise ValueError(f"expected at least one camera and an elevation between -90 and 90, found {count} and {elevation}")
-    return tuple(Camera(360.0 * (number + 1) / count % 360, elevation) for number in range(count))
+    return tuple(Camera((FIRST_AZIMUTH + 360.0 * number / count) % 360, elevation) for number in range(count))
 
 
 def luminance(images: np.ndarray) -> np.ndarray:
