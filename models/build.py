@@ -26,7 +26,7 @@ def build_encoders(modalities: Sequence[str], model: ModelConfig, sync_batchnorm
 def _build_encoder(modality: str, model: ModelConfig) -> nn.Module:
     dim = model.embedding_dim
     if MODALITIES[modality].encoder == "DGCNN":
-        return models.DGCNN(dim, model.num_neighbors, model.point_width)
+        return models.DGCNN(dim, model.num_neighbors, model.point_width, model.edge_conv)
     if MODALITIES[modality].encoder == "MeshNet":
         return models.MeshNet(dim, model.mesh_width, model.mesh_mask_ratio, model.mesh_conv_width)
     return models.ResNet18(dim, model.image_stages)

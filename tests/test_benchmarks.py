@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import edge_conv, floors, protocol, retrieval_metrics, training_step
+from benchmarks import loss_curves, edge_conv, floors, protocol, retrieval_metrics, training_step
 from benchmarks.floors import Rates, Work, count_work
 from models.edge_conv import EdgeConv
 from models.knn import knn
@@ -226,3 +226,34 @@ def test_edge_conv(monkeypatch, tmp_path, capsys):
     assert report["largest_relative_difference"]["fused from reference"]["output"] < 1e-4
     assert {"k-NN, C = 3", "k-NN, C = 64", "k-NN, C = 128"} == report["knn"].keys()
     assert "times faster" in capsys.readouterr().out
+
+
+def test_loss_curves_of_two_variants(small_digits, tmp_path, capsys):
+    output = tmp_path / "curves.json"
+    settings = [f"data.root={small_digits}", "optim.epochs=2"]
+    loss_curves.main(["--config-dir", "configs/smoke", "--epochs", "2", "--variants", "1", "--device", "cpu", "--output", str(output),
+                      "--set", *settings])
+    report = json.loads(output.read_text())
+    for stage, key in (("step1", "loss/mlm"), ("step2", "loss/rcll")):
+        differences = report["differences"][stage]
+        assert differences[loss_curves.PLAIN] == 0 and 0 < differences["fused EdgeConv (default)"] < 1e-2
+        assert [row["epoch"] for row in report["epochs"][stage][loss_curves.PLAIN]] == [1, 2] and key in report["epochs"][stage][loss_curves.PLAIN][1]
+    assert output.with_suffix(".png").stat().st_size > 5000 and "largest relative difference" in capsys.readouterr().out
+
+
+def test_largest_difference_can_be_large():
+    plain = [{"loss/mlm": 2.0}, {"loss/mlm": 4.0, "loss/ssm": -1.0}]
+    assert loss_curves.largest_difference([{"loss/mlm": 2.0}, {"loss/mlm": 4.0, "loss/ssm": -1.5}], plain) == pytest.approx(0.5)
+
+
+def test_mesh_preparation_times_every_mesh(tmp_path):
+    pytest.importorskip("pyvista", reason="meshes need the packages of requirements-data.txt")
+    from benchmarks import mesh_preparation
+
+    corners = "0 0 0\n1 0 0\n0 1 0\n0 0 1\n"
+    (tmp_path / "bathtub_0001.off").write_text(f"OFF\n4 4 0\n{corners}3 0 2 1\n3 0 1 3\n3 0 3 2\n3 1 2 3\n")
+    mesh_preparation.main(["--meshes", str(tmp_path), "--output", str(tmp_path / "out.json")])
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["objects"]["bathtub_0001"]["faces_left"] == 4 and report["mean_seconds"] > 0
+    with pytest.raises(FileNotFoundError, match="no .off file"):
+        mesh_preparation.main(["--meshes", str(tmp_path / "nowhere")])
