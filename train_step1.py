@@ -51,6 +51,7 @@ class PLALearner(StageLearner):
         super().__init__("step1", config, source, samples.arrays, encoders, classifiers, device)
         banks = {name: MemoryBank(count, dim, pla.momentum) for name, count in samples.counts.items()}
         self.banks = nn.ModuleDict(banks).to(device)
+        self.bankless = [name for name in encoders if pla.banks is not None and name not in pla.banks]
         self.self_matching = SelfMatchingLoss(pla.tau_1, pla.estimator)
         self.modality_invariance = ModalityInvarianceLoss(pla.tau_2)
 
@@ -60,9 +61,17 @@ class PLALearner(StageLearner):
         interval = self.config.pla.recluster_every
         if since_warmup == 1 or (since_warmup > 1 and interval and (since_warmup - 1) % interval == 0):
             self.cluster(epoch)
+        elif since_warmup > 1 and self.bankless:
+            self.refresh()
         self.annotating = since_warmup >= 1
         losses = super().train_epoch(epoch)
         return {**losses, **self.agreement()} if self.annotating else losses
+
+    def refresh(self) -> None:
+        """Give modalities without a momentum bank the features of the encoders as the last epoch left them (Table VIII)."""
+        encoders = {name: self.encoders[name] for name in self.bankless}
+        for name, rows in embed_samples(encoders, self.samples, self.config.data, self.device).items():
+            self.banks[name].fill(rows)
 
     def cluster(self, epoch: int) -> None:
         """Fill the banks with the current embeddings and start the classifiers at their k-means centres (Sec. III-B)."""
@@ -110,7 +119,8 @@ class PLALearner(StageLearner):
         weight = self.config.pla.lambda_1
         self.optimise(weight * ssm + (1 - weight) * mlm)
         for name, chosen, rows in zip(self.encoders, index, embeddings):
-            self.banks[name].update(chosen, rows.detach())
+            if name not in self.bankless:
+                self.banks[name].update(chosen, rows.detach())
         return {"loss/ssm": ssm.detach(), "loss/mlm": mlm.detach()}
 
     def _extra_rows(self, generator: torch.Generator) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from datasets.batches import BatchSource
 from datasets.pseudo_labels import pseudo_label_path, pseudo_label_run, read_pseudo_labels
 from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
-from losses import ModalityInvarianceLoss, RobustConcentratingLoss
+from losses import ModalityInvarianceLoss, RobustConcentratingLoss, build_robust_loss
 from models import MLPClassifier
 from models.build import build_encoders, load_pretrained
 from utils.evaluation import Evaluator
@@ -42,27 +42,28 @@ class RDLLearner(StageLearner):
         classifiers = nn.ModuleDict({name: MLPClassifier(dim, hidden, num_clusters) for name in encoders})
         inputs = {**samples.arrays, **{f"pseudo-labels of {name}": values for name, values in pseudo_labels.items()}}
         super().__init__("step2", config, BatchSource(samples, config.data, device), inputs, encoders, classifiers, device)
-        self.clipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters)
+        self.robust = build_robust_loss(config.rdl.loss, num_clusters, config.rdl.alpha)
         self.unclipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters, clip=False)
         self.modality_invariance = ModalityInvarianceLoss(config.rdl.tau_2)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based); in the first ones RCLL is not clipped, see `docs/method.md`."""
-        self.robust = self.unclipped if epoch <= self.config.rdl.warmup_epochs else self.clipped
+        clipped = self.config.rdl.loss != "rcll" or epoch > self.config.rdl.warmup_epochs
+        self.loss = self.robust if clipped else self.unclipped
         return super().train_epoch(epoch)
 
     def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
         """One step on Eq. 4."""
         embeddings = self.embed(raw, generator)
         mlm = self.invariance(raw, embeddings, generator)
-        rcll = clipped = 0
+        robust = clipped = 0
         for name, chosen, rows in zip(self.encoders, index, embeddings):
             logits, labels = self.classifiers[name](rows.float()), self.pseudo_labels[name][chosen]
-            rcll = rcll + self.robust(logits, labels)
-            clipped = clipped + self.robust.clipped_fraction(logits, labels) / len(embeddings)
+            robust = robust + self.loss(logits, labels)
+            clipped = clipped + self.unclipped.clipped_fraction(logits, labels) / len(embeddings)
         weight = self.config.rdl.lambda_2
-        self.optimise(weight * rcll + (1 - weight) * mlm)
-        return {"loss/rcll": rcll.detach(), "loss/mlm": mlm.detach(), "clipped": clipped}
+        self.optimise(weight * robust + (1 - weight) * mlm)
+        return {f"loss/{self.config.rdl.loss}": robust.detach(), "loss/mlm": mlm.detach(), "clipped": clipped}
 
 
 def load_pseudo_labels(

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import train_step1
+import train_step2
 from datasets.batches import BatchSource
-from datasets.samples import load_training_samples
+from datasets.samples import embed_samples, load_training_samples
 from test_stages import assert_same_result, finished, log_lines, only_run, settings  # noqa: F401  (fixture)
 from utils.config import load_config
 from utils.learner import plan_epoch
@@ -51,3 +52,25 @@ def test_bfloat16_losses_track_float32(finished, small_digits, tmp_path):  # noq
     half, full = (log_lines(only_run(folder, 1)) for folder in (tmp_path, finished))
     assert [line["loss/mlm"] for line in half] == pytest.approx([line["loss/mlm"] for line in full], rel=0.05)
     assert half[0]["loss/mlm"] != full[0]["loss/mlm"]
+
+
+@pytest.mark.parametrize("loss", ["ce", "mae", "gce", "aue", "nce_agce"])
+def test_step_2_trains_with_every_robust_loss(finished, small_digits, tmp_path, loss):  # noqa: F811
+    labels = f"rdl.pseudo_labels={finished / 'pseudo_labels'}"
+    train_step2.main(settings(small_digits, tmp_path, 2, labels, f"rdl.loss={loss}", "optim.epochs=1"))
+    (line,) = log_lines(only_run(tmp_path, 2))
+    assert line[f"loss/{loss}"] > 0 and "loss/rcll" not in line and 0 <= line["clipped"] <= 1
+
+
+def test_memory_without_a_bank_is_the_last_epochs_features(small_digits):
+    settings = config(small_digits, "pla.warmup_epochs=0", "pla.banks=[PointCloud]")
+    learner = train_step1.PLALearner(settings, load_training_samples(settings.data, CPU), CPU)
+    learner.train_epoch(1)
+    before = {name: bank.memory.clone() for name, bank in learner.banks.items()}
+    features = embed_samples(learner.encoders, learner.samples, settings.data, CPU)
+    learner.train_epoch(2)
+    torch.testing.assert_close(learner.banks["GrayImg"].memory, features["GrayImg"])  # refreshed once, not blended
+    assert not torch.allclose(before["GrayImg"], features["GrayImg"], atol=1e-3)
+    assert not torch.allclose(learner.banks["PointCloud"].memory, features["PointCloud"], atol=1e-3)
+    with pytest.raises(ValueError, match="pla.banks names Mesh"):
+        config(small_digits, "pla.banks=[Mesh]")
