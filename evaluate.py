@@ -107,8 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     print(format_table(rows))
     for name, scores in rows:
         modalities = [name for name in MODALITIES if f"map/{task_name(name, name)}" in scores]
-        if len(modalities) > 2:
-            print(f"\nmAP@All [%] {name}, all pairs (same modality: the query itself is left out)\n{format_matrix(scores, modalities)}")
+        print(f"\nmAP@All [%] {name}, all pairs (same modality: the query itself is left out)\n{format_matrix(scores, modalities)}")
         quality = [f"{key} {value:.3f}" for key, value in scores.items() if key.startswith(("acc/", "purity/", "nmi/"))]
         if quality:
             print(f"pseudo-labels {name} against the training labels (diagnostic): {', '.join(quality)}")

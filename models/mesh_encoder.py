@@ -10,6 +10,9 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.mesh_convolution import MeshConvolution, Neighbours, SharedMLP
 
 FACE_CHANNELS = 18
 STRUCTURAL = 64 + 64 + 3  # channels of rotate convolution, kernel correlation and normal
@@ -39,13 +42,13 @@ class MeshNet(nn.Module):
             raise ValueError("MeshNet needs embedding_dim, width, conv_width >= 1 and 0 <= mask_ratio < 1, found "
                              f"{embedding_dim}, {width}, {conv_width}, {mask_ratio}")
         self.mask_ratio = mask_ratio
-        self.spatial_descriptor = nn.Sequential(OrderedDict(spatial_mlp=_mlp(3, 64, 64)))
+        self.spatial_descriptor = nn.Sequential(OrderedDict(spatial_mlp=SharedMLP(3, 64, 64)))
         self.structural_descriptor = StructuralDescriptor()
         first, second = conv_width, 2 * conv_width
         self.mesh_conv1 = MeshConvolution(64, STRUCTURAL, first, first)
         self.mesh_conv2 = MeshConvolution(first, first, second, second)
-        self.fusion_mlp = _mlp(second + second, width)
-        self.concat_mlp = _mlp(first + second + width, width)
+        self.fusion_mlp = SharedMLP(second + second, width)
+        self.concat_mlp = SharedMLP(first + second + width, width)
         self.head = nn.Sequential(nn.Linear(width, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim))
 
     def forward(self, faces: Tensor) -> Tensor:
@@ -58,22 +61,22 @@ class MeshNet(nn.Module):
             raise ValueError(f"MeshNet expects faces of shape (B, F >= 1, {FACE_CHANNELS}), found {tuple(faces.shape)}")
         if faces.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"MeshNet expects float32 faces, found {faces.dtype}: it cannot hold the neighbour indices")
-        neighbours = faces[:, :, 15:].long()  # (B, F, 3)
-        centres, corners, normals = faces[:, :, :15].transpose(1, 2).split((3, 9, 3), dim=1)  # (B, 3 | 9 | 3, F)
+        neighbours = Neighbours.of(faces[:, :, 15:].long())
+        centres, corners, normals = faces[:, :, :15].flatten(0, 1).split((3, 9, 3), dim=1)  # (B * F, 3 | 9 | 3) rows
         spatial0 = self.spatial_descriptor(centres)
         structural = self.structural_descriptor(corners, normals, neighbours)
         spatial1, structural = self.mesh_conv1(spatial0, structural, neighbours)
         spatial2, structural = self.mesh_conv2(spatial1, structural, neighbours)
-        fused = self.fusion_mlp(torch.cat([spatial2, structural], dim=1))
-        features = self.concat_mlp(torch.cat([spatial1, spatial2, fused], dim=1))  # (B, width, F)
-        return self.head(self._visible(features).amax(dim=2))
+        fused = self.fusion_mlp(spatial2, structural)
+        features = self.concat_mlp(spatial1, spatial2, fused)  # (B * F, width)
+        return self.head(self._visible(features.unflatten(0, faces.shape[:2])).amax(dim=1))
 
     def _visible(self, features: Tensor) -> Tensor:
         if not self.training or self.mask_ratio == 0:
             return features
-        count = features.shape[2]
+        count = features.shape[1]
         kept = max(1, round(count * (1 - self.mask_ratio)))
-        return features[:, :, torch.randperm(count, device=features.device)[:kept]]
+        return features.index_select(1, torch.randperm(count, device=features.device)[:kept])
 
 
 class StructuralDescriptor(nn.Module):
@@ -83,11 +86,11 @@ class StructuralDescriptor(nn.Module):
         super().__init__()
         self.FRC = FaceRotateConvolution()
         self.FKC = FaceKernelCorrelation()
-        self.structural_mlp = _mlp(STRUCTURAL, STRUCTURAL, STRUCTURAL)
+        self.structural_mlp = SharedMLP(STRUCTURAL, STRUCTURAL, STRUCTURAL)
 
-    def forward(self, corners: Tensor, normals: Tensor, neighbours: Tensor) -> Tensor:
-        """Map corner vectors (B, 9, F), normals (B, 3, F) and neighbours (B, F, 3) int64 to (B, 131, F)."""
-        return self.structural_mlp(torch.cat([self.FRC(corners), self.FKC(normals, neighbours), normals], dim=1))
+    def forward(self, corners: Tensor, normals: Tensor, neighbours: Neighbours) -> Tensor:
+        """Map rows of corner vectors (M, 9) and normals (M, 3) to (M, 131)."""
+        return self.structural_mlp(self.FRC(corners), self.FKC(normals, neighbours), normals)
 
 
 class FaceRotateConvolution(nn.Module):
@@ -99,15 +102,15 @@ class FaceRotateConvolution(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rotate_mlp = _mlp(6, 32, 32)
-        self.fusion_mlp = _mlp(32, 64, 64)
+        self.rotate_mlp = SharedMLP(6, 32, 32)
+        self.fusion_mlp = SharedMLP(32, 64, 64)
 
     def forward(self, corners: Tensor) -> Tensor:
-        """Map corner vectors (B, 9, F) to (B, 64, F)."""
-        vectors = corners.unflatten(1, (3, 3))  # (B, corner, xyz, F)
-        pairs = torch.cat([vectors, vectors.roll(-1, dims=1)], dim=2)  # (B, pair, 6, F)
-        rotated = self.rotate_mlp(pairs.transpose(1, 2).flatten(2))  # (B, 32, 3 * F)
-        return self.fusion_mlp(rotated.unflatten(2, (3, -1)).mean(dim=2))
+        """Map rows of corner vectors (M, 9) to (M, 64)."""
+        vectors = corners.unflatten(1, (3, 3)).transpose(0, 1)  # (corner, M, xyz)
+        pairs = torch.cat([vectors, vectors.roll(-1, dims=0)], dim=2)  # (pair, M, 6)
+        rotated = self.rotate_mlp(pairs.flatten(0, 1))  # (3 * M, 32)
+        return self.fusion_mlp(rotated.unflatten(0, (3, -1)).mean(dim=0))
 
 
 class FaceKernelCorrelation(nn.Module):
@@ -127,58 +130,26 @@ class FaceKernelCorrelation(nn.Module):
         self.weight_beta = nn.Parameter(torch.rand(1, num_kernels, self.VECTORS) * 2 * math.pi)
         self.bn = nn.BatchNorm1d(num_kernels)
 
-    def correlate(self, normals: Tensor, neighbours: Tensor) -> Tensor:
+    def correlate(self, normals: Tensor, neighbours: Neighbours) -> Tensor:
         """Mean over the 4 x 4 pairs (normal n, kernel vector w) of exp(-|n - w|^2 / (2 sigma^2)).
 
-        A normal gives the same response wherever it occurs, so each is compared once and the responses are gathered.
-        Differences, not products: half-precision matrix units would blur a distance that is divided by sigma^2.
+        A normal gives the same response wherever it occurs, so each is compared once and the responses are added up. The
+        distances come from one product, |n|^2 + 1 - 2 n.w, in full precision: they are divided by sigma^2.
 
         Args:
-            normals: (B, 3, F) float; neighbours: (B, F, 3) int64.
+            normals: (M, 3) float rows.
         Returns:
-            (B, K, F) in [0, 1].
+            (M, K) in [0, 1], up to rounding.
         """
-        alpha, beta = self.weight_alpha[0], self.weight_beta[0]  # (K, 4)
-        vectors = torch.stack([alpha.sin() * beta.cos(), alpha.sin() * beta.sin(), alpha.cos()])  # (3, K, 4)
-        distance = sum((normals[:, axis, None, None] - vectors[axis, :, :, None]).square() for axis in range(3))
-        response = torch.exp(distance / (-2 * self.sigma**2)).mean(dim=2)  # (B, K, 4, F) -> (B, K, F)
-        return (response + gather_neighbours(response, neighbours).sum(dim=3)) / 4
+        alpha, beta = self.weight_alpha[0].T, self.weight_beta[0].T  # (4, K)
+        vectors = torch.stack([alpha.sin() * beta.cos(), alpha.sin() * beta.sin(), alpha.cos()], dim=2)  # (4, K, 3)
+        narrow = 0.5 / self.sigma**2
+        with torch.autocast(normals.device.type, enabled=False):
+            offset = (normals.square().sum(dim=1, keepdim=True) + 1) * -narrow
+            exponent = torch.addmm(offset, normals, vectors.flatten(0, 1).T * (2 * narrow))  # (M, 4 * K)
+            response = exponent.unflatten(1, (self.VECTORS, -1)).exp_().sum(dim=1)
+            return (response + neighbours.sum(response)) / self.VECTORS**2
 
-    def forward(self, normals: Tensor, neighbours: Tensor) -> Tensor:
-        """The normalised and rectified correlation, (B, K, F); arguments as for `correlate`."""
-        return self.bn(self.correlate(normals, neighbours)).relu()
-
-
-class MeshConvolution(nn.Module):
-    """Combines both features of a face (spatial output) and aggregates over its three neighbours (structural output)."""
-
-    def __init__(self, spatial_in: int, structural_in: int, spatial_out: int, structural_out: int) -> None:
-        super().__init__()
-        self.combination_mlp = _mlp(spatial_in + structural_in, spatial_out)
-        self.concat_mlp = nn.Sequential(
-            nn.Conv2d(2 * structural_in, structural_in, kernel_size=1), nn.BatchNorm2d(structural_in), nn.ReLU()
-        )
-        self.aggregation_mlp = _mlp(structural_in, structural_out)
-
-    def forward(self, spatial: Tensor, structural: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, C_spatial, F) and (B, C_structural, F) with neighbours (B, F, 3) int64 to the two outputs."""
-        combined = self.combination_mlp(torch.cat([spatial, structural], dim=1))
-        conv, bn, relu = self.concat_mlp
-        # The convolution of a concatenated pair (own, neighbour) is the sum of two, each needed once per face.
-        own_weight, neighbour_weight = conv.weight.flatten(1).chunk(2, dim=1)  # (C, C) each
-        own = own_weight @ structural + conv.bias[:, None]
-        pairs = own[..., None] + gather_neighbours(neighbour_weight @ structural, neighbours)  # (B, C, F, 3)
-        return combined, self.aggregation_mlp(relu(bn(pairs)).amax(dim=3))
-
-
-def gather_neighbours(features: Tensor, neighbours: Tensor) -> Tensor:
-    """Return (B, C, F, 3), the features (B, C, F) of the neighbours (B, F, 3) int64 of every face, mesh by mesh."""
-    index = neighbours.flatten(1)[:, None].expand(-1, features.shape[1], -1)  # (B, C, 3 * F)
-    return features.gather(2, index).unflatten(2, (-1, 3))
-
-
-def _mlp(*channels: int) -> nn.Sequential:
-    layers = []
-    for c_in, c_out in zip(channels[:-1], channels[1:]):
-        layers += [nn.Conv1d(c_in, c_out, kernel_size=1), nn.BatchNorm1d(c_out), nn.ReLU()]
-    return nn.Sequential(*layers)
+    def forward(self, normals: Tensor, neighbours: Neighbours) -> Tensor:
+        """The normalised and rectified correlation, (M, K); arguments as for `correlate`."""
+        return F.relu(self.bn(self.correlate(normals, neighbours)), inplace=True)

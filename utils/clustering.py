@@ -10,7 +10,8 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from utils.device_kmeans import best_of_starts, lloyd
 
 Array = Tensor | np.ndarray
 
@@ -20,33 +21,14 @@ def _check_rows(x: Tensor, num_clusters: int, init: Tensor | None, spherical: bo
         raise ValueError(f"k-means needs a non-empty (N, D) tensor, got shape {tuple(x.shape)}")
     if num_clusters < 1 or num_clusters > len(x):
         raise ValueError(f"num_clusters must be in [1, N], got num_clusters = {num_clusters} for N = {len(x)} rows")
-    bad = (~torch.isfinite(x).all(dim=1)).nonzero()
+    bad = (~torch.linalg.vector_norm(x, torch.inf, dim=1).isfinite()).nonzero()  # isfinite of x itself makes a copy of it
     if len(bad):
         raise ValueError(f"k-means needs finite rows, {len(bad)} of {len(x)} are not, first at row {int(bad[0])}")
     if init is not None and init.shape != (num_clusters, x.shape[1]):
         raise ValueError(f"init must have shape {(num_clusters, x.shape[1])}, got {tuple(init.shape)}")
-    if spherical and not torch.allclose(x.norm(dim=1), torch.ones(len(x)), atol=1e-3):
-        raise ValueError(f"spherical k-means needs unit rows, norms span {x.norm(dim=1).min():.4g} to {x.norm(dim=1).max():.4g}")
-
-
-def _assign(x: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest centroid of every row (the row's own norm does not matter)."""
-    return ((centroids**2).sum(dim=1) - 2 * x @ centroids.T).argmin(dim=1)
-
-
-def _lloyd(x: Tensor, centroids: Tensor, max_iter: int, spherical: bool) -> tuple[Tensor, Tensor]:
-    """Lloyd's iterations from given centres; a cluster that runs empty keeps its centre, so its id keeps its meaning."""
-    centroids = normalize(centroids, dim=1) if spherical else centroids.clone()
-    assignments = _assign(x, centroids)
-    for _ in range(max_iter):
-        sums = torch.zeros_like(centroids).index_add_(0, assignments, x)
-        counts = torch.bincount(assignments, minlength=len(centroids)).unsqueeze(1)
-        means = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)  # (K, D)
-        centroids = normalize(means, dim=1) if spherical else means
-        previous, assignments = assignments, _assign(x, centroids)
-        if torch.equal(previous, assignments):
-            break
-    return centroids, assignments
+    norms = x.norm(dim=1)
+    if spherical and (norms - 1).abs().max() > 1e-3:
+        raise ValueError(f"spherical k-means needs unit rows, norms span {norms.min():.4g} to {norms.max():.4g}")
 
 
 def kmeans(
@@ -61,9 +43,10 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Cluster rows by k-means, deterministic for a seed.
 
-    Without `init`, scikit-learn's k-means++ with `num_init` starts runs on a CPU copy, on one thread because its
-    multi-threaded sums depend on timing. With `init`, Lloyd's iterations go on from there, and a cluster without
-    rows keeps its given centre (scikit-learn would move it to an outlier, which unties the ids from their origin).
+    Without `init`, k-means++ with `num_init` starts: scikit-learn's for rows on the CPU, on one thread because its
+    multi-threaded sums depend on timing; for other rows `utils.device_kmeans`, which copies no row to the host and draws
+    other starts, so the two agree on the clustering, not bit for bit. With `init`, Lloyd's iterations go on from there, and
+    a cluster without rows keeps its centre (scikit-learn would move it to an outlier, which unties the ids from their origin).
 
     Args:
         x: (N, D) floating-point tensor on any device.
@@ -76,19 +59,24 @@ def kmeans(
     Returns:
         Centroids (K, D) float32 and assignments (N,) int64, both on the device of `x`.
     Raises:
-        ValueError: on a wrong shape, K > N, non-finite rows, or rows that are not unit with `spherical`.
+        ValueError: on a wrong shape, K > N, num_init < 1, non-finite rows, or rows that are not unit with `spherical`.
     """
-    rows = x.detach().to("cpu", torch.float32)
-    start = None if init is None else init.detach().to("cpu", torch.float32)
+    rows = x.detach().to(torch.float32)
+    start = None if init is None else init.detach().to(rows)
     _check_rows(rows, num_clusters, start, spherical)
     if start is None:
-        model = KMeans(num_clusters, n_init=num_init, max_iter=max_iter, random_state=seed % 2**32)  # scikit-learn takes 32 bits
-        with threadpool_limits(limits=1):
-            model.fit(rows.numpy())
-        start = torch.from_numpy(model.cluster_centers_)
-        max_iter = max_iter if spherical else 0  # Euclidean k-means has converged; only the ids are recomputed
-    centroids, assignments = _lloyd(rows, start, max_iter, spherical)
-    return centroids.to(x.device), assignments.to(x.device)
+        search = _scikit_learn if rows.device.type == "cpu" else best_of_starts
+        start = search(rows, num_clusters, seed=seed, num_init=num_init, max_iter=max_iter)
+        max_iter = max_iter if spherical else 0  # Euclidean k-means is through; only the ids are recomputed
+    return lloyd(rows, start, max_iter, spherical)
+
+
+def _scikit_learn(x: Tensor, num_clusters: int, *, seed: int, num_init: int, max_iter: int) -> Tensor:
+    """Centroids (K, D) of the best of `num_init` starts."""
+    model = KMeans(num_clusters, n_init=num_init, max_iter=max_iter, random_state=seed % 2**32)  # scikit-learn takes 32 bits
+    with threadpool_limits(limits=1):
+        model.fit(x.numpy())
+    return torch.from_numpy(model.cluster_centers_)
 
 
 def joint_then_per_modality(

@@ -7,6 +7,7 @@ gradients of all processes, which that average turns into the gradient of one pr
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,10 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+TIMEOUT = timedelta(hours=2)  # the others wait while the main process clusters
+
+
 def start() -> None:
     """Join the process group that torchrun describes; without torchrun, or when joined already, do nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # objects are exchanged through the current device
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
 
 
 def stop() -> None:
@@ -47,7 +53,7 @@ def own_share(count: int) -> slice:
 
 
 def from_main(make: Callable[[], Any]) -> Any:
-    """Return what `make` gives in the main process, in all of them; tensors come back on the CPU elsewhere only if they were."""
+    """Return what `make` gives in the main process, in all of them; tensors in it must be on the CPU."""
     if world() == 1:
         return make()
     box = [make() if is_main() else None]
