@@ -68,8 +68,17 @@ class Neighbours:
 
     @classmethod
     def of(cls, neighbours: Tensor) -> "Neighbours":
-        """From the indices (B, F, 3) int64, which count within a mesh."""
+        """From the indices (B, F, 3) int64, which count within a mesh.
+
+        Raises:
+            ValueError: if an index names no face of its mesh.
+        """
         batch, faces = neighbours.shape[:2]
+        wrong = (neighbours < 0) | (neighbours >= faces)
+        if wrong.any():
+            mesh, face, side = wrong.nonzero()[0].tolist()
+            raise ValueError(f"MeshNet expects neighbours 0 to {faces - 1}, found {int(neighbours[mesh, face, side])} at mesh "
+                             f"{mesh} of the batch, face {face}, side {side}; a face without a neighbour names itself")
         first = torch.arange(0, batch * faces, faces, device=neighbours.device)
         rows = (neighbours + first.view(-1, 1, 1)).transpose(1, 2).contiguous()
         order = rows.view(-1).int().sort(stable=True).indices
@@ -181,7 +190,7 @@ class _StrongestPairs(torch.autograd.Function):
     def backward(ctx, grad, _mean, _var):
         own, other, best, out, scale, var = ctx.saved_tensors
         neighbours, rstd = ctx.neighbours, (var + ctx.eps).rsqrt()
-        grad = torch.ops.aten.threshold_backward(grad, out, 0)  # at the BatchNorm output of the strongest pairs
+        grad = torch.ops.aten.threshold_backward(grad.contiguous(), out, 0)  # at the BatchNorm output of the strongest pairs
         grad_shift, grad_scale = grad.sum(0), (grad * best.view_as(grad)).sum(0) * rstd
         factor = scale * rstd
         level, slope = (factor / neighbours.rows.numel() * term for term in (grad_shift, grad_scale * rstd))
@@ -202,7 +211,7 @@ class _StrongestPairs(torch.autograd.Function):
 def _blocks(own: Tensor, other: Tensor, neighbours: Neighbours) -> Iterator[tuple[slice, Tensor]]:
     """Yield runs of meshes with own_i + other_j of their pairs, (meshes, 3, F, C) in a buffer that the next run overwrites."""
     batch, faces, channels = own.shape
-    step = batch if own.is_cuda else max(1, BLOCK_ELEMENTS // (SIDES * faces * channels))
+    step = batch if own.device.type != "cpu" else max(1, BLOCK_ELEMENTS // (SIDES * faces * channels))
     buffer = own.new_empty(min(step, batch), SIDES, faces, channels)
     for start in range(0, batch, step):
         meshes = slice(start, min(start + step, batch))

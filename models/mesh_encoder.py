@@ -55,7 +55,7 @@ class MeshNet(nn.Module):
         """Map meshes (B, F, 18) float32 to embeddings (B, D), not normalised.
 
         Raises:
-            ValueError: on another shape, or a type that cannot hold face indices.
+            ValueError: on another shape, a type that cannot hold face indices, or neighbours outside of their mesh.
         """
         if faces.dim() != 3 or faces.shape[1] < 1 or faces.shape[2] != FACE_CHANNELS:
             raise ValueError(f"MeshNet expects faces of shape (B, F >= 1, {FACE_CHANNELS}), found {tuple(faces.shape)}")

@@ -18,6 +18,8 @@ from utils.checkpoint import atomic_write_json, atomic_write_text  # noqa: E402
 from utils.modalities import MODALITIES  # noqa: E402
 from utils.run_log import RunLog  # noqa: E402
 
+BENCHMARK_FACTS = ("speedup", "memory_ratio", "largest_relative_difference", "difference", "differences", "seconds_per_epoch",
+                   "extrapolated_seconds", "mean_seconds", "modelnet40_hours_extrapolated")
 TASKS = [f"map/{task}" for task in "RP RM GP GM PR PG MR MG RG GR PM MP".split()]  # the paper's eight first
 
 
@@ -126,14 +128,50 @@ def _spread(values: list[float]) -> str:
     return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def benchmark(name: str) -> str:
+    """Return a Markdown table of every results/benchmarks/<name>-*.json, one per device: times beside their two floors."""
+    parts = []
+    for path in sorted((ROOT / "results" / "benchmarks").glob(f"{name}-*.json")):
+        report = json.loads(path.read_text())
+        threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
+        parts.append(f"`{report['command']}`, {report['device']}, {threads}, torch {report['torch']}, `{report['commit'][:7]}`:\n")
+        rows = list(_times(report))
+        if rows:
+            parts += ["| | seconds | FLOP floor, s | byte floor, s | of matmul rate |", "| --- | --- | --- | --- | --- |"]
+            parts += [
+                f"| {title} | {row['seconds']:.3g} | {row['flop_floor_seconds']:.3g} | {row['byte_floor_seconds']:.3g} | "
+                f"{row['share_of_matmul_rate']:.1%} |" for title, row in rows
+            ]
+            parts.append("")
+        facts = [f"{key.replace('_', ' ')} {_rounded(report[key])}" for key in BENCHMARK_FACTS if report.get(key) is not None]
+        parts += ["; ".join(facts), ""] if facts else []
+    return "\n".join(parts).rstrip() or "not run"
+
+
+def _times(tree: dict, prefix: str = ""):
+    """Yield (name, figures) of every measured time in a report, depth first."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            if "flop_floor_seconds" in value and "seconds" in value:
+                yield f"{prefix}{key}", value
+            yield from _times(value, f"{prefix}{key}: ")
+
+
+def _rounded(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_rounded(entry)}" for key, entry in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def rewrite_tables() -> None:
     """Replace every marked table of the documents."""
-    for document in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = document.read_text(encoding="utf-8")
-        text = re.sub(
-            r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)",
-            lambda match: f"{match[1]}{table(match[2])}\n{match[3]}", text, flags=re.DOTALL,
-        )
+        for mark, render in (("table", table), ("benchmark", benchmark)):
+            text = re.sub(
+                rf"(<!-- {mark}: ([\w-]+) -->\n).*?(<!-- end -->)",
+                lambda match: f"{match[1]}{render(match[2])}\n{match[3]}", text, flags=re.DOTALL,  # noqa: B023
+            )
         atomic_write_text(document, text)
 
 
