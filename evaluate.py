@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 
 from datasets.lists import read_labelled_list
-from datasets.pseudo_labels import pseudo_label_path, pseudo_label_run, read_pseudo_labels
-from datasets.samples import embed_samples, list_path, load_test_samples
+from datasets.pseudo_labels import pseudo_label_origin, pseudo_label_path, read_pseudo_labels
+from datasets.samples import UNIQUE, embed_samples, list_path, load_test_samples
 from models.build import build_encoders
 from utils.checkpoint import atomic_write_json, load_checkpoint
 from utils.clustering import clustering_accuracy, nmi, purity
-from utils.config import load_config
+from utils.config import load_config, to_dict
 from utils.device import select_device
 from utils.evaluation import format_matrix, format_table, retrieval_table
 from utils.modalities import MODALITIES, task_name
 from utils.options import Step1Config, Step2Config
+from utils.report import row_name
 from utils.run_log import RunLog
 from utils.trainer import LAST, run_command
 
@@ -72,13 +73,16 @@ def pseudo_label_quality(config: Step1Config, run_id: str) -> dict[str, float]:
     quality, data = {}, config.data
     for name in data.modalities:
         path = pseudo_label_path(config.run.pseudo_labels, data.dataset, name)
-        if pseudo_label_run(path) != run_id:
+        if pseudo_label_origin(path, "run_id") != run_id:
             return {}
         try:
             rows, labels = read_labelled_list(
-                list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id
+                list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id,
+                unique=UNIQUE["train"][data.pairing],
             )
-        except ValueError:
+        except ValueError as error:
+            if "without a label" not in str(error):
+                raise
             return {}  # training lists may come without labels
         pseudo_labels, _ = read_pseudo_labels(path, rows, dataset=data.dataset)
         for key, score in (("acc", clustering_accuracy), ("purity", purity), ("nmi", nmi)):
@@ -87,9 +91,8 @@ def pseudo_label_quality(config: Step1Config, run_id: str) -> dict[str, float]:
 
 
 def _row_name(config, state: dict) -> str:
-    stage, weight = ("RDL", config.rdl.lambda_2) if state["stage"] == "step2" else ("PLA", config.pla.lambda_1)
     unfinished = "" if state["epoch"] == config.optim.epochs else f" (epoch {state['epoch']} of {config.optim.epochs})"
-    return (f"after {stage}" if weight > 0 else "MLM alone") + unfinished
+    return row_name(to_dict(config)) + unfinished
 
 
 def main(argv: list[str] | None = None) -> None:

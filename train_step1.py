@@ -146,6 +146,7 @@ def export(session: Session, learner: PLALearner) -> None:
     provenance = {
         "run_id": run.run_id, "epoch": config.optim.epochs, "config_hash": config_hash(config),
         "git_sha": environment(config.run.seed)["git_sha"], "seed": config.run.seed,
+        "pairing": config.data.pairing,
     }
     for name, labels in learner.pseudo_labels().items():
         if not run.writes:
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluator = Evaluator(lambda: embed_samples(learner.encoders, test, config.data, session.device), labels)
     fit(session, learner, evaluator, "step1")
     export(session, learner)
-    finish(session.run, "after PLA" if config.pla.lambda_1 > 0 else "MLM alone", evaluator, test.arrays, config.run.figures)
+    finish(session.run, evaluator, test.arrays, config.run.figures)
 
 
 if __name__ == "__main__":

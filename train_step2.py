@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.batches import BatchSource
-from datasets.pseudo_labels import pseudo_label_path, pseudo_label_run, read_pseudo_labels
+from datasets.pseudo_labels import pseudo_label_origin, pseudo_label_path, read_pseudo_labels
 from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
 from losses import ModalityInvarianceLoss, RobustConcentratingLoss, build_robust_loss
 from models import MLPClassifier
@@ -81,7 +81,13 @@ def load_pseudo_labels(
             path, rows, dataset=config.data.dataset, num_clusters=config.rdl.num_clusters
         )
         labels[name] = torch.from_numpy(values).to(device)
-        runs[name] = pseudo_label_run(path)
+        runs[name] = pseudo_label_origin(path, "run_id")
+        made_with = pseudo_label_origin(path, "pairing") or config.data.pairing
+        if made_with != config.data.pairing:
+            raise ValueError(
+                f"{path} was made with data.pairing: {made_with}, this run has {config.data.pairing}; what the labels of one run "
+                "taught must not pass as another: use the same pairing in both steps"
+            )
     if len(set(counts.values())) != 1:
         raise ValueError(f"the pseudo-label files in {config.rdl.pseudo_labels} disagree on the number of clusters: {counts}")
     if len(set(runs.values())) != 1:  # step 1 was cut off between two files: cluster ids would not mean the same
@@ -104,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
     evaluator = Evaluator(lambda: embed_samples(learner.encoders, test, config.data, session.device), labels)
     fit(session, learner, evaluator, "step2")
-    finish(session.run, "after RDL" if config.rdl.lambda_2 > 0 else "MLM alone", evaluator, test.arrays, config.run.figures)
+    finish(session.run, evaluator, test.arrays, config.run.figures)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,9 @@ class BatchSource:
                 yield index[0], _rows(self.arrays, index[:, :, distributed.own_share(index.shape[2])])
             return
         rows = _HostBatches(self.arrays, [index.cpu() for index in plan])
+        own = torch.Generator()  # the loader draws a seed that nothing uses; from torch's own it would shift MeshNet's masks
         loader = DataLoader(
-            rows, batch_size=None, num_workers=self.data.workers, pin_memory=self.device.type == "cuda",
+            rows, batch_size=None, generator=own, num_workers=self.data.workers, pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if self.data.workers else None,
         )
         for index, raw in loader:

@@ -8,6 +8,7 @@ import numpy as np
 from datasets.off import MeshError
 
 VERTEX_ZERO = re.compile(rb"^f .*(?<= )0(?:/| |$)", re.MULTILINE)
+SHORT_FACE = re.compile(rb"\nf(?: \S+){0,2}\n\Z")
 COUNTED_BACKWARDS = re.compile(rb"^f .*(?<= )-", re.MULTILINE)
 
 
@@ -33,6 +34,8 @@ def read_obj(data: bytes) -> tuple[np.ndarray, np.ndarray]:
         raise MeshError("a face names vertex 0; they count from 1")
     if COUNTED_BACKWARDS.search(text) and text.rfind(b"\nv ") > text.find(b"\nf "):
         raise MeshError("faces count backwards (negative indices) before the last vertex is given; use positive indices")
+    if SHORT_FACE.search(text):
+        raise MeshError("the last face has fewer than three corners: the file is cut short")
     try:
         mesh = trimesh.load(
             io.BytesIO(text), file_type="obj", force="mesh", process=False, skip_materials=True, group_material=False

@@ -3,9 +3,12 @@
 Stricter than the mesh libraries on purpose: a file cut short inside its face list is an error here, not a smaller mesh.
 """
 
+import re
+
 import numpy as np
 
 WELD_TOLERANCE = 1e-6  # of the longest side of the bounding box
+SMALLEST_EXTENT = 1e-100  # its square must be a number, and so must that of its inverse
 
 
 class MeshError(ValueError):
@@ -57,6 +60,8 @@ def clean_mesh(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray,
     extent = float(np.ptp(vertices, axis=0).max()) if len(vertices) else 0.0
     if not extent > 0:
         raise MeshError(f"the {len(vertices)} vertices are all in one place")
+    if not SMALLEST_EXTENT < extent < 1 / SMALLEST_EXTENT:
+        raise MeshError(f"the mesh measures {extent:.1e}, beyond what can be computed with; found in a damaged file")
     cells = np.rint((vertices - vertices.min(axis=0)) / (extent * WELD_TOLERANCE)).astype(np.int64)
     _, first, merged = np.unique(cells, axis=0, return_index=True, return_inverse=True)
     vertices, triangles = vertices[first], merged.reshape(-1)[triangles]
@@ -88,7 +93,7 @@ def _content_lines(data: bytes) -> list[str]:
 
 def _counts(lines: list[str]) -> tuple[int, int]:
     fields = lines[0].split() if lines else []
-    if not (2 <= len(fields) <= 3 and all(field.isdecimal() for field in fields)):
+    if not (2 <= len(fields) <= 3 and all(re.fullmatch(r"[0-9]{1,15}", field) for field in fields)):
         raise MeshError(f"expected the counts of vertices, faces and edges, found {(lines[0][:40] if lines else 'nothing')!r}")
     num_vertices, num_faces = int(fields[0]), int(fields[1])
     if num_vertices < 3 or num_faces < 1:

@@ -121,7 +121,8 @@ def _layout(lines: dict[str, list[str]], body: int) -> _Header:
         raise ValueError(f"unknown combination of TYPE {' '.join(types)} and SIZE {' '.join(map(str, sizes))}")
     grid = int(lines["WIDTH"][0]) * int(lines["HEIGHT"][0]) if "WIDTH" in lines and "HEIGHT" in lines else None
     points = int(lines["POINTS"][0]) if "POINTS" in lines else grid
-    if points is None or points < 1 or grid not in (None, points):
+    sides = [int(lines[key][0]) for key in ("WIDTH", "HEIGHT") if key in lines]
+    if points is None or min([points, *sides]) < 1 or grid not in (None, points):
         raise ValueError(f"expected POINTS >= 1 and equal to WIDTH x HEIGHT, found {points} and {grid}")
     if lines["DATA"][0] not in ENCODINGS:
         raise ValueError(f"expected DATA {', '.join(ENCODINGS)}, found {lines['DATA'][0]!r}")

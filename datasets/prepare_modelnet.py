@@ -9,6 +9,7 @@ python -m datasets.prepare_modelnet --pcd DIR
 import argparse
 import json
 import os
+import sys
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from datasets.object_writer import JOURNAL, ObjectTask, package_versions, report
 from datasets.off import MeshError, clean_mesh, read_off
 from datasets.pcd import read_pcd, read_pcd_folder
 from datasets.rendering import luminance, probe_renderer, render_views, ring_of_cameras, splat_views
+from utils.trainer import run_command
 
 CANDIDATES = 4  # surface points drawn per point kept by farthest-point sampling
 SAMPLINGS = ("farthest", "surface")
@@ -191,4 +193,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

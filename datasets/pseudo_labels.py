@@ -97,10 +97,10 @@ def read_pseudo_labels(
     return labels, num_clusters
 
 
-def pseudo_label_run(path: str | Path) -> str | None:
-    """Return the id of the run that wrote a file, None if there is no meta file or it does not say."""
+def pseudo_label_origin(path: str | Path, key: str) -> str | None:
+    """Return one fact of the run that wrote a file ("run_id", "pairing"), None if there is no meta file or it does not say."""
     meta = _meta_path(Path(path))
-    return json.loads(meta.read_text(encoding="utf-8")).get("provenance", {}).get("run_id") if meta.is_file() else None
+    return json.loads(meta.read_text(encoding="utf-8")).get("provenance", {}).get(key) if meta.is_file() else None
 
 
 def _read_meta(path: Path, content: bytes) -> dict | None:

@@ -141,6 +141,8 @@ def splat_views(points: np.ndarray, cameras: Sequence[Camera], size: int) -> np.
     Raises:
         MeshError: on too few points.
     """
+    distinct = np.unique(points, axis=0)  # clouds padded by repeated points would have no spacing
+    points = distinct if len(distinct) < len(points) else points
     normals, radii = estimate_surface(points)
     return np.stack([_splat(points, normals, radii, camera.axes(), size) for camera in cameras])
 
@@ -156,7 +158,7 @@ def estimate_surface(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         MeshError: on too few points.
     """
     if len(points) <= NEIGHBOURS:
-        raise MeshError(f"expected more than {NEIGHBOURS} points to draw, found {len(points)}")
+        raise MeshError(f"expected more than {NEIGHBOURS} different points to draw, found {len(points)}")
     distances, index = cKDTree(points).query(points, NEIGHBOURS + 1)
     offsets = points[index] - points[index].mean(axis=1, keepdims=True)  # (n, k + 1, 3)
     values, axes = np.linalg.eigh(offsets.transpose(0, 2, 1) @ offsets)

@@ -19,7 +19,7 @@ from datasets.parallel import run_tasks
 from utils.checkpoint import atomic_write_json, atomic_write_text
 from utils.modalities import MODALITIES
 
-FOLDERS = {name: modality.folder for name, modality in MODALITIES.items()}
+FOLDERS = {name: MODALITIES[name].folder for name in ("RGBImg", "GrayImg", "PointCloud", "Mesh")}  # what `make_sample` makes
 SPLITS = ("train", "test")
 RGB_MODES = ("projection", "colourised")
 MANIFEST = "manifest.json"

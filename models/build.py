@@ -25,11 +25,12 @@ def build_encoders(modalities: Sequence[str], model: ModelConfig, sync_batchnorm
 
 def _build_encoder(modality: str, model: ModelConfig) -> nn.Module:
     dim = model.embedding_dim
-    if MODALITIES[modality].encoder == "DGCNN":
-        return models.DGCNN(dim, model.num_neighbors, model.point_width, model.edge_conv)
-    if MODALITIES[modality].encoder == "MeshNet":
-        return models.MeshNet(dim, model.mesh_width, model.mesh_mask_ratio, model.mesh_conv_width)
-    return models.ResNet18(dim, model.image_stages)
+    makers = {
+        "DGCNN": lambda: models.DGCNN(dim, model.num_neighbors, model.point_width, model.edge_conv),
+        "MeshNet": lambda: models.MeshNet(dim, model.mesh_width, model.mesh_mask_ratio, model.mesh_conv_width),
+        "ResNet18": lambda: models.ResNet18(dim, model.image_stages),
+    }
+    return makers[MODALITIES[modality].encoder]()
 
 
 def load_pretrained(encoders: nn.ModuleDict, sources: Mapping[str, str]) -> dict[str, LoadReport]:

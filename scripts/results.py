@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from itertools import permutations
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -15,33 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.checkpoint import atomic_write_json, atomic_write_text  # noqa: E402
-from utils.modalities import MODALITIES  # noqa: E402
+from utils.evaluation import scored_tasks  # noqa: E402
+from utils.modalities import MODALITIES, task_name  # noqa: E402
+from utils.report import row_name  # noqa: E402
 from utils.run_log import RunLog  # noqa: E402
 
 BENCHMARK_FACTS = ("speedup", "memory_ratio", "largest_relative_difference", "difference", "differences", "seconds_per_epoch",
                    "extrapolated_seconds", "mean_seconds", "modelnet40_hours_extrapolated")
-TASKS = [f"map/{task}" for task in "RP RM GP GM PR PG MR MG RG GR PM MP".split()]  # the paper's eight first
-
-
-def row_name(config: dict) -> str:
-    """Name the table row of a run from its settings; runs on different pairs of modalities share a row."""
-    data, remarks = config["data"], []
-    if len(data["modalities"]) > 2:
-        remarks.append("+".join(MODALITIES[name].letter for name in data["modalities"]) + " at once")
-    if data["dataset"].endswith("_splat"):
-        remarks.append("splat pictures")
-    if data.get("pairing", "instance") != "instance":
-        remarks.append({"class": "class pairs (USES LABELS)", "none": "no pairs"}[data["pairing"]])
-    return ", ".join([_stage_name(config), *remarks])
-
-
-def _stage_name(config: dict) -> str:
-    if "rdl" in config:
-        start = "" if config["rdl"].get("warmup_epochs") else ", clipped from the start"
-        return f"step 2, RDL{start}" if config["rdl"]["lambda_2"] > 0 else "step 2, MLM alone (lambda_2 = 0)"
-    if config["pla"]["lambda_1"] == 0:
-        return "step 1, MLM alone (lambda_1 = 0)"
-    return f"step 1, PLA ({config['pla']['estimator']} estimator)"
+PAIRS = sorted(permutations(MODALITIES, 2), key=lambda pair: (pair not in scored_tasks(MODALITIES), not MODALITIES[pair[0]].is_2d))
+TASKS = [f"map/{task_name(*pair)}" for pair in PAIRS]  # the paper's first: one side 2D, the other 3D
+PAPER_TASKS = [f"map/{task_name(*pair)}" for pair in scored_tasks(MODALITIES)]
 
 
 def collect(folder: Path, name: str) -> Path:
@@ -75,6 +59,9 @@ def collect(folder: Path, name: str) -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
     letters = "".join(MODALITIES[entry].letter for entry in config["data"]["modalities"]).lower()
     path = ROOT / "results" / name / f"{slug}-{letters}-seed{result['seed']}.json"
+    before = json.loads(path.read_text())["command"] if path.is_file() else result["command"]
+    if before != result["command"]:
+        raise ValueError(f"{path} holds the run of another command ({before}); use another table, or delete that file first")
     atomic_write_json(path, result)
     return path
 
@@ -102,6 +89,8 @@ def table(name: str) -> str:
     for row, seeds in rows.items():
         merged = [_merge(runs, tasks) for runs in seeds.values()]
         cells = [_spread([scores[key] for scores in merged if key in scores]) for key in columns]
+        if len({frozenset(scores) & frozenset(TASKS) for scores in merged}) > 1:
+            cells[len(tasks)] = "seeds differ in tasks"
         minutes = mean(sum(run["train_seconds"] for run in runs) for runs in seeds.values()) / 60
         origin = _origin([run for runs in seeds.values() for run in runs])
         lines.append(f"| {row} | {' | '.join(cells)} | {', '.join(map(str, sorted(seeds)))} | {minutes:.1f} min | {origin} |")
@@ -111,7 +100,7 @@ def table(name: str) -> str:
 def _merge(runs: list[dict], tasks: list[str]) -> dict[str, float]:
     """Join the scores of one seed's runs on different modalities; "map/avg" becomes the mean over their 2D-3D tasks."""
     scores = {key: value for run in runs for key, value in run["scores"].items()}
-    paper = [scores[key] for key in tasks if key in scores and key in TASKS[:8]]
+    paper = [scores[key] for key in tasks if key in scores and key in PAPER_TASKS]
     return {**scores, **({"map/avg": mean(paper)} if paper else {})}
 
 

@@ -25,6 +25,13 @@ def test_samples_on_the_host_give_the_same_run(finished, small_digits, tmp_path,
     assert_same_result(finished, tmp_path, 1)
 
 
+def test_the_route_does_not_shift_the_masks_of_meshes(small_digits, tmp_path):
+    for place in ("device", "host"):
+        train_step1.main(settings(small_digits, tmp_path / place, 1, f"data.placement={place}", "data.modalities=[GrayImg,Mesh]", "optim.epochs=2"))
+    runs = [log_lines(only_run(tmp_path / place, 1)) for place in ("device", "host")]
+    assert [line["loss/mlm"] for line in runs[0]] == [line["loss/mlm"] for line in runs[1]]
+
+
 def test_both_routes_fetch_the_same_rows(small_digits):
     four = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
     samples = load_training_samples(config(small_digits, four).data, CPU)

@@ -160,7 +160,7 @@ def test_near_splats_hide_far_ones():
 
 
 def test_too_few_points_are_refused():
-    with pytest.raises(MeshError, match="more than 16 points"):
+    with pytest.raises(MeshError, match="more than 16 different points"):
         splat_views(sphere_points(16), ring_of_cameras(1), 16)
 
 
@@ -210,3 +210,8 @@ def test_the_five_real_meshes():
         before[path.stem[-1]] = record["faces_before"]
         assert 300 < len(triangles) <= 500 and record["area_ratio"] > 0.95 and record["silhouette"] > 0.95
     assert before == {"1": 1969, "2": 332, "3": 15696, "4": 2985, "5": 30722}  # 3,546 ... 30,734 with the double-sided copies
+
+
+def test_clouds_padded_by_repetition_are_drawn_as_their_distinct_points():
+    points = sphere_points(200)
+    np.testing.assert_array_equal(splat_views(np.repeat(points, 8, axis=0), ring_of_cameras(1), 32), splat_views(np.unique(points, axis=0), ring_of_cameras(1), 32))

@@ -220,3 +220,18 @@ def test_reversed_and_read_only_arrays_are_accepted(recwarn):
     rows.flags.writeable = labels.flags.writeable = False
     assert mean_average_precision(rows[::-1], labels[::-1], rows, labels) == pytest.approx(expected)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("queries, items", [(18, 5), (5, 18), (7, 7)])
+def test_chunks_change_nothing_whatever_the_sizes(queries, items):
+    inputs = random_sets(seed=3, queries=queries, items=items)
+    whole = retrieval_metrics(*inputs)
+    for chunk_size in (1, 2, 4, 100):
+        assert retrieval_metrics(*inputs, chunk_size=chunk_size) == pytest.approx(whole, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e160])
+def test_extreme_norms_do_not_matter(scale):
+    query, query_labels, gallery, gallery_labels = random_sets(seed=4)
+    expected = mean_average_precision(query, query_labels, gallery, gallery_labels)
+    assert mean_average_precision(query * scale, query_labels, gallery, gallery_labels) == pytest.approx(expected)

@@ -16,12 +16,13 @@ from datasets.batches import BatchSource
 from datasets.kinds import KINDS
 from losses import ModalityInvarianceLoss
 from test_stages import only_run, settings
-from utils.config import load_config
+from utils.config import load_config, to_dict
 from utils.evaluation import format_matrix, format_table, retrieval_table, scored_tasks
 from utils.learner import plan_epoch
 from utils.metrics import retrieval_metrics
-from utils.modalities import MODALITIES
-from utils.options import Step1Config
+from utils.modalities import MODALITIES, Modality
+from utils.options import Step1Config, Step2Config
+from utils.report import row_name
 from utils.seed import BatchGenerator
 
 FOUR = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
@@ -195,6 +196,42 @@ def test_unpaired_sets_of_different_size_train_both_stages(small_digits, tmp_pat
     assert all("map/GP" in entry for entry in scores)
     lines = [json.loads(line) for line in (only_run(tmp_path, 1) / "metrics.jsonl").read_text().splitlines()]
     assert "agreement" not in lines[-1] and lines[-1]["clusters_used"] >= 1
+
+
+def test_labels_of_a_leaky_step_1_are_not_taken_for_others(small_digits, tmp_path):
+    train_step1.main(settings(small_digits, tmp_path, 1, "data.pairing=class", "optim.epochs=2"))
+    with pytest.raises(ValueError, match="data.pairing: class.*this run has instance"):
+        train_step2.main(settings(small_digits, tmp_path, 2))
+
+
+def test_row_names_tell_what_a_reader_must_know(small_digits):
+    def name(*overrides, step=1):
+        return row_name(to_dict(load_config({1: Step1Config, 2: Step2Config}[step], f"configs/smoke/step{step}.yaml", overrides)))
+
+    assert name() == "step 1, PLA (class estimator)"
+    assert name("data.pairing=class").endswith("class pairs (USES LABELS)")
+    assert name("data.pairing=none", "data.positives=views").endswith("no pairs") and name("data.positives=views").endswith("views as positives")
+    assert name("data.dataset=modelnet10_splat").endswith("splat pictures") and name(FOUR).endswith("R+G+P+M at once")
+    assert name("pla.banks=[GrayImg]").endswith("banks of GrayImg only") and name("pla.lambda_1=0") == "step 1, MLM alone (lambda_1 = 0)"
+    assert name("data.num_views=3", "data.eval_view=mean").endswith("mean of views")
+    assert name("rdl.loss=gce", step=2) == "step 2, RDL, gce instead of RCLL" and name("rdl.warmup_epochs=2", step=2) == "step 2, RDL"
+    assert name("rdl.warmup_epochs=0", step=2) == "step 2, RDL, clipped from the start"
+
+
+def test_a_fifth_modality_is_one_entry(small_digits, tmp_path, monkeypatch):
+    entry = Modality("Sketch", "S", "RGBImgs", "rgb_imgs", "image", "ResNet18", True)
+    monkeypatch.setitem(MODALITIES, "Sketch", entry)
+    scores = both_stages(small_digits, tmp_path, "data.modalities=[Sketch,PointCloud]", "model.pretrained.Sketch=none", "optim.epochs=2")
+    assert all("map/SP" in one and "map/PS" in one for one in scores)
+    monkeypatch.setitem(MODALITIES, "Sketch", Modality("Sketch", "S", "RGBImgs", "rgb_imgs", "image", "ResNet81", True))
+    with pytest.raises(KeyError, match="ResNet81"):
+        both_stages(small_digits, tmp_path / "x", "data.modalities=[Sketch,PointCloud]", "model.pretrained.Sketch=none")
+
+
+def test_every_run_keeps_its_own_chance_level():
+    rows = [("one", {"map/RP": 0.5, "map/avg": 0.5, "map/chance": 0.1}), ("two", {"map/RM": 0.6, "map/avg": 0.6, "map/chance": 0.3})]
+    lines = [line.split() for line in format_table(rows).splitlines()]
+    assert lines[1] == ["chance", "10.0", "-", "10.0"] and lines[2] == ["chance", "-", "30.0", "30.0"]
 
 
 def test_unpaired_without_a_replacement_is_refused(small_digits):

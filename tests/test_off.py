@@ -112,3 +112,12 @@ def test_as_an_independent_reader():
         other = trimesh.load(io.BytesIO(path.read_bytes()), file_type="off", process=False)
         np.testing.assert_allclose(vertices, other.vertices)
         np.testing.assert_array_equal(triangles, other.faces)
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"OFF\n3 1 0\n0 0 0\n1e200 0 0\n0 1e200 0\n3 0 1 2\n", "measures"),
+    (b"OFF\n" + b"9" * 5000 + b" 1 0\n", "counts"), ("OFF\n\u0663 1 0\n".encode(), "counts"), (b"OFF\n1_0 1 0\n", "counts"),
+])
+def test_damaged_numbers_leave_the_mesh_out(data, words):
+    with pytest.raises(MeshError, match=words):
+        clean_mesh(*read_off(data))

@@ -280,7 +280,7 @@ def test_obj_forms(faces, area, write):
 @pytest.mark.parametrize("data,words", [
     (b"", "an empty mesh"), (b"# nothing\n", "an empty mesh"), (CORNERS.encode(), "an empty mesh"),
     (bytes(range(256)) * 9, "an empty mesh"),
-    (CORNERS.encode() + b"f 1 2\n", "an empty mesh"), (CORNERS.encode() + b"f 1 2 9\n", "not a readable OBJ file"),
+    (CORNERS.encode() + b"f 1 2\n", "cut short"), (CORNERS.encode() + b"f 1 2 9\n", "not a readable OBJ file"),
     (CORNERS.encode() + b"f a b c\n", "not a readable"), (b"v 0 x 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not a readable"),
     (CORNERS.encode() + b"f 2 0 1\n", "vertex 0"), (CORNERS.encode() + b"f 0/1 1/1 2/1\n", "vertex 0"),
     (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "NaN"), (b"v 0 0\nv 1 0\nv 0 1\nf 1 2 3\n", "three finite coordinates"),
@@ -527,3 +527,9 @@ def test_what_goes_to_the_workers_can_be_pickled():
     functions = (partial(prepare_mi3dor.make_mesh, "root", 500), partial(mi3dor._check_photograph, "root"))
     for thing in (*functions, task, Item("a", "train", 0, "a")):
         assert str(pickle.loads(pickle.dumps(thing))) == str(thing)
+
+
+@pytest.mark.parametrize("tail", [b"f 1 2", b"f 1", b"f"])
+def test_an_obj_cut_inside_its_last_face_is_left_out(tail):
+    with pytest.raises(MeshError, match="cut short"):
+        read_obj(b"v 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nf 1 2 3\n" + tail)

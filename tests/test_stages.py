@@ -97,13 +97,13 @@ def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small
     runs = [str(only_run(finished, step)) for step in (1, 2)]
     evaluate.main(["--run", *runs, "--device", "cpu"])
     table = capsys.readouterr().out
-    assert all(word in table for word in ("GP", "PG", "map/avg".removeprefix("map/"), "chance", "after PLA", "after RDL"))
+    assert all(word in table for word in ("GP", "PG", "map/avg".removeprefix("map/"), "chance", "step 1, PLA", "step 2, RDL"))
     for run in runs:
         scores = json.loads((Path(run) / "metrics.json").read_text())
         assert scores["map/avg"] == pytest.approx((scores["map/GP"] + scores["map/PG"]) / 2)
         assert scores["map/GP"] == pytest.approx(log_lines(Path(run))[-1]["map/GP"], abs=1e-12)
     evaluate.main(["--checkpoint", f"{runs[1]}/last.pt", "--device", "cpu"])
-    assert "after RDL" in capsys.readouterr().out
+    assert "step 2, RDL" in capsys.readouterr().out
 
 
 def test_figures(finished, small_digits, tmp_path):

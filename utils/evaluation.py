@@ -87,10 +87,11 @@ def format_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     cross = lambda key: key.startswith("map/") and not (len(key) == 6 and key[4] == key[5])  # noqa: E731  (RR is no paper task)
     keys = dict.fromkeys(key for _, scores in rows for key in scores if cross(key))  # tasks differ between runs
     columns = [*(key for key in keys if key not in ("map/avg", "map/chance")), "map/avg"]
-    chance = {key: next(scores["map/chance"] for _, scores in rows if key in scores) for key in columns}
+    levels = list(dict.fromkeys(scores["map/chance"] for _, scores in rows))  # test sets differ: one line each
+    chances = [("chance", {key: level for key in columns if any(key in s and s["map/chance"] == level for _, s in rows)}) for level in levels]
     width = max(len(name) for name, _ in [*rows, ("chance", {})])
     lines = ["mAP@All [%]".ljust(width) + "".join(key.removeprefix("map/").rjust(8) for key in columns)]
-    for name, scores in [("chance", chance), *rows]:
+    for name, scores in [*chances, *rows]:
         cells = (f"{100 * scores[key]:.1f}" if key in scores else "-" for key in columns)
         lines.append(name.ljust(width) + "".join(cell.rjust(8) for cell in cells))
     return "\n".join(lines)

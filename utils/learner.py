@@ -48,7 +48,7 @@ class StageLearner:
         classifiers: nn.ModuleDict, device: torch.device,
     ) -> None:
         self.stage, self.config, self.source, self.device = stage, config, source, device
-        self.batch_size = min(config.optim.batch_size, max(source.counts))
+        self.batch_size = min(config.optim.batch_size, *source.counts)  # no sample twice in a batch
         if self.batch_size % distributed.world():
             raise ValueError(f"a batch of {self.batch_size} cannot be shared evenly among {distributed.world()} processes: change optim.batch_size")
         self.inputs = {name: hashlib.sha256(values.cpu().numpy()).hexdigest() for name, values in inputs.items()}
@@ -143,7 +143,7 @@ def plan_epoch(
 
     Args:
         counts: samples of each modality, all equal if paired; views: of each modality, to draw one from.
-        batch_size: B, at most the largest count.
+        batch_size: B, at most the smallest count.
         generator: of order and views.
         paired: the sample numbers of all modalities are equal; otherwise each modality has its own order, and a smaller one
             goes round again until the largest is through.

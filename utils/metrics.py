@@ -27,6 +27,7 @@ def _embeddings(name: str, values: Array) -> Tensor:
     if len(bad):
         raise ValueError(f"{name} has {len(bad)} rows with NaN or infinity, first at row {int(bad[0])}")
     values = values.to(torch.float64)
+    values = values / values.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)  # squares of 1e-170 or 1e160 are no numbers
     return torch.nn.functional.normalize(values, dim=1, eps=1e-300)  # a zero row stays zero: cosine 0 to everything
 
 
@@ -65,15 +66,15 @@ def _ranked_relevance(
     rows = max(1, SCORE_BYTES // (8 * len(gallery)))
     rows = rows if chunk_size is None else min(rows, chunk_size)
     order = torch.randperm(len(gallery), generator=generator_for(seed, "gallery order")).to(query.device)
-    gallery, gallery_labels, own = gallery[order].T.contiguous(), gallery_labels[order], order.argsort().split(rows)
+    gallery, gallery_labels, own = gallery[order].T.contiguous(), gallery_labels[order], order.argsort()
     place_bits = max(1, (len(order) - 1).bit_length())
     scale = min(SCORE_STEPS, 2.0 ** (60 - place_bits))  # a cosine of 1 and the bits below it fit into 63
     places = torch.arange(len(order), device=query.device) << 1
-    for chunk, chunk_labels, place in zip(query.split(rows), query_labels.split(rows), own):
+    for start, chunk, chunk_labels in zip(range(0, len(query), rows), query.split(rows), query_labels.split(rows), strict=True):
         keys = (chunk @ gallery).mul_(-scale).round_().long()  # (B, G), best first
         keys = (keys << (place_bits + 1)).bitwise_or_(places).bitwise_or_(gallery_labels == chunk_labels.unsqueeze(1))
         if exclude_self:
-            keys.scatter_(1, place.unsqueeze(1), torch.iinfo(torch.int64).max)
+            keys.scatter_(1, own[start : start + len(chunk)].unsqueeze(1), torch.iinfo(torch.int64).max)
         relevant = (_sorted_rows(keys) & 1).bool()
         yield relevant[:, :-1] if exclude_self else relevant
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from utils.checkpoint import atomic_write_json
 from utils.evaluation import Evaluator, format_table, scored_tasks
 from utils.figures import plot_curves, plot_retrieval, plot_tsne
-from utils.modalities import task_name
+from utils.modalities import MODALITIES, task_name
 from utils.run_log import RunLog
 from utils.thumbnails import thumbnail
 
@@ -31,32 +31,64 @@ def report_pretrained(run: RunLog, reports: Mapping[str, Any]) -> None:
         atomic_write_json(run.folder / "initial_weights.json", {name: vars(report) for name, report in reports.items()})
 
 
-def finish(run: RunLog, name: str, evaluator: Evaluator, arrays: Mapping[str, Tensor], figures: bool) -> None:
+def row_name(config: Mapping[str, Any]) -> str:
+    """Name a table row by what was trained, with whatever a reader must know; runs on different pairs of modalities share it.
+
+    Args:
+        config: settings as nested dictionaries (`utils.config.to_dict`); keys that an older run lacks count as their defaults.
+    """
+    data, remarks = config["data"], []
+    if "rdl" in config:
+        rdl = config["rdl"]
+        name = "step 2, RDL" if rdl["lambda_2"] > 0 else "step 2, MLM alone (lambda_2 = 0)"
+        if rdl["lambda_2"] > 0 and rdl.get("loss", "rcll") != "rcll":
+            remarks.append(f"{rdl['loss']} instead of RCLL")
+        elif rdl["lambda_2"] > 0 and not rdl.get("warmup_epochs"):
+            remarks.append("clipped from the start")
+    else:
+        pla = config["pla"]
+        name = f"step 1, PLA ({pla['estimator']} estimator)" if pla["lambda_1"] > 0 else "step 1, MLM alone (lambda_1 = 0)"
+        if pla.get("banks") is not None:
+            remarks.append(f"banks of {'+'.join(pla['banks']) or 'no modality'} only")
+    if len(data["modalities"]) > 2:
+        remarks.append("+".join(MODALITIES[entry].letter for entry in data["modalities"]) + " at once")
+    if data["dataset"].endswith("_splat"):
+        remarks.append("splat pictures")
+    if data.get("pairing", "instance") != "instance":
+        remarks.append({"class": "class pairs (USES LABELS)", "none": "no pairs"}[data["pairing"]])
+    elif data.get("positives", "modalities") != "modalities":
+        remarks.append("views as positives")
+    if data.get("num_views", 1) > 1 and data.get("eval_view", "first") != "first":
+        remarks.append("mean of views")
+    return ", ".join([name, *remarks])
+
+
+def finish(run: RunLog, evaluator: Evaluator, arrays: Mapping[str, Tensor], figures: bool) -> None:
     """Print the scores and draw the figures of a finished run, in the main process; all processes must call it.
 
     Args:
-        run: run folder; name: of the table row.
+        run: run folder.
         evaluator: of the test set; arrays: its samples, for thumbnails.
         figures: whether to draw.
     """
     embeddings = evaluator.embeddings if figures else {}
     if not run.writes:
         return
-    print_scores(run, name)
+    print_scores(run)
     if figures:
         draw_figures(run, embeddings, evaluator.labels, arrays)
 
 
-def print_scores(run: RunLog, name: str) -> None:
+def print_scores(run: RunLog) -> None:
     """Print the last epoch's table and write it to metrics.json; the best epoch by test score appears as `oracle` only.
 
     Args:
-        run: its metrics.jsonl ends with the scores of the last epoch.
-        name: of the row, e.g. "after RDL".
+        run: its metrics.jsonl ends with the scores of the last epoch; its settings name the row.
     """
     epochs = run.read_epochs()
     scored = [row for row in epochs if "map/avg" in row]
     last, best = scored[-1], max(scored, key=lambda row: row["map/avg"])
+    name = row_name(run.config())
     run.log(format_table([(name, last)]))
     run.log(
         f"oracle, not a result (best epoch chosen with test labels, as in the authors' release): "
@@ -64,7 +96,7 @@ def print_scores(run: RunLog, name: str) -> None:
     )
     scores = {key: value for key, value in last.items() if not key.startswith(("loss/", "seconds/"))}
     oracle = {"map/avg": best["map/avg"], "epoch": best["epoch"]}
-    atomic_write_json(run.folder / "metrics.json", {**scores, "selection": "last epoch", "oracle": oracle})
+    atomic_write_json(run.folder / "metrics.json", {**scores, "row": name, "selection": "last epoch", "oracle": oracle})
 
 
 def draw_figures(

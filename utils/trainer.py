@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -190,8 +191,14 @@ def run_command(main: Callable[[], None]) -> int:
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        who = "" if distributed.is_main() else f" (process {distributed.rank()})"
+        print(f"error{who}: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if distributed.world() == 1 or not re.search("gloo|NCCL|Connection closed", str(error)):
+            raise
+        print(f"process {distributed.rank()}: another process has stopped, see its message", file=sys.stderr)
+        return 3
     finally:
         distributed.stop()
     return 0
