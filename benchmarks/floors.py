@@ -194,6 +194,9 @@ def header(module: str, device: torch.device, argv: Sequence[str] | None) -> dic
     """
     found = environment(seed=0)
     command = ["python", "-m", f"benchmarks.{module}", *(sys.argv[1:] if argv is None else argv)]
+    if "--output" in command:  # where the report went changes nothing
+        place = command.index("--output")
+        del command[place : place + 2]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else found["cpu"]
     return {
         "command": " ".join(command), "device": name, "threads": found["threads"], "torch": found["torch"],
