@@ -1,6 +1,7 @@
-"""The runs behind a table: `protocol.yaml` and the configurations expanded into rows of cells. A cell is one run with a stable id."""
+"""Expands the rows of a table into cells. A cell is one run, with an id that depends on what decides its result."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,24 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from experiments.protocol import Setup, modalities_of
 from utils.config import load_config, to_dict
-from utils.data_options import nearest
-from utils.modalities import MODALITIES
 from utils.options import Step1Config, Step2Config
 from utils.run_log import REPOSITORY
 
-HERE = Path(__file__).resolve().parent
-SCALES = ("full", "small")
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
-KEYS = {
-    "datasets": {"paper", "samples", *SCALES}, "scale": {"config", "pairs", "step1", "step2"},
-    "tables": {"title", "kind", "paper", "baseline", "ranking", "notes", "rows", "grids", "values"},
-    "row": {"step1", "step2", "stage", "paper", "against", "variant"},
-}
 # Settings that name places or cost time, but do not change the result of a cell
-NEUTRAL = {"run": ("output", "pseudo_labels", "device", "threads", "eval_every", "log_interval", "figures"), "rdl": ("pseudo_labels",)}
+NEUTRAL = {
+    "run": ("output", "pseudo_labels", "device", "threads", "eval_every", "log_interval", "figures"), "rdl": ("pseudo_labels",),
+}
 
 
 @dataclass(frozen=True)
@@ -60,112 +53,25 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)  # paper, against, grid, value
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A data set at one scale: configuration folder, pairs of modalities, settings on top, the paper's name for it."""
-
-    dataset: str
-    scale: str
-    config: Path
-    pairs: tuple[str, ...]
-    step1: tuple[str, ...] = ()
-    step2: tuple[str, ...] = ()
-    paper: str | None = None
-    samples: tuple[int, ...] = ()
-
-
-def load_protocol(added: Path | None = None) -> dict[str, dict]:
-    """Read protocol.yaml and, on top of it, a file of the same format: new data sets, new tables, or more rows of one.
-
-    Raises:
-        FileNotFoundError: if there is no such file. ValueError: on an unknown key, naming file and place.
-    """
-    protocol: dict[str, dict] = {"datasets": {}, "tables": {}}
-    for path in filter(None, (HERE / "protocol.yaml", added)):
-        if not path.is_file():
-            raise FileNotFoundError(f"no protocol file {path}: give a YAML file with datasets: or tables:, see docs/reproduce.md")
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        _check_protocol(tree, path)
-        protocol["datasets"] |= tree.get("datasets", {})
-        for name, table in tree.get("tables", {}).items():
-            known = protocol["tables"].get(name, {})
-            protocol["tables"][name] = {**known, **table, "rows": {**known.get("rows", {}), **table.get("rows", {})}}
-    return protocol
-
-
-def _check_protocol(tree: Any, path: Path) -> None:
-    _check_keys(tree, {"datasets", "tables"}, str(path))
-    for kind, parts in (("datasets", {"full": "scale", "small": "scale"}), ("tables", {})):
-        for name, entry in tree.get(kind, {}).items():
-            _check_keys(entry, KEYS[kind], f"{path}: {kind}.{name}")
-            for part in parts:
-                _check_keys(entry.get(part, {}), KEYS["scale"], f"{path}: {kind}.{name}.{part}")
-            for row, options in entry.get("rows", {}).items():
-                _check_keys(options, KEYS["row"], f"{path}: {kind}.{name}.rows.{row}")
-
-
-def _check_keys(tree: Any, known: set[str], place: str) -> None:
-    if not isinstance(tree, dict):
-        raise ValueError(f"{place} must hold keys of {', '.join(sorted(known))}, found {tree!r}")
-    for key in tree:
-        if key not in known:
-            raise ValueError(f"{place}: unknown key {key!r}{nearest(key, known)}; known: {', '.join(sorted(known))}")
-
-
-def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Sequence[str] = ()) -> Setup:
-    """Return a data set at a scale. One that the protocol does not name is looked up in configs/.
-
-    Args:
-        protocol: of `load_protocol`.
-        dataset: name; scale: "full" or "small".
-        tasks: task names (RP, PG ...) to restrict the pairs to; a pair trains both directions. Default: the protocol's.
-    Raises:
-        ValueError: on an unknown data set or task, or a scale that the data set does not have.
-    """
-    entry = protocol["datasets"].get(dataset)
-    if entry is None:
-        folder = Path("configs") / (f"{dataset}_cpu" if scale == "small" and (REPOSITORY / f"configs/{dataset}_cpu").is_dir() else dataset)
-        if not (REPOSITORY / folder / "step1.yaml").is_file():
-            known = protocol["datasets"]
-            raise ValueError(f"unknown data set {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}, and folders of configs/")
-        entry = {scale: {"config": str(folder)}}
-    if scale not in entry:
-        raise ValueError(f"{dataset} has no scale {scale!r} in the protocol, it has: {', '.join(key for key in SCALES if key in entry)}")
-    options = entry[scale]
-    step1, step2 = tuple(options.get("step1", ())), tuple(options.get("step2", ()))
-    config = Path(options["config"])
-    pairs = [pair_of(task) for task in tasks] or options.get("pairs") or [_configured_pair(config, step1)]
-    return Setup(dataset, scale, config, tuple(dict.fromkeys(pairs)), step1, step2, entry.get("paper"), tuple(entry.get("samples", ())))
-
-
-def _configured_pair(config: Path, overrides: Sequence[str]) -> str:
-    names = load_config(Step1Config, str(REPOSITORY / config / "step1.yaml"), overrides).data.modalities
-    return pair_of("".join(MODALITIES[name].letter for name in names))
-
-
-def pair_of(task: str) -> str:
-    """Return the pair that a task needs, the 2D letter first: "PR" -> "RP"."""
-    letters = {entry.letter: entry for entry in MODALITIES.values()}
-    kinds = [letters[letter].is_2d for letter in task if letter in letters]
-    if len(task) != 2 or sorted(kinds) != [False, True]:
-        raise ValueError(f"a task is one letter of R, G and one of P, M, like RP or MG; found {task!r}")
-    return task if kinds[0] else task[::-1]
-
-
-def modalities_of(pair: str) -> tuple[str, str]:
-    """Return the names of a pair's modalities: "RP" -> ("RGBImg", "PointCloud")."""
-    names = {entry.letter: name for name, entry in MODALITIES.items()}
-    return names[pair[0]], names[pair[1]]
-
-
 def settings_of(stage: str, config: Path, overrides: Sequence[str]) -> dict:
-    """Return the settings of a run that decide its result and differ from the defaults, so that a new option leaves ids as they are."""
-    resolved = to_dict(load_config(CONFIGS[stage], str(REPOSITORY / config / f"{stage}.yaml"), overrides))
-    defaults = to_dict(CONFIGS[stage].__dict__.get("_defaults") or _defaults(stage))
+    """Return the settings of a run that decide its result.
+
+    Those at their default are left out, so that a new option leaves the ids of finished cells as they are.
+    """
+    resolved, defaults = to_dict(_load(stage, config, tuple(overrides))), to_dict(_defaults(stage))
     for section, keys in NEUTRAL.items():
-        for key in keys:
-            resolved.get(section, {}).pop(key, None)
+        for key in keys if section in resolved else ():
+            resolved[section][key] = defaults[section][key]
     return _difference(resolved, defaults)
+
+
+@functools.cache
+def _load(stage: str, config: Path, overrides: tuple[str, ...]) -> Any:
+    return load_config(CONFIGS[stage], str(REPOSITORY / config / f"{stage}.yaml"), overrides)
+
+
+def _epochs(stage: str, config: Path, overrides: Sequence[str]) -> int:
+    return _load(stage, config, tuple(overrides)).optim.epochs
 
 
 def _defaults(stage: str) -> Any:
@@ -175,9 +81,10 @@ def _defaults(stage: str) -> Any:
 
 
 def _difference(tree: Mapping, defaults: Mapping) -> dict:
-    pairs = {key: (value, defaults.get(key)) for key, value in tree.items()}
-    nested = {key: _difference(*pair) if all(isinstance(entry, dict) for entry in pair) else pair[0] for key, pair in pairs.items()}
-    return {key: value for key, value in nested.items() if value != {} and value != defaults.get(key)}
+    """The part of a nested dictionary that differs from another one."""
+    changed = {key: value for key, value in tree.items() if value != defaults.get(key)}
+    both = {key: isinstance(value, dict) and isinstance(defaults.get(key), dict) for key, value in changed.items()}
+    return {key: _difference(value, defaults[key]) if both[key] else value for key, value in changed.items()}
 
 
 def _identify(stage: str, seed: int, needs: Iterable[Cell], *content: Any) -> str:
@@ -185,16 +92,18 @@ def _identify(stage: str, seed: int, needs: Iterable[Cell], *content: Any) -> st
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def training_cell(stage: str, setup: Setup, pair: str, overrides: Sequence[str], seed: int, needs: tuple[Cell, ...] = ()) -> Cell:
+def training_cell(
+    stage: str, setup: Setup, pair: str, overrides: Sequence[str], seed: int, needs: tuple[Cell, ...] = ()
+) -> Cell:
     """Return the cell of a training stage on one pair, with settings on top of the configuration and the setup's own."""
     first, second = modalities_of(pair)
     own = [text.replace("{2D}", first).replace("{3D}", second) for text in overrides]
     given = [*getattr(setup, stage), f"data.modalities=[{first},{second}]", *own]
-    config = setup.config / f"{stage}.yaml"
-    settings = settings_of(stage, setup.config, given)
-    epochs = load_config(CONFIGS[stage], str(REPOSITORY / config), given).optim.epochs
-    name = " ".join([stage, pair, f"seed {seed}", *own])
-    return Cell(_identify(stage, seed, needs, settings), stage, name, ("--config", str(config), "--set", *given), seed, epochs, needs)
+    identity = _identify(stage, seed, needs, settings_of(stage, setup.config, given))
+    arguments = ("--config", str(setup.config / f"{stage}.yaml"), "--set", *given)
+    inherited = [word for cell in needs for word in cell.name.split()[4:]]  # what the needed cells were given
+    name = " ".join([stage, pair, "seed", str(seed), *inherited, *own])
+    return Cell(identity, stage, name, arguments, seed, _epochs(stage, setup.config, given), needs)
 
 
 def release_cell(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
@@ -202,7 +111,7 @@ def release_cell(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
     chosen = f"data.modalities=[{','.join(modalities_of(pair))}]"
     given = {stage: [*getattr(setup, stage), chosen] for stage in CONFIGS}
     settings = [settings_of(stage, setup.config, given[stage]) for stage in CONFIGS]
-    epochs = sum(load_config(CONFIGS[stage], str(REPOSITORY / setup.config / f"{stage}.yaml"), given[stage]).optim.epochs for stage in CONFIGS)
+    epochs = sum(_epochs(stage, setup.config, given[stage]) for stage in CONFIGS)
     arguments = ("--config-dir", str(setup.config), "--variant", variant, "--set1", *given["step1"], "--set2", *given["step2"])
     identity = _identify("release_protocol", seed, (), variant, settings)
     return Cell(identity, "release_protocol", f"release_protocol {variant} {pair} seed {seed}", arguments, seed, epochs)
@@ -222,3 +131,57 @@ def all_cells(rows: Iterable[Row]) -> list[Cell]:
         for entry in (*cell.needs, cell):
             ordered.setdefault(entry.id, entry)
     return list(ordered.values())
+
+
+def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list[Row]:
+    """Return the rows of a table on a data set.
+
+    Args:
+        table: entry of the protocol.
+        setup: data set and scale.
+        seeds: one run of every training cell each; figures and measurements without training take none.
+    Returns:
+        The rows in the order of the protocol, those of grids first.
+    Raises:
+        ValueError: if a row's settings do not fit the configuration.
+    """
+    kind = table.get("kind", "scores")
+    if kind in ("memory", "shapes"):
+        return _measured_rows(table, setup)
+    seeds, options_of = list(seeds), {**_grid_rows(table), **table.get("rows", {})}
+    for other in {table.get("baseline"), *(options.get("against") for options in options_of.values())} - {None}:
+        if other not in options_of:
+            raise ValueError(f"rows are to be compared with {other!r}, which the table lacks; its rows: {', '.join(options_of)}")
+    return [
+        Row(name, {seed: {pair: _row_cell(options, setup, pair, seed) for pair in setup.pairs} for seed in seeds}, options)
+        for name, options in options_of.items()
+    ]
+
+
+def _grid_rows(table: Mapping[str, Any]) -> dict[str, dict]:
+    """One row per grid and value, which also carries both for the figure."""
+    return {
+        f"{grid} = {value:g}": {stage: [f"{key}={value}"], "grid": grid, "value": value}
+        for grid, keys in table.get("grids", {}).items() for stage, key in keys.items() for value in table["values"]
+    }
+
+
+def _row_cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) -> Cell:
+    if "variant" in options:
+        return release_cell(setup, pair, options["variant"], seed)
+    first = training_cell("step1", setup, pair, options.get("step1", ()), seed)
+    if options.get("stage") == "step1":
+        return first
+    return training_cell("step2", setup, pair, options.get("step2", ()), seed, (first,))
+
+
+def _measured_rows(table: Mapping[str, Any], setup: Setup) -> list[Row]:
+    config = _load("step1", setup.config, setup.step1)
+    if table["kind"] == "shapes":
+        arguments = ("--num-clusters", config.pla.num_clusters, "--alpha", *table["values"])
+        return [Row("losses", {0: {"": measuring_cell("loss_shapes", arguments)}})]
+    dim, batch = config.model.embedding_dim, config.optim.batch_size
+    if not setup.samples:
+        raise ValueError(f"no size of a bank of {setup.dataset}: give datasets.{setup.dataset}.samples in a --add file")
+    arguments = ("--dim", dim, "--batch-size", batch, "--samples")
+    return [Row(f"{count} x {dim}", {0: {"": measuring_cell("memory_bank", (*arguments, count))}}) for count in setup.samples]

@@ -10,8 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = {"tests", "runs", "dataset", "pretrained", "pseudo_labels", "__pycache__", "venv", "node_modules"}
-PACKAGES = {"datasets", "losses", "models", "utils"}
-MAY_IMPORT = {"utils": {"utils"}, "losses": {"losses"}, "models": {"models", "utils"}, "datasets": {"datasets", "utils"}}
+PACKAGES = {"datasets", "experiments", "losses", "models", "utils"}
+MAY_IMPORT = {
+    "utils": {"utils"}, "losses": {"losses"}, "models": {"models", "utils"}, "datasets": {"datasets", "utils"},
+    "experiments": {"experiments", "utils"},
+}
 SCRIPT_LINES, FILE_LINES, BODY_LINES, TOTAL_LINES, FILE_BYTES = 200, 250, 40, 60, 10**6
 
 
@@ -126,7 +129,9 @@ def test_no_large_or_generated_file_is_tracked():
     ("models/a.py", "from utils import seed\nimport torchvision", []), ("models/a.py", "import datasets", ["datasets"]),
     ("datasets/a.py", "import models", ["models"]), ("datasets/a.py", "from train_step1 import main", ["train_step1"]),
     ("train_step2.py", "import train_step1", ["train_step1"]), ("train_step2.py", "import models, utils, losses", []),
-    ("utils/a.py", "import tests.test_config", ["tests"]), ("benchmarks/a.py", "import models, evaluate, benchmarks.floors", []),
+    ("experiments/a.py", "import utils, experiments.cells, numpy", []), ("experiments/a.py", "import losses, models", ["losses", "models"]),
+    ("experiments/a.py", "from train_step1 import main", ["train_step1"]), ("models/a.py", "import experiments.cells", ["experiments"]),
+    ("reproduce.py", "import experiments.cells, losses", []), ("utils/a.py", "import tests.test_config", ["tests"]), ("benchmarks/a.py", "import models, evaluate, benchmarks.floors", []),
     ("benchmarks/a.py", "import baselines, tests.test_config", ["baselines", "tests"]), ("models/a.py", "import benchmarks", ["benchmarks"]),
 ])
 def test_the_import_check_can_fail(path, line, wrong):

@@ -1,0 +1,104 @@
+"""The learners of both stages with the departures that change training."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from baselines.release_protocol.labels import farthest_labels
+from baselines.release_protocol.loss import BatchClippedLoss
+from baselines.release_protocol.variants import Departures
+from datasets.samples import PairedSamples, embed_samples
+from train_step1 import PLALearner
+from train_step2 import RDLLearner
+from utils.clustering import clustering_accuracy
+from utils.options import Step1Config, Step2Config
+from utils.seed import generator_for
+
+
+class KeptLabels(nn.Module):
+    """The pseudo-labels of the best epoch so far by accuracy against the ground truth; travels with the checkpoint.
+
+    Args:
+        modalities, count: M and N.
+    """
+
+    def __init__(self, modalities: int, count: int) -> None:
+        super().__init__()
+        self.register_buffer("labels", torch.zeros(modalities, count, dtype=torch.long))
+        self.register_buffer("accuracy", torch.tensor(-1.0, dtype=torch.float64))
+
+    def offer(self, labels: Tensor, accuracy: float) -> None:
+        """Keep labels (M, N) if their accuracy is higher than that of all before."""
+        if accuracy > self.accuracy:
+            self.labels.copy_(labels)
+            self.accuracy.fill_(accuracy)
+
+
+class ReleasePLA(PLALearner):
+    """Step 1 with the departures `oracle_labels` and `shuffled_memory`.
+
+    Args:
+        config, samples, device: as `PLALearner`.
+        departures: which ones to follow.
+        labels: modality -> (N,) int64 ground truth on the CPU; read with `oracle_labels` alone.
+    """
+
+    def __init__(
+        self, config: Step1Config, samples: PairedSamples, device: torch.device, departures: Departures,
+        labels: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(config, samples, device)
+        self.departures, self.labels = departures, labels
+        if departures.oracle_labels:
+            self.kept = KeptLabels(len(samples.lists), len(next(iter(labels.values()))))
+            self.parts = (*self.parts, "kept")
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train one epoch (1-based); with `oracle_labels`, offer its pseudo-labels to those kept for the export."""
+        losses = super().train_epoch(epoch)
+        if not self.departures.oracle_labels:
+            return losses
+        chosen = farthest_labels(embed_samples(self.encoders, self.samples, self.config.data, self.device), self.labels)
+        accuracy = sum(clustering_accuracy(chosen[name], self.labels[name]) for name in chosen) / len(chosen)
+        self.kept.offer(torch.stack(list(chosen.values())), accuracy)
+        return {**losses, "oracle_accuracy": accuracy}
+
+    def cluster(self, epoch: int) -> None:
+        """Fill and cluster the banks; with `shuffled_memory`, their rows then come in the order of a shuffled epoch.
+
+        The authors' code writes row k for the k-th sample of a shuffled pass, another one for each modality, and reads and
+        updates row i for sample i from then on. The k-means centres do not depend on the order of the rows.
+        """
+        super().cluster(epoch)
+        if self.departures.shuffled_memory:
+            for name, bank in self.banks.items():
+                generator = generator_for(self.config.run.seed, "order of the bank", name, epoch)
+                bank.memory.copy_(bank.memory[torch.randperm(len(bank), generator=generator).to(self.device)])
+
+    def pseudo_labels(self) -> dict[str, Tensor]:
+        """Return the pseudo-labels to export: modality -> (N,) int64 on the CPU."""
+        if not self.departures.oracle_labels:
+            return super().pseudo_labels()
+        return dict(zip(self.encoders, self.kept.labels.clone()))
+
+
+class ReleaseRDL(RDLLearner):
+    """Step 2 with the departure `batch_clip`: the authors' RCLL after the warm-up of `rdl.warmup_epochs`.
+
+    Args:
+        config, samples, pseudo_labels, num_clusters, device: as `RDLLearner`.
+        departures: which ones to follow.
+    Raises:
+        ValueError: if `batch_clip` is asked for with another loss than RCLL.
+    """
+
+    def __init__(
+        self, config: Step2Config, samples: PairedSamples, pseudo_labels: dict[str, Tensor], num_clusters: int,
+        device: torch.device, departures: Departures,
+    ) -> None:
+        super().__init__(config, samples, pseudo_labels, num_clusters, device)
+        if departures.batch_clip:
+            if config.rdl.loss != "rcll":
+                raise ValueError(f"batch_clip changes RCLL, but rdl.loss is {config.rdl.loss!r}: set rdl.loss=rcll")
+            self.robust = BatchClippedLoss(config.rdl.alpha)

@@ -1,0 +1,96 @@
+"""Training rows paired as in the authors' published lists: by position, mostly different objects of one class."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.lists import SampleList
+from datasets.samples import PairedSamples
+from utils.modalities import MODALITIES
+from utils.seed import derive_seed
+
+SAME_INSTANCE = 302 / 5000  # shares of the published training lists, image against point cloud
+OTHER_CLASS = 182 / 5000
+
+
+def pair_by_class(
+    samples: PairedSamples, labels: Mapping[str, Tensor], seed: int
+) -> tuple[PairedSamples, dict[str, Tensor]]:
+    """Reorder the rows of every 3D modality by `class_pair_order`; the 2D ones keep their order, as they agree in the lists.
+
+    Args:
+        samples: rows paired by object; labels: modality -> (N,) int64 in the same order.
+        seed: of the draw; equal seeds give equal pairs in both stages.
+    Returns:
+        The samples and labels with rows reordered alike.
+    Raises:
+        ValueError: without a 2D and a 3D modality, or as `class_pair_order`.
+    """
+    solid = [name for name in samples.lists if not MODALITIES[name].is_2d]
+    if not 0 < len(solid) < len(samples.lists):
+        raise ValueError(f"class pairs join 2D and 3D samples: data.modalities needs one of each, found {list(samples.lists)}")
+    lists, arrays, truth = dict(samples.lists), dict(samples.arrays), dict(labels)
+    for name in solid:
+        order = class_pair_order(labels[name].numpy(), derive_seed(seed, "class pairs", name))
+        index = torch.from_numpy(order)
+        lists[name] = _reorder(lists[name], order)
+        arrays[name] = arrays[name][index.to(arrays[name].device)]
+        truth[name] = labels[name][index]
+    return PairedSamples(lists, arrays), truth
+
+
+def class_pair_order(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Draw which sample takes each row: itself in 6.04 % of the rows, one of another class in 3.64 %, else of the same class.
+
+    The counts are rounded, that of the mismatches to an even number of at least two. A class with a single sample left
+    after the first two draws keeps it in its row.
+
+    Args:
+        labels: (N,) integers.
+        seed: of the draw.
+    Returns:
+        (N,) int64, a permutation of 0..N-1.
+    Raises:
+        ValueError: if the classes are too few or too unequal for that many mismatches.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    crossing = 2 * max(1, round(len(labels) * OTHER_CLASS / 2))
+    across = _take_turns(shuffled, labels, crossing)
+    if np.unique(labels[across], return_counts=True)[1].max() > crossing / 2:
+        raise ValueError(f"{crossing} rows should join two classes, but one class has more than half of them: use more classes")
+    order = np.arange(len(labels))
+    across = across[np.argsort(labels[across], kind="stable")]
+    order[across] = np.roll(across, crossing // 2)  # no class fills half of them, so each meets another
+    moved = shuffled[~np.isin(shuffled, across)][round(len(labels) * SAME_INSTANCE) :]
+    for value in np.unique(labels[moved]):
+        rows = moved[labels[moved] == value]
+        order[rows] = np.roll(rows, 1)
+    return order
+
+
+def pair_shares(samples: PairedSamples, labels: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return how the rows of the first 2D and the first 3D modality are paired, as shares of all rows that sum to 1."""
+    first, second = (next(name for name in samples.lists if MODALITIES[name].is_2d == flat) for flat in (True, False))
+    ids = (np.array(samples.lists[name].instance_ids) for name in (first, second))
+    same = np.equal(*ids)
+    alike = (labels[first] == labels[second]).numpy()
+    return {
+        "same_instance": float(same.mean()), "other_instance_same_class": float((alike & ~same).mean()),
+        "other_class": float((~alike).mean()),
+    }
+
+
+def _take_turns(shuffled: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Return `count` of the rows, taken from the classes in turn, in shuffled order within each."""
+    turn = np.empty(len(shuffled), dtype=np.int64)
+    for value in np.unique(labels):
+        places = labels[shuffled] == value
+        turn[places] = np.arange(places.sum())
+    return shuffled[np.argsort(turn, kind="stable")[:count]]
+
+
+def _reorder(rows: SampleList, order: np.ndarray) -> SampleList:
+    pick = lambda values: tuple(values[row] for row in order)  # noqa: E731
+    return SampleList(rows.path, rows.modality, pick(rows.names), pick(rows.files), pick(rows.instance_ids))

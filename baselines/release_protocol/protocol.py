@@ -1,0 +1,181 @@
+"""Trains both stages of one variant and writes its scores; called by `python -m baselines.release_protocol`."""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from baselines.release_protocol.labels import class_count, training_labels
+from baselines.release_protocol.learners import ReleasePLA, ReleaseRDL
+from baselines.release_protocol.pairs import pair_by_class, pair_shares
+from baselines.release_protocol.variants import Departures, departures_of
+from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
+from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
+from models.build import load_pretrained
+from train_step2 import load_pseudo_labels
+from utils.checkpoint import atomic_write_json
+from utils.evaluation import Evaluator, format_table
+from utils.learner import StageLearner
+from utils.options import Step1Config, Step2Config
+from utils.report import report_pretrained
+from utils.run_log import RunLog
+from utils.trainer import Session, fit, open_session
+
+CONFIGS = {"step1": Step1Config, "step2": Step2Config}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one run of a variant is asked for.
+
+    Attributes:
+        variant: key of `variants.VARIANTS`.
+        config_dir: folder with step1.yaml and step2.yaml.
+        seed: of both stages.
+        set1, set2: "section.key=value" overrides of either stage.
+        device: auto, cpu, cuda or cuda:N; threads: of the CPU, None keeps the configured number.
+    """
+
+    variant: str
+    config_dir: str
+    seed: int
+    set1: tuple[str, ...] = ()
+    set2: tuple[str, ...] = ()
+    device: str = "auto"
+    threads: int | None = None
+
+
+def run_variant(request: Request, output: Path, command: str) -> dict[str, Any]:
+    """Train both stages, or go on where an earlier call with the same request stopped, and write OUTPUT/metrics.json.
+
+    Args:
+        request: what to train.
+        output: folder of this run alone.
+        command: how it was called, for the record.
+    Returns:
+        The content of metrics.json.
+    Raises:
+        ValueError, FileNotFoundError: on bad settings or data, or if the folder belongs to another request.
+    """
+    departures = departures_of(request.variant)
+    _claim(output, request)
+    first, details = _train_step1(request, departures, output)
+    second = _train_step2(request, departures, output)
+    metrics = {"variant": request.variant, "seed": request.seed, **_scores(second, departures), "details": details}
+    metrics |= {"command": command, **_origin([first, second])}
+    atomic_write_json(output / "metrics.json", metrics)
+    return metrics
+
+
+def _claim(output: Path, request: Request) -> None:
+    """Note the request in the folder, or check that it is the one noted there."""
+    path, wanted = output / "request.json", json.loads(json.dumps(dataclasses.asdict(request)))
+    if not path.is_file():
+        atomic_write_json(path, wanted)
+        return
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    differing = [f"{key}: {noted.get(key)!r} there, {value!r} now" for key, value in wanted.items() if noted.get(key) != value]
+    if differing:
+        raise ValueError(f"{output} holds another run ({'; '.join(differing)}): give another --output")
+
+
+def _open(request: Request, stage: str, output: Path, *extra: str) -> Session:
+    """Open a stage's newest run folder below the output, or a new one."""
+    given, labels = (request.set1, "run") if stage == "step1" else (request.set2, "rdl")
+    overrides = [*given, *extra, f"run.seed={request.seed}", f"run.device={request.device}"]
+    overrides += [f"run.output={output / 'runs'}", f"{labels}.pseudo_labels={output / 'pseudo_labels'}"]
+    overrides += [] if request.threads is None else [f"run.threads={request.threads}"]
+    begun = sorted((output / "runs").glob(f"*/{stage}/*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    config = str(Path(request.config_dir) / f"{stage}.yaml")
+    resume = str(begun[-1].parent) if begun else None
+    session = open_session(CONFIGS[stage], stage, argparse.Namespace(config=config, overrides=overrides, resume=resume), config)
+    if session.config.data.pairing != "instance":
+        found = session.config.data.pairing
+        raise ValueError(f"{config}: the variants start from rows paired by object (data.pairing: instance), found {found!r}")
+    return session
+
+
+def _training_data(session: Session, departures: Departures) -> tuple[PairedSamples, dict[str, Tensor]]:
+    """Return the training samples and, for the departures that read it, the ground truth; else an empty dictionary."""
+    samples = load_training_samples(session.config.data, session.device)
+    labels = training_labels(session.config.data, samples) if departures.reads_labels else {}
+    return pair_by_class(samples, labels, session.config.run.seed) if departures.class_pairs else (samples, labels)
+
+
+def _train(session: Session, learner: StageLearner, samples: PairedSamples, stage: str, name: str) -> None:
+    """Train a stage to its last epoch and log its test scores.
+
+    The run folder gets no metrics.json, so that no run of a variant can pass as one of the real trainers.
+    """
+    config, device = session.config, session.device
+    test, labels = load_test_samples(config.data, device, samples)
+    if session.checkpoint is None:
+        report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
+    evaluator = Evaluator(lambda: embed_samples(learner.encoders, test, config.data, device), labels)
+    last = fit(session, learner, evaluator, stage)[-1]
+    session.run.log(format_table([(name, last)]))
+
+
+def _train_step1(request: Request, departures: Departures, output: Path) -> tuple[RunLog, dict[str, Any]]:
+    """Train step 1 and export its pseudo-labels; return its log and what is worth noting about pairs and pseudo-labels."""
+    session = _open(request, "step1", output)
+    samples, labels = _training_data(session, departures)
+    learner = ReleasePLA(session.config, samples, session.device, departures, labels)
+    _train(session, learner, samples, "step1", f"{request.variant}, step 1")
+    details: dict[str, Any] = {"pairs": pair_shares(samples, labels)} if departures.class_pairs else {}
+    num_clusters = session.config.pla.num_clusters
+    if departures.oracle_labels:
+        num_clusters = class_count(session.config.data, labels)
+        details["pseudo_label_accuracy"] = float(learner.kept.accuracy)
+    _export(learner, session, request.variant, num_clusters, output / "pseudo_labels")
+    return session.run, details
+
+
+def _export(learner: ReleasePLA, session: Session, variant: str, num_clusters: int, folder: Path) -> None:
+    """Write one pseudo-label file per modality that names the variant it comes from."""
+    dataset = session.config.data.dataset
+    provenance = {"run_id": session.run.run_id, "seed": session.config.run.seed}
+    provenance["variant"] = f"baselines.release_protocol: {variant}"
+    for name, labels in learner.pseudo_labels().items():
+        write_pseudo_labels(
+            pseudo_label_path(folder, dataset, name), learner.samples.lists[name], labels.numpy(), dataset=dataset,
+            num_clusters=num_clusters, provenance=provenance,
+        )
+
+
+def _train_step2(request: Request, departures: Departures, output: Path) -> RunLog:
+    """Train step 2 on the exported pseudo-labels and return its log."""
+    session = _open(request, "step2", output, *(["run.eval_every=1"] if departures.test_selection else []))
+    samples, _ = _training_data(session, departures)
+    pseudo_labels, num_clusters = load_pseudo_labels(session.config, samples, session.device)
+    learner = ReleaseRDL(session.config, samples, pseudo_labels, num_clusters, session.device, departures)
+    _train(session, learner, samples, "step2", f"{request.variant}, step 2")
+    return session.run
+
+
+def _scores(run: RunLog, departures: Departures) -> dict[str, Any]:
+    """Return the scores of the epoch that counts, how it was chosen, and the mean score of the last epoch."""
+    scored = [row for row in run.read_epochs() if "map/avg" in row]
+    chosen = max(scored, key=lambda row: row["map/avg"]) if departures.test_selection else scored[-1]
+    selection = "last epoch"
+    if departures.test_selection:
+        selection = f"best epoch by test score ({chosen['epoch']} of {scored[-1]['epoch']})"
+    scores = {key: value for key, value in chosen.items() if key.startswith("map/")}
+    return {**scores, "selection": selection, "last_epoch": {"map/avg": scored[-1]["map/avg"]}}
+
+
+def _origin(runs: list[RunLog]) -> dict[str, Any]:
+    """Return commit, device and training time of both stages; a change of commit between them counts as uncommitted code."""
+    notes = [json.loads((run.folder / "env.json").read_text(encoding="utf-8")) for run in runs]
+    seconds = sum(row["seconds/train"] for run in runs for row in run.read_epochs())
+    changed = notes[0]["git_sha"] != notes[1]["git_sha"]
+    return {
+        "commit": notes[1]["git_sha"],
+        "dirty": None if notes[1]["git_dirty"] is None else changed or any(note["git_dirty"] for note in notes),
+        "device": notes[1]["gpu"] or notes[1]["cpu"], "threads": notes[1]["threads"], "torch": notes[1]["torch"],
+        "train_seconds": round(seconds, 1),
+    }

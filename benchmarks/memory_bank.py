@@ -1,0 +1,68 @@
+"""Memory and time of one memory bank: `python -m benchmarks.memory_bank --samples 5000 [--dim 1024] [--batch-size 50]`.
+
+Times one epoch of momentum updates (Eq. 6) in batches, and copying in the features of a whole epoch at once, which is what a
+modality without a bank gets (Table VIII).
+"""
+
+import argparse
+import statistics
+import sys
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.floors import add_arguments, header, open_device, seconds_of, write_report
+from models import MemoryBank
+from utils.trainer import run_command
+
+MOMENTUM = 0.9
+
+
+def measure(samples: int, dim: int, batch_size: int, device: torch.device, repeats: int) -> dict[str, float]:
+    """Measure a bank of random unit rows.
+
+    Args:
+        samples: N; dim: D; batch_size: B, the last batch may be smaller.
+        device: where bank and embeddings lie.
+        repeats: of each measurement, of which the median counts.
+    Returns:
+        bytes and mib of the rows, update_seconds of one epoch of updates, fill_seconds of one copy.
+    """
+    bank = MemoryBank(samples, dim, MOMENTUM).to(device)
+    embeddings = F.normalize(torch.randn(samples, dim, device=device), dim=1)
+    batches = torch.randperm(samples, device=device).split(batch_size)
+
+    def update() -> None:
+        for index in batches:
+            bank.update(index, embeddings[index])
+
+    size = bank.memory.numel() * bank.memory.element_size()
+    return {
+        "bytes": size, "mib": size / 2**20,
+        "update_seconds": statistics.median(seconds_of(update, device, repeats)),
+        "fill_seconds": statistics.median(seconds_of(lambda: bank.fill(embeddings), device, repeats)),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, required=True, help="N, rows of the bank")
+    parser.add_argument("--dim", type=int, default=1024, help="D, width of a row")
+    parser.add_argument("--batch-size", type=int, default=50, help="rows per update")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if min(args.samples, args.dim, args.batch_size, args.repeats) < 1:
+        parser.error("--samples, --dim, --batch-size and --repeats must be at least 1")
+    device = open_device(args)
+    report = header("memory_bank", device, argv)
+    found = measure(args.samples, args.dim, args.batch_size, device, args.repeats)
+    print(f"{args.samples} x {args.dim}: {found['mib']:.3f} MiB; one epoch of updates in batches of {args.batch_size}: "
+          f"{found['update_seconds']:.2e} s, one copy: {found['fill_seconds']:.2e} s")
+    report |= {"samples": args.samples, "dim": args.dim, "batch_size": args.batch_size, **found}
+    write_report("memory_bank", report, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

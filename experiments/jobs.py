@@ -1,0 +1,127 @@
+"""Turns cells into jobs of the scheduler: command line, what to resume, progress, and the record of a finished run."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.cells import Cell
+from experiments.queue import Job
+from utils.run_log import REPOSITORY, RunLog, environment
+
+TRAINING = ("step1", "step2")
+MODULES = {
+    "release_protocol": "baselines.release_protocol", "memory_bank": "benchmarks.memory_bank",
+    "loss_shapes": "benchmarks.loss_shapes",
+}
+CURVES = ("epoch", "map/avg", "clipped")
+# Files that cannot change what a run computes: results are written while other cells still run
+HARMLESS = (":(exclude)results", ":(exclude,glob)**/*.md")
+
+
+def make_jobs(cells: Iterable[Cell], root: Path) -> list[Job]:
+    """Return a job per cell with its folder below {root}/cells; `root` is taken from the repository's root."""
+    return [_make_job(cell, root) for cell in cells]
+
+
+def _make_job(cell: Cell, root: Path) -> Job:
+    folder = root / "cells" / cell.id
+    return Job(
+        id=cell.id, name=cell.name, folder=REPOSITORY / folder, needs=tuple(need.id for need in cell.needs), units=cell.epochs,
+        command=lambda device: [sys.executable, *command(cell, folder, device)],
+        collect=lambda: collect(cell, REPOSITORY / folder),
+        progress=lambda: _epochs_done(REPOSITORY / folder),
+        checkpoint=lambda: _checkpoint_time(REPOSITORY / folder),
+    )
+
+
+def command(cell: Cell, folder: Path, device: str) -> list[str]:
+    """Return the command line of a cell, to be run from the repository's root.
+
+    Args:
+        cell: what to run.
+        folder: of the cell; the cells it needs lie beside it.
+        device: "cpu" (one thread) or "cuda:N".
+    Returns:
+        Arguments of the interpreter; a training that left a run folder is resumed, with the settings and device it had.
+    """
+    threads = ["1"] if device == "cpu" else []
+    if cell.stage not in TRAINING:
+        places = ["--device", device, *(["--threads", *threads] if threads else [])]
+        if cell.stage == "release_protocol":
+            return ["-m", MODULES[cell.stage], *cell.arguments, "--seed", str(cell.seed), *places, "--output", str(folder)]
+        return ["-m", MODULES[cell.stage], *cell.arguments, *places, "--output", str(folder / "metrics.json")]
+    script, run = f"train_{cell.stage}.py", _run_folder(REPOSITORY / folder)
+    if run is not None:
+        return [script, "--resume", str(folder / run.relative_to(REPOSITORY / folder))]
+    own = [f"run.seed={cell.seed}", f"run.device={device}", f"run.output={folder / 'runs'}", "run.figures=false"]
+    own += [f"run.threads={threads[0]}"] if threads else []
+    if cell.stage == "step1":
+        return [script, *cell.arguments, *own, f"run.pseudo_labels={folder / 'pseudo_labels'}"]
+    labels = folder.parent / cell.needs[0].id / "pseudo_labels"
+    return [script, *cell.arguments, *own, "run.eval_every=1", f"rdl.pseudo_labels={labels}"]
+
+
+def collect(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Return the record of a finished cell: what it was, its scores, and its curves.
+
+    Raises:
+        ValueError: if its files say that it is not finished.
+    """
+    record = {"id": cell.id, "stage": cell.stage, "name": cell.name, "seed": cell.seed, "needs": [need.id for need in cell.needs]}
+    if cell.stage in TRAINING:
+        return record | _collect_training(cell, folder)
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise ValueError(f"{cell.name} ended without writing {path}")
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    if cell.stage == "release_protocol":
+        scores = {key: value for key, value in metrics.items() if isinstance(value, float) and key.startswith("map/")}
+        return record | {"scores": scores, "train_seconds": metrics.get("train_seconds")}
+    return record | {"measured": metrics}
+
+
+def _collect_training(cell: Cell, folder: Path) -> dict[str, Any]:
+    run = _run_folder(folder)
+    epochs = RunLog.open(run).read_epochs() if run else []
+    metrics = run / "metrics.json" if run else folder
+    if not epochs or epochs[-1]["epoch"] != cell.epochs or not metrics.is_file():
+        raise ValueError(f"{cell.name} ended after {len(epochs)} of {cell.epochs} epochs without its scores, see {folder}")
+    scores = {key: value for key, value in json.loads(metrics.read_text(encoding="utf-8")).items() if isinstance(value, float)}
+    logged = {key: epochs[-1][key] for key in ("agreement", "cross_nmi", "clipped") if key in epochs[-1]}
+    scored = [row for row in epochs if "map/avg" in row]
+    return {
+        "scores": scores | logged, "train_seconds": round(sum(row["seconds/train"] for row in epochs), 1),
+        "curve": {key: [row[key] for row in scored] for key in CURVES if scored and all(key in row for row in scored)},
+    }
+
+
+def _run_folder(folder: Path) -> Path | None:
+    """The newest run folder of a training cell; a folder without config.yaml was never started."""
+    found = sorted(folder.glob("runs/*/*/*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    return found[-1].parent if found else None
+
+
+def _epochs_done(folder: Path) -> int:
+    files = folder.glob("runs/*/*/*/metrics.jsonl")
+    return max((len(path.read_text(encoding="utf-8", errors="replace").splitlines()) for path in files), default=0)
+
+
+def _checkpoint_time(folder: Path) -> float:
+    """When the last checkpoint was written, seconds since the epoch; 0 if there is none."""
+    return max((path.stat().st_mtime for path in folder.glob("runs/*/*/*/last.pt")), default=0.0)
+
+
+def code_state(device: str) -> Mapping[str, Any]:
+    """Return commit, dirty flag (None: git cannot tell), device, threads and torch version, for the record of an attempt."""
+    found = environment(seed=0)
+    query = ["git", "-C", str(REPOSITORY), "status", "--porcelain", "--", ".", *HARMLESS]
+    try:
+        dirty = bool(subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.strip())
+    except (OSError, subprocess.SubprocessError):
+        dirty = None
+    name = found["cpu"] if device == "cpu" else found["gpu"]
+    threads = 1 if device == "cpu" else None
+    return {"commit": found["git_sha"], "dirty": dirty, "device": name, "threads": threads, "torch": found["torch"]}

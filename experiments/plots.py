@@ -1,0 +1,92 @@
+"""Figures 3, 4 and 5 from the records of clean cells; each function returns False, and draws nothing, without any."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from experiments.statistics import estimate
+from experiments.summary import summarize
+from utils.figures import STYLE, new_figure, save_figure
+
+
+def draw_shapes(manifest: Mapping[str, Any], records: Mapping[str, dict], path: Path) -> bool:
+    """Draw loss and absolute slope against p (Figure 3), both on a logarithmic scale, since the losses' scales differ."""
+    import matplotlib
+
+    record = records.get(manifest["rows"][0]["cells"]["0"][""])
+    if record is None:
+        return False
+    found = record["measured"]
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(11, 4.5)
+        for axis, key, title in zip(figure.subplots(1, 2), ("loss", "slope"), ("loss L(p)", "|dL / dp|")):
+            for name, curve in found["curves"].items():
+                values = np.abs(curve[key])
+                shown = np.where(values > 0, values, np.nan)  # no slope at all below RCLL's clip level: a gap
+                axis.plot(found["p"], shown, label=name, linewidth=2.4 if name.startswith("RCLL") else 1.3)
+            axis.axvline(1 / found["num_clusters"], color="0.5", linestyle=":", linewidth=1)
+            axis.set(title=title, xlabel="p, probability of the pseudo-label (dotted: 1/K)", yscale="log", ylim=(1e-2, 1e2))
+            axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=9)
+        save_figure(figure, path)
+    return True
+
+
+def draw_sensitivity(manifest: Mapping[str, Any], records: Mapping[str, dict], path: Path) -> bool:
+    """Draw mAP against the value of each grid (Figure 4), one panel per grid, bars for one standard deviation over seeds."""
+    import matplotlib
+
+    points: dict[str, list[tuple]] = {}
+    for row in manifest["rows"]:
+        scores = summarize(row, records).scores
+        for task, seeds in scores.items() if "grid" in row else ():
+            found = estimate(list(seeds.values()))
+            points.setdefault(row["grid"], []).append((task, row["value"], 100 * found.mean, 100 * (found.std or 0)))
+    if not points:
+        return False
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(5.5 * len(points), 4.2)
+        for axis, (grid, entries) in zip(np.atleast_1d(figure.subplots(1, len(points), sharey=True)), points.items()):
+            for task in dict.fromkeys(entry[0] for entry in entries):
+                _, x, y, spread = zip(*sorted(entry for entry in entries if entry[0] == task))
+                axis.errorbar(x, y, yerr=spread, label=task, marker="o", markersize=3, linewidth=2.4 if task == "avg" else 1.3)
+            axis.set(title=grid, xlabel=grid, ylabel="mAP@All (%)", xscale="log")
+            axis.grid(alpha=0.25)
+            axis.legend(frameon=False, fontsize=9)
+        save_figure(figure, path)
+    return True
+
+
+def draw_curves(manifest: Mapping[str, Any], records: Mapping[str, dict], path: Path) -> bool:
+    """Draw mAP over the epochs of step 2 (Figure 5): the mean over seeds and pairs, a band of one deviation over seeds."""
+    import matplotlib
+
+    lines = {row["name"]: _mean_curve(row, records) for row in manifest["rows"]}
+    lines = {name: curve for name, curve in lines.items() if curve is not None}
+    if not lines:
+        return False
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(8, 4.8)
+        axis = figure.subplots()
+        for name, (epochs, center, spread) in lines.items():
+            (line,) = axis.plot(epochs, center, label=name, linestyle="-" if "=" in name else "--", linewidth=1.6)
+            axis.fill_between(epochs, center - spread, center + spread, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set(title=manifest["title"], xlabel="epoch of step 2", ylabel="mAP@All (%)")
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=9)
+        save_figure(figure, path)
+    return True
+
+
+def _mean_curve(row: Mapping[str, Any], records: Mapping[str, dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Epochs, mean and deviation over seeds in percent; a seed whose pairs are not all there is left out."""
+    found = [[records.get(cell) for cell in pairs.values()] for pairs in row["cells"].values()]
+    curves = [[record["curve"] for record in records_of] for records_of in found if None not in records_of]
+    if not curves:
+        return None
+    values = 100 * np.array([[mean(point) for point in zip(*(curve["map/avg"] for curve in seed))] for seed in curves])
+    spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+    return np.array(curves[0][0]["epoch"]), values.mean(axis=0), spread

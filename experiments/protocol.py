@@ -1,0 +1,128 @@
+"""Reads protocol.yaml: which data sets, pairs of modalities and table rows there are."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.config import load_config
+from utils.data_options import nearest
+from utils.modalities import MODALITIES
+from utils.options import Step1Config
+from utils.run_log import REPOSITORY
+
+HERE = Path(__file__).resolve().parent
+SCALES = ("full", "small")
+KEYS = {
+    "datasets": {"paper", "samples", *SCALES}, "scale": {"config", "pairs", "step1", "step2"},
+    "tables": {"title", "kind", "paper", "baseline", "ranking", "notes", "rows", "grids", "values"},
+    "row": {"step1", "step2", "stage", "paper", "against", "variant"},
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A data set at one scale: configuration folder, pairs of modalities, settings on top, the paper's name for it."""
+
+    dataset: str
+    scale: str
+    config: Path
+    pairs: tuple[str, ...]
+    step1: tuple[str, ...] = ()
+    step2: tuple[str, ...] = ()
+    paper: str | None = None
+    samples: tuple[int, ...] = ()
+
+
+def load_protocol(added: Path | None = None) -> dict[str, dict]:
+    """Read protocol.yaml and, on top of it, a file of the same format: new data sets, new tables, or more rows of one.
+
+    Raises:
+        FileNotFoundError: if there is no such file. ValueError: on an unknown key, naming file and place.
+    """
+    protocol: dict[str, dict] = {"datasets": {}, "tables": {}}
+    for path in filter(None, (HERE / "protocol.yaml", added)):
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}: give a YAML file with datasets: or tables:, see docs/reproduce.md")
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        _check_protocol(tree, path)
+        protocol["datasets"] |= tree.get("datasets", {})
+        for name, table in tree.get("tables", {}).items():
+            known = protocol["tables"].get(name, {})
+            protocol["tables"][name] = {**known, **table, "rows": {**known.get("rows", {}), **table.get("rows", {})}}
+    return protocol
+
+
+def _check_protocol(tree: Any, path: Path) -> None:
+    _check_keys(tree, {"datasets", "tables"}, str(path))
+    for kind, parts in (("datasets", {"full": "scale", "small": "scale"}), ("tables", {})):
+        for name, entry in tree.get(kind, {}).items():
+            _check_keys(entry, KEYS[kind], f"{path}: {kind}.{name}")
+            for part in parts:
+                _check_keys(entry.get(part, {}), KEYS["scale"], f"{path}: {kind}.{name}.{part}")
+            for row, options in entry.get("rows", {}).items():
+                _check_keys(options, KEYS["row"], f"{path}: {kind}.{name}.rows.{row}")
+
+
+def _check_keys(tree: Any, known: set[str], place: str) -> None:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{place} must hold keys of {', '.join(sorted(known))}, found {tree!r}")
+    for key in tree:
+        if key not in known:
+            raise ValueError(f"{place}: unknown key {key!r}{nearest(key, known)}; known: {', '.join(sorted(known))}")
+
+
+def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Sequence[str] = ()) -> Setup:
+    """Return a data set at a scale. One that the protocol does not name is looked up in configs/.
+
+    Args:
+        protocol: of `load_protocol`.
+        dataset: name; scale: "full" or "small".
+        tasks: task names (RP, PG ...) to restrict the pairs to; a pair trains both directions. Default: the protocol's.
+    Raises:
+        ValueError: on an unknown data set or task, or a scale that the data set does not have.
+    """
+    entry = protocol["datasets"].get(dataset)
+    if entry is None:
+        entry = {scale: {"config": _config_folder(protocol, dataset, scale)}}
+    if scale not in entry:
+        found = ", ".join(key for key in SCALES if key in entry)
+        raise ValueError(f"{dataset} has no scale {scale!r} in the protocol, it has: {found}")
+    options = entry[scale]
+    step1, step2 = tuple(options.get("step1", ())), tuple(options.get("step2", ()))
+    config = Path(options["config"])
+    pairs = [pair_of(task) for task in tasks] or options.get("pairs") or [_configured_pair(config, step1)]
+    samples = tuple(entry.get("samples", ()))
+    return Setup(dataset, scale, config, tuple(dict.fromkeys(pairs)), step1, step2, entry.get("paper"), samples)
+
+
+def _config_folder(protocol: Mapping[str, dict], dataset: str, scale: str) -> str:
+    """Folder of configs/ of a data set that the protocol does not name."""
+    names = [f"{dataset}_cpu", dataset] if scale == "small" else [dataset]
+    for name in names:
+        if (REPOSITORY / "configs" / name / "step1.yaml").is_file():
+            return f"configs/{name}"
+    known = protocol["datasets"]
+    raise ValueError(f"unknown data set {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}, and folders of configs/")
+
+
+def _configured_pair(config: Path, overrides: Sequence[str]) -> str:
+    names = load_config(Step1Config, str(REPOSITORY / config / "step1.yaml"), overrides).data.modalities
+    return pair_of("".join(MODALITIES[name].letter for name in names))
+
+
+def pair_of(task: str) -> str:
+    """Return the pair that a task needs, the 2D letter first: "PR" -> "RP"."""
+    letters = {entry.letter: entry for entry in MODALITIES.values()}
+    kinds = [letters[letter].is_2d for letter in task if letter in letters]
+    if len(task) != 2 or sorted(kinds) != [False, True]:
+        raise ValueError(f"a task is one letter of R, G and one of P, M, like RP or MG; found {task!r}")
+    return task if kinds[0] else task[::-1]
+
+
+def modalities_of(pair: str) -> tuple[str, str]:
+    """Return the names of a pair's modalities: "RP" -> ("RGBImg", "PointCloud")."""
+    names = {entry.letter: name for name, entry in MODALITIES.items()}
+    return names[pair[0]], names[pair[1]]
