@@ -190,5 +190,5 @@ def _provenance(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         **attempts[-1], "command": attempts[0]["command"], "commit": ", ".join(commits) or None,
         "dirty": any(entry["dirty"] is not False for entry in attempts),
-        "seconds": round(sum(known), 1), "attempts": len(attempts),
+        "seconds": round(sum(known), 3), "attempts": len(attempts),
     }
