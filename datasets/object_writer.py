@@ -24,7 +24,6 @@ from datasets.writer import FOLDERS, MANIFEST, SPLITS
 from utils.checkpoint import atomic_write_json, atomic_write_text
 from utils.modalities import MODALITIES
 
-OBJECT_FOLDERS = {**FOLDERS, "Mesh": "mesh"}
 JOURNAL = "objects.jsonl"
 
 
@@ -51,7 +50,7 @@ Make = Callable[[ObjectTask], tuple[dict[str, np.ndarray], dict]]
 
 def object_file(modality: str, split: str, number: int, view: int = 0) -> str:
     """Return the path of one file relative to the data root; it carries no class. Views after the first have own folders."""
-    folder = f"{split}/{OBJECT_FOLDERS[modality]}" + (f"/view_{view:02d}" if view else "")
+    folder = f"{split}/{FOLDERS[modality]}" + (f"/view_{view:02d}" if view else "")
     return f"{folder}/{modality}_{split}_{number:06d}.{'png' if modality in ('RGBImg', 'GrayImg') else 'npy'}"
 
 
@@ -178,7 +177,7 @@ def _check_files(root: Path, settings: dict, kept: list[dict]) -> None:
             if path.relative_to(root).as_posix() not in expected:
                 path.unlink()
     per_kind = Counter((name.split("/")[0], name.split("/")[1]) for name in expected)
-    for split, folder in [(split, OBJECT_FOLDERS[modality]) for split in SPLITS for modality in settings["modalities"]]:
+    for split, folder in [(split, FOLDERS[modality]) for split in SPLITS for modality in settings["modalities"]]:
         found = sum(path.is_file() for path in (root / split / folder).rglob("*"))
         if found != per_kind[split, folder]:
             raise OSError(f"{root / split / folder}: expected {per_kind[split, folder]} files, found {found}; run the command again")
@@ -187,7 +186,7 @@ def _check_files(root: Path, settings: dict, kept: list[dict]) -> None:
 def _content_hashes(settings: dict, kept: list[dict], split: str) -> dict[str, str]:
     """Return modality -> sha256 of the lines `path sha256` of its files, in the order of the numbers."""
     hashes = {modality: hashlib.sha256() for modality in settings["modalities"]}
-    folders = {f"{split}/{OBJECT_FOLDERS[modality]}/": modality for modality in hashes}
+    folders = {f"{split}/{FOLDERS[modality]}/": modality for modality in hashes}
     for name, digest in [item for record in kept if record["split"] == split for item in record["files"].items()]:
         modality = next(modality for folder, modality in folders.items() if name.startswith(folder))
         hashes[modality].update(f"{name} {digest}\n".encode())
