@@ -44,7 +44,10 @@ def triton_operations(device: torch.device, dtype: torch.dtype) -> ModuleType | 
 
 def in_degrees(rows: Tensor) -> Tensor:
     """Count how often each point is somebody's neighbour, (M,) int64."""
-    return torch.bincount(rows.view(-1), minlength=rows.shape[0])
+    if rows.device.type == "cpu":
+        return torch.bincount(rows.view(-1), minlength=rows.shape[0])
+    ones = torch.ones_like(rows.view(-1))  # elsewhere bincount waits for the largest entry
+    return torch.zeros_like(rows[:, 0]).index_add_(0, rows.view(-1), ones)
 
 
 def neighbour_sum(x: Tensor, rows: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[T
     """
     packed = u.device.type == "cpu" and u.dtype == torch.float32
     best, winner = _packed_max(u, rows, points) if packed else _slot_max(u, rows)
-    if tied.any():
+    if u.device.type != "cpu" or tied.any():  # looking at `tied` would make other devices wait
         lowest = rows.amin(1)
         best = torch.where(tied, u[lowest], best)
         winner = torch.where(tied, (lowest * u.shape[1])[:, None] + torch.arange(u.shape[1], device=u.device), winner)

@@ -88,7 +88,7 @@ def collected(rank):
     rows = torch.arange(5.0).view(5, 1)[distributed.own_share(5)]
     module = nn.BatchNorm1d(2)
     module.running_mean.fill_(rank + 1)
-    distributed.copy_buffers(module)
+    distributed.copy_from_main(module.buffers())
     made = distributed.from_main(lambda: {"rank": distributed.rank()})
     return {"rows": distributed.gather_shares(rows, 5), "mean": module.running_mean, "made": made, "main": distributed.is_main()}
 

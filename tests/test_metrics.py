@@ -94,7 +94,7 @@ def test_chunk_sizes_agree_even_with_ties(dtype):
 def test_memory_bound_sets_the_chunk(monkeypatch):
     sets = random_sets()
     expected = retrieval_metrics(*sets)
-    monkeypatch.setattr(metrics, "SCORE_BYTES", 8 * 53 * 4)
+    monkeypatch.setitem(metrics.SCORE_BYTES, "cpu", 8 * 53 * 4)
     prepared = metrics._prepare(*sets)
     assert [len(chunk) for chunk in metrics._ranked_relevance(*prepared, None, 0)] == [4] * 9 + [1]
     assert retrieval_metrics(*sets) == pytest.approx(expected, abs=1e-12)

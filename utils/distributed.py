@@ -6,13 +6,13 @@ gradients of all processes, which that average turns into the gradient of one pr
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 TIMEOUT = timedelta(hours=2)  # the others wait while the main process clusters
@@ -23,7 +23,8 @@ def start() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # objects are exchanged through the current device
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        # One backend per kind of tensor, so that run.device: cpu works on a machine with GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
 
 
 def stop() -> None:
@@ -91,11 +92,12 @@ def gather_shares(rows: Tensor, count: int) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 
-def copy_buffers(module: nn.Module) -> None:
-    """Give all processes the main one's buffers, such as running statistics."""
+@torch.no_grad()
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors, such as running statistics, with the main process's, in place and in the same order everywhere."""
     if world() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+        for values in tensors:
+            dist.broadcast(values, src=0)
 
 
 class _Gather(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import distributed
-from utils.seed import BatchGenerator, generator_for
+from utils.seed import BatchGenerator, derive_seed, generator_for
 from utils.trainer import learning_rate, run_batches
 
 
@@ -71,6 +71,7 @@ class StageLearner:
         """Train one epoch (1-based). Its random numbers depend on the seed and the epoch alone, not on the past."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, epoch)
+        torch.manual_seed(derive_seed(self.config.run.seed, self.stage, epoch, "global"))  # of MeshNet's mask, alike in all processes
         numbers = generator_for(self.config.run.seed, self.stage, epoch, device=self.device)
         own = None if distributed.world() == 1 else distributed.own_share(self.batch_size)
         generator = BatchGenerator(numbers, own, self.batch_size)
@@ -81,7 +82,7 @@ class StageLearner:
             self.source.fetch(plan), lambda batch: self.step(*batch, generator),
             title=f"{self.stage} epoch {epoch}", log_interval=self.config.run.log_interval,
         )
-        distributed.copy_buffers(self.encoders)
+        distributed.copy_from_main([*self.encoders.buffers(), *self.classifiers.parameters(), *self.classifiers.buffers()])
         return means
 
     def embed(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from utils.seed import generator_for
 
 Array = Tensor | np.ndarray
-SCORE_BYTES = 256 * 2**20  # upper bound of one float64 score matrix
+SCORE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}  # upper bound of one float64 score matrix; a CPU's should stay in its caches
 SCORE_STEPS = 1e12  # per unit of cosine: equal ones that differ by summation order alone (1e-16) must tie
 
 
@@ -63,7 +63,7 @@ def _ranked_relevance(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be positive, got {chunk_size}")
-    rows = max(1, SCORE_BYTES // (8 * len(gallery)))
+    rows = max(1, SCORE_BYTES.get(query.device.type, SCORE_BYTES["cpu"]) // (8 * len(gallery)))
     rows = rows if chunk_size is None else min(rows, chunk_size)
     order = torch.randperm(len(gallery), generator=generator_for(seed, "gallery order")).to(query.device)
     gallery, gallery_labels, own = gallery[order].T.contiguous(), gallery_labels[order], order.argsort()
@@ -133,7 +133,7 @@ def mean_average_precision(
     """mAP@All: mean over queries of the average precision over the whole gallery, ranked by cosine similarity.
 
     A query without any relevant gallery item scores 0 and is counted in a warning. Ties are broken by a shuffle of
-    the gallery with `seed`. Memory is bounded: queries go in chunks of at most 256 MiB of scores. Runs on the device
+    the gallery with `seed`. Memory is bounded: queries go in chunks of at most `SCORE_BYTES`. Runs on the device
     of the inputs, in float64.
 
     Args:
