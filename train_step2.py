@@ -62,7 +62,7 @@ class RDLLearner(StageLearner):
             robust = robust + self.loss(logits, labels)
             clipped = clipped + self.unclipped.clipped_fraction(logits, labels) / len(embeddings)
         weight = self.config.rdl.lambda_2
-        self.optimise(weight * robust + (1 - weight) * mlm)
+        self.optimise(weight * (self.config.rdl.loss_scale * robust) + (1 - weight) * mlm)
         return {f"loss/{self.config.rdl.loss}": robust.detach(), "loss/mlm": mlm.detach(), "clipped": clipped}
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,7 +34,9 @@ def render(path: Path, manifest: Mapping[str, Any]) -> list[Path]:
     if kind == "memory":
         rows = memory_rows(manifest, clean(records), records)
         lines = _markdown(rows)
-    elif kind != "shapes":
+    elif kind == "shapes":
+        rows = shape_rows(manifest, clean(records))
+    else:
         summaries = [summarize(row, records) for row in manifest["rows"]]
         lines, rows = score_table(manifest, summaries), long_rows(manifest, summaries)
     if kind in DRAWN:
@@ -42,6 +44,7 @@ def render(path: Path, manifest: Mapping[str, Any]) -> list[Path]:
         drawn = DRAWN[kind](manifest, clean(records), picture)
         lines += ["", f"![{manifest['title']}]({picture.name})" if drawn else f"figure: {DIRTY if records else NOT_RUN}"]
         written += [picture] if drawn else []
+        lines += ["", _run_on(clean(records).values())] if drawn and kind == "shapes" else []
     title = f"**{manifest['title']}**: {manifest['dataset']}, {manifest['scale']} scale (`{manifest['config']}`)"
     notes = [f"- {note}" for note in manifest.get("notes", [])]
     parts = [title, *([""] if lines[0] else []), *lines, "", *notes, *([""] if notes else []), f"`{manifest['command']}`"]
@@ -72,6 +75,16 @@ def memory_rows(manifest: Mapping[str, Any], trusted: Mapping[str, dict], record
             *((found["device"], _commits([found])) if found else ("", "")),
         ])
     return lines
+
+
+def shape_rows(manifest: Mapping[str, Any], trusted: Mapping[str, dict]) -> list[list]:
+    """Return the lines of Figure 3's CSV: every loss and its slope at every p; none if its cell was not run."""
+    record = trusted.get(manifest["rows"][0]["cells"]["0"][""])
+    if record is None:
+        return []
+    found = record["measured"]
+    points = [(name, *point) for name, curve in found["curves"].items() for point in zip(found["p"], curve["loss"], curve["slope"])]
+    return [["name", "p", "loss", "slope"], *points]
 
 
 def score_table(manifest: Mapping[str, Any], summaries: Sequence[Summary]) -> list[str]:
@@ -161,6 +174,11 @@ def _origin(summary: Summary) -> list[str]:
     time = f"{mean(summary.seconds) / 60:.1f} min" if summary.seconds else ""
     devices = sorted({f"{entry['device']}{', 1 thread' if entry['threads'] == 1 else ''}" for entry in summary.records})
     return ["; ".join(filter(None, seeds)), time, "; ".join(devices), _commits(summary.records)]
+
+
+def _run_on(records: Iterable[Mapping[str, Any]]) -> str:
+    records = list(records)
+    return f"{', '.join(sorted({entry['device'] for entry in records}))}, {_commits(records)}"
 
 
 def _commits(records: Sequence[Mapping[str, Any]]) -> str:

@@ -69,6 +69,16 @@ def test_step_2_trains_with_every_robust_loss(finished, small_digits, tmp_path, 
     assert line[f"loss/{loss}"] > 0 and "loss/rcll" not in line and 0 <= line["clipped"] <= 1
 
 
+def test_equation_4_with_the_losses_scale(finished, small_digits, tmp_path, monkeypatch):  # noqa: F811
+    totals = []
+    optimise = train_step2.RDLLearner.optimise
+    monkeypatch.setattr(train_step2.RDLLearner, "optimise", lambda self, loss: (totals.append(float(loss.detach())), optimise(self, loss)))
+    more = [f"rdl.pseudo_labels={finished / 'pseudo_labels'}", "rdl.loss_scale=0.1", "rdl.lambda_2=0.6", "optim.epochs=1"]
+    train_step2.main(settings(small_digits, tmp_path, 2, *more))
+    (line,) = log_lines(only_run(tmp_path, 2))
+    assert sum(totals) / len(totals) == pytest.approx(0.6 * 0.1 * line["loss/rcll"] + 0.4 * line["loss/mlm"], rel=1e-5)
+
+
 def test_memory_without_a_bank_is_the_last_epochs_features(small_digits):
     settings = config(small_digits, "pla.warmup_epochs=0", "pla.banks=[PointCloud]")
     learner = train_step1.PLALearner(settings, load_training_samples(settings.data, CPU), CPU)

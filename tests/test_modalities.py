@@ -216,6 +216,7 @@ def test_row_names_tell_what_a_reader_must_know(small_digits):
     assert name("data.num_views=3", "data.eval_view=mean").endswith("mean of views")
     assert name("rdl.loss=gce", step=2) == "step 2, RDL, gce instead of RCLL" and name("rdl.warmup_epochs=2", step=2) == "step 2, RDL"
     assert name("rdl.warmup_epochs=0", step=2) == "step 2, RDL, clipped from the start"
+    assert name("rdl.loss_scale=0.5", "rdl.loss=aue", step=2) == "step 2, RDL, aue instead of RCLL, robust loss times 0.5"
 
 
 def test_a_fifth_modality_is_one_entry(small_digits, tmp_path, monkeypatch):

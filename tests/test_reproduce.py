@@ -63,13 +63,13 @@ def test_every_table_expands_on_every_data_set():
             one = dataclasses.replace(setup, pairs=setup.pairs[-1:])
             assert len(all_cells(rows_of("table8", one))) == 8
     assert {name: len(all_cells(rows_of(name))) for name in PROTOCOL["tables"]} == {
-        "table2-romo": 2, "table4": 8, "table6": 15, "table8": 8, "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 7,
+        "table2-romo": 2, "table4": 10, "table6": 15, "table8": 8, "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 7,
     }
 
 
 def test_rows_and_tables_share_step_1_and_equal_cells():
     rows = {row.name: row.cells[0]["GP"] for row in rows_of("table4")}
-    assert len({cell.needs for cell in rows.values()}) == 1 and len({cell.id for cell in rows.values()}) == 7
+    assert len({cell.needs for cell in rows.values()}) == 1 and len({cell.id for cell in rows.values()}) == 9
     (first,) = rows["CE"].needs
     assert rows_of("table2-romo")[0].cells[0]["GP"] == first
     shared = {name: ids(rows_of(name)) for name in ("table4", "table6", "table8", "fig4", "fig5")}
@@ -77,7 +77,7 @@ def test_rows_and_tables_share_step_1_and_equal_cells():
         assert {first.id, rows["RCLL"].id} <= shared[other]  # 0.25 and 0.3 of the grids are the configuration's own values
     assert rows["CE"].id in shared["fig5"]
     order = [cell.id for cell in all_cells(rows_of("table4", seeds=(0, 1)))]
-    assert len(order) == 16 and order.index(first.id) == 0
+    assert len(order) == 20 and order.index(first.id) == 0
 
 
 def test_an_id_depends_on_what_decides_the_result_and_on_nothing_else(tmp_path):
@@ -518,6 +518,8 @@ def test_figure_3_and_table_9_from_end_to_end(tmp_path, measured, capsys):
     assert reproduce.main(["fig3", *options]) == 0
     assert (tmp_path / "results" / "fig3-digits-small.png").is_file()
     assert reproduce.main(["table9", *options]) == 0
+    lines = (tmp_path / "results" / "fig3-digits-small.csv").read_text().splitlines()
+    assert lines[0] == "name,p,loss,slope" and len(lines) == 1 + 6 * 99 and f"a CPU, `{'a' * 7}`" in (tmp_path / "results" / "fig3-digits-small.md").read_text()
     text = (tmp_path / "results" / "table9-digits-small.md").read_text()
     assert f"| 1437 x 128 | {1437 * 128 * 4:,} | 0.702 | 19.531 |" in text and "1.3e-01" in text
     assert reproduce.main(["table9", *options, "--list"]) == 0

@@ -70,6 +70,7 @@ class RDLConfig:
     """Step 2, robust discriminative learning (Eq. 4, 11-12)."""
 
     loss: Literal["rcll", "ce", "mae", "gce", "aue", "nce_agce"] = option("rcll", "robust loss on the pseudo-labels (Tables IV, V)")
+    loss_scale: float = option(1.0, "factor on the robust loss, e.g. to give a steeper one RCLL's slope; 1 in the paper", above=0)
     lambda_2: float = option(0.25, "weight of the robust loss in Eq. 4; 1 - lambda_2 weights modality invariance", min=0, max=1)
     alpha: float = option(0.3, "exponent of RCLL", min=0, max=1)
     tau_2: float = option(0.15, "temperature of the modality-invariance loss", above=0)

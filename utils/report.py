@@ -45,6 +45,8 @@ def row_name(config: Mapping[str, Any]) -> str:
             remarks.append(f"{rdl['loss']} instead of RCLL")
         elif rdl["lambda_2"] > 0 and not rdl.get("warmup_epochs"):
             remarks.append("clipped from the start")
+        if rdl["lambda_2"] > 0 and rdl.get("loss_scale", 1) != 1:
+            remarks.append(f"robust loss times {rdl['loss_scale']:g}")
     else:
         pla = config["pla"]
         name = f"step 1, PLA ({pla['estimator']} estimator)" if pla["lambda_1"] > 0 else "step 1, MLM alone (lambda_1 = 0)"
