@@ -1,6 +1,7 @@
 """Published numbers: `collect` copies finished runs into results/, `tables` rewrites the tables of README.md and docs/results.md.
 
-Tables stand between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a folder of results/. Nothing in them is typed by hand.
+Tables stand between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a folder of results/. `benchmark: NAME` takes
+results/benchmarks/NAME-*.json, and `reproduce: NAME` the results/NAME.md that reproduce.py rendered. Nothing in them is typed by hand.
 """
 
 import argparse
@@ -137,6 +138,15 @@ def benchmark(name: str) -> str:
     return "\n".join(parts).rstrip() or "not run"
 
 
+def reproduced(name: str) -> str:
+    """Return what `reproduce.py` rendered as results/<name>.md, without pictures, whose paths hold in results/ alone."""
+    path = ROOT / "results" / f"{name}.md"
+    if not path.is_file():
+        return "not run"
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("![")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
 def _times(tree: dict, prefix: str = ""):
     """Yield (name, figures) of every measured time in a report, depth first."""
     for key, value in tree.items():
@@ -156,7 +166,7 @@ def rewrite_tables() -> None:
     """Replace every marked table of the documents."""
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = document.read_text(encoding="utf-8")
-        for mark, render in (("table", table), ("benchmark", benchmark)):
+        for mark, render in (("table", table), ("benchmark", benchmark), ("reproduce", reproduced)):
             text = re.sub(
                 rf"(<!-- {mark}: ([\w-]+) -->\n).*?(<!-- end -->)",
                 lambda match: f"{match[1]}{render(match[2])}\n{match[3]}", text, flags=re.DOTALL,  # noqa: B023
