@@ -389,8 +389,8 @@ def test_a_table_with_clean_dirty_and_missing_cells(tmp_path):
     assert found["CE"]["avg, difference"] == "n/a" and found["CE"]["seeds"] == "0, 1; dirty tree: 2"
     assert found["AUE"]["GP"] == found["AUE"]["avg"] == "dirty tree" and found["AUE"]["seeds"] == "dirty tree: 0, 1, 2"
     assert found["NCE+AGCE"]["avg"] == "not run" and found["NCE+AGCE"]["seeds"] == "not run: 0, 1, 2"
-    assert "- By average, ours: GCE > MAE > RCLL > CE" in text
-    assert "- By average, paper: RCLL > GCE > NCE+AGCE > AUE > MAE > CE" in text
+    assert "- Order of the means, ours: GCE > MAE > RCLL > CE" in text
+    assert "- Order of the means, paper: RCLL > GCE > NCE+AGCE > AUE > MAE > CE" in text
     assert "better: GCE" in text and "within noise: MAE" in text and "n/a, fewer than 3 seeds: CE" in text
     lines = {(line["row"], line["task"]): line for line in csv.DictReader(open(tmp_path / "table4.csv"))}
     assert float(lines["GCE", "avg"]["mean"]) == pytest.approx(0.811) and lines["GCE", "avg"]["verdict"] == "better"
