@@ -143,7 +143,7 @@ def _ranking(manifest: Mapping[str, Any], summaries: Sequence[Summary], tasks: S
         if found and entry.name in ours:
             verdicts.setdefault("n/a, fewer than 3 seeds" if found.verdict == "n/a" else found.verdict, []).append(entry.name)
     said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
-    return ["", f"- Order of the means, ours (which gaps to {manifest['baseline']} are more than noise: below): {order(ours)}", *([f"- Order of the means, paper: {order(paper)}"] if paper else []),
+    return ["", f"- Order of the means, ours: {order(ours)}", *([f"- Order of the means, paper: {order(paper)}"] if paper else []),
             f"- Against {manifest['baseline']}, paired over seeds: {said or NOT_RUN}"]
 
 
