@@ -79,7 +79,7 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
     metrics = json.loads(path.read_text(encoding="utf-8"))
     if cell.stage == "release_protocol":
         scores = {key: value for key, value in metrics.items() if isinstance(value, float) and key.startswith("map/")}
-        return record | {"scores": scores, "train_seconds": metrics.get("train_seconds")}
+        return record | {"scores": scores, "train_seconds": metrics.get("train_seconds"), "details": metrics.get("details", {})}
     return record | {"measured": metrics}
 
 
