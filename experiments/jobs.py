@@ -17,8 +17,9 @@ MODULES = {
     "loss_shapes": "benchmarks.loss_shapes",
 }
 CURVES = ("epoch", "map/avg", "clipped")
-# Files that cannot change what a run computes: results are written while other cells still run
-HARMLESS = (":(exclude)results", ":(exclude,glob)**/*.md")
+# Files that cannot change what a run computes: results are written while other cells still run, and what a YAML file of --add
+# in the root says stands in each cell's command
+HARMLESS = (":(exclude)results", ":(exclude,glob)**/*.md", ":(exclude,glob)*.yaml")
 
 
 def make_jobs(cells: Iterable[Cell], root: Path) -> list[Job]:
