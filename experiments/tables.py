@@ -30,21 +30,22 @@ def render(path: Path, manifest: Mapping[str, Any]) -> list[Path]:
         The files written.
     """
     records, kind = read_cells(path.parent, manifest), manifest.get("kind", "scores")
+    trusted = clean(records)
     written, lines, rows = [path.with_suffix(".md")], [], []
     if kind == "memory":
-        rows = memory_rows(manifest, clean(records), records)
+        rows = memory_rows(manifest, trusted, records)
         lines = _markdown(rows)
     elif kind == "shapes":
-        rows = shape_rows(manifest, clean(records))
+        rows = shape_rows(manifest, trusted)
     else:
         summaries = [summarize(row, records) for row in manifest["rows"]]
         lines, rows = score_table(manifest, summaries), long_rows(manifest, summaries)
     if kind in DRAWN:
         picture = path.with_suffix(".png")
-        drawn = DRAWN[kind](manifest, clean(records), picture)
+        drawn = DRAWN[kind](manifest, trusted, picture)
         lines += ["", f"![{manifest['title']}]({picture.name})" if drawn else f"figure: {DIRTY if records else NOT_RUN}"]
         written += [picture] if drawn else []
-        lines += ["", _run_on(clean(records).values())] if drawn and kind == "shapes" else []
+        lines += ["", _run_on(trusted.values())] if drawn and kind == "shapes" else []
     title = f"**{manifest['title']}**: {manifest['dataset']}, {manifest['scale']} scale (`{manifest['config']}`)"
     notes = [f"- {note}" for note in manifest.get("notes", [])]
     parts = [title, *([""] if lines[0] else []), *lines, "", *notes, *([""] if notes else []), f"`{manifest['command']}`"]

@@ -1,4 +1,4 @@
-"""Published numbers: `collect` copies finished runs into results/, `tables` rewrites the tables of README.md and docs/results.md.
+"""Published numbers: `collect` copies finished runs into results/, `tables` rewrites the tables of README.md and docs/*.md.
 
 Tables stand between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a folder of results/. `benchmark: NAME` takes
 results/benchmarks/NAME-*.json, and `reproduce: NAME` the results/NAME.md that reproduce.py rendered. Nothing in them is typed by hand.
@@ -181,7 +181,7 @@ def main() -> None:
     collecting = commands.add_parser("collect", help="copy finished runs into results/NAME")
     collecting.add_argument("name")
     collecting.add_argument("runs", nargs="+", type=Path)
-    commands.add_parser("tables", help="rewrite the tables of README.md and docs/results.md")
+    commands.add_parser("tables", help="rewrite the tables of README.md and docs/*.md")
     arguments = parser.parse_args()
     if arguments.command == "collect":
         for folder in arguments.runs:
