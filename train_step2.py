@@ -42,7 +42,7 @@ class RDLLearner(StageLearner):
         classifiers = nn.ModuleDict({name: MLPClassifier(dim, hidden, num_clusters) for name in encoders})
         inputs = {**samples.arrays, **{f"pseudo-labels of {name}": values for name, values in pseudo_labels.items()}}
         super().__init__("step2", config, BatchSource(samples, config.data, device), inputs, encoders, classifiers, device)
-        self.robust = build_robust_loss(config.rdl.loss, num_clusters, config.rdl.alpha)
+        self.robust = build_robust_loss(config.rdl.loss, num_clusters, config.rdl.alpha).to(device)
         self.unclipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters, clip=False)
         self.modality_invariance = ModalityInvarianceLoss(config.rdl.tau_2)
 

@@ -5,6 +5,7 @@ finite for p -> 0 and p -> 1 without clamping p.
 """
 
 import difflib
+import importlib
 
 import torch
 from torch import Tensor, nn
@@ -130,25 +131,40 @@ def build_robust_loss(name: str, num_clusters: int, alpha: float) -> nn.Module:
     """Return a loss of step 2 with its published parameters.
 
     Args:
-        name: one of ROBUST_LOSSES.
+        name: one of ROBUST_LOSSES, or "module:Class" for a loss of the user's own, which is built without arguments.
         num_clusters: K >= 2; decides the clip level of "rcll" and the parameters of "nce_agce" (see MANY_CLASSES).
         alpha: exponent of "rcll", unused by the others.
     Returns:
         A module with forward(logits (B, K), pseudo_labels (B,)) -> scalar.
     Raises:
-        ValueError: on an unknown name, naming the nearest, or num_clusters < 2.
+        ValueError: on an unknown name, naming the nearest, a module or class that is not there, or num_clusters < 2.
+        TypeError: if "module:Class" is no nn.Module that can be built without arguments.
     """
+    if num_clusters < 2:
+        raise ValueError(f"num_clusters (K) must be >= 2, found {num_clusters}")
+    if ":" in str(name):
+        return _own_loss(*name.split(":", 1))
     if name not in ROBUST_LOSSES:
         match = difflib.get_close_matches(str(name), ROBUST_LOSSES, n=1)
         hint = f", did you mean {match[0]!r}?" if match else ""
-        raise ValueError(f"expected a robust loss of {', '.join(ROBUST_LOSSES)}, found {name!r}{hint}")
-    if num_clusters < 2:
-        raise ValueError(f"num_clusters (K) must be >= 2, found {num_clusters}")
+        raise ValueError(f"expected a robust loss of {', '.join(ROBUST_LOSSES)}, or module:Class, found {name!r}{hint}")
     if name == "rcll":
         return RobustConcentratingLoss(alpha, num_clusters)
     if name == "nce_agce":
         return NCEAGCELoss(*(NCE_AGCE_MANY if num_clusters >= MANY_CLASSES else NCE_AGCE_FEW))
     return {"ce": CELoss, "mae": MAELoss, "gce": GCELoss, "aue": AUELoss}[name]()
+
+
+def _own_loss(module: str, name: str) -> nn.Module:
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        where = f"in module {module!r}, a file {module}.py in the root folder"
+        raise ValueError(f"expected class {name!r} {where}: {error}") from error
+    loss = found()
+    if not isinstance(loss, nn.Module):
+        raise TypeError(f"{module}:{name} must be an nn.Module with forward(logits (B, K), pseudo_labels (B,)), found {type(loss)}")
+    return loss
 
 
 def _one_minus_p(own: Tensor) -> Tensor:

@@ -80,6 +80,14 @@ def test_round_trip_and_hash(tmp_path):
         config.optim.epochs = 4
 
 
+@pytest.mark.parametrize("name, hint", [("rcl", ", did you mean 'rcll'"), ("CE", ""), ("''", "")])
+def test_refused_robust_loss(name, hint):
+    with pytest.raises(ValueError) as caught:
+        load_config(Step2Config, None, [*PRETRAINED, f"rdl.loss={name}"])
+    shown = name.strip("'")
+    assert f"rdl.loss must be one of rcll, ce, mae, gce, aue, nce_agce, or module:Class, found {shown!r}{hint}" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "override, message",
     [

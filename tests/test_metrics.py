@@ -1,6 +1,9 @@
 """utils.metrics against hand-worked rankings, slow loops, scikit-learn and simulation."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ from sklearn.metrics import average_precision_score, ndcg_score
 
 from utils import metrics
 from utils.metrics import chance_map, mean_average_precision, ndcg_at_k, recall_at_k, retrieval_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def random_sets(seed=0, queries=37, items=53, dim=8, classes=4, dtype=torch.float64):
@@ -98,6 +103,26 @@ def test_memory_bound_sets_the_chunk(monkeypatch):
     prepared = metrics._prepare(*sets)
     assert [len(chunk) for chunk in metrics._ranked_relevance(*prepared, None, 0)] == [4] * 9 + [1]
     assert retrieval_metrics(*sets) == pytest.approx(expected, abs=1e-12)
+
+
+PEAK = """
+import torch
+from utils.metrics import mean_average_precision
+
+torch.set_num_threads(1)
+query, gallery = torch.randn(1000, 8), torch.randn(100_000, 8)
+labels = torch.arange(100_000) % 10
+for queries in (200, 1000, 1000):
+    mean_average_precision(query[:queries], labels[:queries], gallery, labels)
+    print(int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to read the peak of the memory")
+def test_memory_does_not_grow_with_the_number_of_queries():
+    found = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=ROOT, timeout=120)
+    few, _, many = map(float, found.stdout.split())
+    assert many < few + 250, f"{few:.0f} MiB after 200 queries, {many:.0f} MiB after 2,000 more"
 
 
 def test_single_functions_equal_the_joint_pass():

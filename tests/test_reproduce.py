@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -395,6 +396,21 @@ def test_a_table_with_clean_dirty_and_missing_cells(tmp_path):
     lines = {(line["row"], line["task"]): line for line in csv.DictReader(open(tmp_path / "table4.csv"))}
     assert float(lines["GCE", "avg"]["mean"]) == pytest.approx(0.811) and lines["GCE", "avg"]["verdict"] == "better"
     assert lines["AUE", "GP"]["mean"] == "" and lines["AUE", "GP"]["verdict"] == "dirty tree" and lines["AUE", "GP"]["paper"] == "0.81"
+
+
+def test_files_that_cannot_change_a_cell_leave_the_tree_clean(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "REPOSITORY", tmp_path)
+    assert jobs_module.code_state("cpu")["dirty"] is None  # no repository: git cannot tell
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    for name in ("mine.yaml", "docs/note.md", "results/cells/a.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+        assert jobs_module.code_state("cpu")["dirty"] is False, name
+    for name in ("configs/a.yaml", "mine.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+        assert jobs_module.code_state("cpu")["dirty"] is True, name
+        (tmp_path / name).unlink()
 
 
 def test_a_dirty_or_missing_step_1_makes_its_step_2_dirty_or_missing(tmp_path):

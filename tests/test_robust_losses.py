@@ -1,12 +1,15 @@
 """losses/robust.py: every formula recomputed by slow loops, its slope, published limits and constants, hostile batches."""
 
 import math
+import re
+import sys
 from decimal import Decimal, localcontext
 
 import pytest
 import torch
 
 from losses import ROBUST_LOSSES, AUELoss, CELoss, GCELoss, MAELoss, NCEAGCELoss, RobustConcentratingLoss, build_robust_loss
+from utils import options
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -259,3 +262,36 @@ def test_the_builder_names_the_nearest(name, hint):
 def test_the_builder_checks_the_number_of_clusters(name):
     with pytest.raises(ValueError, match="num_c"):
         build_robust_loss(name, 1, 0.3)
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module `own_losses` on the path, as a file in the root folder would be."""
+    lines = ["from torch import nn", "class Half(nn.Module):", "    def forward(self, logits, pseudo_labels):",
+             "        return 0.5 * nn.functional.cross_entropy(logits, pseudo_labels)", "class Plain: pass", ""]
+    (tmp_path / "own_losses.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_losses"
+    sys.modules.pop("own_losses", None)
+
+
+def test_the_builder_takes_a_loss_of_the_users_own(own_module):
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 4])
+    found = build_robust_loss(f"{own_module}:Half", 5, 0.3)(logits, labels)
+    assert float(found) == pytest.approx(0.5 * float(CELoss()(logits, labels)), rel=1e-6)
+
+
+@pytest.mark.parametrize("name,error,message", [
+    ("own_losses:Hal", ValueError, "expected class 'Hal' in module 'own_losses'"),
+    ("own_lossses:Half", ValueError, "a file own_lossses.py in the root folder: No module named 'own_lossses'"),
+    (":Half", ValueError, "expected class 'Half' in module ''"),
+    ("own_losses:", ValueError, "expected class ''"),
+    ("own_losses:Plain", TypeError, "own_losses:Plain must be an nn.Module with forward"),
+])
+def test_the_builder_says_what_is_wrong_with_it(own_module, name, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        build_robust_loss(name, 5, 0.3)
+
+
+def test_the_settings_know_the_same_names():
+    assert options.ROBUST_LOSSES == ROBUST_LOSSES

@@ -22,7 +22,7 @@ def start() -> None:
     """Join the process group that torchrun describes; without torchrun, or when joined already, do nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # objects are exchanged through the current device
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # NCCL communicates through the current device
         # One backend per kind of tensor, so that run.device: cpu works on a machine with GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
 

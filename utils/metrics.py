@@ -86,9 +86,10 @@ def _sorted_rows(keys: Tensor) -> Tensor:
 
 def _average_precision(relevant: Tensor) -> Tensor:
     """(B, G) bool -> (B,) float64; 0 where nothing is relevant."""
-    hits = relevant.cumsum(dim=1)  # (B, G)
+    hits = relevant.cumsum(dim=1, dtype=torch.float64)  # (B, G) whole numbers, hence exact
+    count = hits[:, -1].clamp(min=1)
     ranks = torch.arange(1, relevant.shape[1] + 1, device=relevant.device, dtype=torch.float64)
-    return (hits / ranks).mul_(relevant).sum(dim=1) / hits[:, -1].clamp(min=1)
+    return hits.div_(ranks).mul_(relevant).sum(dim=1) / count
 
 
 def _recall(k: int) -> Callable[[Tensor], Tensor]:
@@ -111,15 +112,17 @@ def _evaluate(
     exclude_self: bool = False,
 ) -> dict[str, float]:
     """Mean over queries of every per-query score, from one pass over the ranking."""
-    parts = {name: [] for name in scores}
-    orphans = 0
+    # Results have their place beforehand: kept beside a chunk's matrices, they would hinder glibc from reusing that memory
+    values = {name: inputs[0].new_empty(len(inputs[0])) for name in scores}
+    start = orphans = 0
     for relevant in _ranked_relevance(*inputs, chunk_size, seed, exclude_self):
         orphans += int((~relevant.any(dim=1)).sum())
         for name, score in scores.items():
-            parts[name].append(score(relevant))
+            values[name][start : start + len(relevant)] = score(relevant)
+        start += len(relevant)
     if orphans:
         warnings.warn(f"{orphans} of {len(inputs[0])} queries have no relevant gallery item and score 0", stacklevel=3)
-    return {name: float(torch.cat(values).mean()) for name, values in parts.items()}
+    return {name: float(found.mean()) for name, found in values.items()}
 
 
 def _check_ranks(ks: Sequence[int]) -> None:

@@ -7,6 +7,8 @@ from typing import Literal
 from utils.data_options import AugmentConfig, DataConfig, check_modalities, nearest, option
 from utils.modalities import MODALITIES
 
+ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")  # as in losses/robust.py, which stands by itself
+
 __all__ = ["AugmentConfig", "DataConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig", "Step1Config", "Step2Config", "nearest"]
 
 
@@ -69,7 +71,7 @@ class PLAConfig:
 class RDLConfig:
     """Step 2, robust discriminative learning (Eq. 4, 11-12)."""
 
-    loss: Literal["rcll", "ce", "mae", "gce", "aue", "nce_agce"] = option("rcll", "robust loss on the pseudo-labels (Tables IV, V)")
+    loss: str = option("rcll", f"robust loss on the pseudo-labels (Tables IV, V): {' | '.join(ROBUST_LOSSES)} | module:Class")
     loss_scale: float = option(1.0, "factor on the robust loss, e.g. to give a steeper one RCLL's slope; 1 in the paper", above=0)
     lambda_2: float = option(0.25, "weight of the robust loss in Eq. 4; 1 - lambda_2 weights modality invariance", min=0, max=1)
     alpha: float = option(0.3, "exponent of RCLL", min=0, max=1)
@@ -77,6 +79,11 @@ class RDLConfig:
     warmup_epochs: int = option(0, "first epochs with RCLL not clipped at p = 1/K (ours; 0 in the paper)", min=0)
     num_clusters: int | None = option(None, "K; default: read from the pseudo-labels' .meta.json", min=2)
     pseudo_labels: str = option("pseudo_labels", "folder that step 1 wrote")
+
+    def __post_init__(self) -> None:
+        if ":" not in self.loss and self.loss not in ROBUST_LOSSES:
+            known, hint = ", ".join(ROBUST_LOSSES), nearest(self.loss, ROBUST_LOSSES)
+            raise ValueError(f"rdl.loss must be one of {known}, or module:Class, found {self.loss!r}{hint}")
 
 
 @dataclass(frozen=True)
