@@ -11,16 +11,16 @@ from datasets.lists import read_labelled_list
 from datasets.pseudo_labels import pseudo_label_origin, pseudo_label_path, read_pseudo_labels
 from datasets.samples import UNIQUE, embed_samples, list_path, load_test_samples
 from models.build import build_encoders
-from utils.checkpoint import atomic_write_json, load_checkpoint
-from utils.clustering import clustering_accuracy, nmi, purity
-from utils.config import load_config, to_dict
-from utils.device import select_device
-from utils.evaluation import format_matrix, format_table, retrieval_table
+from utils.engine.checkpoint import atomic_write_json, load_checkpoint
+from utils.evaluation.clustering import clustering_accuracy, nmi, purity
+from utils.settings.config import load_config, to_dict
+from utils.engine.device import select_device
+from utils.evaluation.tables import format_matrix, format_table, retrieval_table
 from utils.modalities import MODALITIES, task_name
-from utils.options import Step1Config, Step2Config
-from utils.report import row_name
-from utils.run_log import RunLog
-from utils.trainer import LAST, run_command
+from utils.settings.options import Step1Config, Step2Config
+from utils.evaluation.report import row_name
+from utils.engine.run_log import RunLog
+from utils.engine.session import LAST, run_command
 
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 

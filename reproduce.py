@@ -22,11 +22,11 @@ from experiments.queue import DONE, FAILED, SKIPPED, Job, Queue, states
 from experiments.results import manifest, manifest_path, publish, read_manifests
 from experiments.scheduler import Scheduler
 from experiments.tables import render
-from utils.checkpoint import atomic_write_json
-from utils.data_options import nearest
-from utils.device import select_device
-from utils.run_log import REPOSITORY
-from utils.trainer import run_command
+from utils.engine.checkpoint import atomic_write_json
+from utils.settings.data_options import nearest
+from utils.engine.device import select_device
+from utils.engine.run_log import REPOSITORY
+from utils.engine.session import run_command
 
 COMPLETE, SOME_FAILED, LEFT, STOPPED = 0, 1, 3, 130  # exit status; 2 is a wrong call
 SHOWN = 12  # names of cells that are printed at the end

@@ -13,16 +13,16 @@ from datasets.samples import PairedSamples, embed_samples, load_test_samples, lo
 from losses import ModalityInvarianceLoss, SelfMatchingLoss
 from models import LinearClassifier, MemoryBank
 from models.build import build_encoders, load_pretrained
-from utils import distributed
-from utils.clustering import joint_then_per_modality, nmi
-from utils.config import config_hash
-from utils.evaluation import Evaluator
-from utils.learner import StageLearner
-from utils.options import Step1Config
-from utils.report import finish, report_pretrained
-from utils.run_log import environment
-from utils.seed import BatchGenerator, derive_seed
-from utils.trainer import Session, fit, open_session, parse_arguments, run_command
+from utils.engine import distributed
+from utils.evaluation.clustering import joint_then_per_modality, nmi
+from utils.settings.config import config_hash
+from utils.evaluation.tables import Evaluator
+from utils.engine.learner import StageLearner
+from utils.settings.options import Step1Config
+from utils.evaluation.report import finish, report_pretrained
+from utils.engine.run_log import environment
+from utils.engine.seed import BatchGenerator, derive_seed
+from utils.engine.session import Session, fit, open_session, parse_arguments, run_command
 
 DEFAULT_CONFIG = "configs/mnist3d/step1.yaml"
 

@@ -11,12 +11,12 @@ from datasets.samples import PairedSamples, embed_samples, load_test_samples, lo
 from losses import ModalityInvarianceLoss, RobustConcentratingLoss, build_robust_loss
 from models import MLPClassifier
 from models.build import build_encoders, load_pretrained
-from utils.evaluation import Evaluator
-from utils.learner import StageLearner
-from utils.options import Step2Config
-from utils.report import finish, report_pretrained
-from utils.seed import BatchGenerator
-from utils.trainer import fit, open_session, parse_arguments, run_command
+from utils.evaluation.tables import Evaluator
+from utils.engine.learner import StageLearner
+from utils.settings.options import Step2Config
+from utils.evaluation.report import finish, report_pretrained
+from utils.engine.seed import BatchGenerator
+from utils.engine.session import fit, open_session, parse_arguments, run_command
 
 DEFAULT_CONFIG = "configs/mnist3d/step2.yaml"
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from benchmarks.floors import Rates, add_arguments, count_work, header, measure_rates, open_device, print_table, seconds_of
 from benchmarks.floors import synchronize, write_report
-from models.edge_conv import IMPLEMENTATIONS, EdgeConv
-from models.knn import knn
-from utils.trainer import run_command
+from models.kernels.edge_conv import IMPLEMENTATIONS, EdgeConv
+from models.kernels.knn import knn
+from utils.engine.session import run_command
 
 LAYERS = ((3, 64), (64, 64), (64, 128), (128, 256))
 KNN_CHANNELS = (3, 64, 128)

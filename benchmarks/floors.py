@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.checkpoint import atomic_write_json
-from utils.device import select_device, set_threads
-from utils.run_log import REPOSITORY, environment
+from utils.engine.checkpoint import atomic_write_json
+from utils.engine.device import select_device, set_threads
+from utils.engine.run_log import REPOSITORY, environment
 
 SMALLEST_SIDE = 256  # of the matrix product, doubled until one takes PRODUCT_SECONDS
 PRODUCT_SECONDS = 0.02

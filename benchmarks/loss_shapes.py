@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.floors import add_arguments, header, open_device, write_report
 from losses import build_robust_loss
 from losses.robust import ROBUST_LOSSES
-from utils.trainer import run_command
+from utils.engine.session import run_command
 
 TITLES = {"ce": "CE", "mae": "MAE", "gce": "GCE", "aue": "AUE", "nce_agce": "NCE+AGCE"}
 DIGITS = 6

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.floors import add_arguments, header, open_device, seconds_of, write_report
 from models import MemoryBank
-from utils.trainer import run_command
+from utils.engine.session import run_command
 
 MOMENTUM = 0.9
 

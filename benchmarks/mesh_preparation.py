@@ -13,10 +13,10 @@ import zipfile
 from pathlib import Path
 
 from benchmarks.floors import add_arguments, header, open_device, write_report
-from datasets.modelnet import MODELNET40, make_tasks, read_archive
-from datasets.off import clean_mesh, read_off
+from datasets.prepare.modelnet import MODELNET40, make_tasks, read_archive
+from datasets.prepare.readers.off import clean_mesh, read_off
 from datasets.prepare_modelnet import MESH_SIZE, Recipe, make_object
-from utils.trainer import run_command
+from utils.engine.session import run_command
 
 MODELNET40_OBJECTS = sum(map(sum, MODELNET40.values()))
 

@@ -2,7 +2,7 @@
 
 "double loop": scores, ranking and precision of every query in Python, nothing vectorised. "loop over ranks": the same, but
 scores and order come from NumPy. The loops stand beside the floors of the vectorised pass. Exit code 1 if either loop differs
-from `utils.metrics` by 1e-6 or more.
+from `utils.evaluation.metrics` by 1e-6 or more.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.floors import Rates, Work, add_arguments, count_work, header, measure_rates, open_device, print_table
 from benchmarks.floors import seconds_of, write_report
-from utils.metrics import mean_average_precision
+from utils.evaluation.metrics import mean_average_precision
 
 SEED = 0
 CLASSES = 10

@@ -25,12 +25,12 @@ from datasets.mesh_faces import FACE_CHANNELS
 from datasets.samples import PairedSamples
 from train_step1 import PLALearner
 from train_step2 import RDLLearner
-from utils.config import load_config
-from utils.learner import Source, StageLearner, plan_epoch
+from utils.settings.config import load_config
+from utils.engine.learner import Source, StageLearner, plan_epoch
 from utils.modalities import MODALITIES
-from utils.options import DataConfig, Step1Config, Step2Config
-from utils.seed import BatchGenerator, generator_for, seed_everything, set_deterministic
-from utils.trainer import run_command
+from utils.settings.options import DataConfig, Step1Config, Step2Config
+from utils.engine.seed import BatchGenerator, generator_for, seed_everything, set_deterministic
+from utils.engine.session import run_command
 
 SEED = 0
 COLUMNS = (("pairs/s", "pairs_per_second", ".1f"), ("waiting for data", "share_waiting_for_data", ".1%"),

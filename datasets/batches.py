@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.kinds import KINDS
 from datasets.samples import PairedSamples
-from utils import distributed
+from utils.engine import distributed
 from utils.modalities import MODALITIES
-from utils.options import DataConfig
-from utils.seed import BatchGenerator
+from utils.settings.options import DataConfig
+from utils.engine.seed import BatchGenerator
 
 
 class BatchSource:
@@ -45,7 +45,7 @@ class BatchSource:
         """Yield every batch of an epoch, not yet augmented.
 
         Args:
-            plan: (2, M, B) int64 each: sample numbers and view numbers per modality, see `utils.learner.plan_epoch`.
+            plan: (2, M, B) int64 each: sample numbers and view numbers per modality, see `utils.engine.learner.plan_epoch`.
         Yields:
             The sample numbers (M, B) of the whole batch, and this process's rows (b, ...) of every array, on the device.
         """

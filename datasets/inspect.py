@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from datasets.checks import Listed, Lists, prepared_modalities, read_lists, read_manifest, run_checks
+from datasets.prepare.checks import Listed, Lists, prepared_modalities, read_lists, read_manifest, run_checks
 from datasets.kinds import KINDS
-from datasets.writer import SPLITS
-from utils.config import load_config
-from utils.contact_sheet import Block, Tile, draw_contact_sheet
+from datasets.prepare.writer import SPLITS
+from utils.settings.config import load_config
+from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
 from utils.modalities import MODALITIES
-from utils.options import DataConfig, Step1Config, Step2Config
-from utils.thumbnails import thumbnail
-from utils.trainer import run_command
+from utils.settings.options import DataConfig, Step1Config, Step2Config
+from utils.figures.thumbnails import thumbnail
+from utils.engine.session import run_command
 
 TILE_PIXELS = 144
 
@@ -30,7 +30,7 @@ def load_data_config(path: str, overrides: Sequence[str] = ()) -> DataConfig:
     """Return the data section of a step-1 or step-2 configuration; one with a section `rdl` is of step 2.
 
     Raises:
-        FileNotFoundError, ValueError: as `utils.config.load_config`.
+        FileNotFoundError, ValueError: as `utils.settings.config.load_config`.
     """
     try:
         sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

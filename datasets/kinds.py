@@ -12,7 +12,7 @@ from datasets.arrays import MAX_POINTS, load_images, load_points
 from datasets.lists import SampleList
 from datasets.mesh_faces import augment_faces, load_faces, prepare_faces
 from datasets.transforms import augment_images, augment_points, prepare_images, prepare_points
-from utils.options import DataConfig
+from utils.settings.options import DataConfig
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from datasets.lists import SampleList
 from datasets.transforms import random_map
-from utils.seed import BatchGenerator
+from utils.engine.seed import BatchGenerator
 
 FACE_CHANNELS = 18
 MAX_FACES = 500
@@ -163,7 +163,7 @@ def augment_faces(faces: Tensor, augment, generator: BatchGenerator) -> Tensor:
 
     Args:
         faces: (B, F, 18) float32, z up.
-        augment: ranges, see `utils.options.AugmentConfig` (the point_* fields).
+        augment: ranges, see `utils.settings.options.AugmentConfig` (the point_* fields).
         generator: on the device of the faces.
     Returns:
         (B, F, 18) float32.

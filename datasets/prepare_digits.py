@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from datasets.writer import RGB_MODES, DigitSplit, write_dataset
-from utils.trainer import run_command
+from datasets.prepare.writer import RGB_MODES, DigitSplit, write_dataset
+from utils.engine.session import run_command
 
 NUM_TRAIN = 1437
 SPLIT_SEED = 0

@@ -16,14 +16,14 @@ import numpy as np
 
 from datasets.lists import default_list_path
 from datasets.mesh_faces import mesh_to_faces
-from datasets.mesh_processing import simplify, to_unit_sphere
-from datasets.mi3dor import Item, Release, by_name_hash, check_official, check_photographs, draw_of_same_class, read_release
-from datasets.obj import read_obj
-from datasets.object_writer import ObjectTask, object_file, package_versions, report, write_objects
-from datasets.off import MeshError, clean_mesh
-from datasets.writer import SPLITS
-from utils.checkpoint import atomic_write_text
-from utils.trainer import run_command
+from datasets.prepare.shapes.mesh import simplify, to_unit_sphere
+from datasets.prepare.mi3dor import Item, Release, by_name_hash, check_official, check_photographs, draw_of_same_class, read_release
+from datasets.prepare.readers.obj import read_obj
+from datasets.prepare.object_writer import ObjectTask, object_file, package_versions, report, write_objects
+from datasets.prepare.readers.off import MeshError, clean_mesh
+from datasets.prepare.writer import SPLITS
+from utils.engine.checkpoint import atomic_write_text
+from utils.engine.session import run_command
 
 DATASETS = {"none": "mi3dor", "class": "mi3dor_class"}  # pairing -> prefix of the lists
 MODALITIES = ("RGBImg", "GrayImg", "Mesh")

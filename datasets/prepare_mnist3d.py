@@ -8,10 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from datasets.authors import join_authors_lists
-from datasets.sources import check_class_counts, download_mnist, read_kaggle, read_mnist
-from datasets.writer import RGB_MODES, write_dataset
-from utils.trainer import run_command
+from datasets.prepare.readers.authors import join_authors_lists
+from datasets.prepare.readers.digits import check_class_counts, download_mnist, read_kaggle, read_mnist
+from datasets.prepare.writer import RGB_MODES, write_dataset
+from utils.engine.session import run_command
 
 
 def _parser() -> argparse.ArgumentParser:

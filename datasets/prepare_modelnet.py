@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from datasets.mesh_faces import mesh_to_faces
-from datasets.mesh_processing import farthest_points, sample_surface, simplify, to_unit_sphere
-from datasets.modelnet import OFFICIAL, Source, check_official, make_tasks, read_archive, read_hdf5, read_npz, to_z_up
-from datasets.object_writer import JOURNAL, ObjectTask, package_versions, report, write_objects
-from datasets.off import MeshError, clean_mesh, read_off
-from datasets.pcd import read_pcd, read_pcd_folder
-from datasets.rendering import luminance, probe_renderer, render_views, ring_of_cameras, splat_views
-from utils.trainer import run_command
+from datasets.prepare.shapes.mesh import farthest_points, sample_surface, simplify, to_unit_sphere
+from datasets.prepare.modelnet import OFFICIAL, Source, check_official, make_tasks, read_archive, read_hdf5, read_npz, to_z_up
+from datasets.prepare.object_writer import JOURNAL, ObjectTask, package_versions, report, write_objects
+from datasets.prepare.readers.off import MeshError, clean_mesh, read_off
+from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
+from datasets.prepare.shapes.render import luminance, probe_renderer, render_views, ring_of_cameras, splat_views
+from utils.engine.session import run_command
 
 CANDIDATES = 4  # surface points drawn per point kept by farthest-point sampling
 SAMPLINGS = ("farthest", "surface")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.lists import SampleList
-from utils.checkpoint import atomic_write_json, atomic_write_text
+from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.modalities import MODALITIES
 
 COMMAND = "python train_step1.py"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from datasets.kinds import KINDS
 from datasets.lists import SampleList, check_disjoint, check_paired, check_same_length, default_list_path
 from datasets.lists import read_labelled_list, read_training_list
-from utils.features import extract_embeddings
+from utils.evaluation.features import extract_embeddings
 from utils.modalities import MODALITIES
-from utils.options import DataConfig
+from utils.settings.options import DataConfig
 
 DEVICE_SHARE = 0.5  # of the device's free memory that samples may take with data.placement: auto
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.protocol import Setup, modalities_of
-from utils.config import load_config, to_dict
-from utils.options import Step1Config, Step2Config
-from utils.run_log import REPOSITORY
+from utils.settings.config import load_config, to_dict
+from utils.settings.options import Step1Config, Step2Config
+from utils.engine.run_log import REPOSITORY
 
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 # Settings that name places or cost time, but do not change the result of a cell

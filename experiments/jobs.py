@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.cells import Cell
 from experiments.queue import Job
-from utils.run_log import REPOSITORY, RunLog, environment
+from utils.engine.run_log import REPOSITORY, RunLog, environment
 
 TRAINING = ("step1", "step2")
 MODULES = {

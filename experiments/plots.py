@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.statistics import estimate
 from experiments.summary import summarize
-from utils.figures import STYLE, new_figure, save_figure
+from utils.figures.plots import STYLE, new_figure, save_figure
 
 
 def draw_shapes(manifest: Mapping[str, Any], records: Mapping[str, dict], path: Path) -> bool:

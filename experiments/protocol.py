@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from utils.config import load_config
-from utils.data_options import nearest
+from utils.settings.config import load_config
+from utils.settings.data_options import nearest
 from utils.modalities import MODALITIES
-from utils.options import Step1Config
-from utils.run_log import REPOSITORY
+from utils.settings.options import Step1Config
+from utils.engine.run_log import REPOSITORY
 
 HERE = Path(__file__).resolve().parent
 SCALES = ("full", "small")

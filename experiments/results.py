@@ -10,7 +10,7 @@ import yaml
 from experiments.cells import Row
 from experiments.protocol import HERE, Setup
 from experiments.queue import MARKER, Job
-from utils.checkpoint import atomic_write_json
+from utils.engine.checkpoint import atomic_write_json
 
 
 def publish(folder: Path, jobs: Iterable[Job]) -> None:

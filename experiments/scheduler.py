@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.queue import DONE, FAILED, INTERRUPTED, MARKER, RUNNING, SKIPPED, WAITING, Job, Queue, hold
-from utils.checkpoint import atomic_write_json
-from utils.run_log import REPOSITORY
+from utils.engine.checkpoint import atomic_write_json
+from utils.engine.run_log import REPOSITORY
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0

@@ -11,7 +11,7 @@ from experiments import plots
 from experiments.results import read_cells
 from experiments.statistics import Comparison, Estimate, estimate
 from experiments.summary import DIRTY, NOT_RUN, Summary, clean, comparison, paper_score, summarize, tasks_of
-from utils.checkpoint import atomic_write_text
+from utils.engine.checkpoint import atomic_write_text
 
 CSV_HEADS = (
     "row task paper mean std ci95_low ci95_high n seeds against difference difference_low difference_high verdict wall_seconds "

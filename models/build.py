@@ -7,9 +7,9 @@ from torch import nn
 import models
 from models.pretrained import LoadReport, load_dgcnn_checkpoint, load_meshnet_checkpoint, load_resnet18_weights
 from models.sync_batchnorm import synchronise
-from utils import distributed
+from utils.engine import distributed
 from utils.modalities import MODALITIES
-from utils.options import ModelConfig
+from utils.settings.options import ModelConfig
 
 
 def build_encoders(modalities: Sequence[str], model: ModelConfig, sync_batchnorm: bool = False) -> nn.ModuleDict:

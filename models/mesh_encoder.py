@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.mesh_convolution import MeshConvolution, Neighbours, SharedMLP
+from models.kernels.mesh_convolution import MeshConvolution, Neighbours, SharedMLP
 
 FACE_CHANNELS = 18
 STRUCTURAL = 64 + 64 + 3  # channels of rotate convolution, kernel correlation and normal

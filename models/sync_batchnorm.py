@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from utils import distributed
+from utils.engine import distributed
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -16,11 +16,11 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils.checkpoint import atomic_write_json, atomic_write_text  # noqa: E402
-from utils.evaluation import scored_tasks  # noqa: E402
+from utils.engine.checkpoint import atomic_write_json, atomic_write_text  # noqa: E402
+from utils.evaluation.tables import scored_tasks  # noqa: E402
 from utils.modalities import MODALITIES, task_name  # noqa: E402
-from utils.report import row_name  # noqa: E402
-from utils.run_log import RunLog  # noqa: E402
+from utils.evaluation.report import row_name  # noqa: E402
+from utils.engine.run_log import RunLog  # noqa: E402
 
 BENCHMARK_FACTS = ("speedup", "memory_ratio", "largest_relative_difference", "difference", "differences", "seconds_per_epoch",
                    "extrapolated_seconds", "mean_seconds", "modelnet40_hours_extrapolated")

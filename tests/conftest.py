@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from stage_runs import settings
+
 TRAIN, TEST = 40, 16
 FOLDERS = {
     "RGBImg": ("rgb_imgs", "RGBImgs", "png"), "GrayImg": ("gray_imgs", "GrayImgs", "png"),
@@ -23,7 +25,7 @@ def write_lists(root: Path, split: str, labels: list[int | None], dataset: str =
 
 def write_samples(root: Path, split: str, images: np.ndarray, seed: int) -> None:
     """Images (30 x 30), a cloud of 48 points on the digit's pixels and its extruded outline per 8 x 8 image."""
-    from datasets.digit_mesh import extrude_digit
+    from datasets.prepare.shapes.digit_mesh import extrude_digit
     from datasets.mesh_faces import mesh_to_faces
 
     generator = np.random.default_rng(seed)
@@ -60,3 +62,18 @@ def small_digits(_digits_folder) -> Path:
     write_lists(root, "train", labels[:TRAIN])
     write_lists(root, "test", labels[TRAIN:])
     return root
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, _digits_folder) -> Path:
+    """Output folder of one uninterrupted step 1 and step 2."""
+    root, labels = _digits_folder
+    write_lists(root, "train", labels[:40])
+    write_lists(root, "test", labels[40:])
+    out = tmp_path_factory.mktemp("finished")
+    import train_step1
+    import train_step2
+
+    train_step1.main(settings(root, out, 1))
+    train_step2.main(settings(root, out, 2))
+    return out

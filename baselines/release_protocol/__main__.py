@@ -7,7 +7,7 @@ from pathlib import Path
 
 from baselines.release_protocol.protocol import Request, run_variant
 from baselines.release_protocol.variants import VARIANTS
-from utils.trainer import run_command
+from utils.engine.session import run_command
 
 
 def main(argv: list[str] | None = None) -> None:

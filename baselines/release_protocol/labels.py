@@ -7,7 +7,7 @@ from torch import Tensor
 
 from datasets.lists import read_labelled_list
 from datasets.samples import UNIQUE, PairedSamples, list_path
-from utils.options import DataConfig
+from utils.settings.options import DataConfig
 
 CHUNK = 1024  # rows of the similarity matrix held at once
 

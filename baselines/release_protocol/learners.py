@@ -11,9 +11,9 @@ from baselines.release_protocol.variants import Departures
 from datasets.samples import PairedSamples, embed_samples
 from train_step1 import PLALearner
 from train_step2 import RDLLearner
-from utils.clustering import clustering_accuracy
-from utils.options import Step1Config, Step2Config
-from utils.seed import generator_for
+from utils.evaluation.clustering import clustering_accuracy
+from utils.settings.options import Step1Config, Step2Config
+from utils.engine.seed import generator_for
 
 
 class KeptLabels(nn.Module):

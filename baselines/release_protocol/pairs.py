@@ -9,7 +9,7 @@ from torch import Tensor
 from datasets.lists import SampleList
 from datasets.samples import PairedSamples
 from utils.modalities import MODALITIES
-from utils.seed import derive_seed
+from utils.engine.seed import derive_seed
 
 SAME_INSTANCE = 302 / 5000  # shares of the published training lists, image against point cloud
 OTHER_CLASS = 182 / 5000

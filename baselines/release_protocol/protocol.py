@@ -17,13 +17,13 @@ from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
 from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
 from models.build import load_pretrained
 from train_step2 import load_pseudo_labels
-from utils.checkpoint import atomic_write_json
-from utils.evaluation import Evaluator, format_table
-from utils.learner import StageLearner
-from utils.options import Step1Config, Step2Config
-from utils.report import report_pretrained
-from utils.run_log import RunLog
-from utils.trainer import Session, fit, open_session
+from utils.engine.checkpoint import atomic_write_json
+from utils.evaluation.tables import Evaluator, format_table
+from utils.engine.learner import StageLearner
+from utils.settings.options import Step1Config, Step2Config
+from utils.evaluation.report import report_pretrained
+from utils.engine.run_log import RunLog
+from utils.engine.session import Session, fit, open_session
 
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 

@@ -1,0 +1,245 @@
+"""The checks of `datasets.inspect`: each reports all it finds and none stops another. Training never imports this module."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.kinds import KINDS
+from datasets.lists import SampleList, check_disjoint, check_paired, check_same_length, default_list_path
+from datasets.lists import read_labelled_list, read_training_list
+from datasets.samples import UNIQUE, list_path
+from datasets.prepare.writer import MANIFEST, SPLITS
+from utils.modalities import MODALITIES
+from utils.settings.options import DataConfig
+
+REPAIR = "prepare the data again, or take the object out of the lists of every modality"
+PAIRING_NOTES = {
+    "instance": "row k of every list shows one object",
+    "class": "data.pairing: class: row k of the training lists shows one class; such pairs are made with labels, so training on "
+    "them is not unsupervised. Test lists are not paired",
+    "none": "data.pairing: none: no row is a pair of anything; there is nothing to compare",
+}
+
+
+@dataclass
+class Check:
+    """Outcome of one check.
+
+    Attributes:
+        name: what should hold.
+        problems: one text per finding: what, where, what to do.
+        notes: what a reader should know although nothing failed.
+        done: False if there was nothing to look at.
+    """
+
+    name: str
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    done: bool = True
+
+    def attempt(self, advice: str, action: Callable, *arguments: Any) -> Any:
+        """Return action(*arguments); if it refuses the data, keep its message and the advice as a problem and return None."""
+        try:
+            return action(*arguments)
+        except (ValueError, OSError) as error:
+            self.problems.append(f"{error}; {advice}" if advice else str(error))
+        return None
+
+    def lines(self) -> list[str]:
+        """Return the outcome as lines of text, the first with the name and `ok`, `FAILED: ...` or `not run`."""
+        states = [f"FAILED: {problem}" for problem in self.problems] or ["ok" if self.done else "not run"]
+        first, *others = [*states, *(f"({note})" for note in self.notes)]
+        return [f"{self.name:<40}{first}", *(" " * 40 + text for text in others)]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One list file that could be read: its samples, and their labels (N,) int64, or None if it carries none."""
+
+    samples: SampleList
+    labels: np.ndarray | None
+
+
+Lists = dict[tuple[str, str], Listed]  # (split, modality) -> list
+
+
+def prepared_modalities(data: DataConfig) -> list[str]:
+    """Return `data.modalities`, then all other modalities of which a list file exists."""
+    others = [name for name in MODALITIES if name not in data.modalities]
+    return [*data.modalities, *(name for name in others if any(list_path(data, name, split).is_file() for split in SPLITS))]
+
+
+def read_lists(data: DataConfig) -> tuple[Lists, list[Check]]:
+    """Read every list of every prepared modality; only those of `data.modalities` must exist.
+
+    Returns:
+        The lists that could be read, and the checks `list files exist and parse` and `listed files exist`.
+    """
+    lists, parsed, found = {}, Check("list files exist and parse"), Check("listed files exist")
+    for split in SPLITS:
+        for name in prepared_modalities(data):
+            path = list_path(data, name, split)
+            if name in data.modalities or path.is_file():
+                check, advice = (found, REPAIR) if _lacks_a_file(data, name, split) else (parsed, "")
+                samples = check.attempt(advice, _read, read_training_list, data, name, split)
+                if samples is not None:
+                    lists[split, name] = Listed(samples, _labels(data, name, split, parsed))
+    found.done = bool(lists or found.problems)
+    return lists, [parsed, found]
+
+
+def _read(reader: Callable, data: DataConfig, name: str, split: str) -> Any:
+    return reader(
+        list_path(data, name, split), modality=name, root=data.root, instance_id=data.instance_id,
+        num_classes=data.num_classes, unique=UNIQUE[split][data.pairing],
+    )
+
+
+def _lacks_a_file(data: DataConfig, name: str, split: str) -> bool:
+    """Whether the list is there, but not all files that it names."""
+    try:
+        _read(read_training_list, data, name, split)
+    except FileNotFoundError:
+        return list_path(data, name, split).is_file()
+    except (ValueError, OSError):
+        return False
+    return False
+
+
+def _labels(data: DataConfig, name: str, split: str, parsed: Check) -> np.ndarray | None:
+    """Return the labels of a list whose rows parse, None if it has none; a test list must have them."""
+    try:
+        return _read(read_labelled_list, data, name, split)[1]
+    except ValueError as error:
+        if split == "test":
+            parsed.problems.append(f"{error}; add the class to every row")
+    return None
+
+
+def run_checks(data: DataConfig, lists: Lists) -> Iterator[Check]:
+    """Run all checks of the lists that could be read, one at a time: pairs, labels, splits, files, manifest."""
+    unread = [f"{split} {name}" for split in SPLITS for name in prepared_modalities(data) if (split, name) not in lists]
+    for action in (_check_pairs, _check_labels, _check_splits, _check_files, _check_manifest):
+        check = action(data, lists)
+        if unread:
+            check.notes.append(f"without {', '.join(unread)}: no readable list")
+        check.done = bool(lists)
+        yield check
+
+
+def _by_split(lists: Lists, split: str) -> list[Listed]:
+    return [listed for (part, _), listed in lists.items() if part == split]
+
+
+def _paired_splits(data: DataConfig) -> tuple[str, ...]:
+    return {"instance": SPLITS, "class": ("train",), "none": ()}[data.pairing]
+
+
+def _check_pairs(data: DataConfig, lists: Lists) -> Check:
+    check = Check("rows are paired", notes=[PAIRING_NOTES[data.pairing]])
+    compare = check_paired if data.pairing == "instance" else check_same_length
+    for split in _paired_splits(data):
+        first, *others = _by_split(lists, split) or [None]
+        for other in others:
+            check.attempt("", compare, [first.samples, other.samples])
+    return check
+
+
+def _check_labels(data: DataConfig, lists: Lists) -> Check:
+    """Objects (with class pairs: rows) have one label in all modalities."""
+    check = Check("labels agree between modalities")
+    for split in _paired_splits(data):
+        labelled = [listed for listed in _by_split(lists, split) if listed.labels is not None]
+        if len(labelled) < 2:
+            check.notes.append(f"{split}: fewer than two lists with labels, nothing to compare")
+        for other in labelled[1:]:
+            _compare_labels(check, labelled[0], other, by_id=data.pairing == "instance")
+    return check
+
+
+def _compare_labels(check: Check, first: Listed, other: Listed, by_id: bool) -> None:
+    keys = lambda listed: listed.samples.instance_ids if by_id else range(len(listed.samples))  # noqa: E731
+    rows = {key: row for row, key in enumerate(keys(first))}
+    common = [(rows[key], row) for row, key in enumerate(keys(other)) if key in rows]
+    different = [(mine, row) for mine, row in common if first.labels[mine] != other.labels[row]]
+    if different:
+        mine, row = different[0]
+        check.problems.append(
+            f"{len(different)} labels differ, the first: {first.labels[mine]} in {first.samples.path}, row {mine + 1}, but "
+            f"{other.labels[row]} in {other.samples.path}, row {row + 1}; correct the wrong list or prepare the data again"
+        )
+
+
+def _check_splits(data: DataConfig, lists: Lists) -> Check:
+    check = Check("training and test are disjoint")
+    for name in prepared_modalities(data):
+        if ("train", name) in lists and ("test", name) in lists:
+            train, test = (lists[split, name].samples for split in SPLITS)
+            check.attempt("", check_disjoint, train, test)
+            copies = _copies(train.files, test.files)
+            if copies:
+                check.notes.append(
+                    f"warning: {len(copies)} test files of {name} have the content of a training file, the first: "
+                    f"{copies[0][1]} and {copies[0][0]}"
+                )
+    return check
+
+
+def _copies(train: tuple[Path, ...], test: tuple[Path, ...]) -> list[tuple[Path, Path]]:
+    """Return (training file, test file) of equal content, for test files that are not themselves in the training list."""
+    digest = lambda file: hashlib.sha256(file.read_bytes()).digest()  # noqa: E731
+    same_file, same_content = {file.resolve() for file in train}, {digest(file): file for file in train}
+    fresh = [(digest(file), file) for file in test if file.resolve() not in same_file]
+    return [(same_content[key], file) for key, file in fresh if key in same_content]
+
+
+def _check_files(data: DataConfig, lists: Lists) -> Check:
+    check = Check("every file loads")
+    for (_, name), listed in lists.items():
+        check.attempt(REPAIR, KINDS[MODALITIES[name].kind].load, listed.samples, data)
+    return check
+
+
+def read_manifest(data: DataConfig) -> dict:
+    """Return the manifest of the data root, completed by that of the lists `{dataset}_pairs.json`; empty if there is none.
+
+    Raises:
+        ValueError: if one of them is no JSON object.
+    """
+    manifest = {}
+    for path in (Path(data.root) / MANIFEST, Path(data.root) / f"{data.dataset}_pairs.json"):
+        if path.is_file():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not valid JSON ({error})") from error
+            if not isinstance(content, dict):
+                raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+            manifest.update(content)
+    return manifest
+
+
+def _check_manifest(data: DataConfig, lists: Lists) -> Check:
+    """Only for lists under the data root; where rows are not paired by object, only counts given per modality say anything."""
+    check = Check("lists are as long as the manifest says")
+    manifest = check.attempt("prepare the data again", read_manifest, data)
+    counts = (manifest or {}).get("counts")
+    if not isinstance(counts, dict):
+        check.notes.append(f"no manifest with counts in {data.root}: nothing to compare")
+        return check
+    for (split, name), listed in lists.items():
+        expected = counts.get(split)
+        per_modality = isinstance(expected, dict)
+        expected = expected.get(name) if per_modality else expected
+        prepared = listed.samples.path == default_list_path(data.root, data.dataset, name, split)
+        comparable = prepared and expected is not None and (per_modality or data.pairing == "instance")
+        if comparable and expected != len(listed.samples):
+            check.problems.append(
+                f"{listed.samples.path} has {len(listed.samples)} rows, the manifest says {expected}; prepare the data again"
+            )
+    return check

@@ -1,0 +1,89 @@
+"""Reads the authors' processed 3D MNIST through its list files and pairs it on object ids. Called by `datasets.prepare_mnist3d`."""
+
+from pathlib import Path
+
+import numpy as np
+
+from datasets.lists import SampleList, default_list_path, read_labelled_list
+from datasets.prepare.writer import FOLDERS, MANIFEST, SPLITS
+from utils.engine.checkpoint import atomic_write_json, atomic_write_text
+
+DATASET = "mnist3d"
+
+
+def join_authors_lists(folder: str | Path, root: str | Path) -> list[str]:
+    """Write corrected lists below `root` that point at the authors' files; nothing is copied.
+
+    Args:
+        folder: the release's `dataset` folder (or the folder above it), with `mnist3d_*_list.txt`.
+        root: where the corrected lists go.
+    Returns:
+        One line per split and modality on the rows that were mispaired.
+    Raises:
+        FileNotFoundError, ValueError: on missing lists or files, different ids or labels among the modalities, or a `root`
+            that holds the lists to be read.
+    """
+    source, root = _list_folder(Path(folder)), Path(root)
+    if root.resolve() == source.resolve():
+        raise ValueError(f"--root {root} holds the authors' own lists, which would be overwritten; choose another --root")
+    modalities = [name for name in FOLDERS if default_list_path(source, DATASET, name, "train").is_file()]
+    if "PointCloud" not in modalities or len(modalities) < 2:
+        raise FileNotFoundError(f"{source}: expected the training lists of the point clouds and of images, found {modalities}")
+    joined, report = {}, []
+    for split in SPLITS:
+        read = {name: _read(source, name, split) for name in modalities}
+        joined[split] = _join(read, split)
+        report += _report(read, split)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MANIFEST).unlink(missing_ok=True)
+    for split, rows in joined.items():
+        for name, text in rows.items():
+            atomic_write_text(default_list_path(root, DATASET, name, split), text)
+    counts = {split: len(next(iter(rows.values())).splitlines()) for split, rows in joined.items()}
+    atomic_write_json(root / MANIFEST, {"format": 1, "dataset": DATASET, "generator": "datasets.prepare.readers.authors", "counts": counts, "pairing": report})
+    return report
+
+
+def _list_folder(folder: Path) -> Path:
+    for candidate in (folder, folder / "dataset"):
+        if default_list_path(candidate, DATASET, "PointCloud", "train").is_file():
+            return candidate
+    raise FileNotFoundError(f"{folder}: expected the authors' lists, e.g. {default_list_path(folder, DATASET, 'PointCloud', 'train').name}")
+
+
+def _read(source: Path, name: str, split: str) -> tuple[SampleList, np.ndarray]:
+    """Read one list; its rows start with ./dataset/, so they are relative to the folder above the lists."""
+    path = default_list_path(source, DATASET, name, split)
+    try:
+        return read_labelled_list(path, modality=name, root=source.resolve().parent, num_classes=10)
+    except FileNotFoundError:
+        return read_labelled_list(path, modality=name, root=source, num_classes=10)
+
+
+def _join(read: dict[str, tuple[SampleList, np.ndarray]], split: str) -> dict[str, str]:
+    """Return modality -> text of the list in increasing order of ids."""
+    tables = {
+        name: {i: (file, label) for i, file, label in zip(rows.instance_ids, rows.files, labels.tolist(), strict=True)}
+        for name, (rows, labels) in read.items()
+    }
+    first, *others = tables
+    for name in others:
+        odd = sorted(set(tables[first]) ^ set(tables[name]))
+        if odd:
+            raise ValueError(f"{split}: {first} and {name} lists do not hold the same objects; ids in only one: {odd[:5]}")
+        odd = [i for i in tables[first] if tables[first][i][1] != tables[name][i][1]]
+        if odd:
+            raise ValueError(f"{split}: {first} and {name} lists give object {odd[0]} different labels")
+    order = sorted(tables[first], key=int)
+    return {name: "".join(f"{table[i][0].resolve()} {table[i][1]}\n" for i in order) for name, table in tables.items()}
+
+
+def _report(read: dict[str, tuple[SampleList, np.ndarray]], split: str) -> list[str]:
+    clouds, labels = read["PointCloud"]
+    lines = []
+    for name, (rows, other) in read.items():
+        if name != "PointCloud":
+            wrong = sum(a != b for a, b in zip(rows.instance_ids, clouds.instance_ids, strict=True))
+            classes = int((labels != other).sum())
+            lines.append(f"{split} {name}-PointCloud: {wrong} of {len(rows)} rows were mispaired, {classes} of them across classes; joined on id")
+    return lines

@@ -1,0 +1,1 @@
+"""Making and drawing shapes: digits, meshes, pictures."""

@@ -1,0 +1,195 @@
+"""Meshes -> unit sphere, surface points, at most 500 faces. Called by the preparation commands.
+
+The simplification needs `requirements-data.txt`; everything else needs NumPy alone.
+"""
+
+import numpy as np
+
+from datasets.prepare.readers.off import MeshError, clean_mesh, triangle_areas
+
+Seed = int | tuple[int, ...]
+Mesh = tuple[np.ndarray, np.ndarray]
+
+PRE_FACES = 4000  # VTK's decimation is slow above, fast-simplification is unsafe below
+PRE_AREA_CHANGE = 0.1
+MIN_AREA_RATIO = 0.7
+MIN_SILHOUETTE = 0.8
+SILHOUETTE_CELLS = 32
+SILHOUETTE_POINTS = 20_000
+LARGEST_GRID = 64
+
+
+def to_unit_sphere(points: np.ndarray) -> np.ndarray:
+    """Move the centre of the bounding box of (n, 3) points to the origin and scale the largest norm to 1.
+
+    Raises:
+        MeshError: when a coordinate is not finite or all points coincide.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not np.isfinite(points).all():
+        raise MeshError(f"expected finite points of shape (n, 3), found shape {points.shape} or NaN")
+    points = points - (points.min(axis=0) + points.max(axis=0)) / 2
+    radius = np.linalg.norm(points, axis=1).max()
+    if not radius > 0:
+        raise MeshError(f"the {len(points)} points are all in one place")
+    return points / radius
+
+
+def sample_surface(vertices: np.ndarray, triangles: np.ndarray, count: int, seed: Seed) -> np.ndarray:
+    """Draw points uniformly from the surface: a triangle by its area, then a place in it.
+
+    Args:
+        vertices: (V, 3) float; triangles: (T, 3) int.
+        count: number of points, >= 1; seed: of the draw.
+    Returns:
+        (count, 3) float64 in random order.
+    Raises:
+        MeshError: when no triangle has an area.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, found {count}")
+    rng = np.random.default_rng(seed)
+    cumulative = np.cumsum(triangle_areas(vertices, triangles))
+    if not len(cumulative) or not cumulative[-1] > 0:
+        raise MeshError(f"none of the {len(triangles)} triangles has an area to draw points from")
+    chosen = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
+    corners = vertices[triangles[np.minimum(chosen, len(triangles) - 1)]]  # (count, 3, 3)
+    u, v = rng.random((2, count, 1))
+    folded = u + v > 1  # the unit square folded onto the unit triangle
+    u, v = np.where(folded, 1 - u, u), np.where(folded, 1 - v, v)
+    return corners[:, 0] + u * (corners[:, 1] - corners[:, 0]) + v * (corners[:, 2] - corners[:, 0])
+
+
+def farthest_points(points: np.ndarray, count: int, seed: Seed) -> np.ndarray:
+    """Pick well-spread points: the first at random, then always the one farthest from those picked.
+
+    Args:
+        points: (n, 3) float.
+        count: 1..n; seed: of the first point.
+    Returns:
+        (count, 3) in the order picked, so that every beginning of it is well spread too.
+    Raises:
+        ValueError: when count is outside 1..n.
+    """
+    if not 1 <= count <= len(points):
+        raise ValueError(f"count must be in 1..{len(points)}, found {count}")
+    picked = np.empty(count, dtype=np.int64)
+    picked[0] = np.random.default_rng(seed).integers(len(points))
+    distance = np.full(len(points), np.inf)
+    columns = np.ascontiguousarray(points.T)
+    for row in range(1, count):
+        offset = columns - columns[:, picked[row - 1], None]
+        np.minimum(distance, np.einsum("dn,dn->n", offset, offset), out=distance)
+        picked[row] = distance.argmax()
+    return points[picked]
+
+
+def simplify(vertices: np.ndarray, triangles: np.ndarray, max_faces: int = 500) -> tuple[Mesh, dict]:
+    """Reduce a mesh to at most `max_faces` triangles.
+
+    Large meshes first go through fast-simplification, whose result counts only if it keeps the area; then VTK's quadric
+    decimation; vertex clustering takes over where that fails or ruins the shape and the clustered silhouette is better.
+
+    Args:
+        vertices: (V, 3) float; triangles: (T, 3) int.
+    Returns:
+        The mesh (cleaned even where nothing is to be reduced) and its record: faces_before, faces_after, area_ratio,
+        silhouette (smallest overlap of the three axis views, 0..1), method, flagged (area or silhouette badly kept).
+    Raises:
+        MeshError: when the mesh is empty or nothing of it is left.
+        ImportError: naming requirements-data.txt, without the libraries.
+    """
+    original = clean_mesh(vertices, triangles)
+    if len(original[1]) <= max_faces:
+        return original, _record(original, original, "none")
+    reduced, methods = original, []
+    if len(reduced[1]) > PRE_FACES:
+        reduced, methods = _presimplify(original)
+    mesh, record = None, {"flagged": True}
+    decimated = _decimate(*reduced, max_faces)
+    if decimated is not None and len(decimated[1]) <= max_faces:
+        mesh, record = decimated, _record(original, decimated, "+".join([*methods, "quadric"]))
+    if record["flagged"]:
+        clustered = _cluster(*original, max_faces)
+        other = _record(original, clustered, "clustering")
+        if mesh is None or other["silhouette"] > record["silhouette"]:
+            mesh, record = clustered, other
+    return mesh, record
+
+
+def silhouette_overlap(first: Mesh, second: Mesh) -> float:
+    """Return the smallest intersection over union, 0..1, of the silhouettes of two meshes along the three axes.
+
+    Silhouettes are the cells of a 32 x 32 grid over both meshes in which one of 20,000 surface points lies.
+    """
+    clouds = [sample_surface(*mesh, SILHOUETTE_POINTS, seed=0) for mesh in (first, second)]
+    low = np.min([cloud.min(axis=0) for cloud in clouds], axis=0)
+    extent = max(np.max([cloud.max(axis=0) - low for cloud in clouds]), 1e-12)
+    cells = [np.minimum((cloud - low) / extent * SILHOUETTE_CELLS, SILHOUETTE_CELLS - 1).astype(np.int64) for cloud in clouds]
+    overlaps = []
+    for axes in ((1, 2), (0, 2), (0, 1)):
+        masks = np.zeros((2, SILHOUETTE_CELLS, SILHOUETTE_CELLS), dtype=bool)
+        for mask, cell in zip(masks, cells, strict=True):
+            mask[cell[:, axes[0]], cell[:, axes[1]]] = True
+        overlaps.append((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum())
+    return float(min(overlaps))
+
+
+def _record(original: Mesh, mesh: Mesh, method: str) -> dict:
+    ratio = float(triangle_areas(*mesh).sum() / triangle_areas(*original).sum())
+    overlap = 1.0 if mesh is original else silhouette_overlap(original, mesh)
+    return {
+        "faces_before": len(original[1]), "faces_after": len(mesh[1]), "area_ratio": round(ratio, 4),
+        "silhouette": round(overlap, 4), "method": method, "flagged": ratio < MIN_AREA_RATIO or overlap < MIN_SILHOUETTE,
+    }
+
+
+def _presimplify(original: Mesh) -> tuple[Mesh, list[str]]:
+    """Reduce to `PRE_FACES` if that keeps the area, else return the original."""
+    try:
+        import fast_simplification
+    except ImportError as error:
+        raise ImportError("mesh simplification needs fast-simplification: pip install -r requirements-data.txt") from error
+    vertices, triangles = fast_simplification.simplify(
+        original[0].astype(np.float32), original[1].astype(np.int32), target_count=PRE_FACES
+    )
+    try:
+        mesh = clean_mesh(np.asarray(vertices, dtype=np.float64), np.asarray(triangles, dtype=np.int64))
+    except MeshError:
+        return original, []
+    change = abs(triangle_areas(*mesh).sum() / triangle_areas(*original).sum() - 1)
+    kept = len(mesh[1]) < len(original[1]) and change <= PRE_AREA_CHANGE
+    return (mesh, ["fast"]) if kept else (original, [])
+
+
+def _decimate(vertices: np.ndarray, triangles: np.ndarray, max_faces: int) -> Mesh | None:
+    """Return VTK's quadric decimation, or None when it leaves nothing."""
+    try:
+        import pyvista
+    except ImportError as error:
+        raise ImportError("mesh simplification needs pyvista: pip install -r requirements-data.txt") from error
+    if len(triangles) <= max_faces:
+        return vertices, triangles
+    mesh = pyvista.PolyData.from_regular_faces(vertices, triangles)
+    reduced = mesh.decimate(1 - (max_faces - 0.5) / len(triangles), volume_preservation=True)
+    try:
+        return clean_mesh(np.asarray(reduced.points, dtype=np.float64), np.asarray(reduced.regular_faces, dtype=np.int64))
+    except MeshError:
+        return None
+
+
+def _cluster(vertices: np.ndarray, triangles: np.ndarray, max_faces: int) -> Mesh:
+    """Merge the vertices in each cell of the finest grid that leaves at most `max_faces` faces."""
+    low, extent = vertices.min(axis=0), np.ptp(vertices, axis=0).max()
+    for grid in range(LARGEST_GRID, 1, -1):
+        cells = np.minimum((vertices - low) / extent * grid, grid - 1).astype(np.int64)
+        _, merged = np.unique(cells, axis=0, return_inverse=True)
+        merged = merged.reshape(-1)
+        centres = np.stack([np.bincount(merged, vertices[:, axis]) for axis in range(3)], axis=1) / np.bincount(merged)[:, None]
+        try:
+            mesh = clean_mesh(centres, merged[triangles])
+        except MeshError:
+            continue
+        if len(mesh[1]) <= max_faces:
+            return mesh
+    raise MeshError(f"vertex clustering leaves nothing with 1 to {max_faces} faces of {len(triangles)}")

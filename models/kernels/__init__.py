@@ -1,0 +1,1 @@
+"""The fast layers: nearest neighbours, EdgeConv and mesh convolutions."""

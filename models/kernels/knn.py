@@ -1,0 +1,41 @@
+"""Exact nearest neighbours without a distance tensor of the whole batch; called by `models/kernels/edge_conv.py`."""
+
+import torch
+from torch import Tensor
+
+KNN_BLOCK_BYTES = 64 * 2**20
+
+
+@torch.no_grad()
+def knn(x: Tensor, k: int) -> Tensor:
+    """Exact nearest neighbours of every point inside its own cloud, itself included.
+
+    Ranks by squared Euclidean distance from blocked matrix products, so that no (B, N, N) tensor lives. Clouds are
+    centred first: the expansion |a|^2 + |b|^2 - 2ab would otherwise lose the distance of points far from the origin.
+
+    Args:
+        x: (B, N, C) float points or features; half precisions are ranked in float32.
+        k: neighbours per point, 1 <= k <= N.
+    Returns:
+        (B, N, k) int64 indices into the N points of the same cloud, nearest first. Among neighbours at exactly equal
+        distance the order, and at the k-th place the choice, is arbitrary.
+    Raises:
+        ValueError: if x is not (B, N, C) or k is outside 1..N.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"knn expects points of shape (B, N, C), found {tuple(x.shape)}")
+    batch, points, _ = x.shape
+    if not 1 <= k <= points:
+        raise ValueError(f"knn needs 1 <= k <= N, found k = {k} with clouds of N = {points} points; lower k")
+    x = x if x.dtype == torch.float64 else x.float()
+    index = torch.empty(batch, points, k, dtype=torch.long, device=x.device)
+    rows = max(1, min(points, KNN_BLOCK_BYTES // (points * x.element_size())))
+    clouds = max(1, KNN_BLOCK_BYTES // (points * points * x.element_size()))
+    with torch.autocast(x.device.type, enabled=False):
+        for b in range(0, batch, clouds):
+            centred = x[b:b + clouds] - x[b:b + clouds].mean(1, keepdim=True)
+            norms = centred.square().sum(-1).unsqueeze(1)  # (b, 1, N); the query's own norm does not change its ranking
+            for n in range(0, points, rows):
+                distance = torch.baddbmm(norms, centred[:, n:n + rows], centred.transpose(1, 2), alpha=-2)
+                index[b:b + clouds, n:n + rows] = distance.topk(k, dim=-1, largest=False).indices
+    return index

@@ -1,0 +1,259 @@
+"""Benchmarks at toy sizes: counted work against hand-worked values, the JSON they write, and checks that can fail."""
+
+import argparse
+import json
+import math
+import multiprocessing
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import loss_curves, edge_conv, floors, protocol, retrieval_metrics, training_step
+from benchmarks.floors import Rates, Work, count_work
+from models.kernels.edge_conv import EdgeConv
+from models.kernels.knn import knn
+from utils.settings.config import load_config
+from utils.evaluation.metrics import mean_average_precision
+from utils.settings.options import Step1Config
+from utils.engine.run_log import REPOSITORY
+
+CPU = torch.device("cpu")
+HEADER = {"command", "device", "threads", "torch", "commit", "dirty"}
+TIME = {"seconds", "flops", "bytes", "flop_floor_seconds", "byte_floor_seconds", "share_of_matmul_rate"}
+SMOKE = REPOSITORY / "configs" / "smoke"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Small measurements of the rates; threads as they were afterwards."""
+    monkeypatch.setattr(floors, "PRODUCT_SECONDS", 1e-5)
+    monkeypatch.setattr(floors, "COPIED_BYTES", {"cpu": 2**20, "cuda": 2**20})
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def read(path):
+    """The report in a file named like its benchmark; its header is checked."""
+    report = json.loads(path.read_text())
+    assert HEADER <= report.keys() and report["threads"] == torch.get_num_threads()
+    assert report["command"].startswith(f"python -m benchmarks.{path.stem}")
+    return report
+
+
+def assert_floors(row, rates):
+    """The floors of a time, worked out again."""
+    assert TIME <= row.keys() and all(row[key] > 0 for key in TIME)
+    assert row["flop_floor_seconds"] == pytest.approx(row["flops"] / rates["flops_per_second"])
+    assert row["byte_floor_seconds"] == pytest.approx(row["bytes"] / rates["bytes_per_second"])
+    assert row["share_of_matmul_rate"] == pytest.approx(row["flop_floor_seconds"] / row["seconds"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rates_are_positive(dtype):
+    rates = floors.measure_rates(CPU, dtype)
+    assert 0 < rates.flops_per_second < math.inf and 0 < rates.bytes_per_second < math.inf
+    assert str(dtype) == f"torch.{rates.dtype}"
+
+
+def test_floors_beside_a_time():
+    row = Rates("float32", 1e9, 1e8).beside(4.0, Work(2_000_000_000, 100_000_000))
+    assert (row["flop_floor_seconds"], row["byte_floor_seconds"], row["share_of_matmul_rate"]) == (2.0, 1.0, 0.5)
+    assert Work(3, 5).times(4) == Work(12, 20)
+
+
+def test_timing_waits_and_leaves_out_the_warm_up():
+    calls = []
+    assert len(floors.seconds_of(lambda: calls.append(1), CPU, 3)) == 3 and len(calls) == 4
+    assert len(floors.seconds_of(lambda: calls.append(1), CPU, 2, warm_up=False)) == 2 and len(calls) == 6
+
+
+@pytest.mark.parametrize("action,expected", [
+    (lambda a, b: a @ b, 2 * 4 * 6 * 5), (lambda a, b: (a @ b).add_(1).relu(), 2 * 4 * 6 * 5),
+    (lambda a, b: torch.zeros(4, 5).addmm_(a, b), 2 * 4 * 6 * 5), (lambda a, b: a @ b[:, 0], 2 * 4 * 6),
+    (lambda a, b: torch.zeros(3, 4, 5).baddbmm_(a.expand(3, 4, 6), b.expand(3, 6, 5)), 3 * 2 * 4 * 6 * 5),
+    (lambda a, b: a + 1, 0),
+    (lambda a, b: nn.functional.conv1d(a[None], torch.ones(2, 4, 3)), 2 * 4 * 3 * 2 * 4),
+], ids=["mm", "in place after", "addmm_", "mv", "baddbmm_", "sum", "convolution"])
+def test_counted_flops(action, expected):
+    assert count_work(lambda: action(torch.ones(4, 6), torch.ones(6, 5))).flops == expected
+
+
+TABLE, ROWS = torch.zeros(1000, 8), torch.tensor([3, 1])  # 32,000 and 16 bytes; two rows are 64
+
+
+@pytest.mark.parametrize("action,expected", [
+    (lambda: TABLE + 1, 64_000), (lambda: TABLE.add_(0), 64_000), (lambda: TABLE.zero_(), 32_000), (lambda: TABLE.T[2:], 0),
+    (lambda: torch.empty(1000), 0), (lambda: TABLE[ROWS], 16 + 64 + 64),
+    (lambda: TABLE.index_add_(0, ROWS, torch.empty(2, 8)), 16 + 64 * 3),
+    (lambda: TABLE.copy_(torch.empty(1000, 8)), 64_000), (lambda: torch._foreach_add_([TABLE, TABLE[:1]], 0), 2 * 32_032),
+    (lambda: torch.add(TABLE, 1, out=torch.empty(1000, 8)), 64_000),
+], ids=["read and write", "in place", "overwrite", "views", "allocation", "gather", "scatter", "copy", "lists", "out"])
+def test_counted_traffic(action, expected):
+    assert count_work(action).bytes == expected
+
+
+def test_an_expanded_tensor_counts_what_is_stored():
+    row = torch.ones(8)
+    assert count_work(lambda: row.expand(1000, 8).sum()).bytes == 32 + 4
+
+
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+def test_all_products_of_an_edge_conv_are_counted(implementation):
+    """The fused layer is a custom autograd function with in-place products; its FLOPs worked out from its formulas."""
+    batch, points, c, out, k = 2, 16, 3, 8, 4
+    layer, x = EdgeConv(c, out, k, implementation), torch.randn(batch, points, c, requires_grad=True)
+    index, m = knn(x, k), batch * points
+    forward = 2 * (2 * m * c * out) + 2 * m * c * 3 * c  # u and v; second moments
+    forward += 2 * out * c + 2 * out * 2 * c + 2 * out * (2 * c) ** 2  # shift, mean and variance
+    backward = 4 * (2 * m * c * out) + 4 * (2 * m * c * c)  # gradients of weight and points; what flows through the statistics
+    backward += 2 * (2 * out * (2 * c) ** 2) + 2 * 2 * c * out + 2 * (2 * c) ** 2
+    expected = {"fused": forward + backward, "reference": 3 * 2 * m * k * 2 * c * out}
+    assert count_work(lambda: layer(x, index).sum().backward()).flops == expected[implementation]
+
+
+def test_the_default_file_is_named_by_benchmark_and_device(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(floors, "REPOSITORY", tmp_path)
+    path = floors.write_report("edge_conv-n256", {"device": "NVIDIA H100 80GB (HBM3)"}, None)
+    assert path == tmp_path / "results" / "benchmarks" / "edge_conv-n256-nvidia-h100-80gb-hbm3.json"
+    assert json.loads(path.read_text()) == {"device": "NVIDIA H100 80GB (HBM3)"} and str(path) in capsys.readouterr().out
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="cuda:99|auto, cpu"):
+        floors.open_device(argparse.Namespace(threads=None, device="cuda:99"))
+
+
+@pytest.mark.parametrize("loop", [retrieval_metrics.double_loop_map, retrieval_metrics.rank_loop_map])
+def test_the_loops_on_a_hand_worked_ranking(loop):
+    query, gallery = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.1], [1.0, 1.0], [0.1, 9.0]])
+    labels, items = torch.tensor([0, 5]), torch.tensor([1, 0, 0])  # first: hits at ranks 2 and 3; second: none
+    assert loop(query, labels, gallery, items) == pytest.approx(((1 / 2 + 2 / 3) / 2 + 0) / 2, abs=1e-15)
+
+
+def test_retrieval_metrics(tmp_path, capsys):
+    path = tmp_path / "retrieval_metrics.json"
+    argv = ["--loop-size", "40", "--dim", "6", "--sizes", "60", "--repeats", "1", "--threads", "1", "--device", "cpu"]
+    assert retrieval_metrics.main([*argv, "--output", str(path)]) == 0
+    report = read(path)
+    assert report["equal"] and report["difference"] < 1e-6 and set(report["speedup"]) == {"double loop", "loop over ranks"}
+    assert set(report["times"]) == {"metrics, 40 x 40", "double loop", "loop over ranks", "metrics, 60 x 60"}
+    for row in report["times"].values():
+        assert_floors(row, report["rates"])
+    assert report["times"]["metrics, 60 x 60"]["flops"] == 2 * 60 * 60 * 6
+    assert report["map"]["metrics, 60 x 60"] == mean_average_precision(*retrieval_metrics.make_problem(60, 6, CPU))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("double loop", "FLOP floor s", "byte floor s", "below 1e-06"))
+
+
+@pytest.mark.parametrize("error", [2e-6, -2e-6])
+def test_a_wrong_metric_gives_exit_code_1(monkeypatch, tmp_path, error):
+    monkeypatch.setattr(retrieval_metrics, "mean_average_precision", lambda *problem: mean_average_precision(*problem) + error)
+    argv = ["--loop-size", "20", "--dim", "4", "--sizes", "--repeats", "1", "--device", "cpu"]
+    assert retrieval_metrics.main([*argv, "--output", str(tmp_path / "a.json")]) == 1
+    assert json.loads((tmp_path / "a.json").read_text())["equal"] is False
+
+
+def test_random_samples_have_the_shapes_of_the_loader():
+    overrides = ["data.modalities=[RGBImg,PointCloud,Mesh]", "data.num_views=2"]
+    data = load_config(Step1Config, str(SMOKE / "step1.yaml"), overrides).data
+    samples = training_step.random_samples(data, 5, image_side=30)
+    assert {name: tuple(array.shape) for name, array in samples.arrays.items()} == {
+        "RGBImg": (5, 2, 3, 30, 30), "PointCloud": (5, 1, 2048, 3), "Mesh": (5, 1, data.max_faces, 18)}
+    assert samples.arrays["RGBImg"].dtype == torch.uint8 and samples.arrays["PointCloud"].dtype == torch.float32
+    neighbours = samples.arrays["Mesh"][..., 15:]
+    assert 0 <= neighbours.min() and neighbours.max() < data.max_faces and torch.equal(neighbours, neighbours.round())
+
+
+@pytest.mark.parametrize("modalities,placement", [("[GrayImg,PointCloud]", "auto"), ("[RGBImg,Mesh]", "host")])
+def test_training_step(tmp_path, capsys, modalities, placement):
+    path = tmp_path / "training_step.json"
+    training_step.main([
+        "--config-dir", str(SMOKE), "--steps", "2", "--epochs", "1", "--threads", "1", "--device", "cpu", "--output", str(path),
+        "--set", f"data.modalities={modalities}", "optim.batch_size=4", "data.max_faces=8", f"data.placement={placement}",
+        "data.workers=0",
+    ])
+    report = read(path)
+    for stage in ("step1", "step2"):
+        row = report["stages"][stage]
+        assert_floors(row, report["rates"])
+        assert row["pairs_per_second"] == pytest.approx(8 / row["epoch_seconds"][0])
+        assert row["seconds"] == pytest.approx(row["epoch_seconds"][0] / 2)
+        assert 0 < row["share_fetching"] < row["share_waiting_for_data"] < 1
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("step1, one step", "step2, one step", "waiting for data"))
+
+
+def test_training_step_refuses_no_steps(capsys):
+    with pytest.raises(SystemExit):
+        training_step.main(["--steps", "0"])
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_protocol(small_digits, tmp_path, capsys):
+    path = tmp_path / "protocol.json"
+    protocol.main([
+        "--config-dir", str(SMOKE), "--threads", "1", "--device", "cpu", "--output", str(path),
+        "--set", f"data.root={small_digits}", "run.eval_every=2",
+    ])
+    report = read(path)
+    for stage in report["stages"].values():
+        assert_floors(stage["training"], report["rates"])
+        assert_floors(stage["evaluation"], report["rates"])
+        seconds = stage["training_seconds"][0]
+        assert stage["training"]["pairs_per_second"] == pytest.approx(32 / seconds)  # two batches of 16 out of 40
+        assert (stage["epochs"], stage["evaluations"], len(stage["evaluation_seconds"])) == (3, 2, 1)
+        assert stage["other_seconds"] > 0
+        expected = 3 * seconds + 2 * stage["evaluation_seconds"][0] + stage["other_seconds"]
+        assert stage["extrapolated_seconds"] == pytest.approx(expected)
+    assert report["extrapolated_seconds"] == pytest.approx(sum(s["extrapolated_seconds"] for s in report["stages"].values()))
+    assert "extrapolated" in capsys.readouterr().out and [found.name for found in tmp_path.iterdir()] == ["protocol.json"]
+
+
+def test_edge_conv(monkeypatch, tmp_path, capsys):
+    if not torch.cuda.is_initialized():  # forked processes start faster, but cannot follow autograd's threads for a GPU
+        fork = multiprocessing.get_context("fork")
+        monkeypatch.setattr(edge_conv.multiprocessing, "get_context", lambda method: fork)
+    path = tmp_path / "edge_conv.json"
+    edge_conv.main(["--batch", "4", "--points", "64", "--k", "4", "--repeats", "1", "--threads", "1", "--device", "cpu",
+                    "--output", str(path)])
+    report = read(path)
+    for name in ("fused", "reference"):
+        assert_floors(report[name], report["rates"])
+    assert report["reference"]["flops"] > report["fused"]["flops"]
+    assert report["speedup"] == pytest.approx(report["reference"]["seconds"] / report["fused"]["seconds"])
+    assert report["largest_relative_difference"]["fused from reference"]["output"] < 1e-4
+    assert {"k-NN, C = 3", "k-NN, C = 64", "k-NN, C = 128"} == report["knn"].keys()
+    assert "times faster" in capsys.readouterr().out
+
+
+def test_loss_curves_of_two_variants(small_digits, tmp_path, capsys):
+    output = tmp_path / "curves.json"
+    settings = [f"data.root={small_digits}", "optim.epochs=2"]
+    loss_curves.main(["--config-dir", "configs/smoke", "--epochs", "2", "--variants", "1", "--device", "cpu", "--output", str(output),
+                      "--set", *settings])
+    report = json.loads(output.read_text())
+    for stage, key in (("step1", "loss/mlm"), ("step2", "loss/rcll")):
+        differences = report["differences"][stage]
+        assert differences[loss_curves.PLAIN] == 0 and 0 < differences["fused EdgeConv (default)"] < 1e-2
+        assert [row["epoch"] for row in report["epochs"][stage][loss_curves.PLAIN]] == [1, 2] and key in report["epochs"][stage][loss_curves.PLAIN][1]
+    assert output.with_suffix(".png").stat().st_size > 5000 and "largest relative difference" in capsys.readouterr().out
+
+
+def test_largest_difference_can_be_large():
+    plain = [{"loss/mlm": 2.0}, {"loss/mlm": 4.0, "loss/ssm": -1.0}]
+    assert loss_curves.largest_difference([{"loss/mlm": 2.0}, {"loss/mlm": 4.0, "loss/ssm": -1.5}], plain) == pytest.approx(0.5)
+
+
+def test_mesh_preparation_times_every_mesh(tmp_path):
+    pytest.importorskip("pyvista", reason="meshes need the packages of requirements-data.txt")
+    from benchmarks import mesh_preparation
+
+    corners = "0 0 0\n1 0 0\n0 1 0\n0 0 1\n"
+    (tmp_path / "bathtub_0001.off").write_text(f"OFF\n4 4 0\n{corners}3 0 2 1\n3 0 1 3\n3 0 3 2\n3 1 2 3\n")
+    mesh_preparation.main(["--meshes", str(tmp_path), "--output", str(tmp_path / "out.json")])
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["objects"]["bathtub_0001"]["faces_left"] == 4 and report["mean_seconds"] > 0
+    with pytest.raises(FileNotFoundError, match="no .off file"):
+        mesh_preparation.main(["--meshes", str(tmp_path / "nowhere")])

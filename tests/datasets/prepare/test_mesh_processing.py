@@ -1,0 +1,217 @@
+"""Surface points, farthest points, simplification, and pictures: cameras, splats and (where VTK works) renderings."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets.prepare.shapes import mesh as mesh_processing
+from datasets.prepare.shapes.mesh import farthest_points, sample_surface, silhouette_overlap, simplify, to_unit_sphere
+from datasets.prepare.readers.off import MeshError, clean_mesh, read_off, triangle_areas
+from datasets.prepare.shapes.render import Camera, estimate_surface, luminance, probe_renderer, render_views, ring_of_cameras, splat_views
+
+SAMPLES = Path("../shared/data/modelnet_off_samples")
+
+
+def grid_mesh(side: int, height) -> tuple[np.ndarray, np.ndarray]:
+    """A height field over the unit square with 2 * side^2 triangles."""
+    x, y = np.meshgrid(*[np.linspace(0, 1, side + 1)] * 2, indexing="ij")
+    vertices = np.stack([x.ravel(), y.ravel(), height(x, y).ravel()], axis=1)
+    corner = (np.arange(side)[:, None] * (side + 1) + np.arange(side)).ravel()
+    triangles = np.concatenate([
+        np.stack([corner, corner + side + 1, corner + side + 2], axis=1), np.stack([corner, corner + side + 2, corner + 1], axis=1)
+    ])
+    return vertices, triangles
+
+
+def sphere_points(count: int) -> np.ndarray:
+    height = 1 - 2 * (np.arange(count) + 0.5) / count  # the golden spiral
+    angle = np.arange(count) * np.pi * (3 - np.sqrt(5))
+    return np.stack([np.sqrt(1 - height**2) * np.cos(angle), np.sqrt(1 - height**2) * np.sin(angle), height], axis=1)
+
+
+def test_unit_sphere():
+    points = to_unit_sphere(np.array([[10.0, 0, 0], [14, 0, 0], [10, 2, 0], [11, 1, 0]]))
+    assert np.linalg.norm(points, axis=1).max() == pytest.approx(1)
+    np.testing.assert_allclose((points.min(axis=0) + points.max(axis=0)) / 2, 0, atol=1e-12)
+    for bad in (np.zeros((4, 3)), np.full((4, 3), np.nan), np.zeros((0, 3)), np.zeros((4, 2))):
+        with pytest.raises(MeshError):
+            to_unit_sphere(bad)
+
+
+def test_surface_points_follow_the_area():
+    vertices = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [5, 0, 0], [8, 0, 0], [5, 2, 0], [9, 9, 9]])
+    triangles = np.array([[0, 1, 2], [6, 6, 6], [3, 4, 5]])  # areas 0.5, 0, 3
+    points = sample_surface(vertices, triangles, 20_000, seed=3)
+    large = points[:, 0] > 2
+    assert large.mean() == pytest.approx(3 / 3.5, abs=0.01)
+    np.testing.assert_allclose(points[large].mean(axis=0), vertices[[3, 4, 5]].mean(axis=0), atol=0.03)  # uniform inside
+    inside = points[~large]
+    assert inside.min() >= 0 and inside[:, :2].sum(axis=1).max() <= 1 + 1e-12 and (points[:, 2] == 0).all()
+    np.testing.assert_array_equal(points, sample_surface(vertices, triangles, 20_000, seed=3))
+    assert (points != sample_surface(vertices, triangles, 20_000, seed=(3, 1))).any()
+    with pytest.raises(MeshError, match="none of the 1"):
+        sample_surface(vertices, triangles[1:2], 5, seed=0)
+
+
+def test_farthest_points_against_a_slow_loop():
+    points = np.random.default_rng(0).normal(size=(60, 3))
+    picked = farthest_points(points, 20, seed=1)
+    chosen = [picked[0]]
+    for _ in range(19):
+        distances = [min(np.linalg.norm(p - c) for c in chosen) for p in points]
+        chosen.append(points[int(np.argmax(distances))])
+    np.testing.assert_array_equal(picked, chosen)
+    np.testing.assert_array_equal(picked[:7], farthest_points(points, 7, seed=1))
+    assert len(np.unique(farthest_points(points, 60, seed=0), axis=0)) == 60
+    for count in (0, 61):
+        with pytest.raises(ValueError, match="1..60"):
+            farthest_points(points, count, seed=0)
+
+
+def test_silhouettes():
+    flat = grid_mesh(4, lambda x, y: 0 * x)
+    assert silhouette_overlap(flat, flat) == 1
+    half = flat[0] * [0.5, 1, 1]
+    assert silhouette_overlap(flat, (half, flat[1])) == pytest.approx(0.5, abs=0.05)
+
+
+def test_small_meshes_stay():
+    vertices, triangles = grid_mesh(4, lambda x, y: x * y)
+    (points, faces), record = simplify(vertices, triangles)
+    assert len(faces) == 32 and record["method"] == "none" and record["area_ratio"] == 1 and not record["flagged"]
+    assert {tuple(p) for p in points} == {tuple(p) for p in vertices}
+
+
+@pytest.mark.parametrize("side", [30, 60])  # 1,800 and 7,200 faces: without and with the first stage
+def test_simplification_keeps_a_smooth_surface(side):
+    pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
+    pytest.importorskip("fast_simplification", reason="fast-simplification of requirements-data.txt is not installed")
+    mesh = grid_mesh(side, lambda x, y: 0.3 * np.sin(5 * x) * np.cos(4 * y))
+    small, record = simplify(*mesh)
+    assert len(small[1]) == record["faces_after"] <= 500 and record["faces_before"] == 2 * side**2
+    assert record["area_ratio"] == pytest.approx(1, abs=0.03) and record["silhouette"] > 0.9 and not record["flagged"]
+    assert record["area_ratio"] == pytest.approx(triangle_areas(*small).sum() / triangle_areas(*mesh).sum(), abs=1e-4)
+    assert record["method"] == ("fast+quadric" if side == 60 else "quadric")
+
+
+def test_a_ruinous_reduction_is_not_accepted(monkeypatch):
+    """Ninety boxes far apart: whichever way is taken, the record says what was lost."""
+    pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
+    corners = b"0 0 0\n1 0 0\n1 1 0\n0 1 0\n0 0 1\n1 0 1\n1 1 1\n0 1 1\n"
+    box, faces = read_off(b"OFF 8 6 0\n" + corners + b"4 0 3 2 1\n4 4 5 6 7\n4 0 1 5 4\n4 1 2 6 5\n4 2 3 7 6\n4 3 0 4 7\n")
+    places = np.stack(np.meshgrid(np.arange(10), np.arange(9), [0]), axis=-1).reshape(-1, 1, 3) * 3.0
+    vertices = (box + places).reshape(-1, 3)
+    triangles = (faces + 8 * np.arange(90)[:, None, None]).reshape(-1, 3)
+    small, record = simplify(vertices, triangles)
+    assert len(small[1]) <= 500 and record["silhouette"] == round(silhouette_overlap((vertices, triangles), small), 4)
+    assert record["flagged"] == (record["area_ratio"] < 0.7 or record["silhouette"] < 0.8)
+    monkeypatch.setattr(mesh_processing, "_decimate", lambda *_: None)
+    small, record = simplify(vertices, triangles)
+    assert 1 <= len(small[1]) <= 500 and record["method"] == "clustering"
+
+
+def test_cameras():
+    cameras = ring_of_cameras()
+    assert [camera.azimuth for camera in cameras] == [30, 60, 90, 120, 150, 180, 210, 240, 270, 300, 330, 0]
+    assert {camera.elevation for camera in cameras} == {30}
+    np.testing.assert_allclose(Camera(0, 0).axes(), [[0, 1, 0], [0, 0, 1], [1, 0, 0]], atol=1e-12)
+    for camera in cameras:
+        np.testing.assert_allclose(camera.axes() @ camera.axes().T, np.eye(3), atol=1e-12)
+        assert np.linalg.det(camera.axes()) == pytest.approx(1) and camera.axes()[1, 2] > 0  # not mirrored, z points up
+    for bad in ({"count": 0}, {"elevation": 90}):
+        with pytest.raises(ValueError, match="at least one camera"):
+            ring_of_cameras(**bad)
+
+
+def test_normals_of_a_sphere():
+    points = sphere_points(600)
+    normals, radii = estimate_surface(points)
+    assert np.abs((normals * points).sum(axis=1)).min() > 0.97
+    spacing = np.sqrt(4 * np.pi / 600)
+    assert 0.7 * spacing < radii.min() and radii.max() < 1.8 * spacing
+
+
+def ink(image: np.ndarray) -> np.ndarray:
+    return (image < 255).any(axis=-1)
+
+
+def test_splats_show_the_shape():
+    sphere = splat_views(sphere_points(800), ring_of_cameras(3), 48)
+    for image in sphere:
+        rows, columns = np.nonzero(ink(image))
+        assert abs(rows.mean() - 23.5) < 0.6 and abs(columns.mean() - 23.5) < 0.6
+        assert np.pi * 20**2 < len(rows) < np.pi * 24**2  # a closed disc: radius 48 / (2 * 4.2 * tan 15) = 21.3 pixels
+    points = sphere_points(400) * 0.2
+    left, right, top = splat_views(np.concatenate([points + [0, 0.7, 0.4]]), [Camera(0, 0), Camera(180, 0), Camera(0, 89)], 48)
+    assert np.nonzero(ink(left))[1].mean() > 32 and np.nonzero(ink(right))[1].mean() < 16  # +y is right seen from +x
+    assert np.nonzero(ink(left))[0].mean() < 18 and np.nonzero(ink(top))[1].mean() > 32  # z is up
+    np.testing.assert_array_equal(sphere, splat_views(sphere_points(800), ring_of_cameras(3), 48))
+
+
+def test_near_splats_hide_far_ones():
+    x, y = [c.ravel() for c in np.meshgrid(*[np.linspace(-0.5, 0.5, 20)] * 2)]
+    wall = np.stack([0 * x + 0.5, x, y], axis=1)  # faces the camera on +x
+    tilted = np.stack([-0.5 - 0.3 * y, x * 0.8, y * 0.8], axis=1)
+    alone, both = (splat_views(points, [Camera(0, 0)], 40)[0] for points in (wall, np.concatenate([wall, tilted])))
+    assert np.abs(alone[12:28, 12:28].astype(int) - both[12:28, 12:28]).max() <= 1
+    behind = splat_views(tilted, [Camera(0, 0)], 40)[0]
+    assert np.abs(alone[12:28, 12:28].astype(int) - behind[12:28, 12:28]).max() > 20
+
+
+def test_too_few_points_are_refused():
+    with pytest.raises(MeshError, match="more than 16 different points"):
+        splat_views(sphere_points(16), ring_of_cameras(1), 16)
+
+
+def test_luminance():
+    assert luminance(np.array([[255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 0]], np.uint8)).tolist() == [255, 76, 150, 0]
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
+    try:
+        probe_renderer()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def test_renderings_agree_with_splats(renderer):
+    if not SAMPLES.is_dir():
+        pytest.skip(f"{SAMPLES} is not there")
+    vertices, triangles = clean_mesh(*read_off((SAMPLES / "bathtub_0002.off").read_bytes()))
+    vertices = to_unit_sphere(vertices)
+    cameras = [Camera(30, 30), Camera(100, 30), Camera(270, 10)]
+    images = render_views(vertices, triangles, cameras, 56)
+    assert images.shape == (3, 56, 56, 3) and images.dtype == np.uint8 and (images[:, 0, 0] == 255).all()
+    assert all((images[i] != images[j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))  # every camera took its own picture
+    np.testing.assert_array_equal(images[1], render_views(vertices, triangles, cameras[1:2], 56)[0])
+    splats = splat_views(sample_surface(vertices, triangles, 3000, seed=0), cameras, 56)
+    for image, splat in zip(images, splats, strict=True):
+        both, either = ink(image) & ink(splat), ink(image) | ink(splat)
+        assert both.sum() / either.sum() > 0.8
+
+
+def test_a_machine_without_graphics_is_told_what_to_install(monkeypatch):
+    monkeypatch.setattr("datasets.prepare.shapes.render.sys.executable", "false")
+    with pytest.raises(RuntimeError, match="requirements-data.txt.*libegl1"):
+        probe_renderer()
+
+
+def test_the_five_real_meshes():
+    pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
+    pytest.importorskip("fast_simplification", reason="fast-simplification of requirements-data.txt is not installed")
+    if not SAMPLES.is_dir():
+        pytest.skip(f"{SAMPLES} is not there")
+    before = {}
+    for path in sorted(SAMPLES.glob("*.off")):
+        (_, triangles), record = simplify(*read_off(path.read_bytes()))
+        before[path.stem[-1]] = record["faces_before"]
+        assert 300 < len(triangles) <= 500 and record["area_ratio"] > 0.95 and record["silhouette"] > 0.95
+    assert before == {"1": 1969, "2": 332, "3": 15696, "4": 2985, "5": 30722}  # 3,546 ... 30,734 with the double-sided copies
+
+
+def test_clouds_padded_by_repetition_are_drawn_as_their_distinct_points():
+    points = sphere_points(200)
+    np.testing.assert_array_equal(splat_views(np.repeat(points, 8, axis=0), ring_of_cameras(1), 32), splat_views(np.unique(points, axis=0), ring_of_cameras(1), 32))

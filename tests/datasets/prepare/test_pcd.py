@@ -1,0 +1,393 @@
+"""PCD files: the three encodings written by hand, damaged files, and the preparation of a folder of them through its command."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets.prepare.readers import pcd
+from datasets import prepare_modelnet
+from datasets.lists import check_paired, default_list_path, read_labelled_list
+from datasets.prepare.modelnet import MODELNET10, MODELNET40
+from datasets.prepare.readers.off import MeshError
+from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
+
+NAN = float("nan")
+POINTS = np.array([[0.5, -1.25, 3.0], [1e-3, 2e5, -7.0], [0.1, 0.2, 0.3]])
+XYZ = [("x", "F", 4, 1), ("y", "F", 4, 1), ("z", "F", 4, 1)]
+# Normals before and an array, colour and padding around the coordinates, which are of three types and in another order.
+MIXED = [
+    ("normal", "F", 4, 3), ("z", "F", 8, 1), ("rgb", "U", 4, 1), ("_", "U", 1, 3), ("x", "F", 4, 1), ("y", "I", 2, 1),
+    ("_", "I", 1, 5),
+]
+SPLATS = ["--any-counts", "--workers", "1", "--views", "2", "--size", "24"]
+
+
+def pack_literals(data: bytes) -> bytes:
+    """LZF without compression: runs of up to 32 literal bytes, each after its length - 1."""
+    runs = [data[i : i + 32] for i in range(0, len(data), 32)]
+    return b"".join(bytes([len(run) - 1]) + run for run in runs)
+
+
+def number(kind: str, size: int, value: float) -> bytes:
+    code = {"F": {4: "f", 8: "d"}, "I": {1: "b", 2: "h", 4: "i", 8: "q"}, "U": {1: "B", 2: "H", 4: "I", 8: "Q"}}[kind][size]
+    return struct.pack("<" + code, value if kind == "F" else int(value))
+
+
+def header(fields, count: int, encoding: str, **changes: str | None) -> bytes:
+    lines = {
+        "VERSION": "0.7",
+        **{key: " ".join(str(field[i]) for field in fields) for i, key in enumerate(("FIELDS", "TYPE", "SIZE", "COUNT"))},
+        "WIDTH": str(count), "HEIGHT": "1", "VIEWPOINT": "0 0 0 1 0 0 0", "POINTS": str(count), "DATA": encoding, **changes,
+    }
+    text = "# .PCD v0.7 - Point Cloud Data file format\n" + "".join(f"{k} {v}\n" for k, v in lines.items() if v is not None)
+    return text.encode()
+
+
+def write_pcd(points, encoding="ascii", fields=XYZ, pack=pack_literals, **changes: str | None) -> bytes:
+    """A PCD file, value by value; fields other than x, y, z hold 1, 2, 3, ..."""
+    rows = [[[row["xyz".index(name)]] if name in "xyz" else list(range(1, n + 1)) for name, _, _, n in fields] for row in points]
+    start = header(fields, len(points), encoding, **changes)
+    if encoding == "ascii":
+        return start + "".join(" ".join(repr(v) for cell in row for v in cell) + "\n" for row in rows).encode()
+    cells = [[b"".join(number(f[1], f[2], v) for v in cell) for f, cell in zip(fields, row, strict=True)] for row in rows]
+    if encoding == "binary":
+        return start + b"".join(map(b"".join, cells))
+    body = b"".join(b"".join(column) for column in zip(*cells, strict=True))
+    packed = pack(body)
+    return start + struct.pack("<II", len(packed), len(body)) + packed
+
+
+@pytest.fixture(params=["ascii", "binary", "binary_compressed"])
+def encoding(request):
+    if request.param == "binary_compressed":
+        pytest.importorskip("lzf", reason="python-neo-lzf of requirements-data.txt is not installed")
+    return request.param
+
+
+def test_every_encoding(encoding):
+    cloud, dropped = read_pcd(write_pcd(POINTS.tolist(), encoding))
+    assert cloud.dtype == np.float32 and cloud.flags.c_contiguous and cloud.flags.writeable and dropped == 0
+    np.testing.assert_array_equal(cloud, POINTS.astype(np.float32))
+
+
+def test_other_fields_types_and_orders(encoding):
+    points = [[0.5, -3, 0.1], [NAN, 4, 0.2], [1.5, 5, 1e-30], [2.5, 6, float("-inf")]]
+    cloud, dropped = read_pcd(write_pcd(points, encoding, MIXED))
+    np.testing.assert_array_equal(cloud, np.array([points[0], points[2]]).astype(np.float32))
+    assert dropped == 2
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_invalid_points_are_dropped_and_counted(encoding, axis):
+    points = np.repeat(POINTS, 3, axis=0)
+    points[[0, 4, 8], axis] = NAN
+    cloud, dropped = read_pcd(write_pcd(points.tolist(), encoding))
+    np.testing.assert_array_equal(cloud, points[[1, 2, 3, 5, 6, 7]].astype(np.float32))
+    assert dropped == 3
+    with pytest.raises(MeshError, match="none of the 2 points is valid"):
+        read_pcd(write_pcd([[NAN, 0, 0], [0, float("inf"), 0]], encoding))
+
+
+def test_doubles_beyond_float32_are_invalid_points(encoding):
+    fields = [(name, "F", 8, 1) for name in "xyz"]
+    cloud, dropped = read_pcd(write_pcd([[1e300, 0.0, 0.0], [0.1, 0.2, 0.3]], encoding, fields))
+    assert dropped == 1 and np.array_equal(cloud, np.array([[0.1, 0.2, 0.3]], np.float32))
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace(b"\n", b"\r\n"), lambda text: text.replace(b" ", b"\t"), lambda text: text.replace(b" ", b"   "),
+    lambda text: text.replace(b"\n", b" \n"), lambda text: text + b"\n\n", lambda text: text[:-1],
+    lambda text: text.replace(b"COUNT 1 1 1\n", b""), lambda text: text.replace(b"VERSION 0.7", b"VERSION .5"),
+    lambda text: text.replace(b"POINTS 3\n", b""), lambda text: text.replace(b"WIDTH 3\nHEIGHT 1\n", b""),
+    lambda text: text.replace(b"WIDTH 3\nHEIGHT 1", b"HEIGHT 3\nWIDTH 1"),
+    lambda text: text.replace(b"WIDTH", b"# made by hand\n\nWIDTH"),
+    lambda text: text.replace(b"VIEWPOINT 0 0 0 1", b"VIEWPOINT 1e-5 -2 3 .5"),
+    lambda text: text.replace(b"VIEWPOINT 0 0 0 1 0 0 0\n", b""),
+], ids=[
+    "crlf", "tabs", "spaces", "trailing", "blank", "cut newline", "no count", "version", "no points", "no grid", "grid",
+    "comment", "pose",
+    "no pose",
+])
+def test_what_ascii_writers_do(change):
+    original = write_pcd(POINTS.tolist())
+    assert change(original) != original
+    np.testing.assert_array_equal(read_pcd(change(original))[0], POINTS.astype(np.float32))
+
+
+@pytest.mark.parametrize("changes,words", [
+    ({"FIELDS": "x y w"}, "one x, y and z"), ({"FIELDS": "x y y"}, "one x, y and z"), ({"FIELDS": "x y"}, "2 FIELDS, 3 TYPE"),
+    ({"FIELDS": ""}, "gives no FIELDS"), ({"FIELDS": None}, "gives no FIELDS"), ({"SIZE": None}, "gives no SIZE"),
+    ({"SIZE": "4 4"}, "2 SIZE"), ({"SIZE": "4 4 3"}, "TYPE F F F and SIZE 4 4 3"), ({"SIZE": "4 4 2"}, "unknown combination"),
+    ({"SIZE": "4 4 -4"}, "unknown combination"), ({"SIZE": "4 4 four"}, "four"), ({"TYPE": "F F D"}, "unknown combination"),
+    ({"TYPE": None}, "gives no TYPE"), ({"COUNT": ""}, "gives no COUNT"), ({"COUNT": "1 1 0"}, "least count 0"),
+    ({"COUNT": "1 1 2"}, "one x, y and z"), ({"COUNT": "1 1 " + "9" * 40}, "one x, y and z"), ({"POINTS": "2"}, "found 2 and 3"),
+    ({"POINTS": "-3", "WIDTH": "-3"}, "POINTS >= 1"), ({"POINTS": "0", "WIDTH": "0"}, "POINTS >= 1"),
+    ({"POINTS": "4", "WIDTH": "4"}, "promises 4 points, 3 follow"), ({"POINTS": "2", "WIDTH": "2"}, "promises 2 points"),
+    ({"POINTS": "many"}, "many"), ({"POINTS": ""}, "gives no POINTS"), ({"POINTS": None, "WIDTH": None}, "found None"),
+])
+def test_wrong_headers(encoding, changes, words):
+    with pytest.raises(MeshError, match=words):
+        read_pcd(write_pcd(POINTS.tolist(), encoding, **changes))
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\n\n", b"OFF\n8 6 0\n", b"ply\nformat ascii 1.0\n", b"\x00" * 100, b"\xff\xfe\n" * 10, b"# .PCD v0.7\n",
+    header(XYZ, 1, "ascii")[:-1], header(XYZ, 1, "ascii").replace(b"POINTS", b"POINT"),
+    header(XYZ, 1, "ascii").replace(b"DATA ascii\n", b""),
+])
+def test_other_files(data):
+    with pytest.raises(MeshError, match="expected a PCD header"):
+        read_pcd(data)
+
+
+@pytest.mark.parametrize("name", ["ASCII", "binary_packed", ""])
+def test_unknown_encodings(name):
+    with pytest.raises(MeshError, match="ascii, binary, binary_compressed|gives no DATA"):
+        read_pcd(write_pcd(POINTS.tolist(), DATA=name))
+
+
+def test_every_cut_is_noticed(encoding):
+    """Cut after any byte: an ascii file may lose its last newline, and digits of its last number are not missed by anyone."""
+    whole = write_pcd((POINTS + 0.125).tolist(), encoding, XYZ)
+    last = whole.rindex(b" ") + 2 if encoding == "ascii" else len(whole)
+    for length in range(last):
+        with pytest.raises(MeshError):
+            read_pcd(whole[:length])
+
+
+@pytest.mark.parametrize("rows,words", [
+    (b"1 2 3\n4 5\n7 8 9\n", "expected 3 values a point, point 1 has 2"), (b"1 2 3 4\n4 5 6\n7 8 9\n", "point 0 has 4"),
+    (b"1 2 3\n4 5 six\n7 8 9\n", "six"), (b"1 2 3\n4 5 \xff\n7 8 9\n", "decode"), (b"1 2 3\n", "promises 3 points, 1 follow"),
+    (b"1 2 3\n" * 4, "promises 3 points, 4 follow"),
+])
+def test_wrong_ascii_bodies(rows, words):
+    with pytest.raises(MeshError, match=words):
+        read_pcd(header(XYZ, 3, "ascii") + rows)
+
+
+def test_binary_files_with_more_than_the_header_says():
+    whole = write_pcd(POINTS.tolist(), "binary")
+    assert len(read_pcd(whole + bytes(11))[0]) == 3  # padding, less than a point
+    with pytest.raises(MeshError, match="promises 3 points, 4 follow"):
+        read_pcd(whole + bytes(12))
+
+
+def test_damaged_compressed_bodies():
+    lzf = pytest.importorskip("lzf", reason="python-neo-lzf of requirements-data.txt is not installed")
+    points = np.tile(POINTS, (40, 1)).tolist()
+    assert len(read_pcd(write_pcd(points, "binary_compressed", pack=lzf.compress))[0]) == 120
+    start = header(XYZ, 120, "binary_compressed")
+    for packed, size, words in [
+        (b"\xff" * 50, 1440, "not a readable"), (pack_literals(bytes(1428)), 1440, "promises 120 points, 119 follow"),
+        (pack_literals(bytes(1440)), 1428, "promises 120 points, 119 follow"),
+        (pack_literals(bytes(1440)), 1441, "promises 120 points"),
+        (pack_literals(bytes(1452)), 1440, "promises 120 points, 0 follow"), (b"", 1440, "not a readable"),
+    ]:
+        with pytest.raises(MeshError, match=words):
+            read_pcd(start + struct.pack("<II", len(packed), size) + packed)
+    with pytest.raises(MeshError, match="expected 99 packed bytes, found 5"):
+        read_pcd(start + struct.pack("<II", 99, 1440) + bytes(5))
+
+
+def test_compressed_files_without_the_package(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lzf", None)
+    with pytest.raises(ImportError, match="python-neo-lzf: pip install -r requirements-data.txt"):
+        read_pcd(write_pcd(POINTS.tolist(), "binary_compressed"))
+    assert len(read_pcd(write_pcd(POINTS.tolist(), "binary"))[0]) == 3
+
+
+def test_files_of_another_library(tmp_path, encoding):
+    pypcd4 = pytest.importorskip("pypcd4", reason="pypcd4 of requirements-data.txt is not installed")
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(500, 3)).astype(np.float32)
+    points[::7] = NAN
+    colours = rng.integers(0, 2**24, 500).astype(np.uint32)
+    columns = [points[:, 0], points[:, 1], points[:, 2], colours]
+    made = pypcd4.PointCloud.from_points(columns, ("x", "y", "z", "rgb"), (np.float32,) * 3 + (np.uint32,))
+    made.save(tmp_path / "a.pcd", encoding=pypcd4.Encoding(encoding))
+    cloud, dropped = read_pcd((tmp_path / "a.pcd").read_bytes())
+    np.testing.assert_allclose(cloud, points[np.isfinite(points[:, 0])], rtol=1e-6 if encoding == "ascii" else 0, atol=0)
+    assert dropped == 72
+    (tmp_path / "b.pcd").write_bytes(write_pcd(POINTS.tolist(), encoding))  # and it reads what we write by hand
+    theirs = pypcd4.PointCloud.from_path(tmp_path / "b.pcd").numpy(("x", "y", "z"))
+    np.testing.assert_array_equal(theirs, POINTS.astype(np.float32))
+
+
+# Folders
+
+
+def sphere(seed: int, count: int = 60) -> np.ndarray:
+    points = np.random.default_rng(seed).normal(size=(count, 3))
+    return points / np.linalg.norm(points, axis=1, keepdims=True) * [1, 2, 3]
+
+
+def write_folder(root: Path, classes=("bathtub", "bed", "night_stand")) -> dict[str, np.ndarray]:
+    """Two training clouds and a test cloud of each class; returns name -> points as written."""
+    clouds = {}
+    for i, (name, encoding) in enumerate(zip(classes, ("ascii", "binary", "binary"), strict=True)):
+        for j, split in enumerate(("train", "train", "test")):
+            points = sphere(10 * i + j).astype(np.float32)
+            folder = root / name / split
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}_{j + 1:04d}.pcd").write_bytes(write_pcd(points.tolist(), encoding))
+            clouds[f"{name}_{j + 1:04d}"] = points
+    return clouds
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def run(*arguments: str | Path) -> None:
+    prepare_modelnet.main([*map(str, arguments), *SPLATS])
+
+
+def prepared(root: Path) -> tuple[dict, dict[str, dict]]:
+    """The manifest and the journal by name."""
+    entries = map(json.loads, (root / "objects.jsonl").read_text().splitlines()[1:])
+    return json.loads((root / "manifest.json").read_text()), {entry["name"]: entry for entry in entries}
+
+
+def stored_cloud(root: Path, entry: dict) -> np.ndarray:
+    return np.load(root / next(name for name in entry["files"] if name.endswith(".npy")))
+
+
+def test_a_folder_end_to_end(tmp_path, capsys):
+    clouds = write_folder(tmp_path / "in")
+    root = tmp_path / "out"
+    run("--pcd", tmp_path / "in", "--root", root)
+    manifest, entries = prepared(root)
+    assert manifest["dataset"] == "modelnet10_splat" and manifest["pictures"] == "splat" and manifest["official_counts"] is False
+    assert manifest["modalities"] == ["RGBImg", "GrayImg", "PointCloud"] and manifest["counts"] == {"train": 6, "test": 3}
+    assert manifest["left_out"] == [] and set(entries) == set(clouds) and "invalid points" not in capsys.readouterr().out
+    for name, points in clouds.items():
+        np.testing.assert_array_equal(stored_cloud(root, entries[name]), points)  # as is, neither moved nor scaled
+        assert entries[name]["dropped_points"] == 0 and entries[name]["label"] == list(MODELNET10).index(name[:-5])
+        assert entries[name]["split"] == ("test" if name.endswith("3") else "train")
+    lists = []
+    for modality in manifest["modalities"]:
+        path = default_list_path(root, "modelnet10_splat", modality, "train")
+        lists.append(read_labelled_list(path, modality=modality, root=root, num_classes=10)[0])
+    check_paired(lists)
+
+
+def test_up_and_a_folder_in_between(tmp_path):
+    clouds = write_folder(tmp_path / "in/ModelNet40", ("bed", "bench", "chair"))
+    for root, extra, turn in (("z", [], np.eye(3)), ("y", ["--up", "y"], [[1, 0, 0], [0, 0, 1], [0, -1, 0]])):
+        run("--pcd", tmp_path / "in", "--root", tmp_path / root, *extra)
+        manifest, entries = prepared(tmp_path / root)
+        assert manifest["dataset"] == "modelnet40_splat" and entries["bench_0001"]["label"] == list(MODELNET40).index("bench")
+        for name, points in clouds.items():
+            np.testing.assert_array_equal(stored_cloud(tmp_path / root, entries[name]), points @ np.array(turn, np.float32))
+    same = tmp_path / "same"  # another axis is another data set, not something already prepared
+    run("--pcd", tmp_path / "in", "--root", same)
+    run("--pcd", tmp_path / "in", "--root", same, "--up", "y")
+    assert snapshot(same) == snapshot(tmp_path / "y") != snapshot(tmp_path / "z")
+
+
+def test_invalid_points_and_broken_files(tmp_path, capsys):
+    clouds = write_folder(tmp_path / "in")
+    points = clouds["bed_0001"].copy()
+    points[[3, 30], 1] = NAN
+    target = tmp_path / "in/bed/train"
+    (target / "bed_0001.pcd").write_bytes(write_pcd(points.tolist(), "binary"))
+    (target / "bed_0002.pcd").write_bytes(write_pcd([[NAN] * 3] * 5))
+    night_stand = tmp_path / "in/night_stand/train/night_stand_0001.pcd"
+    night_stand.write_bytes(night_stand.read_bytes()[:-1])
+    (tmp_path / "in/bathtub/train/bathtub_0001.pcd").write_bytes(write_pcd([[1.0, 2.0, 3.0]] * 5))
+    run("--pcd", tmp_path / "in", "--root", tmp_path / "out")
+    manifest, entries = prepared(tmp_path / "out")
+    left_out = {entry["name"]: entry["left_out"] for entry in manifest["left_out"]}
+    assert sorted(left_out) == ["bathtub_0001", "bed_0002", "night_stand_0001"] and manifest["counts"] == {"train": 3, "test": 3}
+    assert "none of the 5 points is valid" in left_out["bed_0002"] and "60 points, 59 follow" in left_out["night_stand_0001"]
+    assert "one place" in left_out["bathtub_0001"]
+    np.testing.assert_array_equal(stored_cloud(tmp_path / "out", entries["bed_0001"]), np.delete(points, [3, 30], axis=0))
+    assert entries["bed_0001"]["dropped_points"] == 2
+    printed = capsys.readouterr().out
+    assert "2 invalid points dropped from 1 clouds" in printed and printed.count("left out of every modality") == 3
+    for modality in ("rgb_imgs", "gray_imgs", "point_cloud"):
+        assert len([p for p in (tmp_path / "out/train" / modality).iterdir() if p.is_file()]) == 3
+
+
+def test_killed_and_repeated(tmp_path, monkeypatch):
+    clouds = write_folder(tmp_path / "in")
+    points = clouds["bathtub_0002"].copy()
+    points[5] = NAN
+    (tmp_path / "in/bathtub/train/bathtub_0002.pcd").write_bytes(write_pcd(points.tolist()))
+    (tmp_path / "in/bed/train/bed_0001.pcd").write_bytes(b"cut")
+    run("--pcd", tmp_path / "in", "--root", tmp_path / "whole")
+    root, read, original = tmp_path / "cut", [], pcd.read_pcd
+
+    def dies(data):
+        read.append(len(data))
+        if len(read) == 5:
+            raise KeyboardInterrupt
+        return original(data)
+
+    monkeypatch.setattr(prepare_modelnet, "read_pcd", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("--pcd", tmp_path / "in", "--root", root)
+    assert not (root / "manifest.json").exists() and not list(root.glob("*_list.txt"))
+    run("--pcd", tmp_path / "in", "--root", root)
+    assert snapshot(root) == snapshot(tmp_path / "whole") and len(read) == 10  # four before, the one that died, the other five
+    run("--pcd", tmp_path / "in", "--root", root)
+    assert len(read) == 10
+    changed = tmp_path / "in/bed/test/bed_0003.pcd"
+    changed.write_bytes(write_pcd((clouds["bed_0003"] * 2).tolist()))
+    run("--pcd", tmp_path / "in", "--root", root)
+    assert len(read) == 19 and np.array_equal(stored_cloud(root, prepared(root)[1]["bed_0003"]), clouds["bed_0003"] * 2)
+
+
+def test_the_hash_follows_content_and_names_but_not_the_place(tmp_path):
+    write_folder(tmp_path / "a")
+    write_folder(tmp_path / "b/ModelNet10")
+    hashes = {read_pcd_folder(tmp_path / "a", "z").sha256, read_pcd_folder(tmp_path / "b", "z").sha256}
+    assert len(hashes) == 1
+    hashes.add(read_pcd_folder(tmp_path / "a", "y").sha256)
+    (tmp_path / "a/bed/test/bed_0003.pcd").rename(tmp_path / "a/bed/test/bed_0004.pcd")
+    hashes.add(read_pcd_folder(tmp_path / "a", "z").sha256)
+    (tmp_path / "a/bed/test/bed_0004.pcd").write_bytes(b"x")
+    hashes.add(read_pcd_folder(tmp_path / "a", "z").sha256)
+    assert len(hashes) == 4
+
+
+def test_folders_that_do_not_fit(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected CLASS/train/CLASS_0001.pcd"):
+        read_pcd_folder(tmp_path, "z")
+    write_folder(tmp_path / "in")
+    (tmp_path / "in/README.txt").write_text("x")
+    (tmp_path / "in/bed/train/._bed_0001.pcd").write_bytes(b"x")
+    (tmp_path / "in/bed/train/bed_0001.off").write_bytes(b"x")
+    assert len(read_pcd_folder(tmp_path / "in", "z").shapes) == 9
+    for stray in (
+        "bed/train/chair_0001.pcd", "bed/valid/bed_0009.pcd", "bed/train/bed.pcd", "ModelNet10/bed/bed_0009.pcd",
+        "ModelNet30/bed/train/bed_0009.pcd",
+    ):
+        path = tmp_path / "in" / stray
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+        with pytest.raises(ValueError, match=f"{path.name}: expected CLASS/train/CLASS_0001.pcd"):
+            read_pcd_folder(tmp_path / "in", "z")
+        path.unlink()
+    write_folder(tmp_path / "in/ModelNet10")
+    with pytest.raises(ValueError, match="one data set, found ModelNet10 and classes"):
+        read_pcd_folder(tmp_path / "in", "z")
+
+
+def test_refusals_of_the_command(tmp_path):
+    write_folder(tmp_path / "in")
+    with pytest.raises(SystemExit, match="modelnet10: found 6 / 3 objects.*--any-counts"):
+        prepare_modelnet.main(["--pcd", str(tmp_path / "in"), "--root", str(tmp_path / "out")])
+    for other in (["--npz", "a.npz"], ["--archive", "a.zip"], ["--points", "h"]):
+        with pytest.raises(SystemExit, match="expected --archive.*or --pcd DIR"):
+            run("--pcd", tmp_path / "in", *other)
+    write_folder(tmp_path / "both/ModelNet10", ("bed", "sofa", "car"))
+    with pytest.raises(ValueError, match="car_000. occurs twice or is of no class"):
+        run("--pcd", tmp_path / "both", "--root", tmp_path / "out")
+    (tmp_path / "in/bed/test/bed_0001.pcd").write_bytes(b"x")
+    with pytest.raises(ValueError, match="bed_0001 occurs twice"):
+        run("--pcd", tmp_path / "in", "--root", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

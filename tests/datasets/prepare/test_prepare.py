@@ -1,0 +1,342 @@
+"""Preparation: readers of MNIST, Kaggle and the authors' folder, and the writer with its interruption rules."""
+
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from datasets.prepare import writer
+from datasets.prepare.readers.authors import join_authors_lists
+from datasets.lists import check_paired, default_list_path, read_labelled_list, read_training_list
+from datasets.prepare.shapes.digit_cloud import digit_to_point_cloud, gray_image, project_rgb
+from datasets.prepare_digits import digits_splits, enlarge_digit
+from datasets.prepare.readers.digits import check_class_counts, download_mnist, read_idx, read_kaggle, read_mnist
+from datasets.prepare.shapes.digit_mesh import extrude_digit
+from datasets.mesh_faces import mesh_to_faces
+from datasets.prepare.writer import DigitSplit, write_dataset
+
+SIZES = {"train": 4, "test": 2}
+
+
+def digits(count: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    images = np.zeros((count, 28, 28), dtype=np.uint8)
+    images[:, 10:14, 10:14] = rng.integers(1, 256, (count, 4, 4)) * (rng.random((count, 4, 4)) < 0.7)
+    images[:, 10, 10] = 255
+    return images
+
+
+def splits() -> dict[str, DigitSplit]:
+    return {n: DigitSplit(digits(c, i), np.arange(c) % 3, np.arange(c) * 2 + i) for i, (n, c) in enumerate(SIZES.items())}
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(folder, packed=True):
+    for number, (stem, count) in enumerate((("train", 6), ("t10k", 3))):
+        for kind, array in (("images-idx3", digits(count, number)), ("labels-idx1", np.arange(count) % 10)):
+            data = idx_bytes(array)
+            name = folder / f"{stem}-{kind}-ubyte"
+            if packed:
+                name.with_name(name.name + ".gz").write_bytes(gzip.compress(data))
+            else:
+                name.write_bytes(data)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_read_mnist(tmp_path, packed):
+    write_mnist(tmp_path, packed)
+    read = read_mnist(tmp_path, SIZES)
+    np.testing.assert_array_equal(read["train"].images, digits(6, 0)[:4])
+    assert read["test"].labels.tolist() == [0, 1] and read["test"].ids.tolist() == [0, 1]
+
+
+def test_damaged_mnist_is_refused(tmp_path):
+    write_mnist(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    data = path.read_bytes()
+    plain = gzip.decompress(data)
+    cases = [
+        (data[: len(data) // 2], "truncated or corrupt"),
+        (plain[:-5], "header promises"),
+        (plain + b"x", "header promises"),
+        (b"\x00\x00\x0d\x03" + plain[4:], "magic"),
+        (b"", "magic"),
+        (idx_bytes(np.zeros((6, 28, 27))), "28x28"),
+        (idx_bytes(np.zeros((0, 28, 28))), "28x28"),
+    ]
+    for content, words in cases:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            read_mnist(tmp_path, SIZES)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="four MNIST files"):
+        read_mnist(tmp_path, SIZES)
+
+
+def test_labels_must_fit_the_images(tmp_path):
+    write_mnist(tmp_path)
+    path = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    for labels in (np.zeros(2), np.array([1, 2, 11])):
+        path.write_bytes(idx_bytes(labels))
+        with pytest.raises(ValueError, match="t10k-labels.*expected 3 labels"):
+            read_mnist(tmp_path, SIZES)
+    with pytest.raises(ValueError, match="magic"):
+        (tmp_path / "x").write_bytes(b"GIF89a")
+        read_idx(tmp_path / "x")
+
+
+def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+
+    def offline(*args, **kwargs):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", offline)
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte.gz.*--mnist FOLDER"):
+        download_mnist(tmp_path)
+
+
+def test_other_digits_are_not_3d_mnist():
+    with pytest.warns(UserWarning, match="train: .* not the 5000 of 3D MNIST"):
+        check_class_counts(splits())
+    images, labels = np.zeros((5000, 28, 28), np.uint8), np.zeros(5000, np.int64)
+    with pytest.raises(ValueError, match="train: 3D MNIST has class counts"):
+        check_class_counts({"train": DigitSplit(images, labels, np.arange(5000))})
+
+
+def write_kaggle(folder, change=lambda archive: None):
+    h5py = pytest.importorskip("h5py")
+    for name in ("train", "test"):
+        with h5py.File(folder / f"{name}_point_clouds.h5", "w") as archive:
+            for key, image in enumerate(digits(12, 0)):
+                group = archive.create_group(str(key))
+                points, normals = digit_to_point_cloud(image)
+                group["img"], group["points"], group["normals"] = gray_image(image) / 256, points, normals
+                group.attrs["label"] = key % 10
+            change(archive)
+
+
+def test_read_kaggle_in_numeric_order(tmp_path):
+    write_kaggle(tmp_path)  # 12 groups: as strings, "10" would come before "2"
+    read = read_kaggle(tmp_path)["train"]
+    assert read.ids.tolist() == list(range(12)) and read.labels.tolist() == [key % 10 for key in range(12)]
+    np.testing.assert_array_equal(read.images, digits(12, 0))
+
+
+def test_bad_kaggle_files_are_refused(tmp_path):
+    pytest.importorskip("h5py")
+    with pytest.raises(FileNotFoundError, match="train_point_clouds.h5"):
+        read_kaggle(tmp_path)
+
+    def brighter(archive):
+        archive["3/img"][...] = archive["3/img"][()] * 256 / 255
+
+    def moved(archive):
+        archive["3/points"][...] = archive["3/points"][()] + 0.1
+
+    def fewer(archive):
+        points = archive["3/points"][:-1]
+        del archive["3/points"]
+        archive["3/points"] = points
+
+    def stranger(archive):
+        archive.create_group("readme")
+
+    def no_image(archive):
+        del archive["3/img"]
+
+    for change, words in (
+        (brighter, "group 3.*k/256"), (moved, "group 3.*differ"), (fewer, "group 3.*shape"), (stranger, "readme"), (no_image, "not a readable"),
+    ):
+        write_kaggle(tmp_path, change)
+        with pytest.raises(ValueError, match=words):
+            read_kaggle(tmp_path)
+    (tmp_path / "train_point_clouds.h5").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a readable"):
+        read_kaggle(tmp_path)
+
+
+def snapshot(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_written_dataset(tmp_path):
+    assert write_dataset(tmp_path, "own", splits(), num_points=50, source="test")
+    lists = {}
+    for modality in ("RGBImg", "GrayImg", "PointCloud", "Mesh"):
+        lists[modality], labels = read_labelled_list(
+            default_list_path(tmp_path, "own", modality, "train"), modality=modality, root=tmp_path, num_classes=3
+        )
+        assert labels.tolist() == [0, 1, 2, 0]
+    check_paired(list(lists.values()))
+    assert lists["GrayImg"].names[3] == "train/gray_imgs/GrayImg_train_000006.png"
+    image = splits()["train"].images[3]
+    full, _ = digit_to_point_cloud(image)
+    np.testing.assert_array_equal(np.asarray(Image.open(lists["GrayImg"].files[3])), gray_image(image))
+    np.testing.assert_array_equal(np.asarray(Image.open(lists["RGBImg"].files[3])), project_rgb(full))
+    points = np.load(lists["PointCloud"].files[3])
+    assert points.shape == (50, 3) and points.dtype == np.float32
+    assert {tuple(p) for p in points} <= {tuple(p) for p in full.astype(np.float32)}
+    np.testing.assert_array_equal(np.load(lists["Mesh"].files[3]), mesh_to_faces(*extrude_digit(image)))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["counts"] == SIZES and set(manifest["content_sha256"]["test"]) == set(lists)
+
+
+def test_full_clouds_are_shuffled_but_complete(tmp_path):
+    write_dataset(tmp_path, "own", splits(), num_points=0, source="test")
+    full = digit_to_point_cloud(splits()["train"].images[0])[0].astype(np.float32)
+    points = np.load(tmp_path / "train/point_cloud/PointCloud_train_000000.npy")
+    assert (points != full).any()
+    np.testing.assert_array_equal(points[np.lexsort(points.T)], full[np.lexsort(full.T)])
+
+
+def test_repeatable_and_not_repeated(tmp_path):
+    for name in ("a", "b"):
+        assert write_dataset(tmp_path / name, "own", splits(), num_points=50, source="test")
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+    assert not write_dataset(tmp_path / "a", "own", splits(), num_points=50, source="test")
+    assert write_dataset(tmp_path / "a", "own", splits(), num_points=50, rgb="colourised", source="test")
+    (tmp_path / "b/train/rgb_imgs/RGBImg_train_000002.png").unlink()
+    assert write_dataset(tmp_path / "b", "own", splits(), num_points=50, source="test")  # a lost file is noticed
+
+
+@pytest.mark.parametrize("step", ["make_sample", "os.replace", "atomic_write_text", "atomic_write_json"])
+def test_interruption_is_never_read_and_a_rerun_repairs(tmp_path, monkeypatch, step):
+    write_dataset(tmp_path / "whole", "own", splits(), num_points=50, source="test")
+    calls = []
+    original = writer.os.replace if step == "os.replace" else getattr(writer, step)
+
+    def dies_at_second_call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"datasets.prepare.writer.{step}", dies_at_second_call)
+        with pytest.raises(KeyboardInterrupt):
+            write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    if step != "atomic_write_json":  # the last list, Mesh_test, is only there when everything else is
+        with pytest.raises(FileNotFoundError):
+            read_training_list(default_list_path(tmp_path / "cut", "own", "Mesh", "test"), modality="Mesh", root=tmp_path)
+    assert write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
+    assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
+
+
+def test_interrupted_run_goes_on_where_it_stopped_and_parallel_equals_serial(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "whole", "own", splits(), num_points=50, source="test", workers=2)
+    original, made = writer.make_sample, []
+
+    def dies_at_third_call(*args):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(1)
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("datasets.prepare.writer.make_sample", dies_at_third_call)
+        write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
+    monkeypatch.setattr("datasets.prepare.writer.make_sample", lambda *args: made.append(1) or original(*args))
+    write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
+    assert len(made) == sum(SIZES.values())  # none twice
+    assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
+
+
+def test_leftovers_of_other_settings_are_not_used(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("datasets.prepare.writer._publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        write_dataset(tmp_path / "cut", "own", splits(), num_points=40, source="test")
+    write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
+    assert np.load(tmp_path / "cut/train/point_cloud/PointCloud_train_000000.npy").shape == (50, 3)
+
+
+def test_foreign_folders_and_bad_options_are_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "precious.txt").touch()
+    with pytest.raises(ValueError, match="would be replaced"):
+        write_dataset(tmp_path, "own", splits(), num_points=50, source="test")
+    assert (tmp_path / "train" / "precious.txt").exists()
+    for options in ({"num_points": -1}, {"num_points": 5, "rgb": "photo"}):
+        with pytest.raises(ValueError, match="expected num_points"):
+            write_dataset(tmp_path / "x", "own", splits(), source="test", **options)
+    empty = {"train": DigitSplit(np.zeros((1, 28, 28), np.uint8), np.zeros(1, int), np.array([7]))}
+    with pytest.raises(ValueError, match="id 7.*no lit pixel"):
+        write_dataset(tmp_path / "x", "own", empty, num_points=5, source="test")
+    with pytest.raises(ValueError, match="distinct ids"):
+        DigitSplit(digits(2, 0), np.zeros(2), np.zeros(2))
+
+
+def write_authors(folder):
+    """Four objects per split; image rows in the order of ids, cloud rows 0 and 1 exchanged (one pair of two classes)."""
+    for split in ("train", "test"):
+        for modality, sub, token, order in (("RGBImg", "rgb_imgs", "RGBImgs", [0, 1, 2, 3]), ("PointCloud", "point_cloud", "PointCloud", [1, 0, 2, 3])):
+            suffix = "npy" if modality == "PointCloud" else "png"
+            names = [f"./dataset/3dmnist/{split}/{sub}/{i % 3}_{modality}_{split}_{i:06d}.{suffix}" for i in order]
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).touch()
+            rows = [f"{name} {i % 3}" for name, i in zip(names, order, strict=True)]
+            (folder / f"dataset/mnist3d_{token}_{split}_list.txt").write_text("\n".join(rows))
+
+
+@pytest.mark.parametrize("given", ["dataset", "."])
+def test_authors_lists_are_joined_on_id(tmp_path, given):
+    write_authors(tmp_path / "release")
+    root = tmp_path / "out"
+    report = join_authors_lists(tmp_path / "release" / given, root)
+    assert report[0] == "train RGBImg-PointCloud: 2 of 4 rows were mispaired, 2 of them across classes; joined on id"
+    read = {
+        name: read_labelled_list(default_list_path(root, "mnist3d", name, "train"), modality=name, root=root)
+        for name in ("RGBImg", "PointCloud")
+    }
+    check_paired([rows for rows, _ in read.values()])
+    assert read["PointCloud"][1].tolist() == [0, 1, 2, 0]
+    assert read["PointCloud"][0].files[0].is_relative_to((tmp_path / "release").resolve())
+    assert json.loads((root / "manifest.json").read_text())["pairing"] == report
+
+
+def test_authors_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="authors' lists"):
+        join_authors_lists(tmp_path, tmp_path / "out")
+    write_authors(tmp_path)
+    with pytest.raises(ValueError, match="overwritten"):
+        join_authors_lists(tmp_path / "dataset", tmp_path / "dataset")
+    path = tmp_path / "dataset/mnist3d_PointCloud_train_list.txt"
+    rows = path.read_text().split("\n")
+    path.write_text("\n".join(rows[:-1]))
+    with pytest.raises(ValueError, match="same objects.*000003"):
+        join_authors_lists(tmp_path, tmp_path / "out")
+    path.write_text("\n".join([*rows[:-1], rows[-1][:-1] + "1"]))
+    with pytest.raises(ValueError, match="object 000003 different labels"):
+        join_authors_lists(tmp_path, tmp_path / "out")
+
+
+def test_digits_split_is_fixed_and_complete():
+    made = digits_splits()
+    assert (len(made["train"].ids), len(made["test"].ids)) == (1437, 360)
+    assert sorted(np.concatenate([part.ids for part in made.values()]).tolist()) == list(range(1797))
+    order = np.random.default_rng(0).permutation(1797)
+    assert set(made["test"].ids.tolist()) == set(order[1437:].tolist())  # labels play no part
+    np.testing.assert_array_equal(made["test"].labels, load_digits().target[made["test"].ids])
+    for part in made.values():
+        assert part.images.dtype == np.uint8 and (part.images.max(axis=(1, 2)) > 0).all()
+        assert part.images[:, :2].max() == 0 and part.images[:, :, -2:].max() == 0
+
+
+def test_enlarged_digit_keeps_strokes():
+    image = np.zeros((8, 8))
+    image[:, 3] = 16.0
+    large = enlarge_digit(image)
+    assert large.shape == (28, 28) and large[2:26, 11:14].min() > 127
+    assert large[:, :10].max() == 0 and large[:, 15:].max() == 0  # the blurred rim is gone
+    for bad in (np.zeros((8, 8)), np.full((8, 8), 17.0), np.full((8, 8), -1.0), np.ones((9, 8))):
+        with pytest.raises(ValueError, match="8, 8"):
+            enlarge_digit(bad)

@@ -1,0 +1,536 @@
+"""Preparation of MI3DOR through its command: miniatures of both layouts, both pairings, interruption, hostile releases."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.prepare import mi3dor
+from datasets import prepare_mi3dor
+from datasets.lists import default_list_path, read_labelled_list, read_training_list
+from datasets.prepare.mi3dor import Item, Release, by_name_hash, check_official, draw_of_same_class, read_release
+from datasets.prepare.readers.obj import read_obj
+from datasets.prepare.readers.off import MeshError, clean_mesh, triangle_areas
+from utils.engine.session import run_command
+
+pytest.importorskip("trimesh", reason="trimesh of requirements-data.txt is not installed")
+pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
+pytest.importorskip("fast_simplification", reason="fast-simplification of requirements-data.txt is not installed")
+
+BOX = "mtllib none.mtl\nv 0 0 0\nv {0} 0 0\nv {0} 1 0\nv 0 1 0\nv 0 0 1\nv {0} 0 1\nv {0} 1 1\nv 0 1 1\nusemtl red\n" + (
+    "f 1 4 3 2\nf 5/1/1 6/1/1 7/1/1 8/1/1\nf 1 2 6 5\nf 2//3 3//3 7//3 6//3\nusemtl blue\nf 3 4 8 7\nf 4 1 5 8\n"
+)
+TETRA = "v 0 0 0\nv {0} 0 0\nv 0 1 0\nv 0 0 1\nf 1 3 2\nf 1 2 4\nf 1 4 3\nf 2 3 4\n"
+# class: (training photographs, training models, test photographs, test models); more models than photographs in one class
+CLASSES = {"arm_chair": (2, 5, 1, 2), "bear_train": (4, 1, 2, 1), "car": (3, 3, 2, 3)}
+BROKEN, EMPTY = "car_train_0001", "car_test_0002"
+FAST = ["--any-counts", "--workers", "1"]
+
+
+def run(root: Path, output: Path, *more: str) -> None:
+    prepare_mi3dor.main(["--root", str(root), "--output", str(output), *FAST, *more])
+
+
+def write_photograph(path: Path, rng: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = rng.integers(0, 256, (int(rng.integers(20, 40)), int(rng.integers(20, 40)), 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, "PNG" if path.suffix == ".png" else "JPEG")
+
+
+def obj_text(stem: str, number: int) -> str:
+    if stem == BROKEN:
+        return "v 0 0 0\nv 1 0 0\nf 1 2 9\n"
+    return "" if stem == EMPTY else (BOX if number % 2 else TETRA).format(1 + number)
+
+
+def write_folder_release(root: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name, counts in CLASSES.items():
+        for split, photographs, models in (("train", *counts[:2]), ("test", *counts[2:])):
+            for number in range(photographs):
+                suffix = (".JPEG", ".png", ".jpg")[number % 3]
+                write_photograph(root / f"image/{split}/{name}/{name[0]} n0{split}_{number}{suffix}", rng)
+            (root / f"model/{split}/{name}").mkdir(parents=True)
+            for number in range(models):
+                stem = f"{name}_{split}_{number:04d}"
+                (root / f"model/{split}/{name}/{stem}.obj").write_text(obj_text(stem, number))
+            (root / f"image/{split}/{name}/._junk.jpg").write_bytes(b"macOS")
+            (root / f"model/{split}/{name}/readme.txt").write_text("no mesh")
+    (root / "image/train/.hidden").mkdir()
+    return root
+
+
+def write_track_release(root: Path) -> Path:
+    """The same objects as a track release; models of both splits share names, and one has no OBJ file."""
+    folder = write_folder_release(root.parent / f"{root.name}_source")
+    (root / "split").mkdir(parents=True)
+    release = read_release(folder)
+    for split in ("train", "test"):
+        images, views = [], []
+        for item in (item for item in release.images if item.split == split):
+            target = Path("data") / item.name
+            (root / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / item.file, root / target)
+            images.append(f"{item.name if split == 'train' else './' + target.as_posix()} {item.label}\r\n")
+        for number, item in enumerate(item for item in release.models if item.split == split):
+            target = root / f"data/model/{split}/{number:05d}.obj"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (split, number) != ("train", 0):
+                shutil.copy(folder / item.file, target)
+            views += [f"data/view/{split}/{number:05d}/v_{view:02d}.jpg {item.label}\n" for view in range(12)]
+        (root / f"split/shrec2019_Image_{split}.txt").write_text("".join(images))
+        (root / f"split/shrec2019_View_{split}.txt").write_text("\n" + "".join(views))
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder_release(tmp_path_factory) -> Path:
+    return write_folder_release(tmp_path_factory.mktemp("release") / "folder")
+
+
+@pytest.fixture(scope="module")
+def track_release(tmp_path_factory) -> Path:
+    return write_track_release(tmp_path_factory.mktemp("release") / "track")
+
+
+@pytest.fixture(scope="module")
+def prepared(folder_release, tmp_path_factory) -> Path:
+    """Both pairings in one folder."""
+    output = tmp_path_factory.mktemp("out") / "mi3dor"
+    run(folder_release, output)
+    run(folder_release, output, "--pairing", "class")
+    return output
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def read(output: Path, dataset: str, modality: str, split: str):
+    path = default_list_path(output, dataset, modality, split)
+    return read_labelled_list(path, modality=modality, root=output, instance_id="(.+)$", num_classes=21, unique=())
+
+
+def journal(output: Path) -> dict[int, dict]:
+    return {entry["number"]: entry for entry in map(json.loads, (output / "objects.jsonl").read_text().splitlines()[1:])}
+
+
+def test_folder_release_is_listed(folder_release):
+    release = read_release(folder_release)
+    assert release.layout == "folder" and release.class_to_index == {"arm_chair": 0, "bear_train": 1, "car": 2}
+    for items, columns in ((release.images, (0, 2)), (release.models, (1, 3))):
+        found = Counter((item.split, item.label) for item in items)
+        expected = {("train", label): counts[columns[0]] for label, counts in enumerate(CLASSES.values())}
+        expected |= {("test", label): counts[columns[1]] for label, counts in enumerate(CLASSES.values())}
+        assert found == expected and all((folder_release / item.file).is_file() and item.name == item.file for item in items)
+        assert all(item.name.split("/")[1:3] == [item.split, list(CLASSES)[item.label]] for item in items)
+
+
+def test_track_release_is_listed(track_release):
+    release = read_release(track_release)
+    assert release.layout == "track" and release.class_to_index is None
+    folder = read_release(track_release.parent / "track_source")
+    for items, originals in ((release.images, folder.images), (release.models, folder.models)):
+        assert [(item.split, item.label) for item in items] == [(item.split, item.label) for item in originals]
+    same = [(track_release / a.file).read_bytes() == (track_release.parent / "track_source" / b.file).read_bytes()
+            for a, b in zip(release.images + release.models[1:], folder.images + folder.models[1:], strict=True)]
+    assert all(same)  # among others: 00000.obj exists in both splits, and each list found its own
+    assert release.models[0] == Item("data/view/train/00000", "train", 0, None)
+
+
+@pytest.mark.parametrize("dataset", ["mi3dor", "mi3dor_class"])
+def test_test_lists_hold_everything(prepared, folder_release, dataset):
+    for modality in ("RGBImg", "GrayImg"):
+        rows, labels = read(prepared, dataset, modality, "test")
+        photographs = [item.file for item in read_release(folder_release).images if item.split == "test"]
+        assert sorted(rows.files) == sorted(folder_release.resolve() / file for file in photographs)
+        assert all(Path(name).is_absolute() for name in rows.names)
+        assert [list(CLASSES)[label] for label in labels] == [file.parent.name for file in rows.files]
+    rows, labels = read(prepared, dataset, "Mesh", "test")
+    entries = journal(prepared)
+    assert len(rows) == 5
+    assert [entries[int(name[-10:-4])]["name"].split("/")[2] for name in rows.names] == [list(CLASSES)[i] for i in labels]
+    assert not any(word in "".join(rows.names) for word in CLASSES)
+
+
+def test_lists_without_pairs(prepared, folder_release):
+    images, labels = read(prepared, "mi3dor", "RGBImg", "train")
+    meshes, mesh_labels = read(prepared, "mi3dor", "Mesh", "train")
+    assert len(images) == len(set(images.files)) == 9 and len(meshes) == 8 and sorted(mesh_labels) == [0] * 5 + [1] + [2] * 2
+    lists = [default_list_path(prepared, "mi3dor", name, "train") for name in ("RGBImg", "GrayImg")]
+    assert lists[0].read_bytes() == lists[1].read_bytes()
+    names = [file.relative_to(folder_release.resolve()).as_posix() for file in images.files]
+    assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    manifest = json.loads((prepared / "mi3dor_pairs.json").read_text())
+    assert manifest["pairing"] == "none" and manifest["uses_labels_for_training_pairs"] is False and manifest["seed"] is None
+    assert manifest["counts"]["train"] == {"RGBImg": 9, "GrayImg": 9, "Mesh": 8}
+    assert manifest["largest_use_of_one_photograph"] == 1 and manifest["test_photographs_also_in_training"] == 0
+    assert manifest["official_counts"] == {"images": False, "models": False}
+    assert len(read_training_list(lists[0], modality="RGBImg", root=prepared, instance_id="(.+)$", unique=("path",))) == 9
+
+
+def test_the_order_tells_nothing_about_the_class():
+    items = [Item(f"image/train/{label:02d}/{number}.jpg", "train", label, "") for label in range(10) for number in range(50)]
+    labels = np.array([item.label for item in by_name_hash(items)])
+    assert (labels[1:] != labels[:-1]).mean() > 0.8 and labels.reshape(5, 100).std(axis=1).min() > 2.3  # a sorted fifth: 0.5
+
+
+def test_pairs_of_one_class(prepared):
+    images, labels = read(prepared, "mi3dor_class", "RGBImg", "train")
+    meshes, mesh_labels = read(prepared, "mi3dor_class", "Mesh", "train")
+    assert labels.tolist() == mesh_labels.tolist()
+    assert [file.parent.name for file in images.files] == [list(CLASSES)[i] for i in labels]
+    entries = journal(prepared)
+    shown = [entries[int(name[-10:-4])]["name"].split("/")[2] for name in meshes.names]
+    assert shown == [file.parent.name for file in images.files]
+    assert meshes.names == read(prepared, "mi3dor", "Mesh", "train")[0].names
+    uses = Counter(images.files)
+    chairs = sorted(count for file, count in uses.items() if file.parent.name == "arm_chair")
+    assert chairs == [2, 3] and all(count == 1 for file, count in uses.items() if file.parent.name != "arm_chair")
+    paths = [default_list_path(prepared, "mi3dor_class", name, "train") for name in ("RGBImg", "GrayImg")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    manifest = json.loads((prepared / "mi3dor_class_pairs.json").read_text())
+    assert manifest["pairing"] == "class" and manifest["uses_labels_for_training_pairs"] is True and manifest["seed"] == 0
+    assert manifest["counts"]["train"] == {"RGBImg": 8, "GrayImg": 8, "Mesh": 8}
+    assert manifest["counts"]["test"] == {"RGBImg": 5, "GrayImg": 5, "Mesh": 5}
+    assert manifest["distinct_training_photographs"] == len(uses) == 5 and manifest["largest_use_of_one_photograph"] == 3
+
+
+@pytest.mark.parametrize("photographs,models", [(1, 7), (3, 7), (7, 7), (9, 7)])
+def test_the_draw_goes_round(photographs, models):
+    items = [Item(f"{label}/{number}", "train", label, "") for label in (0, 1) for number in range(photographs)]
+    labels = [0, 1] * models
+    drawn = draw_of_same_class(items, labels, seed=3)
+    assert [item.label for item in drawn] == labels
+    uses = Counter(item.name for item in drawn if item.label == 1)
+    ceiling = -(-models // photographs)
+    assert max(uses.values()) == ceiling and min([*uses.values(), *[0] * (photographs - len(uses))]) >= ceiling - 1
+    assert drawn == draw_of_same_class(items[::-1], labels, seed=3)  # the order of the input plays no part
+    if photographs == 9:
+        assert len({tuple(i.name for i in draw_of_same_class(items, labels, seed)) for seed in range(5)}) == 5
+    with pytest.raises(ValueError, match="class 2 has 1 training models but no training photograph"):
+        draw_of_same_class(items, [0, 2], seed=3)
+
+
+def test_manifests_hash_the_content(prepared, folder_release):
+    for dataset in ("mi3dor", "mi3dor_class"):
+        manifest = json.loads((prepared / f"{dataset}_pairs.json").read_text())
+        for split in ("train", "test"):
+            lines = [
+                f"{file.relative_to(folder_release.resolve()).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n"
+                for file in read(prepared, dataset, "GrayImg", split)[0].files
+            ]
+            assert manifest["content_sha256"][split]["GrayImg"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+            rows = read(prepared, dataset, "Mesh", split)[0]
+            hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in rows.files]
+            lines = [f"{name} {digest}\n" for name, digest in zip(rows.names, hashes, strict=True)]
+            assert manifest["content_sha256"][split]["Mesh"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_meshes(prepared, folder_release):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert manifest["class_to_index"] == {"arm_chair": 0, "bear_train": 1, "car": 2}
+    assert manifest["counts"] == {"train": 8, "test": 5}
+    left_out = {Path(entry["name"]).stem: entry["left_out"].split(":")[0] for entry in manifest["left_out"]}
+    assert left_out == {BROKEN: "not a readable OBJ file", EMPTY: "an empty mesh"}
+    for entry in (entry for entry in journal(prepared).values() if "files" in entry):
+        number = int(Path(entry["name"]).stem[-4:])
+        faces = np.load(prepared / next(iter(entry["files"])))
+        assert faces.dtype == np.float32 and faces.shape == (12 if number % 2 else 4, 18)
+        corners = faces[:, None, :3] + faces[:, 3:12].reshape(-1, 3, 3)
+        a, b = 1.0 + number, 1.0  # the box is a x b x b, its half diagonal becomes 1
+        area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).sum() / 2
+        if number % 2:
+            np.testing.assert_allclose(area, (4 * a * b + 2 * b * b) / (a * a + 2 * b * b) * 4, rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(corners, axis=2).max(), 1, rtol=1e-5)
+        assert entry["source_sha256"] == hashlib.sha256((folder_release / entry["name"]).read_bytes()).hexdigest()
+
+
+CORNERS = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 0 0 1\n"
+
+
+@pytest.mark.parametrize("faces,area", [
+    ("f 1 2 3\n", 0.5), ("f 1 2 3 4\nf 1 2 5\n", 1.5), ("vt 0 0\nvn 0 0 1\nf 1/1/1 2/1/1 3/1/1\nf 1//1 2//1 5//1", 1.0),
+    ("f -5 -4 -3 -2\n", 1.0), ("f 1 2 3 # comment\n", 0.5), ("f 1 2 \\\n3\n", 0.5),
+    ("g a\nusemtl x\nf 1 2 3\ng b\nusemtl y\nf 1 3 4\n", 1.0),
+    ("l 1 2\nf 1 2\nf 1 2 3\n", 0.5),
+])
+@pytest.mark.parametrize("write", [
+    str.encode, lambda text: text.replace("\n", "\r\n").encode(), lambda text: text.replace(" ", "\t").encode(),
+    lambda text: b"\xef\xbb\xbf# caf\xe9\nmtllib a.mtl\n" + text.encode(), lambda text: text.replace("\n", " \n  ").encode(),
+], ids=["plain", "crlf", "tabs", "bom-latin1", "indented"])
+def test_obj_forms(faces, area, write):
+    vertices, triangles = read_obj(write(CORNERS + faces))
+    assert vertices.dtype == np.float64 and triangles.dtype == np.int64
+    assert triangle_areas(*clean_mesh(vertices, triangles)).sum() == pytest.approx(area)
+
+
+@pytest.mark.parametrize("data,words", [
+    (b"", "an empty mesh"), (b"# nothing\n", "an empty mesh"), (CORNERS.encode(), "an empty mesh"),
+    (bytes(range(256)) * 9, "an empty mesh"),
+    (CORNERS.encode() + b"f 1 2\n", "cut short"), (CORNERS.encode() + b"f 1 2 9\n", "not a readable OBJ file"),
+    (CORNERS.encode() + b"f a b c\n", "not a readable"), (b"v 0 x 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not a readable"),
+    (CORNERS.encode() + b"f 2 0 1\n", "vertex 0"), (CORNERS.encode() + b"f 0/1 1/1 2/1\n", "vertex 0"),
+    (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "NaN"), (b"v 0 0\nv 1 0\nv 0 1\nf 1 2 3\n", "three finite coordinates"),
+    (CORNERS.encode() + b"f -3 -2 -1\nv 5 0 0\nv 6 0 0\nv 5 1 0\nf -3 -2 -1\n", "count backwards"),
+    (CORNERS.encode() + b"f -9 -2 -1\n", "not a readable"),
+])
+def test_obj_files_that_cannot_be_used(data, words):
+    with pytest.raises(MeshError, match=words):
+        read_obj(data)
+
+
+def test_large_meshes_are_simplified(tmp_path):
+    trimesh = pytest.importorskip("trimesh")
+    data = trimesh.creation.icosphere(subdivisions=3).export(file_type="obj")
+    (tmp_path / "a.obj").write_text(data)
+    task = prepare_mi3dor.ObjectTask(0, "a", "train", 0, "a.obj")
+    arrays, record = prepare_mi3dor.make_mesh(str(tmp_path), 500, task)
+    assert len(arrays["Mesh"]) <= 500 < record["faces_before"] == 1280 and record["area_ratio"] > 0.9 and not record["flagged"]
+
+
+def test_track_release_end_to_end(track_release, tmp_path, capsys):
+    run(track_release, tmp_path / "out", "--pairing", "class", "--seed", "5")
+    text = capsys.readouterr().out
+    assert "read the class labels to build the training pairs" in text
+    assert "data/view/train/00000: the release holds no OBJ file" in text
+    rows, labels = read(tmp_path / "out", "mi3dor_class", "RGBImg", "train")
+    assert [file.parent.name for file in rows.files] == [list(CLASSES)[i] for i in labels] and len(rows) == 7
+    assert labels.tolist() == read(tmp_path / "out", "mi3dor_class", "Mesh", "train")[1].tolist()
+    manifest = json.loads((tmp_path / "out/mi3dor_class_pairs.json").read_text())
+    assert manifest["class_to_index"] is None and manifest["layout"] == "track" and manifest["seed"] == 5
+    assert not default_list_path(tmp_path / "out", "mi3dor", "RGBImg", "train").exists()
+
+
+def test_nothing_to_do_the_second_time(prepared, folder_release, capsys):
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*") if path.is_file()}
+    for pairing in ("none", "class"):
+        run(folder_release, prepared, "--pairing", pairing)
+        text = capsys.readouterr().out
+        assert "already prepared, nothing to do" in text and "lists already there" in text
+        assert ("read the class labels" in text) == (pairing == "class")
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("first", ["none", "class"])
+def test_interrupted_meshes(prepared, folder_release, tmp_path, monkeypatch, first):
+    made, original = [], prepare_mi3dor.make_mesh
+
+    def dies(root, max_faces, task):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(task.name)
+        return original(root, max_faces, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_mi3dor, "make_mesh", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder_release, tmp_path, "--pairing", first)
+    assert not list(tmp_path.glob("*_list.txt")) and not list(tmp_path.glob("*.json"))
+    monkeypatch.setattr(prepare_mi3dor, "make_mesh", lambda *arguments: made.append("again") or original(*arguments))
+    for pairing in (first, "class" if first == "none" else "none"):
+        run(folder_release, tmp_path, "--pairing", pairing)
+    assert snapshot(tmp_path) == snapshot(prepared) and len(made) == 4 + 11  # 15 models, none of them made twice
+
+
+def test_interrupted_lists(prepared, folder_release, tmp_path, monkeypatch):
+    """Stopped at every single list or manifest of the class pairing in turn, the next run ends the same."""
+    whole, original = snapshot(prepared), prepare_mi3dor.atomic_write_text
+    run(folder_release, tmp_path)
+    for stop in range(7):
+        left = iter(range(stop))
+
+        def dies(path, text, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            original(path, text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_mi3dor, "atomic_write_text", dies)
+            with pytest.raises(KeyboardInterrupt):
+                run(folder_release, tmp_path, "--pairing", "class", "--seed", str(stop + 1))
+        assert not (tmp_path / "mi3dor_class_pairs.json").exists() and (tmp_path / "mi3dor_pairs.json").exists()
+    run(folder_release, tmp_path, "--pairing", "class")
+    assert snapshot(tmp_path) == whole
+
+
+def test_killed(prepared, folder_release, tmp_path):
+    """`kill -9` after the first meshes, then again."""
+    command = [sys.executable, "-m", "datasets.prepare_mi3dor", "--root", folder_release, "--output", tmp_path / "o", *FAST]
+    child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path, deadline = tmp_path / "o/objects.jsonl", time.time() + 300
+    while time.time() < deadline and child.poll() is None and not (path.is_file() and len(path.read_bytes().splitlines()) > 2):
+        time.sleep(0.02)
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+    assert child.wait() in (0, -signal.SIGKILL)
+    if not path.is_file():
+        pytest.skip("this machine did not start the command within 300 s")
+    run(folder_release, tmp_path / "o")
+    run(folder_release, tmp_path / "o", "--pairing", "class")
+    assert snapshot(tmp_path / "o") == snapshot(prepared)
+
+
+def test_other_meshes_remove_the_lists_of_both_pairings(prepared, folder_release, tmp_path):
+    shutil.copytree(prepared, tmp_path / "o")
+    run(folder_release, tmp_path / "o", "--max-faces", "8")
+    assert (tmp_path / "o/mi3dor_pairs.json").is_file() and not list((tmp_path / "o").glob("mi3dor_class*"))
+    faces = [len(np.load(path)) for path in (tmp_path / "o/train/mesh").glob("*.npy")]
+    assert faces == [4] * 6  # the two boxes cannot be had with so few faces
+    run(folder_release, tmp_path / "o", "--pairing", "class", "--max-faces", "8")  # the lists made a moment ago still fit
+    assert {path.name for path in (tmp_path / "o").glob("*_pairs.json")} == {"mi3dor_class_pairs.json", "mi3dor_pairs.json"}
+    assert len(read(tmp_path / "o", "mi3dor_class", "RGBImg", "train")[0]) == 6
+
+
+def test_changed_photographs_are_noticed(folder_release, tmp_path):
+    release = tmp_path / "r"
+    shutil.copytree(folder_release, release)
+    run(release, tmp_path / "o")
+    before = json.loads((tmp_path / "o/mi3dor_pairs.json").read_text())
+    test, train = next((release / "image/test/car").glob("c*.png")), next((release / "image/train/car").glob("c*.png"))
+    test.write_bytes(train.read_bytes())
+    run(release, tmp_path / "o")
+    after = json.loads((tmp_path / "o/mi3dor_pairs.json").read_text())
+    assert after["test_photographs_also_in_training"] == 1
+    assert after["content_sha256"]["train"] == before["content_sha256"]["train"]
+    assert after["content_sha256"]["test"] != before["content_sha256"]["test"]
+
+
+def truncated(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def sixteen_bit(data: bytes) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.zeros((20, 20), np.uint16)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["JPEG", "png"])
+@pytest.mark.parametrize("damage", [truncated, sixteen_bit, lambda data: b"", lambda data: b"<html>not found</html>"])
+def test_unreadable_photographs_are_refused(folder_release, tmp_path, suffix, damage):
+    release = tmp_path / "r"
+    shutil.copytree(folder_release, release)
+    victim = next(path for path in sorted((release / "image/train/arm_chair").glob(f"a*.{suffix}")))
+    victim.write_bytes(damage(victim.read_bytes()))
+    with pytest.raises(ValueError, match=f"1 of 14 photographs cannot be read: image/train/arm_chair/{victim.name} "):
+        run(release, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def official_release() -> Release:
+    images = [Item(f"i{s}{c}{n}", s, c, "") for s in ("train", "test") for c in range(21) for n in range(500)]
+    models = [Item(f"m{s}{n}", s, n % 21, "") for s, count in (("train", 3842), ("test", 3848)) for n in range(count)]
+    return Release("folder", tuple(images), tuple(models), None)
+
+
+def test_official_counts(folder_release, tmp_path):
+    release = official_release()
+    assert check_official(release) == {"images": None, "models": None}
+    moved = Release("folder", (Item("x", "train", 1, ""), *release.images[1:]), release.models[1:], None)
+    assert check_official(moved) == {
+        "images": "expected 10500 / 10500 images, 500 of each of 21 classes, found 10500 / 10500 of 21, 499 to 501 of each",
+        "models": "expected 3842 / 3848 models of 21 classes, found 3841 / 3848 of 21, 182 to 184 of each",
+    }
+    fewer = tuple(Item(m.name, m.split, min(m.label, 19), "") for m in release.models)
+    assert "of 20" in check_official(Release("folder", release.images, fewer, None))["models"]
+    with pytest.raises(ValueError, match="found 9 / 5 of 3.*found 9 / 6 of 3.*--any-counts"):
+        prepare_mi3dor.main(["--root", str(folder_release), "--output", str(tmp_path / "o"), "--workers", "1"])
+    assert not (tmp_path / "o").exists()
+
+
+def drop(pattern: str):
+    """Remove the files of a pattern, or one folder."""
+    return lambda root: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in list(root.glob(pattern))]
+
+
+def edit(name: str, change):
+    """Change the text of one list."""
+    return lambda root: (lambda path: path.write_text(change(path.read_text())))(root / f"split/shrec2019_{name}.txt")
+
+
+def both_layouts(root: Path) -> None:
+    for path in ("image/train", "image/test", "model/train", "model/test"):
+        (root / path).mkdir(parents=True)
+
+
+def shared_mesh(root: Path) -> None:
+    """Let two models of the training list name the same OBJ file."""
+    edit("View_train", lambda text: text + "".join(f"elsewhere/00001/v_{view}.jpg 0\n" for view in range(12)))(root)
+
+
+@pytest.mark.parametrize("layout,harm,words", [
+    ("folder", drop("model"), "for the folder release it lacks model/train, model/test; for the track release it lacks split"),
+    ("folder", drop("image/test"), "for the folder release it lacks image/test;"),
+    ("folder", drop("image/test/*/*"), "photographs .* of both splits"),
+    ("folder", drop("model/*/*/*.obj"), "no OBJ file of any of the 0 models"),
+    ("folder", drop("model/train/*/*.obj"), "no usable object in the train split"),
+    ("track", drop("split/shrec2019_View_test.txt"), "for the track release it lacks split/shrec2019_View_test.txt"),
+    ("track", drop("data/model/*/*.obj"), "no OBJ file of any of the 15 models"),
+    ("track", edit("Image_test", lambda text: text.replace(" 1", "")), "row 2: expected `path label`.*contest"),
+    ("track", edit("Image_train", lambda text: text.replace(" 2", " 21")), r"row 7: expected .* in 0..20, found '.* 21'"),
+    ("track", edit("Image_train", lambda text: text.replace(" 2", " -2")), "row 7: expected `path label`"),
+    ("track", edit("Image_train", lambda text: text + "image/no.jpg 1\n"), "row 10: image/no.jpg does not exist"),
+    ("track", edit("Image_train", lambda text: text + text), r"is listed more than once \(9 such names\)"),
+    ("track", edit("View_test", lambda text: text[: text.rindex("data")]), "row 62: expected 12 consecutive .*/00005 with"),
+    ("track", edit("View_train", lambda text: text.replace("v_07.jpg 0", "v_07.jpg 1", 1)), r"found 12 with labels \[0, 1\]"),
+    ("track", edit("View_train", lambda text: text + text), "data/view/train/00000 is listed more than once"),
+    ("track", shared_mesh, "data/model/train/00001.obj is listed more than once"),
+    ("track", lambda root: shutil.copytree(root / "data/model", root / "data/mesh"), "both data/m.*remove one of them"),
+    ("track", both_layouts, "holds both layouts"),
+])
+def test_bad_releases(folder_release, track_release, tmp_path, layout, harm, words):
+    root = tmp_path / "r"
+    shutil.copytree(folder_release if layout == "folder" else track_release, root)
+    harm(root)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        run(root, tmp_path / "o")
+    assert not list(tmp_path.glob("o/*_list.txt"))
+
+
+def test_a_class_without_photographs(folder_release, tmp_path):
+    root = tmp_path / "r"
+    shutil.copytree(folder_release, root)
+    shutil.rmtree(root / "image/train/car")
+    run(root, tmp_path / "o")
+    with pytest.raises(ValueError, match="class 2 has 2 training models but no training photograph"):
+        run(root, tmp_path / "o", "--pairing", "class")
+    assert not list((tmp_path / "o").glob("mi3dor_class*"))
+
+
+@pytest.mark.parametrize("option,value", [("--max-faces", "3"), ("--seed", "-1"), ("--workers", "0")])
+def test_bad_options(folder_release, tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"{option} must be at least"):
+        run(folder_release, tmp_path / "o", option, value)
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    assert run_command(lambda: run(tmp_path / "nowhere", tmp_path / "o")) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and "is not the folder of an unpacked MI3DOR" in err
+
+
+def test_what_goes_to_the_workers_can_be_pickled():
+    task = prepare_mi3dor.ObjectTask(0, "a", "train", 0, "a.obj")
+    functions = (partial(prepare_mi3dor.make_mesh, "root", 500), partial(mi3dor._check_photograph, "root"))
+    for thing in (*functions, task, Item("a", "train", 0, "a")):
+        assert str(pickle.loads(pickle.dumps(thing))) == str(thing)
+
+
+@pytest.mark.parametrize("tail", [b"f 1 2", b"f 1", b"f"])
+def test_an_obj_cut_inside_its_last_face_is_left_out(tail):
+    with pytest.raises(MeshError, match="cut short"):
+        read_obj(b"v 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nf 1 2 3\n" + tail)

@@ -1,0 +1,301 @@
+"""Preparation of ModelNet through its command: miniature archives, interruption, objects that cannot be used, the real clouds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.prepare import object_writer
+from datasets import prepare_modelnet
+from datasets.lists import check_paired, default_list_path, read_labelled_list
+from datasets.prepare.modelnet import MODELNET10, MODELNET40, check_official, make_tasks, read_archive, read_hdf5, read_npz
+from datasets.prepare.readers.off import MeshError
+from datasets.prepare.shapes.render import probe_renderer
+
+NPZ = Path("../shared/data/modelnet10_points/modelnet10_points.npz")
+BOX = "OFF8 6 0\n0 0 0\n{0} 0 0\n{0} 1 0\n0 1 0\n0 0 1\n{0} 0 1\n{0} 1 1\n0 1 1\n4 0 3 2 1\n4 4 5 6 7\n4 0 1 5 4\n4 1 2 6 5\n4 2 3 7 6\n4 3 0 4 7\n"
+NAMES = ["bathtub_0001", "bed_0001", "night_stand_0001", "night_stand_0002", "table_0001"]
+SPLATS = ["--any-counts", "--workers", "1", "--views", "2", "--size", "24"]
+
+
+def write_npz(path: Path, count: int = 6, **changes) -> Path:
+    rng = np.random.default_rng(0)
+    names = np.array([NAMES[i % 5][:-4] + f"{i:04d}" for i in range(count)])
+    points = rng.normal(size=(count, 40, 3))
+    points /= np.linalg.norm(points, axis=2, keepdims=True)
+    classes = np.array(list(MODELNET10))
+    arrays = {
+        "points": np.rint(points * 32767).astype(np.int16), "instance_id": names, "classes": classes,
+        "split": np.array(["test" if i % 3 == 2 else "train" for i in range(count)]),
+        "label": np.array([classes.tolist().index(name.rsplit("_", 1)[0]) for name in names], np.int8),
+    }
+    np.savez(path, **{**arrays, **changes})
+    return path
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def run(*arguments: str | Path) -> None:
+    prepare_modelnet.main([*map(str, arguments), *SPLATS])
+
+
+def test_official_counts():
+    assert len(MODELNET40) == 40 and list(MODELNET40) == sorted(MODELNET40)
+    assert [sum(n[i] for n in MODELNET40.values()) for i in (0, 1)] == [9843, 2468]
+    assert len(MODELNET10) == 10 and [sum(n[i] for n in MODELNET10.values()) for i in (0, 1)] == [3991, 908]
+
+
+def test_the_real_clouds():
+    if not NPZ.is_file():
+        pytest.skip(f"{NPZ} is not there")
+    source = read_npz(NPZ)
+    assert source.dataset == "modelnet10" and check_official(source, clouds_only=True) is None
+    tasks = make_tasks(source)
+    assert [sum(task.split == split for task in tasks) for split in ("train", "test")] == [3991, 908]
+    with np.load(NPZ) as archive:
+        row = archive["instance_id"].tolist().index(tasks[0].name)
+        assert tasks[0].label == archive["label"][row] and tasks[0].split == archive["split"][row]
+        np.testing.assert_array_equal(np.rint(tasks[0].cloud * 32767), archive["points"][row])
+    labels = np.array([task.label for task in tasks])
+    assert (labels[1:] != labels[:-1]).mean() > 0.7  # the order tells nothing about the class
+
+
+def test_splats_end_to_end(tmp_path):
+    root = tmp_path / "out"
+    run("--npz", write_npz(tmp_path / "a.npz"), "--root", root)
+    lists = {}
+    for modality in ("RGBImg", "GrayImg", "PointCloud"):
+        path = default_list_path(root, "modelnet10_splat", modality, "train")
+        lists[modality], labels = read_labelled_list(path, modality=modality, root=root, num_classes=10)
+    check_paired(list(lists.values()))
+    entries = {e["number"]: e for e in map(json.loads, (root / "objects.jsonl").read_text().splitlines()[1:])}
+    kept = [entries[int(number)] for number in lists["RGBImg"].instance_ids]
+    assert len(kept) == 4 and labels.tolist() == [list(MODELNET10).index(e["name"].rsplit("_", 1)[0]) for e in kept]
+    assert not any(name.split("_")[0] in " ".join(lists["RGBImg"].names) for name in MODELNET10)
+    with np.load(tmp_path / "a.npz") as archive:
+        row = archive["instance_id"].tolist().index(kept[0]["name"])
+        stored = np.load(lists["PointCloud"].files[0])
+        assert stored.dtype == np.float32 and np.array_equal(stored, archive["points"][row].astype(np.float32) / 32767)
+    second = lists["RGBImg"].files[0].parent / "view_01" / lists["RGBImg"].files[0].name
+    first, second, gray = (np.asarray(Image.open(f)) for f in (lists["RGBImg"].files[0], second, lists["GrayImg"].files[0]))
+    assert first.shape == second.shape == (24, 24, 3) and (first != second).any() and gray.shape == (24, 24)
+    np.testing.assert_allclose(gray, first @ [0.299, 0.587, 0.114], atol=0.51)
+    manifest = json.loads((root / "manifest.json").read_text())
+    assert manifest["counts"] == {"train": 4, "test": 2} and manifest["pictures"] == "splat" and manifest["official_counts"] is False
+    assert manifest["left_out"] == [] and set(manifest["content_sha256"]["train"]) == {"RGBImg", "GrayImg", "PointCloud"}
+
+
+def test_counts_are_asserted(tmp_path):
+    with pytest.raises(SystemExit, match="modelnet10: found 4 / 2 objects.*bathtub/test: 1 instead of 50.*--any-counts"):
+        prepare_modelnet.main(["--npz", str(write_npz(tmp_path / "a.npz")), "--root", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes,words", [
+    ({"points": np.zeros((6, 40, 3))}, "expected int16 points"),
+    ({"points": np.zeros((5, 40, 3), np.int16)}, "expected int16 points"),
+    ({"label": np.zeros(6, np.int8)}, "labels as in the names"),
+    ({"split": np.array(["valid"] * 6)}, "expected splits train and test"),
+    ({"label": np.full(6, 77, np.int8)}, "not a readable archive"),
+    ({"instance_id": np.array(["bed_0001"] * 6), "label": np.full(6, 1, np.int8)}, "occurs twice"),
+])
+def test_bad_npz(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_tasks(read_npz(write_npz(tmp_path / "a.npz", **changes)))
+
+
+def test_wrong_sources(tmp_path):
+    with pytest.raises(FileNotFoundError, match="modelnet10_points.npz"):
+        read_npz(tmp_path / "none.npz")
+    with pytest.raises(FileNotFoundError, match="ModelNet10.zip"):
+        read_archive(tmp_path / "none.zip")
+    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(ValueError, match="not a complete zip"):
+        read_archive(tmp_path / "cut.zip")
+    for bad in (["--size", "4"], ["--seed", "-1"], ["--views", "0"], ["--elevation", "90"]):
+        with pytest.raises(ValueError, match="at least"):
+            prepare_modelnet.main(["--npz", str(write_npz(tmp_path / "a.npz")), "--any-counts", *bad])
+    for arguments in ([], ["--npz", "x", "--archive", "y"]):
+        with pytest.raises(SystemExit, match="expected --archive"):
+            prepare_modelnet.main(arguments)
+
+
+def test_unusable_clouds_are_left_out_of_everything(tmp_path):
+    points = np.load(write_npz(tmp_path / "a.npz"))["points"].copy()
+    points[1] = 0  # all in one place
+    run("--npz", write_npz(tmp_path / "b.npz", points=points), "--root", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["counts"] == {"train": 3, "test": 2}
+    assert [e["name"] for e in manifest["left_out"]] == ["bed_0001"] and "one place" in manifest["left_out"][0]["left_out"]
+    assert sum(1 for _ in (tmp_path / "out/train").rglob("*.npy")) == 3 and sum(1 for _ in (tmp_path / "out/train").rglob("*.png")) == 12
+
+
+def test_interrupted_then_damaged_then_other_settings(tmp_path, monkeypatch):
+    npz = write_npz(tmp_path / "a.npz")
+    run("--npz", npz, "--root", tmp_path / "whole")
+    whole = snapshot(tmp_path / "whole")
+    root, made = tmp_path / "cut", []
+
+    def dies(recipe, archive, needs_cloud, task):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(task.name)
+        return original(recipe, archive, needs_cloud, task)
+
+    original = prepare_modelnet.make_object
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_modelnet, "make_object", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run("--npz", npz, "--root", root)
+    assert not (root / "manifest.json").exists() and not list(root.glob("*_list.txt"))
+    with open(root / "objects.jsonl", "a") as journal:
+        journal.write('{"number": 5, "na')  # the line a killed run was writing
+    (root / "train/rgb_imgs/RGBImg_train_000099.png").write_bytes(b"left behind")
+
+    def counted(recipe, archive, needs_cloud, task):
+        made.append(task.name)
+        return original(recipe, archive, needs_cloud, task)
+
+    monkeypatch.setattr(prepare_modelnet, "make_object", counted)
+    run("--npz", npz, "--root", root)
+    assert snapshot(root) == whole and len(made) == 6  # three before, three after
+    run("--npz", npz, "--root", root)
+    assert len(made) == 6
+    victim = next((root / "test/gray_imgs").rglob("*.png"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    run("--npz", npz, "--root", root)
+    assert snapshot(root) == whole and len(made) == 7  # only the damaged object was made again
+    run("--npz", npz, "--root", root, "--elevation", "10")
+    assert len(made) == 13 and json.loads((root / "manifest.json").read_text())["elevation"] == 10
+
+
+def test_two_processes_give_the_same_files(tmp_path):
+    """The only test that starts workers, in a killed command: `kill -9` half-way, then again."""
+    npz = write_npz(tmp_path / "a.npz", 40)
+    run("--npz", npz, "--root", tmp_path / "whole")
+    command = [sys.executable, "-m", "datasets.prepare_modelnet", "--npz", npz, "--root", tmp_path / "cut", *SPLATS, "--workers", "2"]
+    child = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    journal, deadline = tmp_path / "cut/objects.jsonl", time.time() + 300
+    while time.time() < deadline and not (journal.is_file() and len(journal.read_bytes().splitlines()) > 2):
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.wait() in (0, -signal.SIGKILL)
+    if not journal.is_file():
+        pytest.skip("this machine did not start the command within 300 s")
+    run("--npz", npz, "--root", tmp_path / "cut")
+    assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
+
+
+def test_foreign_folders_are_refused(tmp_path):
+    (tmp_path / "out/train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="would be replaced"):
+        run("--npz", write_npz(tmp_path / "a.npz"), "--root", tmp_path / "out")
+
+
+def test_a_disk_that_loses_files_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(object_writer, "_encode", lambda array, name: b"x" if name.endswith("view_01") else b"y")
+    original = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: original(self, data[:0] if "PointCloud" in self.name else data))
+    with pytest.raises(OSError, match="do not read back"):
+        run("--npz", write_npz(tmp_path / "a.npz"), "--root", tmp_path / "out")
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def write_hdf5(folder: Path, plain: bool = False) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    folder.mkdir()
+    parts = {("train", 0): NAMES[:2], ("train", 1): NAMES[2:3], ("test", 0): NAMES[3:]}
+    for (split, number), names in parts.items():
+        stem = f"{split}{number}" if plain else f"ply_data_{split}{number}"
+        with h5py.File(folder / f"{stem}.h5", "w") as file:
+            file["data"] = np.stack([np.eye(3, dtype=np.float32)[np.arange(30) % 3] * (1 + NAMES.index(name)) for name in names])
+            file["label"] = np.zeros((len(names), 1), np.uint8)
+        ids = f"{stem}_id2file.json" if plain else f"ply_data_{split}_{number}_id2file.json"
+        (folder / ids).write_text(json.dumps([f"x/{name}.ply" for name in names]))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_hdf5_clouds(tmp_path, plain):
+    write_hdf5(tmp_path / "h", plain)
+    source = read_hdf5(tmp_path / "h", up="y")
+    assert {shape.name: shape.split for shape in source.shapes} == dict(zip(NAMES, ["train"] * 3 + ["test"] * 2, strict=True))
+    cloud = next(shape.cloud for shape in source.shapes if shape.name == "night_stand_0001")
+    np.testing.assert_array_equal(cloud[:3], [[3, 0, 0], [0, 0, 3], [0, -3, 0]])  # y became up, not mirrored
+    as_stored = {shape.name: shape.cloud for shape in read_hdf5(tmp_path / "h", up="z").shapes}
+    assert np.array_equal(as_stored["bathtub_0001"][:3], np.eye(3))
+    assert source.dataset == "modelnet10" and [s.object_class for s in source.shapes].count("night_stand") == 2
+
+
+def test_bad_hdf5_folders(tmp_path):
+    write_hdf5(tmp_path / "h")
+    with pytest.raises(FileNotFoundError, match="expected ply_data_train0.h5"):
+        read_hdf5(tmp_path, up="y")
+    ids = tmp_path / "h/ply_data_train_1_id2file.json"
+    ids.write_text("[]")
+    with pytest.raises(ValueError, match=r"expected data of shape \(0, n, 3\)"):
+        read_hdf5(tmp_path / "h", up="y")
+    ids.unlink()
+    with pytest.raises(FileNotFoundError, match="which object each cloud is"):
+        read_hdf5(tmp_path / "h", up="y")
+
+
+def write_archive(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for size, (name, split) in enumerate(zip(NAMES, ["train"] * 3 + ["test"] * 2, strict=True), start=1):
+            text = BOX.format(size) if name != "bed_0001" else "OFF\n8 6 0\n0 0 0\n"
+            archive.writestr(f"ModelNet10/{name.rsplit('_', 1)[0]}/{split}/{name}.off", text)
+        for junk in ("ModelNet10/.DS_Store", "__MACOSX/ModelNet10/bed/train/bed_0009.off", "ModelNet10/README.txt"):
+            archive.writestr(junk, "junk")
+    return path
+
+
+def test_archive_listing(tmp_path):
+    source = read_archive(write_archive(tmp_path / "ModelNet10.zip"))
+    assert source.dataset == "modelnet10" and sorted(shape.name for shape in source.shapes) == NAMES
+    with zipfile.ZipFile(tmp_path / "ModelNet10.zip", "a") as archive:
+        archive.writestr("ModelNet40/car/train/car_0001.off", "x")
+    with pytest.raises(ValueError, match="modelnet10.*modelnet40"):
+        read_archive(tmp_path / "ModelNet10.zip")
+
+
+def test_damaged_members_are_left_out(tmp_path):
+    path = write_archive(tmp_path / "a.zip")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"bathtub_0001.off") + 20
+    data[place : place + 8] = b"\xff" * 8
+    path.write_bytes(bytes(data))
+    with pytest.raises(MeshError, match="damaged in the archive"):
+        prepare_modelnet._read_member(str(path), "ModelNet10/bathtub/train/bathtub_0001.off")
+
+
+def test_meshes_end_to_end(tmp_path, monkeypatch):
+    pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
+    pytest.importorskip("fast_simplification", reason="fast-simplification of requirements-data.txt is not installed")
+    try:
+        probe_renderer()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(prepare_modelnet, "probe_renderer", lambda: None)  # done just now; it takes seconds
+    write_hdf5(tmp_path / "h")
+    for root, extra in (("sampled", []), ("given", ["--points", tmp_path / "h"])):
+        run("--archive", write_archive(tmp_path / "ModelNet10.zip"), "--root", tmp_path / root, "--num-points", "64", *extra)
+        manifest = json.loads((tmp_path / root / "manifest.json").read_text())
+        assert manifest["counts"] == {"train": 2, "test": 2} and manifest["pictures"] == "mesh"
+        assert [entry["name"] for entry in manifest["left_out"]] == ["bed_0001"] and "lines follow" in manifest["left_out"][0]["left_out"]
+        rows = (tmp_path / root / "modelnet10_Mesh_train_list.txt").read_text().split()
+        faces = np.load(tmp_path / root / rows[0])
+        assert faces.shape == (12, 18) and faces.dtype == np.float32
+        cloud = np.load(tmp_path / root / rows[0].replace("Mesh", "PointCloud").replace("mesh", "point_cloud"))
+        assert cloud.shape == ((64, 3) if root == "sampled" else (30, 3)) and cloud.dtype == np.float32
+        if root == "sampled":
+            assert np.linalg.norm(cloud, axis=1).max() <= 1 + 1e-6 < 2 * np.linalg.norm(cloud, axis=1).max()

@@ -1,0 +1,403 @@
+"""datasets/mesh_faces.py and datasets/prepare/shapes/digit_mesh.py: faces against slow loops, hostile meshes and files, transforms, digits."""
+
+import functools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.lists import SampleList
+from datasets.mesh_faces import augment_faces, load_faces, mesh_to_faces, pad_faces, prepare_faces
+from utils.settings.options import AugmentConfig
+from utils.engine.seed import BatchGenerator
+from utils.engine.seed import BatchGenerator
+
+NONE = dict(
+    point_rotation_degrees=0.0, point_tilt_degrees=0.0, point_scale=(1.0, 1.0), point_shear=0.0, point_translate=0.0,
+    point_jitter=0.0,
+)
+TETRAHEDRON = (np.array([[0.0, 0, 0], [3, 0, 0], [0, 3, 0], [0, 0, 3]]), np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]]))
+
+
+def only(**changes):
+    assert changes.keys() <= NONE.keys()
+    return SimpleNamespace(**{**NONE, **changes})
+
+
+def generator(seed=0):
+    return BatchGenerator(torch.Generator().manual_seed(seed))
+
+
+def corners_of(faces):
+    """Absolute corners (..., F, 3, 3) of an array or tensor of faces."""
+    return faces[..., None, :3] + faces[..., 3:12].reshape(*faces.shape[:-1], 3, 3)
+
+
+def batch(count=4):
+    vertices, triangles = TETRAHEDRON
+    return torch.from_numpy(np.stack([mesh_to_faces(vertices * (1 + m) - m, triangles) for m in range(count)]))
+
+
+# From vertices and triangles
+
+
+def test_one_face_by_hand():
+    faces = mesh_to_faces(np.array([[0.0, 0, 1], [3, 0, 1], [0, 6, 1]]), np.array([[0, 1, 2]]))
+    assert faces.shape == (1, 18) and faces.dtype == np.float32
+    assert faces[0].tolist() == [1, 2, 1, -1, -2, 0, 2, -2, 0, -1, 4, 0, 0, 0, 1, 0, 0, 0]
+
+
+def test_a_tetrahedron_by_hand():
+    faces = mesh_to_faces(*TETRAHEDRON)
+    assert faces[:, 15:].tolist() == [[2, 3, 1], [0, 3, 2], [1, 3, 0], [0, 2, 1]]
+    root = 1 / math.sqrt(3)
+    np.testing.assert_allclose(faces[:, 12:15], [[0, 0, -1], [0, -1, 0], [-1, 0, 0], [root, root, root]], atol=1e-7)
+    np.testing.assert_allclose(faces[:, :3], [[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], atol=1e-6)
+
+
+def test_neighbours_of_a_tangled_mesh_by_loops():
+    rng = np.random.default_rng(0)
+    triangles = np.array([rng.choice(9, 3, replace=False) for _ in range(60)])  # many edges in three faces and more
+    triangles = np.concatenate([triangles, triangles[:3], triangles[3:6, ::-1]])  # repeated and double-sided ones
+    found = mesh_to_faces(rng.standard_normal((9, 3)), triangles)[:, 15:]
+    for face, triangle in enumerate(triangles):
+        for k in range(3):
+            edge = {triangle[k], triangle[(k + 1) % 3]}
+            others = [f for f, other in enumerate(triangles) if f != face and edge <= set(other)]
+            assert found[face, k] == (others[0] if others else face)
+
+
+def test_vertices_at_one_position_are_welded():
+    vertices, triangles = TETRAHEDRON
+    soup = mesh_to_faces(vertices[triangles].reshape(-1, 3) * [1, 1, -1] * [1, 1, -1], np.arange(12).reshape(4, 3))
+    assert np.array_equal(soup, mesh_to_faces(vertices, triangles))
+
+
+def test_faces_without_area_are_dropped_and_neighbours_renumbered():
+    vertices = np.concatenate([TETRAHEDRON[0], [[1.5, 0, 0], [1.5, 1e-7, 0]]])
+    thin = [[0, 0, 1], [0, 4, 1], [2, 2, 2], [0, 5, 1]]  # a repeated corner, collinear corners, one point, a needle
+    triangles = np.array([thin[0], TETRAHEDRON[1][0], thin[1], thin[2], *TETRAHEDRON[1][1:], thin[3]])
+    assert np.array_equal(mesh_to_faces(vertices, triangles), mesh_to_faces(*TETRAHEDRON))
+
+
+def test_small_and_narrow_faces_are_kept():
+    faces = mesh_to_faces(np.array([[0, 0, 0], [1e-9, 0, 0], [0, 1e-9, 0], [5, 0, 0], [9, 0, 0], [9, 1e-3, 0]]), np.arange(6).reshape(2, 3))
+    np.testing.assert_allclose(faces[:, 12:15], [[0, 0, 1], [0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(prepare_faces(torch.from_numpy(faces)[None])[0, :, 12:15], [[0, 0, 1], [0, 0, 1]], atol=1e-6)
+
+
+@pytest.mark.parametrize("vertices,triangles,message", [
+    (np.zeros((3, 2)), [[0, 1, 2]], r"shapes \(3, 2\)"), (np.zeros((3, 3)), [[0, 1, 2, 0]], r"\(1, 4\)"),
+    (np.zeros((3, 3)), np.zeros((0, 3), int), "at least one triangle"), (np.zeros((3, 3)), [[0.0, 1.0, 2.0]], "integer"),
+    (np.zeros((3, 3)), [[0, 1, 3]], r"0\.\.2, found \[0 1 3\] in triangle 0"), (np.zeros((3, 3)), [[0, -1, 2]], "found"),
+    (np.zeros((0, 3)), [[0, 1, 2]], "triangle 0"), (np.array([[0, 0, 0], [1, np.nan, 0], [2, 0, 0]]), [[0, 1, 2]], "vertex 1"),
+    (np.zeros((3, 3)), [[0, 1, 2]], "positive area"),
+])
+def test_broken_meshes_are_refused(vertices, triangles, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_to_faces(vertices, np.array(triangles))
+
+
+# Padding and loading
+
+
+def test_padding_repeats_faces_after_the_original_ones():
+    faces = mesh_to_faces(*TETRAHEDRON)
+    padded = pad_faces(faces, 30, np.random.default_rng(0))
+    assert padded.shape == (30, 18) and padded.dtype == np.float32 and np.array_equal(padded[:4], faces)
+    copies = {face.tobytes() for face in padded[4:]}
+    assert copies == {face.tobytes() for face in faces}
+    assert np.array_equal(padded, pad_faces(faces, 30, np.random.default_rng(0)))
+    assert not np.array_equal(padded, pad_faces(faces, 30, np.random.default_rng(1)))
+    assert np.array_equal(pad_faces(faces, 4, np.random.default_rng(0)), faces)
+    for count in (0, 5):
+        with pytest.raises(ValueError, match=f"1 to 4 faces, found {count}"):
+            pad_faces(padded[:count], 4, np.random.default_rng(0))
+
+
+def sample_list(folder: Path, *arrays) -> SampleList:
+    files = tuple(folder / f"Mesh_train_{i:06d}.npy" for i in range(len(arrays)))
+    for file, array in zip(files, arrays):
+        np.save(file, array)
+    return SampleList(folder / "list.txt", "Mesh", tuple(f.name for f in files), files, tuple(f"{i:06d}" for i in range(len(files))))
+
+
+def test_loading_pads_to_the_largest_and_fits_the_unit_sphere(tmp_path):
+    tetrahedron, single = mesh_to_faces(*TETRAHEDRON), mesh_to_faces(np.array([[7.0, 0, 1], [9, 0, 1], [7, 4, 1]]), np.array([[0, 1, 2]]))
+    samples = sample_list(tmp_path, single, tetrahedron)
+    stored = load_faces(samples, unit_sphere=False)
+    assert stored.shape == (2, 4, 18) and stored.dtype == np.float32
+    assert np.array_equal(stored[1], tetrahedron) and np.array_equal(stored[0], single.repeat(4, axis=0))
+    loaded = load_faces(samples)
+    for before, after in zip(stored, loaded):
+        corners = corners_of(after)
+        np.testing.assert_allclose(corners.min((0, 1)) + corners.max((0, 1)), 0, atol=1e-6)
+        assert np.linalg.norm(corners, axis=2).max() == pytest.approx(1, abs=1e-6)
+        scale = np.ptp(corners_of(before)[..., 0]) / np.ptp(corners[..., 0])
+        np.testing.assert_allclose(np.diff(corners_of(before), axis=1), scale * np.diff(corners, axis=1), atol=1e-5)
+        assert np.array_equal(before[:, 12:], after[:, 12:])
+
+
+def test_the_padding_of_a_mesh_does_not_depend_on_its_row(tmp_path):
+    large = mesh_to_faces(np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).permutation(60).reshape(-1, 3) % 20)
+    samples = sample_list(tmp_path, mesh_to_faces(*TETRAHEDRON), large)
+    swapped = SampleList(samples.path, "Mesh", samples.names[::-1], samples.files[::-1], samples.instance_ids[::-1])
+    assert np.array_equal(load_faces(samples)[::-1], load_faces(swapped))
+    assert not np.array_equal(load_faces(samples), load_faces(samples, seed=1))
+
+
+def changed(column, value):
+    faces = mesh_to_faces(*TETRAHEDRON)
+    faces[2, column] = value
+    return faces
+
+
+@pytest.mark.parametrize("array,message", [
+    (np.zeros((4, 15), np.float32), r"\(4, 15\)"), (np.zeros((0, 18), np.float32), "1 to 500 faces, found 0"),
+    (np.zeros((501, 18), np.float32), "found 501; simplify"), (np.zeros((4, 18), int), "int64"), (changed(0, np.nan), "finite"),
+    (changed(16, 4), r"0\.\.3, found .* at face 2"), (changed(15, -1), "at face 2"), (changed(17, 0.5), "at face 2"),
+    (changed(slice(3, 12), 1.0), "corners minus centre"),
+])
+def test_broken_files_are_refused_by_name_and_row(tmp_path, array, message):
+    with pytest.raises(ValueError, match=rf"list.txt, row 2: .*Mesh_train_000001.npy.*{message}"):
+        load_faces(sample_list(tmp_path, mesh_to_faces(*TETRAHEDRON), array))
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    samples = sample_list(tmp_path, mesh_to_faces(*TETRAHEDRON))
+    for content in (b"", b"no array", samples.files[0].read_bytes()[:200]):
+        samples.files[0].write_bytes(content)
+        with pytest.raises(ValueError, match="row 1: .* is not a readable .npy array"):
+            load_faces(samples)
+    with samples.files[0].open("wb") as file:
+        np.savez(file, faces=mesh_to_faces(*TETRAHEDRON))
+    with pytest.raises(ValueError, match="row 1: .* found shape None"):
+        load_faces(samples)
+
+
+# Transforms
+
+
+def test_evaluation_recomputes_the_normals_and_nothing_else():
+    faces = batch()
+    torch.testing.assert_close(prepare_faces(faces), faces)
+    turned = faces.clone()
+    turned[..., 12:15] *= -3
+    assert torch.equal(prepare_faces(turned), prepare_faces(faces))
+    flat = faces.clone()
+    flat[0, 0, 3:12] = 0
+    assert prepare_faces(flat)[0, 0, 12:15].tolist() == [0, 0, 0]
+
+
+def test_the_starting_corner_turns_with_the_neighbours():
+    faces = batch(8)
+    result = augment_faces(faces, only(), generator())
+    seen = set()
+    for mesh, (before, after) in enumerate(zip(faces, result)):
+        for face in range(4):
+            starts = [s for s in range(3) if torch.equal(before[face, 15:].roll(-s), after[face, 15:])]
+            assert len(starts) == 1
+            expected = before[face, 3:12].view(3, 3).roll(-starts[0], 0).flatten()
+            torch.testing.assert_close(after[face, 3:12], expected)
+            seen.add(starts[0])
+    assert seen == {0, 1, 2}
+    torch.testing.assert_close(result[..., :3], faces[..., :3])
+    torch.testing.assert_close(result[..., 12:15], faces[..., 12:15])
+
+
+def test_one_affine_map_per_mesh_and_normals_of_the_result():
+    settings = only(point_rotation_degrees=40.0, point_tilt_degrees=20.0, point_scale=(0.5, 2.0), point_shear=0.3, point_translate=0.2)
+    faces = batch()
+    result = augment_faces(faces, settings, generator(1)).double()
+    maps = []
+    for before, after in zip(faces.double(), result):
+        known = torch.cat([before[:, :3], torch.ones(4, 1, dtype=torch.float64)], dim=1)
+        linear = torch.linalg.lstsq(known, after[:, :3]).solution  # (4, 3), exact for the four centres
+        maps.append(linear)
+        moved = corners_of(before) @ linear[:3] + linear[3]
+        for face, corners in enumerate(corners_of(after)):
+            assert torch.cdist(moved[face], corners).min(dim=1).values.max() < 1e-4
+            normal = torch.linalg.cross(corners[1] - corners[0], corners[2] - corners[0])
+            torch.testing.assert_close(after[face, 12:15], normal / normal.norm(), rtol=0, atol=1e-5)
+            assert (corners.mean(0) - corners_of(after).mean((0, 1))) @ after[face, 12:15] > 0  # still outward
+        torch.testing.assert_close(after[:, 3:12].view(4, 3, 3).sum(1), torch.zeros(4, 3).double(), rtol=0, atol=1e-5)
+    assert min((a - b).abs().max() for i, a in enumerate(maps) for b in maps[:i]) > 1e-2
+
+
+def test_rotation_keeps_lengths_and_shift_keeps_vectors():
+    faces = batch()
+    turned = augment_faces(faces, only(point_rotation_degrees=180.0, point_tilt_degrees=90.0), generator())
+    torch.testing.assert_close(turned[..., :3].norm(dim=2), faces[..., :3].norm(dim=2))
+    assert not torch.allclose(turned[..., :3], faces[..., :3], atol=0.1)
+    shifted = augment_faces(faces, only(point_translate=0.5), generator())
+    moves = shifted[..., :3] - faces[..., :3]
+    torch.testing.assert_close(moves, moves[:, :1].expand(-1, 4, -1), rtol=0, atol=1e-5)
+    assert 0.05 < moves.abs().max() <= 0.5
+
+
+def test_jitter_moves_the_centres_alone():
+    faces = batch(200)
+    plain, noisy = (augment_faces(faces, only(point_jitter=sigma), generator()) for sigma in (0.0, 0.05))
+    torch.testing.assert_close(corners_of(noisy), corners_of(plain), rtol=0, atol=1e-3)
+    torch.testing.assert_close(noisy[..., 12:], plain[..., 12:], rtol=0, atol=1e-4)
+    moves = noisy[..., :3] - plain[..., :3]
+    assert moves.std().item() == pytest.approx(0.05, rel=0.1) and moves.std(dim=1).min() > 0
+
+
+def test_the_generator_is_the_only_source_of_randomness():
+    faces, state = batch(), torch.get_rng_state()
+    first, again, other = (augment_faces(faces, AugmentConfig(), generator(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.dtype == torch.float32
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(faces, batch())
+
+
+# Digits
+
+
+@functools.cache
+def scanned():
+    from sklearn.datasets import load_digits
+
+    return load_digits().images
+
+
+def digit(index):
+    from datasets.prepare_digits import enlarge_digit
+
+    return enlarge_digit(scanned()[index])
+
+
+def drawn(*boxes):
+    """An image with the given boxes (top, left, bottom, right) lit."""
+    image = np.zeros((28, 28), np.uint8)
+    for top, left, bottom, right in boxes:
+        image[top:bottom, left:right] = 200
+    return image
+
+
+RING = drawn((5, 5, 20, 20))
+RING[9:15, 9:15] = 0
+ISLAND = RING | drawn((11, 11, 13, 13))
+DIAGONAL = drawn((4, 4, 10, 10), (10, 10, 16, 16))
+POCKET = drawn((5, 5, 20, 20))
+POCKET[5:10, 10:12] = POCKET[10:14, 12:14] = 0  # a bay that meets a hole in one corner
+SHAPES = {  # image -> parts, holes, points where squares meet in a corner
+    "pixel": (drawn((3, 4, 4, 5)), 1, 0, 0), "full": (drawn((0, 0, 28, 28)), 1, 0, 0), "ring": (RING, 1, 1, 0),
+    "island": (ISLAND, 2, 1, 0), "diagonal": (DIAGONAL, 2, 0, 1), "pocket": (POCKET, 1, 0, 1),
+    "parts": (drawn((2, 2, 6, 6), (2, 10, 9, 12), (20, 3, 22, 25)), 3, 0, 0),
+}
+
+
+def check_watertight(vertices, triangles):
+    """Closed, oriented and two-manifold, also after welding; returns enclosed volume and Euler characteristic."""
+    assert len(np.unique(vertices, axis=0)) == len(vertices) and set(triangles.ravel()) == set(range(len(vertices)))
+    uses = {}
+    for triangle in triangles.tolist():
+        for a, b in zip(triangle, triangle[1:] + triangle[:1]):
+            uses[a, b] = uses.get((a, b), 0) + 1
+    assert set(uses.values()) == {1} and all((b, a) in uses for a, b in uses)
+    first, second, third = vertices[triangles].transpose(1, 0, 2)
+    volume = (first * np.cross(second, third)).sum() / 6
+    return volume, len(vertices) - len(uses) // 2 + len(triangles)
+
+
+def distance_to_mesh(points, vertices, triangles):
+    """Distance of every point to the nearest triangle, by projection on planes and edges; (n,)."""
+    a, b, c = vertices[triangles].transpose(1, 0, 2)
+    normal = np.cross(b - a, c - a)
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True)
+    offset = points[:, None] - a
+    height = (offset * normal).sum(2)
+    foot, inside, best = points[:, None] - height[..., None] * normal, True, np.inf
+    for start, end in ((a, b), (b, c), (c, a)):
+        edge = end - start
+        inside = inside & ((np.cross(edge, foot - start) * normal).sum(2) >= -1e-12)
+        t = np.clip(((points[:, None] - start) * edge).sum(2) / (edge**2).sum(1), 0, 1)
+        best = np.minimum(best, np.linalg.norm(points[:, None] - start - t[..., None] * edge, axis=2))
+    return np.where(inside, np.abs(height), best).min(axis=1)
+
+
+@pytest.fixture(scope="module")
+def extrude():
+    pytest.importorskip("shapely", reason="meshes of digits need shapely (requirements-data.txt)")
+    from datasets.prepare.shapes.digit_mesh import extrude_digit
+
+    return extrude_digit
+
+
+def pixel_side(image):
+    """In units of the mesh: one over the longest side of the box around the lit pixels, at least the depth of 6."""
+    rows, cols = np.nonzero(image)
+    return 1 / max(np.ptp(rows) + 1, np.ptp(cols) + 1, 6)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_with_parts_and_holes_are_watertight(extrude, name):
+    image, parts, holes, contacts = SHAPES[name]
+    vertices, triangles = extrude(image)
+    volume, euler = check_watertight(vertices, triangles)
+    assert euler == 2 * parts - 2 * holes
+    assert volume == pytest.approx(6 * ((image > 0).sum() - contacts * 0.2**2) * pixel_side(image) ** 3)
+    assert len(mesh_to_faces(vertices, triangles)) == len(triangles)
+
+
+def test_a_square_by_hand(extrude):
+    vertices, triangles = extrude(drawn((4, 6, 12, 14)))
+    assert len(vertices) == 8 and len(triangles) == 12
+    np.testing.assert_allclose(sorted(map(tuple, vertices)), [(x, y, z) for x in (-0.375, 0.375) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
+    normals = np.unique(np.rint(mesh_to_faces(vertices, triangles)[:, 12:15]), axis=0, return_counts=True)
+    assert normals[0].tolist() == [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [0, 0, 1], [0, 1, 0], [1, 0, 0]] and set(normals[1]) == {2}
+
+
+def test_real_digits_are_watertight_and_small(extrude):
+    for index in range(0, 1797, 80):
+        image = digit(index)
+        vertices, triangles = extrude(image)
+        volume, _ = check_watertight(vertices, triangles)
+        assert len(triangles) <= 500 and np.ptp(vertices, axis=0).max() == pytest.approx(1)
+        assert volume == pytest.approx(6 * (image > 0).sum() * pixel_side(image) ** 3, rel=2e-3)
+        neighbours = mesh_to_faces(vertices, triangles)[:, 15:]
+        assert len(neighbours) == len(triangles)
+        assert (neighbours != np.arange(len(triangles))[:, None]).all()  # every edge has a neighbour
+
+
+@pytest.mark.parametrize("index", [0, 5, 8])
+def test_the_surface_and_the_point_cloud_coincide(extrude, index):
+    from scipy.spatial import cKDTree
+
+    from datasets.prepare.shapes.digit_cloud import digit_to_point_cloud
+
+    image = digit(index)
+    vertices, triangles = extrude(image)
+    points, _ = digit_to_point_cloud(image)
+    rng = np.random.default_rng(0)
+    assert distance_to_mesh(points[rng.choice(len(points), 150)], vertices, triangles).max() < 0.15 * pixel_side(image)
+    assert np.median(distance_to_mesh(points[rng.choice(len(points), 50)], vertices, triangles)) < 1e-9
+    weights = rng.dirichlet([1, 1, 1], size=(len(triangles), 5))
+    surface = np.einsum("tnc,tcx->tnx", weights, vertices[triangles]).reshape(-1, 3)
+    # Points are up to 0.25 pixels apart on the caps and 0.25 x 0.21 on the walls.
+    assert cKDTree(points).query(surface)[0].max() < 0.2 * pixel_side(image)
+
+
+def test_a_simplified_outline_stays_watertight_and_close(extrude):
+    image = digit(8)
+    full = len(extrude(image)[1])
+    for limit in (full, full - 1, full // 2):
+        vertices, triangles = extrude(image, max_faces=limit)
+        volume, euler = check_watertight(vertices, triangles)
+        assert len(triangles) <= limit and euler == check_watertight(*extrude(image))[1]
+        assert volume == pytest.approx(6 * (image > 0).sum() * pixel_side(image) ** 3, rel=0.15)
+    assert len(extrude(image, max_faces=full)[1]) == full
+
+
+def test_what_is_no_digit_is_refused(extrude):
+    board = (np.indices((28, 28)).sum(0) % 2 * 255).astype(np.uint8)
+    with pytest.raises(ValueError, match=r"needs \d+ faces .* at most 500"):
+        extrude(board)
+    with pytest.raises(ValueError, match="no lit pixel"):
+        extrude(np.zeros((28, 28), np.uint8))
+    with pytest.raises(ValueError, match="28, 28"):
+        extrude(np.zeros((8, 8), np.uint8))

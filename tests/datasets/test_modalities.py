@@ -1,0 +1,267 @@
+"""More than one pair of modalities: the eight tasks, more than two at once, several views, rows that are not pairs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train_step1
+import train_step2
+from conftest import TRAIN, write_lists
+from datasets import samples
+from datasets.batches import BatchSource
+from datasets.kinds import KINDS
+from losses import ModalityInvarianceLoss
+from stage_runs import only_run, settings
+from utils.settings.config import load_config, to_dict
+from utils.evaluation.tables import format_matrix, format_table, retrieval_table, scored_tasks
+from utils.engine.learner import plan_epoch
+from utils.evaluation.metrics import retrieval_metrics
+from utils.modalities import MODALITIES, Modality
+from utils.settings.options import Step1Config, Step2Config
+from utils.evaluation.report import row_name
+from utils.engine.seed import BatchGenerator
+
+FOUR = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
+
+
+def config(root, *overrides):
+    return load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}", *overrides])
+
+
+def both_stages(root, out, *more):
+    train_step1.main(settings(root, out, 1, *more))
+    train_step2.main(settings(root, out, 2, *more))
+    return [json.loads((only_run(out, step) / "metrics.json").read_text()) for step in (1, 2)]
+
+
+@pytest.mark.parametrize("two, three, tasks", [
+    ("RGBImg", "PointCloud", "RP PR"), ("RGBImg", "Mesh", "RM MR"), ("GrayImg", "PointCloud", "GP PG"), ("GrayImg", "Mesh", "GM MG"),
+])
+def test_the_eight_tasks_from_one_key(small_digits, tmp_path, two, three, tasks):
+    for scores in both_stages(small_digits, tmp_path, f"data.modalities=[{two},{three}]", "optim.epochs=2"):
+        assert {key for key in scores if key.startswith("map/")} == {*(f"map/{task}" for task in tasks.split()), "map/avg", "map/chance"}
+        assert all(0 < scores[f"map/{task}"] <= 1 for task in tasks.split())
+
+
+def test_four_modalities_at_once(small_digits, tmp_path, capsys):
+    for scores in both_stages(small_digits, tmp_path, FOUR, "optim.epochs=2", "run.figures=true"):
+        paper = [f"map/{task}" for task in "RP PR RM MR GP PG GM MG".split()]
+        assert scores["map/avg"] == pytest.approx(sum(scores[key] for key in paper) / 8)
+        assert {"map/RG", "map/GR", "map/PM", "map/MP"} <= scores.keys()
+    figures = {path.name for path in (only_run(tmp_path, 2) / "figures").iterdir()}
+    assert {"retrieval_RM.png", "retrieval_PG.png", "tsne.png"} <= figures and "retrieval_PM.png" not in figures
+    labels = sorted(path.name for path in (tmp_path / "pseudo_labels").glob("*.txt"))
+    assert len(labels) == 4
+    evaluate.main(["--run", str(only_run(tmp_path, 2)), "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert all(f"{a}{b} " in printed for a in "RGPM" for b in "RGPM")
+
+
+def test_every_modality_has_a_kind_and_an_encoder():
+    import models
+
+    for entry in MODALITIES.values():
+        assert entry.kind in KINDS and hasattr(models, entry.encoder)
+    assert len({entry.letter for entry in MODALITIES.values()}) == len(MODALITIES)
+
+
+def test_matrix_and_table_of_a_run():
+    scores = {"map/RR": 0.9, "map/RP": 0.5, "map/PR": 0.25, "map/avg": 0.375, "map/chance": 0.1}
+    lines = format_matrix(scores, ["RGBImg", "PointCloud"]).splitlines()
+    assert lines[1].split() == ["RGBImg", "RR", "90.0", "RP", "50.0"]
+    assert lines[2].split() == ["PointCloud", "PR", "25.0", "-"]
+    assert format_table([("run", scores)]).splitlines()[0].split()[2:] == ["RP", "PR", "avg"]
+
+
+def test_scored_tasks_join_2d_and_3d_unless_there_is_one_side_only():
+    assert scored_tasks(["RGBImg", "PointCloud", "Mesh"]) == [
+        ("RGBImg", "PointCloud"), ("RGBImg", "Mesh"), ("PointCloud", "RGBImg"), ("Mesh", "RGBImg"),
+    ]
+    assert scored_tasks(["RGBImg", "GrayImg"]) == [("RGBImg", "GrayImg"), ("GrayImg", "RGBImg")]
+
+
+def test_search_within_a_modality_leaves_the_query_out():
+    rows = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    labels = torch.tensor([0, 1, 1, 0])
+    # Ranks without the query: 0 -> 1, 3, 2 (relevant: 3, second); 1 -> 0, 3, 2 (2, third); 2 -> 3, 1, 0 (1, second); 3 -> 2, 1, 0 (0, third).
+    expected = (1 / 2 + 1 / 3 + 1 / 2 + 1 / 3) / 4
+    assert retrieval_metrics(rows, labels, rows, labels, exclude_self=True)["map"] == pytest.approx(expected)
+    assert retrieval_metrics(rows, labels, rows, labels, exclude_self=True, chunk_size=1)["map"] == pytest.approx(expected)
+    table = retrieval_table({"RGBImg": rows, "Mesh": rows}, {"RGBImg": labels, "Mesh": labels}, within=True)
+    assert table["map/RR"] == pytest.approx(expected) and table["map/RM"] > expected
+    with pytest.raises(ValueError, match="exclude_self"):
+        retrieval_metrics(rows, labels, rows[:3], labels[:3], exclude_self=True)
+
+
+def test_tables_of_sets_of_different_size():
+    generator = torch.Generator().manual_seed(0)
+    rows = {"RGBImg": torch.randn(7, 3, generator=generator), "Mesh": torch.randn(5, 3, generator=generator)}
+    labels = {"RGBImg": torch.tensor([0, 0, 1, 1, 2, 2, 2]), "Mesh": torch.tensor([0, 1, 2, 2, 2])}
+    table = retrieval_table(rows, labels)
+    assert table["map/RM"] == retrieval_metrics(rows["RGBImg"], labels["RGBImg"], rows["Mesh"], labels["Mesh"])["map"]
+    from utils.evaluation.metrics import chance_map
+
+    chances = [chance_map(labels["RGBImg"], labels["Mesh"]), chance_map(labels["Mesh"], labels["RGBImg"])]
+    assert table["map/chance"] == pytest.approx(sum(chances) / 2)
+
+
+def add_views(root, count):
+    """Pictures of further views: view v of an object is uniformly v * 40 bright."""
+    for split in ("train", "test"):
+        for view in range(1, count):
+            folder = root / split / "gray_imgs" / f"view_{view:02d}"
+            folder.mkdir(exist_ok=True)
+            for file in (root / split / "gray_imgs").glob("*.png"):
+                Image.fromarray(np.full((30, 30), view * 40, np.uint8)).save(folder / file.name)
+
+
+def brightness(training, data):
+    """Mean of the first channel of one epoch's gray images, normalised as the encoder gets them."""
+    source = BatchSource(training, data, torch.device("cpu"))
+    (plan,) = plan_epoch(source.counts, source.views, TRAIN, torch.Generator().manual_seed(0))
+    ((index, raw),) = source.fetch([plan])
+    assert torch.equal(index, plan[0]) and torch.equal(index[0], index[1])
+    return source.augment(raw, BatchGenerator(torch.Generator().manual_seed(0)))[0].mean(dim=(2, 3))[:, 0]
+
+
+def test_views_random_in_training_first_or_mean_in_evaluation(small_digits):
+    add_views(small_digits, 3)
+    plain = "data.augment={image_rotation_degrees: 0, image_scale: [1, 1], image_translate: 0, image_shear_degrees: 0, " \
+        "image_brightness: 0, image_contrast: 0}"
+    settings = config(small_digits, "data.num_views=3", plain).data
+    training = samples.load_training_samples(settings, torch.device("cpu"))
+    assert training.arrays["GrayImg"].shape[:2] == (TRAIN, 3) and training.arrays["PointCloud"].shape[:2] == (TRAIN, 1)
+    means = brightness(training, settings)
+    flat = [torch.isclose(means, (torch.tensor(v * 40 / 255) - 0.485) / 0.229, atol=1e-3) for v in (1, 2)]
+    counts = [int(mask.sum()) for mask in flat]
+    assert min(counts) > 4 and sum(counts) < TRAIN - 4  # all three views occur
+    first = config(small_digits, "data.num_views=3", "data.train_view=first", plain).data
+    means = brightness(training, first)
+    assert len(means.unique()) > 10  # only real pictures
+
+    class Brightness(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack([x.mean(dim=(1, 2, 3)), torch.ones(len(x))], dim=1)
+
+    encoders = torch.nn.ModuleDict({"GrayImg": Brightness()})
+    one = samples.embed_samples(encoders, training, settings, torch.device("cpu"))["GrayImg"]
+    averaged = config(small_digits, "data.num_views=3", "data.eval_view=mean").data
+    mean = samples.embed_samples(encoders, training, averaged, torch.device("cpu"))["GrayImg"]
+    views = [torch.nn.functional.normalize(Brightness()(KINDS["image"].prepare(training.arrays["GrayImg"][:, v], settings)), dim=1) for v in range(3)]
+    torch.testing.assert_close(one, views[0])
+    torch.testing.assert_close(mean, torch.nn.functional.normalize(sum(views) / 3, dim=1))
+
+
+def test_a_missing_view_is_named(small_digits):
+    add_views(small_digits, 2)
+    (small_digits / "train/gray_imgs/view_01/GrayImg_train_000003.png").unlink()
+    with pytest.raises(FileNotFoundError, match="row 4.*view_01.*data.num_views"):
+        samples.load_training_samples(config(small_digits, "data.num_views=2").data, torch.device("cpu"))
+
+
+def test_gray_images_are_the_luminance_of_colour_files(small_digits):
+    given = f"data.train_lists={{GrayImg: {small_digits}/digits_RGBImgs_train_list.txt}}"
+    arrays = samples.load_training_samples(config(small_digits, given).data, torch.device("cpu")).arrays
+    gray = arrays["GrayImg"]
+    assert torch.equal(gray[:, :, 0], gray[:, :, 1]) and torch.equal(gray[:, :, 0], gray[:, :, 2])
+    colour = np.asarray(Image.open(small_digits / "train/rgb_imgs/RGBImg_train_000000.png")).astype(float)
+    np.testing.assert_allclose(gray[0, 0, 0].numpy(), colour @ [0.299, 0.587, 0.114], atol=1)
+
+
+def test_class_pairs_may_repeat_a_picture_and_train_both_stages(small_digits, tmp_path):
+    path = small_digits / "digits_GrayImgs_train_list.txt"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([rows[1], rows[1], *rows[2:]]))
+    with pytest.raises(ValueError, match="already in row"):
+        samples.load_training_samples(config(small_digits).data, torch.device("cpu"))
+    scores = both_stages(small_digits, tmp_path, "data.pairing=class", "optim.epochs=2")
+    assert all("map/GP" in entry for entry in scores)
+    path.write_text("".join(rows[:-1]))
+    with pytest.raises(ValueError, match="same class"):
+        samples.load_training_samples(config(small_digits, "data.pairing=class").data, torch.device("cpu"))
+
+
+def test_unpaired_sets_of_different_size_train_both_stages(small_digits, tmp_path):
+    write_lists(small_digits, "train", [None] * TRAIN)
+    for split, kept in (("train", 28), ("test", 11)):
+        path = small_digits / f"digits_PointCloud_{split}_list.txt"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1][:kept]))
+    with pytest.raises(ValueError, match="rows"):
+        samples.load_training_samples(config(small_digits).data, torch.device("cpu"))
+    scores = both_stages(small_digits, tmp_path, "data.pairing=none", "data.positives=views", "optim.epochs=2", "run.figures=true")
+    assert all("map/GP" in entry for entry in scores)
+    lines = [json.loads(line) for line in (only_run(tmp_path, 1) / "metrics.jsonl").read_text().splitlines()]
+    assert "agreement" not in lines[-1] and lines[-1]["clusters_used"] >= 1
+
+
+def test_labels_of_a_leaky_step_1_are_not_taken_for_others(small_digits, tmp_path):
+    train_step1.main(settings(small_digits, tmp_path, 1, "data.pairing=class", "optim.epochs=2"))
+    with pytest.raises(ValueError, match="data.pairing: class.*this run has instance"):
+        train_step2.main(settings(small_digits, tmp_path, 2))
+
+
+def test_row_names_tell_what_a_reader_must_know(small_digits):
+    def name(*overrides, step=1):
+        return row_name(to_dict(load_config({1: Step1Config, 2: Step2Config}[step], f"configs/smoke/step{step}.yaml", overrides)))
+
+    assert name() == "step 1, PLA (class estimator)"
+    assert name("data.pairing=class").endswith("class pairs (USES LABELS)")
+    assert name("data.pairing=none", "data.positives=views").endswith("no pairs") and name("data.positives=views").endswith("views as positives")
+    assert name("data.dataset=modelnet10_splat").endswith("splat pictures") and name(FOUR).endswith("R+G+P+M at once")
+    assert name("pla.banks=[GrayImg]").endswith("banks of GrayImg only") and name("pla.lambda_1=0") == "step 1, MLM alone (lambda_1 = 0)"
+    assert name("data.num_views=3", "data.eval_view=mean").endswith("mean of views")
+    assert name("rdl.loss=gce", step=2) == "step 2, RDL, gce instead of RCLL" and name("rdl.warmup_epochs=2", step=2) == "step 2, RDL"
+    assert name("rdl.warmup_epochs=0", step=2) == "step 2, RDL, clipped from the start"
+    assert name("rdl.loss_scale=0.5", "rdl.loss=aue", step=2) == "step 2, RDL, aue instead of RCLL, robust loss times 0.5"
+
+
+def test_a_fifth_modality_is_one_entry(small_digits, tmp_path, monkeypatch):
+    entry = Modality("Sketch", "S", "RGBImgs", "rgb_imgs", "image", "ResNet18", True)
+    monkeypatch.setitem(MODALITIES, "Sketch", entry)
+    scores = both_stages(small_digits, tmp_path, "data.modalities=[Sketch,PointCloud]", "model.pretrained.Sketch=none", "optim.epochs=2")
+    assert all("map/SP" in one and "map/PS" in one for one in scores)
+    monkeypatch.setitem(MODALITIES, "Sketch", Modality("Sketch", "S", "RGBImgs", "rgb_imgs", "image", "ResNet81", True))
+    with pytest.raises(KeyError, match="ResNet81"):
+        both_stages(small_digits, tmp_path / "x", "data.modalities=[Sketch,PointCloud]", "model.pretrained.Sketch=none")
+
+
+def test_every_run_keeps_its_own_chance_level():
+    rows = [("one", {"map/RP": 0.5, "map/avg": 0.5, "map/chance": 0.1}), ("two", {"map/RM": 0.6, "map/avg": 0.6, "map/chance": 0.3})]
+    lines = [line.split() for line in format_table(rows).splitlines()]
+    assert lines[1] == ["chance", "10.0", "-", "10.0"] and lines[2] == ["chance", "-", "30.0", "30.0"]
+
+
+def test_unpaired_without_a_replacement_is_refused(small_digits):
+    with pytest.raises(ValueError, match="data.positives: views"):
+        config(small_digits, "data.pairing=none")
+
+
+def test_views_as_positives_contrast_two_views_of_each_modality(small_digits):
+    settings = config(small_digits, "data.positives=views")
+    training = samples.load_training_samples(settings.data, torch.device("cpu"))
+    torch.manual_seed(0)
+    learner = train_step1.PLALearner(settings, training, torch.device("cpu"))
+    ((_, raw),) = learner.source.fetch([torch.stack([torch.arange(8).expand(2, -1), torch.zeros(2, 8, dtype=torch.long)])])
+    first = learner.embed(raw, batch_generator(1))
+    loss = learner.invariance(raw, first, batch_generator(2))
+    second = learner.embed(raw, batch_generator(2))
+    parts = [ModalityInvarianceLoss(settings.pla.tau_2)(torch.stack([a, b])) for a, b in zip(first, second)]
+    torch.testing.assert_close(loss, (parts[0] + parts[1]) / 2)
+
+
+def batch_generator(seed):
+    return BatchGenerator(torch.Generator().manual_seed(seed))
+
+
+def test_batches_of_pairs_and_of_unpaired_sets():
+    plan = list(plan_epoch([10, 10], [1, 3], 4, torch.Generator().manual_seed(0)))
+    assert [batch.shape for batch in plan] == [(2, 2, 4)] * 2 and all(torch.equal(*batch[0]) for batch in plan)
+    assert len(torch.cat([batch[0, 0] for batch in plan]).unique()) == 8
+    assert all((batch[1, 0] == 0).all() for batch in plan) and len(torch.cat([batch[1, 1] for batch in plan]).unique()) == 3
+    free = torch.cat(list(plan_epoch([4, 12], [1, 1], 4, torch.Generator().manual_seed(0), paired=False)), dim=2)[0]
+    assert free.shape == (2, 12) and sorted(free[1].tolist()) == list(range(12))
+    assert torch.bincount(free[0]).tolist() == [3, 3, 3, 3] and not torch.equal(free[0, :4], free[1, :4])

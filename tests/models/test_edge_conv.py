@@ -1,0 +1,304 @@
+"""EdgeConv and k-NN against explicit loops, the reference implementation and finite differences."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models.kernels import neighbour_ops
+from models.kernels.edge_conv import EdgeConv
+from models.kernels.knn import knn
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_pair(c_in, c_out, k, dtype=torch.float64, slope=0.2):
+    """A reference layer with random BatchNorm parameters of both signs, and its fused copy."""
+    reference = EdgeConv(c_in, c_out, k, "reference", slope).to(dtype)
+    with torch.no_grad():
+        reference.bn.weight.copy_(torch.linspace(-1, 1, c_out) + 0.01)
+        reference.bn.bias.normal_()
+        reference.bn.running_mean.normal_()
+        reference.bn.running_var.uniform_(0.5, 2)
+    fused = copy.deepcopy(reference)
+    fused.implementation = "fused"
+    return reference, fused
+
+
+def run(layer, x, index, weights):
+    """Output, gradients and running statistics of one forward and backward."""
+    x = x.clone().requires_grad_()
+    out = layer(x, index)
+    (out * weights).sum().backward()
+    bn = layer.bn
+    return {"out": out.detach(), "x": x.grad, "weight": layer.conv.weight.grad, "gamma": bn.weight.grad,
+            "beta": bn.bias.grad, "running_mean": bn.running_mean, "running_var": bn.running_var,
+            "batches": bn.num_batches_tracked}
+
+
+def assert_same(reference, fused, x, index):
+    weights = torch.randn(*x.shape[:2], reference.conv.out_channels, dtype=x.dtype)
+    expected, found = run(reference, x, index, weights), run(fused, x, index, weights)
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=0.1) if value.is_floating_point() else 1
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        assert ((found[name] - value).abs().max() / scale).item() <= TOLERANCE[x.dtype], name
+
+
+def loop_edge_conv(layer, x, index):
+    """Eval-mode EdgeConv, edge by edge."""
+    weight, bn = layer.conv.weight.flatten(1), layer.bn
+    out = torch.empty(*x.shape[:2], weight.shape[0], dtype=x.dtype)
+    for b in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            edges = []
+            for j in index[b, i].tolist():
+                y = weight @ torch.cat((x[b, j] - x[b, i], x[b, i]))
+                z = (y - bn.running_mean) / (bn.running_var + bn.eps).sqrt() * bn.weight + bn.bias
+                edges.append(torch.where(z > 0, z, layer.negative_slope * z))
+            out[b, i] = torch.stack(edges).amax(0)
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_eval_mode_equals_loops(implementation):
+    layer = make_pair(3, 6, 4)[implementation == "fused"].eval()
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+    index = knn(x, 4)
+    torch.testing.assert_close(layer(x, index), loop_edge_conv(layer, x, index), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch, points, c_in, c_out, k", [
+    (3, 17, 5, 8, 4), (2, 9, 3, 6, 9), (2, 9, 3, 6, 1), (1, 2, 1, 1, 2), (1, 64, 32, 48, 20), (7, 33, 4, 16, 5)])
+def test_fused_equals_reference(batch, points, c_in, c_out, k, training, dtype):
+    reference, fused = make_pair(c_in, c_out, k, dtype)
+    x = torch.randn(batch, points, c_in, dtype=dtype) * 2 + 3
+    assert_same(reference.train(training), fused.train(training), x, knn(x, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("training", [True, False])
+def test_ties_go_to_the_lowest_index_in_both(training, dtype):
+    reference, fused = make_pair(3, 8, 6, dtype)
+    with torch.no_grad():  # eighths times small integers: all arithmetic before BatchNorm is exact
+        for layer in (reference, fused):
+            layer.conv.weight.copy_(torch.arange(48).view(8, 6, 1, 1).remainder(5).sub(2) / 8)
+    x = torch.randint(-1, 2, (2, 24, 3)).to(dtype)
+    index = torch.stack([torch.randperm(24)[:6] for _ in range(48)]).view(2, 24, 6)
+    assert_same(reference.train(training), fused.train(training), x, index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("training", [True, False])
+def test_zero_scale(training, dtype):
+    reference, fused = make_pair(3, 6, 5, dtype)
+    with torch.no_grad():
+        for layer in (reference, fused):
+            layer.bn.weight[:3] = torch.tensor([0.0, -0.0, 0.0])
+    x = torch.randn(2, 12, 3, dtype=dtype)
+    assert_same(reference.train(training), fused.train(training), x, knn(x, 5).flip(-1))
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0])
+def test_other_slopes(slope):
+    reference, fused = make_pair(3, 6, 5, slope=slope)
+    x = torch.randn(2, 12, 3, dtype=torch.float64)
+    assert_same(reference, fused, x, knn(x, 5))
+
+
+def test_neighbours_may_repeat_and_leave_out_the_point():
+    reference, fused = make_pair(3, 6, 5)
+    index = torch.randint(0, 4, (2, 12, 7))  # most points are nobody's neighbour
+    assert_same(reference, fused, torch.randn(2, 12, 3, dtype=torch.float64), index)
+
+
+def test_all_points_equal():
+    fused = make_pair(3, 6, 5, torch.float32)[1]
+    x = torch.full((2, 12, 3), 0.3)
+    out = fused(x, knn(x, 5))  # no variance: the BatchNorm bias alone is left
+    expected = nn.functional.leaky_relu(fused.bn.bias, 0.2).expand(2, 12, 6)
+    torch.testing.assert_close(out, expected)
+
+
+def test_offset_far_from_the_origin_keeps_float32_accurate():
+    exact, fused = make_pair(3, 16, 10)
+    fused = fused.float()
+    x = torch.randint(-512, 512, (2, 64, 3)).double() / 256 + 1000  # exact in float32 too
+    index = knn(x, 10)
+    assert (fused(x.float(), index) - exact(x, index)).abs().max() < 1e-5
+
+
+def test_gradcheck():
+    layer = make_pair(2, 3, 3)[1]
+    x = torch.randn(2, 5, 2, dtype=torch.float64, requires_grad=True)
+    index = knn(x.detach(), 3)
+    names = ("conv.weight", "bn.weight", "bn.bias")
+    values = [dict(layer.named_parameters())[name].detach().clone().requires_grad_() for name in names]
+
+    def forward(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters)), (x, index))
+
+    assert torch.autograd.gradcheck(forward, (x, *values), eps=1e-6, atol=1e-6)
+
+
+def test_packed_and_slot_maxima_agree(monkeypatch):
+    monkeypatch.setattr(neighbour_ops, "BLOCK_ELEMENTS", 300)  # several blocks, the last one shorter
+    u = torch.randn(7 * 10, 13).mul(4).round().div(2)
+    u[20:40] = -u[20:40].abs()  # maxima of exactly zero, of both signs
+    u[3, 3], u[4, 3], u[5, 4] = 1e-45, -3e38, 3e38
+    rows = torch.randint(0, 10, (70, 4)) + torch.arange(70).div(10, rounding_mode="floor").mul(10).view(-1, 1)
+    best, winner = neighbour_ops._packed_max(u, rows, 10)
+    slot_best, slot_winner = neighbour_ops._slot_max(u, rows)
+    assert torch.equal(best, slot_best) and torch.equal(winner.long(), slot_winner)
+    assert torch.equal(best, u[rows].amax(1))
+
+
+def test_not_a_number_stays_visible_and_in_range():
+    fused = make_pair(3, 6, 4, torch.float32)[1].eval()
+    x = torch.randn(2, 12, 3)
+    x[1, 5] = float("nan")
+    x[0, 2] = float("inf")
+    x.requires_grad_()
+    out = fused(x, torch.arange(12).expand(2, 12, 12).contiguous())
+    out.sum().backward()
+    assert out.isnan().any()
+
+
+def test_transposed_sum_is_the_adjoint_of_the_sum():
+    x, y = torch.randn(2, 30, 5, dtype=torch.float64)
+    rows = torch.randint(0, 10, (30, 4)) + torch.arange(30).div(10, rounding_mode="floor").mul(10).view(-1, 1)
+    left = (neighbour_ops.neighbour_sum(x, rows) * y).sum()
+    torch.testing.assert_close(left, (x * neighbour_ops.transposed_neighbour_sum(y, rows, 10)).sum())
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_follow_batchnorm_over_several_batches(momentum):
+    reference, fused = make_pair(3, 6, 4)
+    for layer in (reference, fused):
+        layer.bn.reset_running_stats()
+        layer.bn.momentum = momentum
+    for _ in range(3):
+        x = torch.randn(2, 12, 3, dtype=torch.float64)
+        reference(x), fused(x)
+    torch.testing.assert_close(fused.bn.running_mean, reference.bn.running_mean)
+    torch.testing.assert_close(fused.bn.running_var, reference.bn.running_var)
+    assert fused.bn.num_batches_tracked == 3
+
+
+def test_bfloat16_autocast_keeps_statistics_in_float32():
+    reference, fused = make_pair(4, 8, 5, torch.float32)
+    x = torch.randn(2, 16, 4)
+    index = knn(x, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fused(x.bfloat16(), index)
+        out.float().sum().backward()
+    assert fused.bn.running_mean.dtype == torch.float32 and fused.conv.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(out.float(), reference(x.bfloat16().float(), index), rtol=1e-4, atol=1e-4)
+
+
+def test_two_runs_are_bit_identical():
+    fused = make_pair(16, 32, 8, torch.float32)[1]
+    x, weights = torch.randn(4, 64, 16), torch.randn(4, 64, 32)
+    index = knn(x, 8)
+    first = run(copy.deepcopy(fused), x, index, weights)
+    second = run(copy.deepcopy(fused), x, index, weights)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_gradient_for_the_input_when_none_is_asked():
+    reference, fused = make_pair(3, 6, 4)
+    x = torch.randn(2, 12, 3, dtype=torch.float64)
+    for layer in (reference, fused):
+        layer(x, knn(x, 4)).square().sum().backward()
+    torch.testing.assert_close(fused.conv.weight.grad, reference.conv.weight.grad)
+
+
+def test_parameters_have_the_shapes_of_the_public_checkpoint():
+    shapes = {name: tuple(value.shape) for name, value in EdgeConv(3, 64, 20).state_dict().items()}
+    assert shapes["conv.weight"] == (64, 6, 1, 1) and "conv.bias" not in shapes
+    assert shapes["bn.running_var"] == (64,)
+    assert isinstance(EdgeConv(3, 4, 2).bn, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((3, 4, 2, "fast"), "fused"), ((3, 4, 0), ">= 1"), ((3, 4, 2, "fused", -0.1), "negative_slope")])
+def test_bad_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EdgeConv(*arguments)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_bad_input(implementation):
+    layer = EdgeConv(3, 4, 2, implementation)
+    with pytest.raises(ValueError, match=r"expects \(B, N, 3\)"):
+        layer(torch.randn(2, 5, 4))
+    with pytest.raises(ValueError, match="int64 neighbours"):
+        layer(torch.randn(2, 5, 3), torch.zeros(2, 4, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="k = 2 with clouds of N = 1"):
+        layer(torch.randn(2, 1, 3))
+    with pytest.raises(ValueError, match="single edge"):
+        layer(torch.randn(1, 1, 3), torch.zeros(1, 1, 1, dtype=torch.long))
+
+
+def brute_force(x, k):
+    """Distances in float64 by differences: (B, N, N), and the k nearest of each point."""
+    distance = (x.double().unsqueeze(2) - x.double().unsqueeze(1)).square().sum(-1)
+    return distance, distance.argsort(dim=-1, stable=True)[..., :k]
+
+
+@pytest.mark.parametrize("points, channels, k, block", [
+    (40, 3, 8, 2**20), (40, 3, 40, 2**20), (33, 16, 5, 4 * 33 * 7), (5, 2, 1, 1)])
+def test_knn_equals_brute_force(points, channels, k, block, monkeypatch):
+    monkeypatch.setattr("models.kernels.knn.KNN_BLOCK_BYTES", block)
+    x = torch.randn(3, points, channels)
+    assert torch.equal(knn(x, k), brute_force(x, k)[1])
+
+
+def test_knn_far_from_the_origin_in_float32():
+    x = torch.randint(-2**12, 2**12, (2, 64, 3)).float() / 2**12 + 1000
+    distance, expected = brute_force(x, 10)
+    found = distance.gather(2, knn(x, 10))
+    torch.testing.assert_close(found, distance.gather(2, expected), rtol=1e-4, atol=1e-6)
+
+
+def test_knn_includes_the_point_itself_and_is_exact_in_float64():
+    x = torch.randn(2, 50, 3, dtype=torch.float64)
+    index = knn(x, 4)
+    assert torch.equal(index[..., 0], torch.arange(50).expand(2, 50))
+    assert torch.equal(index, brute_force(x, 4)[1])
+
+
+def test_knn_with_duplicate_points_returns_valid_distances():
+    x = torch.randint(0, 2, (1, 30, 2)).float()
+    distance, expected = brute_force(x, 12)
+    index = knn(x, 12)
+    assert torch.equal(distance.gather(2, index), distance.gather(2, expected))
+    assert all(len(set(row)) == 12 for row in index[0].tolist())
+
+
+@pytest.mark.parametrize("shape, k, message", [
+    ((2, 5, 3), 6, "N = 5"), ((2, 5, 3), 0, "k = 0"), ((5, 3), 1, "B, N, C")])
+def test_knn_bad_input(shape, k, message):
+    with pytest.raises(ValueError, match=message):
+        knn(torch.randn(shape), k)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("training", [True, False])
+def test_cuda_equals_cpu(training):
+    reference, fused = make_pair(16, 32, 8, torch.float32)
+    x = torch.randn(4, 64, 16)
+    index, weights = knn(x, 8), torch.randn(4, 64, 32)
+    expected = run(reference.train(training), x, index, weights)
+    found = run(fused.train(training).cuda(), x.cuda(), index.cuda(), weights.cuda())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].cpu(), value, rtol=1e-3, atol=1e-4)

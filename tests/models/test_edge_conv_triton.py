@@ -1,0 +1,265 @@
+"""The Triton kernels of EdgeConv against loops, the PyTorch operations and the reference layer.
+
+Without a GPU the whole file runs a second time, in a subprocess, where Triton interprets the kernels on the CPU.
+"""
+
+import copy
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.kernels import neighbour_ops
+from models.kernels.knn import knn
+from test_edge_conv import make_pair, run
+
+ROOT = Path(__file__).resolve().parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it while it is imported
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device; test_interpreted_kernels runs it on the CPU")])
+on_device = pytest.mark.parametrize("device", ["cpu"] if INTERPRETED else [CUDA])
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_full_precision(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the reference's convolution
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels' module, which the layers then use even for the CPU tensors of the interpreter."""
+    from models.kernels import edge_conv_triton
+
+    monkeypatch.setattr(neighbour_ops, "triton_operations", lambda device, dtype: edge_conv_triton)
+    return edge_conv_triton
+
+
+def make_rows(clouds, points, k, repeats=False):
+    """Random neighbours (clouds * points, k); without repeats all neighbours of a point differ."""
+    lists = [torch.randint(points, (k,)) if repeats else torch.randperm(points)[:k] for _ in range(clouds * points)]
+    return torch.stack(lists) + torch.arange(clouds).repeat_interleave(points).view(-1, 1) * points
+
+
+def loop_max(u, rows, tied):
+    """Values and rows of the winners, neighbour by neighbour."""
+    best, row = torch.empty_like(u), torch.empty(u.shape, dtype=torch.long)
+    for i, neighbours in enumerate(rows.tolist()):
+        for c in range(u.shape[1]):
+            row[i, c] = min(neighbours) if tied[c] else min(neighbours, key=lambda j: (-u[j, c].item(), j))
+            best[i, c] = u[row[i, c], c]
+    return best, row
+
+
+def loop_sums(own, row, x, rows):
+    """`transposed_sums`, edge by edge; row holds the winners."""
+    near, incoming = torch.zeros_like(own), torch.zeros_like(x)
+    for i, neighbours in enumerate(rows.tolist()):
+        near[row[i], torch.arange(own.shape[1])] += own[i]
+        for j in neighbours:
+            incoming[j] += x[i]
+    return near, incoming
+
+
+def assert_layers_agree(reference, fused, x, index):
+    """Outputs, gradients and running statistics; errors relative to the largest value."""
+    weights = torch.randn(*x.shape[:2], reference.conv.out_channels, dtype=x.dtype, device=x.device)
+    expected, found = run(reference, x, index, weights), run(fused, x, index, weights)
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=0.1) if value.is_floating_point() else 1
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        assert ((found[name] - value).abs().max() / scale).item() <= 10 * TOLERANCE[x.dtype], name
+
+
+# Clouds, points, k, channels of the maximum, channels of the sums, may a neighbour repeat. A tile of the maximum has
+# 1024 / channels points by up to 128 channels; the sums read 32 entries of a list at a time.
+SHAPES = [(2, 4, 3, 5, 3, False), (1, 5, 5, 2, 3, False), (1, 3, 100, 4, 2, True), (1, 1, 1, 1, 1, False),
+          (1, 9, 2, 130, 3, True), (2, 2, 2, 128, 129, False)]
+
+
+@pytest.mark.parametrize("shape, dtype", [(s, torch.float32) for s in SHAPES] + [(SHAPES[-2], torch.float64)], ids=str)
+@on_device
+def test_operations_equal_loops(kernels, device, shape, dtype):
+    clouds, points, k, c_max, c_sum, repeats = shape
+    rows = make_rows(clouds, points, k, repeats)
+    u = torch.randn(len(rows), c_max, dtype=dtype).mul(2).round()  # many ties
+    own, x = torch.randn_like(u), torch.randn(len(rows), c_sum, dtype=dtype)
+    tied = torch.arange(c_max) % 4 == 1
+    best, row = loop_max(u, rows, tied)
+    near, incoming = loop_sums(own.double(), row, x.double(), rows)
+    on = [tensor.to(device) for tensor in (u, rows, tied, own, x)]
+    found_best, winner = kernels.neighbour_max(*on[:2], points, on[2])
+    assert torch.equal(found_best.cpu(), best)
+    assert torch.equal(rows.gather(1, winner.cpu().long()), row)
+    found = kernels.transposed_sums(on[3], winner, on[4], on[1], points)
+    expected = {"near": near, "incoming": incoming, "sum": x.double()[rows].sum(1)}
+    for (name, value), tensor in zip(expected.items(), (*found, kernels.neighbour_sum(on[4], on[1]))):
+        assert tensor.dtype == dtype, name
+        torch.testing.assert_close(tensor.cpu().double(), value, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=name)
+    assert torch.equal(kernels.in_degrees(on[1]).cpu(), torch.bincount(rows.flatten(), minlength=len(rows)))
+
+
+@on_device
+def test_operations_equal_those_of_pytorch(kernels, device):
+    rows = make_rows(2, 5, 4).to(device)
+    u = torch.randn(10, 20, device=device).round()
+    own, x, tied = torch.randn_like(u), torch.randn(10, 6, device=device), torch.arange(20, device=device) == 3
+    best, winner = neighbour_ops.neighbour_max(u, rows, 5, tied)
+    found_best, slot = kernels.neighbour_max(u, rows, 5, tied)
+    assert torch.equal(found_best, best)
+    assert torch.equal(rows.gather(1, slot.long()) * 20 + torch.arange(20, device=device), winner.long())
+    pairs = zip(neighbour_ops.transposed_sums(own, winner, x, rows, 5), kernels.transposed_sums(own, slot, x, rows, 5))
+    for expected, found in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert kernels.transposed_sums(own, slot, None, rows, 5)[1] is None
+
+
+@on_device
+def test_more_neighbours_than_a_byte_can_number(kernels, device):
+    rows = torch.zeros(2, 260, dtype=torch.long, device=device)
+    rows[:, 259] = 1
+    u = torch.tensor([[1.0, 1.0], [2.0, 0.0]], device=device)
+    best, slot = kernels.neighbour_max(u, rows, 2, torch.zeros(2, dtype=torch.bool, device=device))
+    assert best.tolist() == [[2, 1], [2, 1]] and slot[:, 0].tolist() == [259, 259]
+    near, incoming = kernels.transposed_sums(torch.ones_like(u), slot, u, rows, 2)
+    assert near.tolist() == [[0, 2], [2, 0]]
+    assert incoming.tolist() == [[259 * 3, 259], [3, 1]]
+
+
+@on_device
+def test_memory_that_is_not_contiguous(kernels, device):
+    rows = make_rows(1, 8, 3).T.contiguous().T.to(device)
+    u, x = torch.randn(6, 8, device=device).T, torch.randn(8, 6, device=device)[:, ::2]
+    tied = torch.zeros(6, dtype=torch.bool, device=device)
+    best, slot = kernels.neighbour_max(u, rows, 8, tied)
+    assert torch.equal(best, u[rows].amax(1))
+    near, incoming = kernels.transposed_sums(u, slot, x, rows, 8)
+    expected = kernels.transposed_sums(u.contiguous(), slot, x.contiguous(), rows.contiguous(), 8)
+    assert torch.equal(near, expected[0]) and torch.equal(incoming, expected[1])
+    torch.testing.assert_close(kernels.neighbour_sum(x, rows), x[rows].sum(1))
+
+
+@on_device
+def test_neighbours_outside_the_points_are_not_read(kernels, device):
+    rows = torch.tensor([[0, 1], [2, -1], [1, 3]], device=device)
+    u = torch.tensor([[1.0], [3.0], [2.0]], device=device)
+    best, slot = kernels.neighbour_max(u, rows, 3, torch.zeros(1, dtype=torch.bool, device=device))
+    assert best[0] == 3 and best[1:].isnan().all()
+    assert kernels.neighbour_sum(u, rows).flatten().tolist() == [4, 2, 3]
+    near, incoming = kernels.transposed_sums(u, slot, u, rows, 3)
+    assert near.flatten().tolist() == [0, 1, 0]  # the others' winner lies outside
+    assert incoming.flatten().tolist() == [1, 1 + 2, 3]
+
+
+@on_device
+def test_not_a_number_and_infinities(kernels, device):
+    nan, inf = float("nan"), float("inf")
+    u = torch.tensor([[nan, -inf, inf], [1.0, -inf, 2.0], [2.0, -inf, 3.0]], device=device)
+    rows = torch.tensor([[0, 1], [1, 0], [2, 1]], device=device)
+    best, slot = kernels.neighbour_max(u, rows, 3, torch.zeros(3, dtype=torch.bool, device=device))
+    assert torch.equal(best.nan_to_num(-7.0, inf, -inf), torch.tensor(
+        [[-7.0, -inf, inf], [-7.0, -inf, inf], [2.0, -inf, 3.0]], device=device))
+    assert rows.gather(1, slot.long()).tolist() == [[0, 0, 0], [0, 0, 0], [2, 1, 2]]
+
+
+@pytest.mark.parametrize("training, dtype", [(True, torch.float64), (True, torch.float32), (False, torch.float32)])
+@pytest.mark.parametrize("batch, points, c_in, c_out, k", [(2, 4, 5, 6, 3), (1, 5, 3, 130, 5)])
+@on_device
+def test_layer_equals_reference(kernels, device, batch, points, c_in, c_out, k, training, dtype):
+    reference, fused = (layer.to(device).train(training) for layer in make_pair(c_in, c_out, k, dtype))
+    with torch.no_grad():
+        for layer in (reference, fused):
+            layer.bn.weight[1:3] = torch.tensor([0.0, -0.0])
+    x = (torch.randn(batch, points, c_in, dtype=dtype) * 2 + 3).to(device)
+    assert_layers_agree(reference, fused, x, knn(x, k))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@on_device
+def test_layer_with_ties(kernels, device, training):
+    reference, fused = (layer.to(device).train(training) for layer in make_pair(3, 8, 6, torch.float32))
+    with torch.no_grad():  # eighths times small integers: all arithmetic before BatchNorm is exact
+        for layer in (reference, fused):
+            layer.conv.weight.copy_(torch.arange(48).view(8, 6, 1, 1).remainder(5).sub(2) / 8)
+    x = torch.randint(-1, 2, (2, 7, 3)).float().to(device)
+    assert_layers_agree(reference, fused, x, (make_rows(2, 7, 6) % 7).view(2, 7, 6).to(device))
+
+
+@on_device
+def test_layer_is_bit_identical_with_and_without_deterministic_algorithms(kernels, device, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fused = make_pair(6, 16, 5, torch.float32)[1].to(device)
+    x, weights = torch.randn(2, 4, 6, device=device), torch.randn(2, 4, 16, device=device)
+    index = knn(x, 3)
+    first = run(copy.deepcopy(fused), x, index, weights)
+    torch.use_deterministic_algorithms(True)
+    try:
+        second = run(copy.deepcopy(fused), x, index, weights)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_layer_on_cuda_picks_the_kernels():
+    found = neighbour_ops.triton_operations(torch.device("cuda", 0), torch.float32)
+    assert found is not None and found.__name__ == "models.kernels.edge_conv_triton"
+
+
+if not INTERPRETED:
+    @needs_triton
+    def test_interpreted_kernels():
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    @needs_triton
+    @pytest.mark.parametrize("kernel, constants", [
+        ("_max_kernel", {"K": 20, "POINTS": 8, "BLOCK": 128}),
+        ("_list_sum_kernel", {"K": 20, "WINNERS": True, "ENTRIES": 32, "BLOCK": 64}),
+        ("_list_sum_kernel", {"K": 1, "WINNERS": False, "ENTRIES": 32, "BLOCK": 4})])
+    def test_kernels_compile_without_a_gpu(kernel, constants, tmp_path, monkeypatch):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        from models.kernels import edge_conv_triton
+
+        function = getattr(edge_conv_triton, kernel)
+        types = {"tied": "*i1", "slot": "*u8", "slots": "*u8", "rows": "*i64", "entries": "*i64", "starts": "*i64",
+                 "count": "i32", "channels": "i32"} | dict.fromkeys(constants, "constexpr")
+        signature = {name: types.get(name, "*fp32") for name in function.arg_names}
+        source = triton.compiler.ASTSource(function, signature, constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        assert compiled.asm["cubin"]
+        assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])  # no atomics, hence one order of summation
+
+    @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+    def test_other_tensors_take_the_pytorch_path(device, dtype):
+        assert neighbour_ops.triton_operations(torch.device(device), dtype) is None
+
+    def test_missing_triton_takes_the_pytorch_path(monkeypatch):
+        monkeypatch.setitem(sys.modules, "triton", None)
+        assert neighbour_ops.triton_operations.__wrapped__(torch.device("cuda"), torch.float32) is None
+
+    @needs_triton
+    def test_triton_that_does_not_run_is_named_in_a_warning(monkeypatch):
+        from models.kernels import edge_conv_triton
+
+        def fail(device):
+            raise RuntimeError("Failed to find C compiler")
+
+        monkeypatch.setattr(edge_conv_triton, "check", fail)
+        with pytest.warns(UserWarning, match="on cuda, found RuntimeError: Failed to find C compiler"):
+            assert neighbour_ops.triton_operations.__wrapped__(torch.device("cuda"), torch.float32) is None
+

@@ -1,0 +1,52 @@
+"""How tests run the two stages on the small digits, and compare what comes out."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from utils.engine.checkpoint import load_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PSEUDO_LABELS = ["digits_GrayImgs_train_list_pseudo_labelling.txt", "digits_PointCloud_train_list_pseudo_labelling.txt"]
+
+
+def settings(root: Path, out: Path, step: int, *more: str) -> list[str]:
+    """Arguments of one stage on the small digits, with every output under `out`."""
+    labels = f"run.pseudo_labels={out / 'pseudo_labels'}" if step == 1 else f"rdl.pseudo_labels={out / 'pseudo_labels'}"
+    config = REPOSITORY / f"configs/smoke/step{step}.yaml"
+    return ["--config", str(config), "--set", f"data.root={root}", f"run.output={out / 'runs'}", labels, *more]
+
+
+def only_run(out: Path, step: int) -> Path:
+    (run,) = (out / "runs" / "digits" / f"step{step}").iterdir()
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint, by dotted name."""
+    flat = {}
+
+    def visit(prefix, value):
+        if isinstance(value, torch.Tensor):
+            flat[prefix] = value
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                visit(f"{prefix}.{key}", entry)
+
+    visit("", load_checkpoint(run / "last.pt")["learner"])
+    return flat
+
+
+def assert_same_result(first: Path, second: Path, step: int) -> None:
+    one, two = weights(only_run(first, step)), weights(only_run(second, step))
+    assert one.keys() == two.keys() and len(one) > 50
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    if step == 1:
+        for name in PSEUDO_LABELS:
+            assert (first / "pseudo_labels" / name).read_bytes() == (second / "pseudo_labels" / name).read_bytes()
+
+
+def log_lines(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in lines]

@@ -1,0 +1,59 @@
+"""Ground-truth labels must not reach training: the firewall, tested from outside and from inside."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import train_step1
+import train_step2
+from conftest import TRAIN, write_lists
+from datasets import lists, samples
+from stage_runs import assert_same_result, settings
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
+
+
+@pytest.mark.parametrize("kind", ["permuted", "constant", "absent"])
+def test_training_labels_change_no_bit_of_either_stage(finished, small_digits, tmp_path, kind):
+    labels = {
+        "permuted": np.random.default_rng(5).permutation(10).repeat(TRAIN // 10).tolist(),
+        "constant": [3] * TRAIN,
+        "absent": [None] * TRAIN,
+    }[kind]
+    write_lists(small_digits, "train", labels)
+    train_step1.main(settings(small_digits, tmp_path, 1))
+    train_step2.main(settings(small_digits, tmp_path, 2))
+    for step in (1, 2):
+        assert_same_result(finished, tmp_path, step)
+
+
+def test_test_labels_change_no_bit_either(finished, small_digits, tmp_path):
+    write_lists(small_digits, "test", [7] * 16)
+    train_step1.main(settings(small_digits, tmp_path, 1))
+    assert_same_result(finished, tmp_path, 1)
+
+
+def test_training_samples_have_no_labels(small_digits):
+    config = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={small_digits}"])
+    training = samples.load_training_samples(config.data, torch.device("cpu"))
+    names = [field.name for field in dataclasses.fields(training)]
+    assert names == ["lists", "arrays"]
+    for rows in training.lists.values():
+        values = [getattr(rows, field.name) for field in dataclasses.fields(rows)]
+        assert not any("label" in field.name for field in dataclasses.fields(rows))
+        assert not any(isinstance(value, (np.ndarray, torch.Tensor)) for value in values)
+
+
+def test_training_never_calls_the_labelled_reader_on_a_training_list(small_digits, tmp_path, monkeypatch):
+    read = lists.read_labelled_list
+    seen = []
+
+    def recording(path, **arguments):
+        seen.append(str(path))
+        return read(path, **arguments)
+
+    monkeypatch.setattr(samples, "read_labelled_list", recording)
+    train_step1.main(settings(small_digits, tmp_path, 1, "optim.epochs=1", "pla.warmup_epochs=0"))
+    assert seen and all("test_list" in path for path in seen)

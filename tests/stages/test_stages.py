@@ -1,0 +1,204 @@
+"""Both stages through their command lines: files, determinism, resume after a kill, clear errors."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train_step1
+import train_step2
+from conftest import write_lists
+from stage_runs import PSEUDO_LABELS, REPOSITORY, assert_same_result, log_lines, only_run, settings, weights
+from utils.engine import session as trainer
+from utils.engine.checkpoint import load_checkpoint
+from utils.evaluation.tables import format_table
+
+
+def test_files_of_both_stages(finished, small_digits):
+    for name in PSEUDO_LABELS:
+        rows = (finished / "pseudo_labels" / name).read_text().splitlines()
+        source = (small_digits / name.replace("_pseudo_labelling", "")).read_text().splitlines()
+        assert [row.split()[0] for row in rows] == [row.split()[0] for row in source]
+        assert all(0 <= int(row.split()[1]) < 6 and len(row.split()) == 2 for row in rows)
+        assert json.loads((finished / "pseudo_labels" / f"{name}.meta.json").read_text())["num_clusters"] == 6
+    for step in (1, 2):
+        run = only_run(finished, step)
+        assert {"config.yaml", "env.json", "log.txt", "metrics.jsonl", "last.pt", "metrics.json"} <= set(os.listdir(run))
+        assert [line["epoch"] for line in log_lines(run)] == [1, 2, 3]
+    first, second, _ = log_lines(only_run(finished, 1))
+    assert "loss/ssm" not in first and {"loss/ssm", "loss/mlm", "agreement"} <= second.keys()
+
+
+def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small_digits, capsys):
+    runs = [str(only_run(finished, step)) for step in (1, 2)]
+    evaluate.main(["--run", *runs, "--device", "cpu"])
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("GP", "PG", "map/avg".removeprefix("map/"), "chance", "step 1, PLA", "step 2, RDL"))
+    for run in runs:
+        scores = json.loads((Path(run) / "metrics.json").read_text())
+        assert scores["map/avg"] == pytest.approx((scores["map/GP"] + scores["map/PG"]) / 2)
+        assert scores["map/GP"] == pytest.approx(log_lines(Path(run))[-1]["map/GP"], abs=1e-12)
+    evaluate.main(["--checkpoint", f"{runs[1]}/last.pt", "--device", "cpu"])
+    assert "step 2, RDL" in capsys.readouterr().out
+
+
+def test_figures(finished, small_digits, tmp_path):
+    train_step2.main(settings(small_digits, tmp_path, 2, f"rdl.pseudo_labels={finished / 'pseudo_labels'}",
+                              "run.figures=true", "optim.epochs=1"))
+    figures = {path.name for path in (only_run(tmp_path, 2) / "figures").iterdir()}
+    assert figures == {"curves.png", "tsne.png", "retrieval_GP.png", "retrieval_PG.png"}
+
+
+def test_same_seed_same_result_other_seed_another(finished, small_digits, tmp_path):
+    train_step1.main(settings(small_digits, tmp_path / "same", 1))
+    assert_same_result(finished, tmp_path / "same", 1)
+    train_step1.main(settings(small_digits, tmp_path / "other", 1, "run.seed=1"))
+    one, two = weights(only_run(finished, 1)), weights(only_run(tmp_path / "other", 1))
+    assert not torch.equal(one[".encoders.PointCloud.conv5.weight"], two[".encoders.PointCloud.conv5.weight"])
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside one process: nothing in the code under test catches it."""
+
+
+@pytest.mark.parametrize("step, moment", [(1, "before"), (1, "after"), (2, "before"), (2, "after")])
+def test_stopped_around_a_checkpoint_and_resumed_equals_uninterrupted(
+    finished, small_digits, tmp_path, monkeypatch, step, moment
+):
+    module = train_step1 if step == 1 else train_step2
+    more = [] if step == 1 else [f"rdl.pseudo_labels={finished / 'pseudo_labels'}"]
+    save = trainer.save_checkpoint
+
+    def interrupted(path, state):
+        if moment == "after" or state["epoch"] < 2:
+            save(path, state)
+        if state["epoch"] == 2:
+            raise Killed
+
+    monkeypatch.setattr(trainer, "save_checkpoint", interrupted)
+    with pytest.raises(Killed):
+        module.main(settings(small_digits, tmp_path, step, *more))
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    torch.manual_seed(123)  # a fresh process would not share this generator's state either
+    module.main(["--resume", str(only_run(tmp_path, step))])
+    assert_same_result(finished, tmp_path, step)
+    assert log_lines(only_run(tmp_path, step)) == log_lines(only_run(finished, step))
+
+
+@pytest.mark.parametrize("seconds_after_start", [0.0, 1.2])
+def test_sigkill_and_resume_equals_uninterrupted(finished, small_digits, tmp_path, seconds_after_start):
+    command = [sys.executable, "train_step1.py", *settings(small_digits, tmp_path, 1)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/digits/step1/*/config.yaml")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(seconds_after_start)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train_step1.main(["--resume", str(only_run(tmp_path, 1))])
+    assert_same_result(finished, tmp_path, 1)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, small_digits):
+    run = only_run(finished, 1)
+    before = (run / "last.pt").read_bytes()
+    train_step1.main(["--resume", str(run)])
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_resume_refuses_other_settings(finished):
+    with pytest.raises(ValueError, match="optim.learning_rate"):
+        train_step1.main(["--resume", str(only_run(finished, 1)), "--set", "optim.learning_rate=0.5"])
+
+
+def test_errors_of_a_stage_name_the_mend(finished, small_digits, tmp_path):
+    with pytest.raises(FileNotFoundError, match="train_step1.py"):
+        train_step2.main(settings(small_digits, tmp_path, 2))
+    with pytest.raises(ValueError, match="50.*40"):
+        train_step1.main(settings(small_digits, tmp_path, 1, "pla.num_clusters=50"))
+    with pytest.raises(ValueError, match="num_clusters"):
+        train_step1.main(settings(small_digits, tmp_path, 1, "pla.num_cluster=5"))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        evaluate.main(["--run", str(_empty_run(tmp_path))])
+
+
+def _empty_run(folder: Path) -> Path:
+    run = folder / "empty"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}\n")
+    return run
+
+
+def test_bare_command_without_gpu_names_the_cpu_configuration(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="configs/mnist3d_cpu/step1.yaml"):
+        train_step1.main([])
+    for step in (1, 2):
+        assert (REPOSITORY / f"configs/mnist3d_cpu/step{step}.yaml").is_file()
+
+
+def test_command_line_prints_one_line_instead_of_a_traceback(tmp_path):
+    result = subprocess.run([sys.executable, "train_step1.py", "--config", str(tmp_path / "no.yaml")], cwd=REPOSITORY,
+                            capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "error:" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_non_finite_loss_stops_with_epoch_and_step():
+    with pytest.raises(FloatingPointError, match="step1 epoch 4, step 2"):
+        trainer.run_batches([torch.arange(2)] * 3, lambda index: {"loss/mlm": torch.tensor(float("nan"))},
+                            title="step1 epoch 4", log_interval=2)
+
+
+def test_step_2_refuses_pseudo_label_files_of_two_runs(finished, small_digits, tmp_path):
+    train_step1.main(settings(small_digits, tmp_path, 1, "run.seed=1"))
+    for path in (finished / "pseudo_labels").glob("*GrayImgs*"):  # as if step 1 had been cut off before the second file
+        shutil.copy(path, tmp_path / "pseudo_labels")
+    with pytest.raises(ValueError, match="different runs.*train_step1.py"):
+        train_step2.main(settings(small_digits, tmp_path, 2))
+
+
+@pytest.mark.parametrize("step, changed", [(1, "GrayImg, PointCloud"), (2, "pseudo-labels of GrayImg")])
+def test_resume_refuses_changed_inputs(finished, small_digits, tmp_path, step, changed):
+    shutil.copytree(finished / "pseudo_labels", tmp_path / "pseudo_labels")
+    module = train_step1 if step == 1 else train_step2
+    module.main(settings(small_digits, tmp_path, step))
+    if step == 1:
+        for path in small_digits.glob("*train_list.txt"):
+            path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    else:
+        write_other_pseudo_labels(tmp_path / "pseudo_labels" / PSEUDO_LABELS[0])
+    with pytest.raises(ValueError, match=f"{changed} changed"):
+        module.main(["--resume", str(only_run(tmp_path, step))])
+
+
+def write_other_pseudo_labels(path: Path) -> None:
+    """Move every sample to the next of the 6 clusters and mend the meta file."""
+    rows = [row.split() for row in path.read_text().splitlines()]
+    path.write_text("".join(f"{name} {(int(label) + 1) % 6}\n" for name, label in rows))
+    meta = path.with_name(path.name + ".meta.json")
+    facts = json.loads(meta.read_text())
+    meta.write_text(json.dumps({**facts, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
+
+
+@pytest.mark.parametrize("module", ["datasets.prepare_mnist3d --mnist nowhere", "datasets.prepare_digits --points -1"])
+def test_preparation_prints_one_line_instead_of_a_traceback(tmp_path, module):
+    command = [sys.executable, "-m", *module.split(), "--root", str(tmp_path / "data")]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.startswith("error:") and "Traceback" not in result.stderr
+
+
+def test_table_shows_the_tasks_of_all_runs():
+    rows = [("one", {"map/RP": 0.5, "map/avg": 0.5, "map/chance": 0.1}), ("two", {"map/GP": 0.25, "map/avg": 0.25, "map/chance": 0.1})]
+    head, chance, one, two = (line.split()[-3:] for line in format_table(rows).splitlines())
+    assert head == ["RP", "GP", "avg"] and chance == ["10.0"] * 3
+    assert one == ["50.0", "-", "50.0"] and two == ["-", "25.0", "25.0"]

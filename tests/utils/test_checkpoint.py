@@ -1,0 +1,205 @@
+"""utils.engine.checkpoint and utils.engine.seed: nothing half-written is ever read, and RNG states survive the round trip."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from utils.engine import checkpoint
+from utils.engine.checkpoint import atomic_write_json, atomic_write_text, load_checkpoint, save_checkpoint
+from utils.engine.seed import derive_seed, generator_for, rng_state, seed_everything, set_rng_state
+
+
+def small_state():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "best": None, "rng": rng_state()}
+
+
+def assert_equal(left, right):
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert list(left) == list(right)
+        for key in left:
+            assert_equal(left[key], right[key])
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for pair in zip(left, right):
+            assert_equal(*pair)
+    else:
+        assert left == right
+
+
+def test_round_trip(tmp_path):
+    state = small_state()
+    save_checkpoint(tmp_path / "new" / "last.pt", state)
+    assert_equal(load_checkpoint(tmp_path / "new" / "last.pt"), state)
+    assert os.listdir(tmp_path / "new") == ["last.pt"]
+
+
+def test_missing_truncated_damaged_foreign(tmp_path):
+    path = tmp_path / "last.pt"
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*last.pt"):
+        load_checkpoint(path)
+    save_checkpoint(path, {"w": torch.arange(1000.0)})
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1  # one bit of one weight
+    for damaged in (b"", b"hello", content[: len(content) // 2], content[:-1], bytes(flipped)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"last.pt \({len(damaged)} bytes\) is damaged or not a checkpoint"):
+            load_checkpoint(path)
+    torch.save({"w": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        load_checkpoint(path)
+    torch.save({"w": np.float64(1)}, path)  # needs code execution to load: refused
+    with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_other_format_version(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)
+    save_checkpoint(path, {})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="has checkpoint format 99, this code reads 1"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), np.ones(2), {1, 2}, torch.nn.Linear(1, 1)])
+def test_what_cannot_be_loaded_is_not_saved(tmp_path, value):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1})
+    with pytest.raises(ValueError, match=r"state\['metrics'\]\[1\] is a "):
+        save_checkpoint(path, {"metrics": [0.5, value]})
+    assert load_checkpoint(path) == {"epoch": 1}
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1})
+    monkeypatch.setattr(checkpoint.os, call, full_disk)
+    with pytest.raises(OSError, match=r"could not write .*last.pt.*No space left.*MiB free.*previous file is intact") as caught:
+        save_checkpoint(path, {"epoch": 2})
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="no file was left behind"):
+        atomic_write_text(tmp_path / "other.txt", "text")
+    monkeypatch.undo()
+    assert load_checkpoint(path) == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+LIMITED_WRITER = """
+import resource, sys, torch
+from utils.engine.checkpoint import atomic_write_text, save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint(sys.argv[1], {"w": torch.zeros(1_000_000)})
+except OSError as error:
+    print(type(error).__name__, error)
+try:
+    atomic_write_text(sys.argv[2], "x" * 200_000)
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file-size limits of the operating system")
+def test_write_that_fails_half_way(tmp_path):
+    """A real failing write in the middle of torch's own writer, through a file-size limit of the process."""
+    path, text = tmp_path / "last.pt", tmp_path / "list.txt"
+    save_checkpoint(path, {"epoch": 1})
+    text.write_text("old")
+    result = subprocess.run([sys.executable, "-c", LIMITED_WRITER, path, text], capture_output=True, text=True, check=True)
+    assert result.stdout.count("OSError") == 2 and result.stdout.count("previous file is intact") == 2
+    assert load_checkpoint(path) == {"epoch": 1} and text.read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "list.txt"]
+
+
+def test_temporary_file_of_a_killed_process_is_ignored(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1})
+    (tmp_path / ".last.pt.tmp").write_bytes(b"half a checkpoint" * 1000)
+    assert load_checkpoint(path) == {"epoch": 1}
+    save_checkpoint(path, {"epoch": 2})
+    assert load_checkpoint(path) == {"epoch": 2} and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_interrupt_while_writing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    save_checkpoint(tmp_path / "last.pt", {"epoch": 1})
+    monkeypatch.setattr(checkpoint.torch, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "last.pt", {"epoch": 2})
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_text_and_json(tmp_path):
+    atomic_write_text(tmp_path / "a.txt", "größe\n")
+    assert (tmp_path / "a.txt").read_bytes() == "größe\n".encode()
+    atomic_write_json(tmp_path / "a.json", {"b": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, None]}
+    with pytest.raises(ValueError):
+        atomic_write_json(tmp_path / "a.json", float("nan"))
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, None]}
+
+
+def draw():
+    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(1)), float(torch.randn(1))]
+
+
+def test_rng_state_through_a_checkpoint(tmp_path):
+    seed_everything(5)
+    draw()  # leaves a spare Gaussian in two of the generators
+    save_checkpoint(tmp_path / "rng.pt", {"rng": rng_state()})
+    expected = draw() + draw()
+    seed_everything(6)
+    assert draw() + draw() != expected
+    set_rng_state(load_checkpoint(tmp_path / "rng.pt")["rng"])
+    assert draw() + draw() == expected
+
+
+def test_seed_everything():
+    seed_everything(7)
+    expected = draw()
+    seed_everything(7)
+    assert draw() == expected
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match="seed must be in"):
+            seed_everything(seed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the warning is about machines without this many CUDA devices")
+def test_missing_cuda_devices_are_reported():
+    state = rng_state()
+    with pytest.warns(UserWarning, match="saved run had 1 CUDA devices, this machine has 0"):
+        set_rng_state({**state, "cuda": [torch.zeros(16, dtype=torch.uint8)]})
+
+
+def test_generator_for_is_stable_and_separates_keys():
+    keys = [(0,), (1,), (0, 1), (0, "1"), (0, "augment", 1), (0, "augment1"), (0, "augment", 11), (0, "augment", 1, 1)]
+    assert len({derive_seed(*key) for key in keys}) == len(keys)
+    assert derive_seed(0, "augment", 3) == 3510512661407846465  # the same in every process and release
+    torch.manual_seed(1)
+    first = torch.rand(3, generator=generator_for(0, "augment", np.int64(3)))
+    torch.manual_seed(2)
+    assert torch.equal(first, torch.rand(3, generator=generator_for(0, "augment", 3)))
+    for key in (1.5, True, None):
+        with pytest.raises(ValueError, match="integers or strings"):
+            derive_seed(0, key)

@@ -1,0 +1,230 @@
+"""utils.settings.config and utils.settings.options: what is accepted, and the words of every refusal; device selection too."""
+
+import argparse
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+import yaml
+
+from utils.settings.config import add_config_arguments, config_hash, load_config, to_dict
+from utils.engine.device import select_device, set_threads
+from utils.settings.options import Step1Config, Step2Config, option
+
+PRETRAINED = ["model.pretrained.RGBImg=imagenet", "model.pretrained.PointCloud=none"]
+
+
+def step1(*overrides, path=None):
+    return load_config(Step1Config, path, [*PRETRAINED, *overrides])
+
+
+def write(tmp_path, text):
+    path = tmp_path / "step1.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_defaults_match_the_declared_types():
+    def check(config):
+        hints = typing.get_type_hints(type(config))
+        for field in dataclasses.fields(config):
+            value, hint = getattr(config, field.name), hints[field.name]
+            if dataclasses.is_dataclass(value):
+                check(value)
+            else:
+                assert field.metadata["doc"], field.name
+                assert not (hint is float and type(value) is not float), field.name
+
+    check(step1())
+    check(load_config(Step2Config, None, PRETRAINED))
+    assert step1().pla.lambda_1 == 0.25 and step1().data.modalities == ("RGBImg", "PointCloud")
+
+
+def test_file_then_overrides_in_order(tmp_path):
+    path = write(tmp_path, "optim: {epochs: 7, batch_size: 10, learning_rate: 1e-3}\ndata:\n  augment:\n    image_scale: [0.5, 2]\n")
+    config = step1("optim.epochs=8", "optim.epochs=9", "data.augment.point_jitter=0", path=path)
+    assert (config.optim.epochs, config.optim.batch_size, config.optim.learning_rate) == (9, 10, 0.001)
+    assert config.data.augment.image_scale == (0.5, 2.0) and type(config.data.augment.image_scale[1]) is float
+    assert config.data.augment.point_jitter == 0.0 and config.optim.schedule == "constant"
+
+
+def test_values_of_every_kind():
+    config = step1(
+        "data.modalities=[GrayImg,PointCloud]",
+        "model.pretrained={GrayImg: none, PointCloud: pretrained/model.1024.t7}",
+        "optim.learning_rate=1e-4",
+        "optim.weight_decay=1",
+        "run.amp=true",
+        "run.threads=null",
+        "data.num_classes=10",
+        r"data.instance_id=(\d+)$",
+        "data.train_lists.GrayImg=a=b.txt",
+    )
+    assert config.data.modalities == ("GrayImg", "PointCloud")
+    assert config.model.pretrained == {"GrayImg": "none", "PointCloud": "pretrained/model.1024.t7"}
+    assert config.optim.learning_rate == 1e-4 and type(config.optim.weight_decay) is float
+    assert config.run.amp is True and config.run.threads is None and config.data.num_classes == 10
+    assert config.data.instance_id == r"(\d+)$" and config.data.train_lists == {"GrayImg": "a=b.txt"}
+
+
+def test_round_trip_and_hash(tmp_path):
+    config = step1("optim.epochs=3", "data.test_lists={RGBImg: x.txt}")
+    path = write(tmp_path, yaml.safe_dump(to_dict(config)))
+    assert load_config(Step1Config, path) == config
+    assert config_hash(load_config(Step1Config, path)) == config_hash(config)
+    assert config_hash(config) != config_hash(step1("optim.epochs=4", "data.test_lists={RGBImg: x.txt}"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.optim.epochs = 4
+
+
+@pytest.mark.parametrize("name, hint", [("rcl", ", did you mean 'rcll'"), ("CE", ""), ("''", "")])
+def test_refused_robust_loss(name, hint):
+    with pytest.raises(ValueError) as caught:
+        load_config(Step2Config, None, [*PRETRAINED, f"rdl.loss={name}"])
+    shown = name.strip("'")
+    assert f"rdl.loss must be one of rcll, ce, mae, gce, aue, nce_agce, or module:Class, found {shown!r}{hint}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optim.epoch=3", "--set optim.epoch=3: optim.epoch: unknown key, did you mean 'epochs'"),
+        ("optm.epochs=3", "optm: unknown key, did you mean 'optim'"),
+        ("optim.zzz=3", "optim.zzz: unknown key, valid here: epochs, batch_size"),
+        ("data.augment.point_jiter=0", "data.augment.point_jiter: unknown key, did you mean 'point_jitter'"),
+        ("optim.epochs=2.0", "optim.epochs: expected int, got 2.0 of type float"),
+        ("optim.epochs=true", "optim.epochs: expected int, got True of type bool"),
+        ("optim.learning_rate=true", "optim.learning_rate: expected float, got True"),
+        ("optim.learning_rate=fast", "optim.learning_rate: expected float, got 'fast'"),
+        ("optim.learning_rate=.nan", "optim.learning_rate: expected float, got nan"),
+        ("optim.learning_rate=null", "optim.learning_rate: expected float, got None"),
+        ("run.amp=1", "run.amp: expected bool, got 1"),
+        ("data.root=3", "data.root: expected str, got 3"),
+        ("optim.epochs.more=3", "optim.epochs: expected int, got {'more': 3}"),
+        ("optim=3", "optim: expected a section with the keys epochs, "),
+        ("data.modalities=RGBImg", "data.modalities: expected tuple[str, ...], got 'RGBImg'"),
+        ("data.augment.image_scale=[1, 2, 3]", "image_scale: expected 2 values, got 3"),
+        ("model.pretrained=none", "model.pretrained: expected dict[str, str], got 'none'"),
+        ("model.pretrained.RGBImg=3", "model.pretrained.RGBImg: expected str, got 3"),
+        ("optim.schedule=cosin", "expected one of constant, cosine, got 'cosin', did you mean 'cosine'"),
+        ("optim.epochs=0", "optim.epochs: must be at least 1, got 0 (passes over"),
+        ("optim.learning_rate=0", "must be above 0, got 0"),
+        ("pla.lambda_1=1.5", "pla.lambda_1: must be at most 1, got 1.5"),
+        ("pla.momentum=1", "pla.momentum: must be below 1, got 1"),
+        ("data.augment.image_scale=[0, 1]", "image_scale: must be above 0, got 0"),
+        ("data.augment.image_scale=[2, 1]", "data.augment.image_scale must be [low, high]"),
+        ("data.modalities=[RGBImage, PointCloud]", "unknown modality 'RGBImage', did you mean 'RGBImg'"),
+        ("data.modalities=[RGBImg]", "at least two different modalities, got ['RGBImg']"),
+        ("data.modalities=[RGBImg, RGBImg]", "at least two different modalities"),
+        ("data.modalities=[GrayImg, PointCloud]", "model.pretrained says nothing about GrayImg: give imagenet (images only), none"),
+        ("model.pretrained.PointCloud=imagenet", "model.pretrained.PointCloud: imagenet is for images only"),
+        ("model.pretrained.Mehs=none", "model.pretrained: unknown modality 'Mehs'"),
+        ("model.pretrained.RGBImg=", "model.pretrained.RGBImg: expected str, got None"),
+        ("data.train_lists={Pointcloud: x}", "data.train_lists: unknown modality 'Pointcloud', did you mean 'PointCloud'"),
+        ("data.instance_id=((", "data.instance_id is not a regular expression"),
+        (r"data.instance_id=\d+", "needs exactly one group, got 0"),
+        ("data.dataset=../up", "data.dataset names files and folders"),
+        ("data.image_resize=200", "data.image_resize (200) must be at least data.image_size (224)"),
+        ("data.num_points=10", "model.num_neighbors (20) must not exceed data.num_points (10)"),
+        ("pla.warmup_epochs=20", "pla.warmup_epochs (20) must be below optim.epochs (20)"),
+        ("run.seed", "--set expects section.key=value, got 'run.seed'"),
+        ("=3", "--set expects section.key=value, got '=3'"),
+        ("run..seed=3", "--set expects section.key=value"),
+        ("optim.epochs=[1", "--set optim.epochs=[1: the value is not valid YAML"),
+    ],
+)
+def test_refused_override(override, message):
+    with pytest.raises(ValueError) as caught:
+        step1(override)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("optim: {epoch: 3}", "step1.yaml: optim.epoch: unknown key, did you mean 'epochs'"),
+        ("optim:\n  epochs: [1\n", "step1.yaml is not valid YAML"),
+        ("optim: {epochs: 1}\noptim: {epochs: 2}", "key 'optim' is given twice"),
+        ("- 1\n- 2", "step1.yaml must hold sections (data:, model:, ...), found a list"),
+        ("rdl: {alpha: 0.3}", "step1.yaml: rdl: unknown key, valid here: data, model, optim, pla, run"),
+        ("optim: 3", "step1.yaml: optim: expected a section"),
+        ("1: 2", "step1.yaml: 1: unknown key"),
+        ("data: {modalities: [RGBImg, Foo]}", "step1.yaml with --set"),
+    ],
+)
+def test_refused_file(tmp_path, text, message):
+    with pytest.raises(ValueError) as caught:
+        step1(path=write(tmp_path, text))
+    assert message in str(caught.value)
+
+
+def test_missing_or_empty_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no configuration file .*gone.yaml"):
+        load_config(Step1Config, str(tmp_path / "gone.yaml"))
+    assert step1(path=write(tmp_path, "# nothing\noptim:\n")) == step1()
+
+
+def test_random_weights_are_never_a_default():
+    with pytest.raises(ValueError, match="defaults: model.pretrained says nothing about RGBImg, PointCloud"):
+        load_config(Step2Config, None)
+
+
+@dataclass(frozen=True)
+class Inner:
+    sizes: tuple[int, ...] = option((1, 2), "sizes", min=1)
+    weights: dict[str, float] = option({"a": 1}, "weights", max=2)
+    mode: Literal["x", 3] | None = option(None, "mode")
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    limit: int | None = option(None, "limit", min=2)
+
+
+def test_loader_knows_no_particular_dataclass():
+    config = load_config(Outer, None, ["inner.sizes=[]", "inner.weights.b=2", "inner.mode=3", "limit=5"])
+    assert config == Outer(Inner((), {"b": 2.0}, 3), 5)
+    for override in ("inner.sizes=[3, 0]", "inner.weights.b=3", "inner.mode=4", "limit=1", "inner.sizes=[1.5]"):
+        with pytest.raises(ValueError, match=override.partition("=")[0]):
+            load_config(Outer, None, [override])
+    assert Outer().inner.weights is not Outer().inner.weights
+
+
+def test_arguments():
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    arguments = parser.parse_args("--config f.yaml --set a.b=1 c.d=[x,y] --set e=2".split())
+    assert arguments.config == "f.yaml" and arguments.overrides == ["a.b=1", "c.d=[x,y]", "e=2"] and arguments.resume is None
+    assert parser.parse_args([]).overrides == []
+
+
+def test_device(monkeypatch):
+    assert select_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device("auto") == torch.device("cpu")
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(ValueError, match=f"run.device is '{name}', but torch .* sees 0 CUDA devices"):
+            select_device(name)
+    for name in ("gpu", "cuda:", "cuda:x", "cudax", ""):
+        with pytest.raises(ValueError, match="must be auto, cpu, cuda or cuda:N"):
+            select_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert select_device("auto") == select_device("cuda") == torch.device("cuda", 0)
+    assert select_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="sees 2 CUDA devices"):
+        select_device("cuda:2")
+
+
+def test_threads():
+    before = torch.get_num_threads()
+    try:
+        assert set_threads(None) == before and set_threads(1) == 1 == torch.get_num_threads()
+        with pytest.raises(ValueError, match="at least 1, got 0"):
+            set_threads(0)
+    finally:
+        torch.set_num_threads(before)

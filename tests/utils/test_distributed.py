@@ -1,0 +1,163 @@
+"""Several processes (gloo, CPU) against one process with the same global batch, from single layers to whole runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+import train_step1
+import train_step2
+from models.kernels.edge_conv import EdgeConv
+from models.sync_batchnorm import SyncBatchNorm, synchronise
+from stage_runs import only_run, settings, weights
+from utils.engine import distributed
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORLD = 2
+
+
+def run_in_processes(function, folder, *arguments):
+    """Run function(rank, *arguments) in WORLD processes with a gloo group; return their results."""
+    mp.spawn(_process, (function, str(folder), arguments), nprocs=WORLD)
+    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def _process(rank, function, folder, arguments):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=WORLD)
+    torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def batch(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_layer(kind):
+    torch.manual_seed(0)
+    if kind == "edge_conv":
+        layer = nn.Sequential(EdgeConv(3, 5, 4))
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.5])
+        layer[0].bn.weight.data.mul_(signs)
+        return layer.double()
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)).double()
+
+
+def inputs(kind):
+    return batch(6, 10, 3) if kind == "edge_conv" else 3 + 2 * batch(6, 3)
+
+
+def loss_of(out):
+    """Couples all rows of the batch, as the contrastive loss does."""
+    rows = out.flatten(1)
+    return (rows @ rows.T).exp().mean() / 100 + rows.sin().sum()
+
+
+def trained_share(rank, kind):
+    """What one process gets: gradients averaged over the processes, input gradients of its share, running statistics."""
+    layer = synchronise(make_layer(kind))
+    values = inputs(kind)[distributed.own_share(6)].clone().requires_grad_()
+    loss = loss_of(distributed.gather_batch(layer(values)))
+    loss.backward()
+    grads = {name: distributed.add_over_processes(p.grad) / WORLD for name, p in layer.named_parameters()}
+    return {"loss": loss.detach(), "grads": grads, "input": values.grad / WORLD, "buffers": dict(layer.named_buffers())}
+
+
+@pytest.mark.parametrize("kind", ["batchnorm", "edge_conv"])
+def test_two_processes_give_the_gradients_of_one(tmp_path, kind):
+    layer, values = make_layer(kind), inputs(kind).requires_grad_()
+    loss = loss_of(layer(values))
+    loss.backward()
+    results = run_in_processes(trained_share, tmp_path, kind)
+    for rank, result in enumerate(results):
+        torch.testing.assert_close(result["loss"], loss.detach())
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(result["grads"][name], parameter.grad, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(result["input"], values.grad[3 * rank : 3 * rank + 3], rtol=1e-6, atol=1e-9)
+        for name, buffer in layer.named_buffers():
+            torch.testing.assert_close(result["buffers"][name], buffer)
+
+
+def collected(rank):
+    rows = torch.arange(5.0).view(5, 1)[distributed.own_share(5)]
+    module = nn.BatchNorm1d(2)
+    module.running_mean.fill_(rank + 1)
+    distributed.copy_from_main(module.buffers())
+    made = distributed.from_main(lambda: {"rank": distributed.rank()})
+    return {"rows": distributed.gather_shares(rows, 5), "mean": module.running_mean, "made": made, "main": distributed.is_main()}
+
+
+def test_shares_buffers_and_objects(tmp_path):
+    for rank, result in enumerate(run_in_processes(collected, tmp_path)):
+        assert result["rows"].flatten().tolist() == [0, 1, 2, 3, 4]
+        assert result["mean"].tolist() == [1, 1] and result["made"] == {"rank": 0} and result["main"] == (rank == 0)
+
+
+def test_one_process_needs_no_group():
+    rows = batch(4, 2)
+    assert distributed.world() == 1 and distributed.own_share(7) == slice(0, 7)
+    assert distributed.gather_batch(rows) is rows and distributed.gather_shares(rows, 4) is rows
+    plain, synced = nn.BatchNorm1d(2).double(), SyncBatchNorm(2).double()
+    torch.testing.assert_close(synced(rows), plain(rows))
+
+
+def torchrun(script, arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}", script, *arguments]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([(line["loss/mlm"], line.get("loss/ssm", line.get("loss/rcll", 0.0))) for line in lines])
+
+
+def test_torchrun_with_two_processes_equals_one_process(small_digits, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ("optim.epochs=2", "optim.learning_rate=0.0001")  # Adam's first steps are signs: small ones keep rounding small
+    train_step1.main(settings(small_digits, one, 1, *more))
+    printed = torchrun("train_step1.py", settings(small_digits, two, 1, *more)).stdout
+    assert printed.count("epoch 2/2") == 1 and printed.count("run folder") == 1
+    torch.testing.assert_close(losses(only_run(two, 1)), losses(only_run(one, 1)), rtol=1e-3, atol=1e-3)
+    ours, theirs = weights(only_run(two, 1)), weights(only_run(one, 1))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        if ".encoders" in key and ours[key].is_floating_point():
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-2, atol=2e-3, msg=key)
+    for name in ("digits_GrayImgs_train_list_pseudo_labelling.txt", "digits_PointCloud_train_list_pseudo_labelling.txt"):
+        assert (one / "pseudo_labels" / name).read_text() == (two / "pseudo_labels" / name).read_text()
+    labels = f"rdl.pseudo_labels={one / 'pseudo_labels'}"
+    train_step2.main(settings(small_digits, one, 2, *more))
+    torchrun("train_step2.py", settings(small_digits, two, 2, labels, *more))
+    torch.testing.assert_close(losses(only_run(two, 2)), losses(only_run(one, 2)), rtol=1e-3, atol=1e-3)
+
+
+def test_views_as_positives_and_resume_under_torchrun(small_digits, tmp_path):
+    more = ("optim.epochs=2", "data.positives=views", "data.pairing=none")
+    torchrun("train_step1.py", settings(small_digits, tmp_path, 1, *more))
+    run = only_run(tmp_path, 1)
+    before = (run / "last.pt").read_bytes()
+    torchrun("train_step1.py", ["--resume", str(run)])
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_uneven_batches_are_refused(small_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    with pytest.raises(ValueError, match="batch of 16.*3 processes.*optim.batch_size"):
+        train_step1.PLALearner(*learner_arguments(small_digits))
+
+
+def learner_arguments(root):
+    from datasets.samples import load_training_samples
+    from utils.settings.config import load_config
+    from utils.settings.options import Step1Config
+
+    config = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}"])
+    return config, load_training_samples(config.data, torch.device("cpu")), torch.device("cpu")

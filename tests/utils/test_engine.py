@@ -1,0 +1,93 @@
+"""Routes and switches of the training engine that must not change a number: host or device samples, fused Adam, compilation."""
+
+import pytest
+import torch
+
+import train_step1
+import train_step2
+from datasets.batches import BatchSource
+from datasets.samples import embed_samples, load_training_samples
+from stage_runs import assert_same_result, log_lines, only_run, settings
+from utils.settings.config import load_config
+from utils.engine.learner import plan_epoch
+from utils.settings.options import Step1Config
+
+CPU = torch.device("cpu")
+
+
+def config(root, *overrides):
+    return load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}", *overrides])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_on_the_host_give_the_same_run(finished, small_digits, tmp_path, workers):
+    train_step1.main(settings(small_digits, tmp_path, 1, "data.placement=host", f"data.workers={workers}"))
+    assert_same_result(finished, tmp_path, 1)
+
+
+def test_the_route_does_not_shift_the_masks_of_meshes(small_digits, tmp_path):
+    for place in ("device", "host"):
+        train_step1.main(settings(small_digits, tmp_path / place, 1, f"data.placement={place}", "data.modalities=[GrayImg,Mesh]", "optim.epochs=2"))
+    runs = [log_lines(only_run(tmp_path / place, 1)) for place in ("device", "host")]
+    assert [line["loss/mlm"] for line in runs[0]] == [line["loss/mlm"] for line in runs[1]]
+
+
+def test_both_routes_fetch_the_same_rows(small_digits):
+    four = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
+    samples = load_training_samples(config(small_digits, four).data, CPU)
+    sources = [BatchSource(samples, config(small_digits, four, f"data.placement={place}").data, CPU) for place in ("device", "host")]
+    assert not sources[0].on_host and sources[1].on_host
+    batches = []
+    for source in sources:
+        plan = plan_epoch(source.counts, source.views, 16, torch.Generator().manual_seed(1))
+        batches.append(list(source.fetch(plan)))
+    assert len(batches[0]) == len(batches[1]) == 2
+    for (index, raw), (other_index, other_raw) in zip(*batches):
+        assert torch.equal(index, other_index) and len(raw) == 4
+        assert all(torch.equal(one, two) for one, two in zip(raw, other_raw))
+        assert torch.equal(raw[2], samples.arrays["PointCloud"][index[2], 0])
+
+
+def test_fused_adam_follows_the_plain_one(finished, small_digits, tmp_path):
+    train_step1.main(settings(small_digits, tmp_path, 1, "optim.fused=true"))
+    fused, plain = (log_lines(only_run(folder, 1)) for folder in (tmp_path, finished))
+    assert [line["loss/mlm"] for line in fused] == pytest.approx([line["loss/mlm"] for line in plain], rel=0.02)
+
+
+def test_bfloat16_losses_track_float32(finished, small_digits, tmp_path):
+    train_step1.main(settings(small_digits, tmp_path, 1, "run.amp=true"))
+    half, full = (log_lines(only_run(folder, 1)) for folder in (tmp_path, finished))
+    assert [line["loss/mlm"] for line in half] == pytest.approx([line["loss/mlm"] for line in full], rel=0.05)
+    assert half[0]["loss/mlm"] != full[0]["loss/mlm"]
+
+
+@pytest.mark.parametrize("loss", ["ce", "mae", "gce", "aue", "nce_agce"])
+def test_step_2_trains_with_every_robust_loss(finished, small_digits, tmp_path, loss):
+    labels = f"rdl.pseudo_labels={finished / 'pseudo_labels'}"
+    train_step2.main(settings(small_digits, tmp_path, 2, labels, f"rdl.loss={loss}", "optim.epochs=1"))
+    (line,) = log_lines(only_run(tmp_path, 2))
+    assert line[f"loss/{loss}"] > 0 and "loss/rcll" not in line and 0 <= line["clipped"] <= 1
+
+
+def test_equation_4_with_the_losses_scale(finished, small_digits, tmp_path, monkeypatch):
+    totals = []
+    optimise = train_step2.RDLLearner.optimise
+    monkeypatch.setattr(train_step2.RDLLearner, "optimise", lambda self, loss: (totals.append(float(loss.detach())), optimise(self, loss)))
+    more = [f"rdl.pseudo_labels={finished / 'pseudo_labels'}", "rdl.loss_scale=0.1", "rdl.lambda_2=0.6", "optim.epochs=1"]
+    train_step2.main(settings(small_digits, tmp_path, 2, *more))
+    (line,) = log_lines(only_run(tmp_path, 2))
+    assert sum(totals) / len(totals) == pytest.approx(0.6 * 0.1 * line["loss/rcll"] + 0.4 * line["loss/mlm"], rel=1e-5)
+
+
+def test_memory_without_a_bank_is_the_last_epochs_features(small_digits):
+    settings = config(small_digits, "pla.warmup_epochs=0", "pla.banks=[PointCloud]")
+    learner = train_step1.PLALearner(settings, load_training_samples(settings.data, CPU), CPU)
+    learner.train_epoch(1)
+    before = {name: bank.memory.clone() for name, bank in learner.banks.items()}
+    features = embed_samples(learner.encoders, learner.samples, settings.data, CPU)
+    learner.train_epoch(2)
+    torch.testing.assert_close(learner.banks["GrayImg"].memory, features["GrayImg"])  # refreshed once, not blended
+    assert not torch.allclose(before["GrayImg"], features["GrayImg"], atol=1e-3)
+    assert not torch.allclose(learner.banks["PointCloud"].memory, features["PointCloud"], atol=1e-3)
+    with pytest.raises(ValueError, match="pla.banks names Mesh"):
+        config(small_digits, "pla.banks=[Mesh]")

@@ -1,0 +1,76 @@
+"""utils.figures.plots: files are written, pixels show what they should, bad input is refused."""
+
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from utils.figures import plots as figures
+from utils.figures.plots import plot_curves, plot_retrieval, plot_tsne
+
+
+def pixels(path):
+    return (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
+
+
+def has_color(image, color):
+    target = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return bool((np.abs(image - target).max(axis=-1) <= 2).any())
+
+
+def test_curves(tmp_path):
+    epochs = [{"epoch": e, "stage": "warm-up", "loss": 2 / e, "map/RP": 0.1 * e} for e in (1, 2, 3)]
+    epochs += [{"epoch": e, "stage": "PLA", "loss": 1 / e, "loss/ssm": -e, "map/RP": None} for e in (4, 5)]
+    epochs += [{"epoch": e, "stage": "RDL", "loss": 1 / e, "map/RP": 0.2 * e} for e in (1, 2)]
+    assert figures._time_axis(epochs) == ([1, 2, 3, 4, 5, 6, 7], [(0.5, "warm-up"), (3.5, "PLA"), (5.5, "RDL")])
+    plot_curves(epochs, tmp_path / "new" / "curves.png")
+    plain = pixels(tmp_path / "new" / "curves.png")
+    assert plain.shape[:2] == (900, 1200)
+    plot_curves([{**entry, "map/chance": 0.15} for entry in epochs], tmp_path / "same.png")
+    assert np.array_equal(pixels(tmp_path / "same.png"), plain)
+    plot_curves(epochs, tmp_path / "chance.png", chance=0.15)
+    assert not np.array_equal(pixels(tmp_path / "chance.png"), plain)
+    plot_curves([{"epoch": 1}], tmp_path / "bare.png")
+    with pytest.raises(ValueError, match="at least one epoch"):
+        plot_curves([], tmp_path / "none.png")
+
+
+def test_tsne(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    embeddings = {name: generator.normal(size=(30, 4)) for name in ("RGBImg", "PointCloud")}
+    labels = np.arange(30) % 3
+    plot_tsne(embeddings, dict.fromkeys(embeddings, labels), tmp_path / "a.png", seed=1)
+    plot_tsne(embeddings, dict.fromkeys(embeddings, labels), tmp_path / "b.png", seed=1)
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+    sizes = []
+    monkeypatch.setattr(figures, "MAX_TSNE_ROWS", 10)
+    monkeypatch.setattr(figures, "_project", lambda rows, seed: sizes.append([len(r) for r in rows]) or np.zeros((sum(sizes[-1]), 2)))
+    many = {"RGBImg": np.arange(30), "PointCloud": np.arange(7)}  # 30 classes need the long palette; sizes may differ
+    plot_tsne({**embeddings, "PointCloud": embeddings["PointCloud"][:7]}, many, tmp_path / "c.png")
+    assert sizes == [[10, 7]]
+
+
+def test_tsne_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"got \{'RGBImg': \(3, 2\)\} and \{'RGBImg': 4\}"):
+        plot_tsne({"RGBImg": np.ones((3, 2))}, {"RGBImg": np.arange(4)}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="at least 2 objects, got"):
+        plot_tsne({"RGBImg": np.ones((1, 2))}, {"RGBImg": np.arange(1)}, tmp_path / "x.png")
+
+
+def test_retrieval_frames(tmp_path):
+    white = np.full((8, 8, 3), 255, dtype=np.uint8)
+    gallery = {4: white, 9: white}  # a mapping: only the ranked items are needed
+    ranks = np.array([[4, 9], [9, 4]])
+    for name, correct, colors in (("all", True, (True, False)), ("none", False, (False, True))):
+        plot_retrieval([white, white], gallery, ranks, np.full((2, 2), correct), tmp_path / f"{name}.png", "RP")
+        image = pixels(tmp_path / f"{name}.png")
+        assert (has_color(image, figures.RIGHT), has_color(image, figures.WRONG)) == colors
+    with pytest.raises(ValueError, match=r"1 queries need ranks and correct of shape \(1, k\), got \(2, 2\)"):
+        plot_retrieval([white], gallery, ranks, ranks == 4, tmp_path / "x.png")
+
+
+def test_import_is_light():
+    code = "import sys, utils.figures.plots; sys.exit('matplotlib' in sys.modules or 'sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,190 @@
+"""utils.figures.thumbnails: what is seen, from where, in which order; a cloud and a mesh of one object look alike."""
+
+import numpy as np
+import pytest
+
+from datasets.prepare.shapes.digit_mesh import extrude_digit
+from datasets.mesh_faces import mesh_to_faces
+from datasets.prepare.shapes.digit_cloud import digit_to_point_cloud
+from utils.figures.thumbnails import mesh_thumbnail, point_cloud_thumbnail, thumbnail
+
+CORNERS = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], dtype=float)
+QUADS = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
+
+
+def box(low, high):
+    """Vertices and triangles of a closed box."""
+    triangles = [face for a, b, c, d in QUADS for face in ((a, b, c), (a, c, d))]
+    return np.array(low) + CORNERS * (np.array(high) - np.array(low)), np.array(triangles)
+
+
+def join(*meshes):
+    starts = np.cumsum([0, *(len(vertices) for vertices, _ in meshes)])
+    triangles = [part + start for (_, part), start in zip(meshes, starts)]
+    return mesh_to_faces(np.concatenate([vertices for vertices, _ in meshes]), np.concatenate(triangles))
+
+
+def letter_l():
+    """An upright bar with a foot towards +y."""
+    return join(box([-0.1, 0, -1], [0.1, 0.2, 1]), box([-0.1, 0.2, -1], [0.1, 0.9, -0.8]))
+
+
+def inked(image):
+    return image.min(axis=2) < 200
+
+
+def seen_by_loops(faces, side):
+    """Shoot one ray per pixel in float64: (side, side, 3) colours and whether a face was hit, by the nearest hit."""
+    yaw, pitch = np.deg2rad(20), np.deg2rad(12)
+    towards = np.array([np.cos(pitch) * np.cos(yaw), -np.cos(pitch) * np.sin(yaw), np.sin(pitch)])
+    right = np.array([np.sin(yaw), np.cos(yaw), 0])
+    up = np.cross(towards, right)
+    corners = faces[:, None, :3].astype(np.float64) + faces[:, 3:12].reshape(-1, 3, 3)
+    corners -= (corners.min(axis=(0, 1)) + corners.max(axis=(0, 1))) / 2
+    corners /= np.linalg.norm(corners, axis=2).max()
+    colors, hit = np.full((side, side, 3), 255.0), np.zeros((side, side), bool)
+    for row in range(side):
+        for column in range(side):
+            start = right * ((column + 0.5) / side * 2 - 1) / 0.92 + up * (1 - (row + 0.5) / side * 2) / 0.92
+            best = -np.inf
+            for a, b, c in corners:
+                matrix = np.stack([b - a, c - a, -towards], axis=1)
+                if abs(np.linalg.det(matrix)) < 1e-9:
+                    continue
+                u, v, distance = np.linalg.solve(matrix, start - a)
+                if u >= 0 and v >= 0 and u + v <= 1 and distance > best:
+                    best = distance
+                    normal = np.cross(b - a, c - a) / np.linalg.norm(np.cross(b - a, c - a))
+                    normal = normal if normal @ towards >= 0 else -normal
+                    light = np.clip(normal @ (towards + 0.35 * right + 0.35 * up), 0, 1)
+                    closeness = ((a + b + c) / 3) @ towards / 2 + 0.5
+                    colors[row, column] = (np.array([25, 50, 120]) + closeness * np.array([90, 140, 130])) * (0.55 + 0.45 * light)
+                    hit[row, column] = True
+    return colors, hit
+
+
+def inner(hit, colors):
+    """Pixels whose neighbours show the same face: away from every edge."""
+    same = np.ones_like(hit)
+    for shift in ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)):
+        same &= (np.roll(colors, shift, axis=(0, 1)) == colors).all(axis=2)
+    return same
+
+
+THICK_L = join(box([-0.4, -0.6, -1], [0.4, 0.1, 1]), box([-0.4, 0.1, -1], [0.4, 0.9, -0.3]))
+TWO_BOXES = join(box([-0.2, -0.5, -0.5], [0, 0.5, 0.5]), box([0.5, -0.2, -0.2], [0.7, 0.2, 0.2]))
+
+
+@pytest.mark.parametrize("faces", [THICK_L, TWO_BOXES])
+def test_a_mesh_is_what_rays_hit_first(faces):
+    side = 28
+    expected, hit = seen_by_loops(faces, side)
+    image = mesh_thumbnail(faces, side)
+    compared = inner(hit, expected)
+    assert (compared & hit).sum() > 40 and (compared & ~hit).sum() > 100
+    assert np.abs(expected - image)[compared].max() <= 2
+
+
+def test_near_faces_cover_far_ones():
+    far = box([-1.1, -1, -1], [-1, 1, 1])
+    near = box([1, -1, -1], [1.1, 1, 1])
+    alone, both = mesh_thumbnail(join(far)), mesh_thumbnail(join(far, near))
+    assert np.array_equal(mesh_thumbnail(join(near, far)), both)  # the order of the faces means nothing
+    assert both[48, 48].sum() > 40 + both[inked(both)].sum(axis=1).min()
+    assert np.array_equal(alone[48, 48] > 250, [False] * 3)
+
+
+def test_a_mesh_is_upright_not_mirrored_and_centred():
+    image = mesh_thumbnail(letter_l())
+    ink = inked(image)
+    rows, columns = np.nonzero(ink.any(axis=1))[0], np.nonzero(ink.any(axis=0))[0]
+    middle, center = (rows[0] + rows[-1]) // 2, (columns[0] + columns[-1]) // 2
+    assert ink[middle:, center + 4 :].sum() > 50 and ink[:middle, center + 4 :].sum() == 0
+    assert abs(rows[0] + rows[-1] - 95) < 12 and abs(columns[0] + columns[-1] - 95) < 12
+    assert (image[0] == 255).all() and (image[:, 0] == 255).all()
+
+
+def test_a_mesh_ignores_position_scale_and_the_side_of_its_normals():
+    faces = letter_l()
+    moved = faces.copy()
+    moved[:, :3] = 40 * faces[:, :3] + [3, -7, 5]
+    moved[:, 3:12] *= 40
+    flipped = faces.copy()
+    flipped[::2, 12:15] *= -1
+    image = mesh_thumbnail(faces).astype(int)
+    assert np.abs(mesh_thumbnail(moved) - image).mean() < 0.2
+    assert np.array_equal(mesh_thumbnail(flipped), image)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_cloud_and_the_mesh_of_a_digit_look_alike(seed):
+    from sklearn.datasets import load_digits
+
+    from datasets.prepare_digits import enlarge_digit
+
+    digits = load_digits().images
+    clouds, meshes = [], []
+    for image in (enlarge_digit(digits[seed]), enlarge_digit(digits[seed + 1])):
+        points = np.random.default_rng(0).permutation(digit_to_point_cloud(image)[0])[:1024]
+        clouds.append(inked(point_cloud_thumbnail(points)))
+        meshes.append(inked(mesh_thumbnail(mesh_to_faces(*extrude_digit(image)))))
+    overlap = np.array([[(cloud & mesh).sum() / (cloud | mesh).sum() for mesh in meshes] for cloud in clouds])
+    assert overlap.diagonal().min() > 0.75 and overlap.diagonal().min() > overlap[~np.eye(2, dtype=bool)].max() + 0.1
+
+
+def test_a_cloud_is_upright_and_not_mirrored():
+    generator = np.random.default_rng(0)
+    bar = np.stack([np.zeros(300), np.zeros(300), np.linspace(-1, 1, 300)], axis=1)
+    foot = np.stack([np.zeros(150), np.linspace(0, 0.8, 150), np.full(150, -1.0)], axis=1)  # an L: towards +y, at the bottom
+    image = point_cloud_thumbnail(np.concatenate([bar, foot]) + 0.01 * generator.normal(size=(450, 3)), 64)
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+    dark = image.mean(axis=2) < 200
+    columns = np.nonzero(dark.any(axis=0))[0]
+    rows = np.nonzero(dark.any(axis=1))[0]
+    middle, center = (rows[0] + rows[-1]) // 2, (columns[0] + columns[-1]) // 2
+    assert dark[middle:, center + 1 :].sum() > 20 and dark[:middle, center + 1 :].sum() == 0
+    assert (image[0] == 255).all() and (image[:, 0] == 255).all()
+
+
+def test_a_cloud_ignores_position_and_scale():
+    points = np.random.default_rng(1).normal(size=(50, 3))
+    expected = point_cloud_thumbnail(points).astype(int)
+    moved = point_cloud_thumbnail(1000 * points + [5, -7, 3]).astype(int)
+    assert np.abs(expected - moved).max() <= 1
+    assert (point_cloud_thumbnail(np.zeros((1, 3))) < 255).any()
+
+
+def test_images_are_enlarged_by_pixels_and_shrunk_smoothly():
+    image = np.random.default_rng(0).integers(0, 256, size=(3, 8, 8), dtype=np.uint8)
+    assert np.array_equal(thumbnail("RGBImg", image, 24), np.kron(image.transpose(1, 2, 0), np.ones((3, 3, 1), np.uint8)))
+    assert np.array_equal(thumbnail("GrayImg", image, 8), image.transpose(1, 2, 0))
+    board = (np.indices((64, 64)).sum(axis=0) % 2 * np.full((3, 1, 1), 255)).astype(np.uint8)
+    assert np.abs(thumbnail("RGBImg", board, 8).astype(int) - 127).max() <= 8
+
+
+def test_every_modality_gives_the_same_shape():
+    samples = {"RGBImg": np.zeros((3, 30, 30), np.uint8), "PointCloud": np.eye(3, dtype=np.float32), "Mesh": letter_l()}
+    for name, sample in samples.items():
+        for image in (thumbnail(name, sample), thumbnail(name, sample, 40)):
+            assert image.dtype == np.uint8 and image.shape in ((96, 96, 3), (40, 40, 3)) and (image < 255).any()
+
+
+@pytest.mark.parametrize("points", [np.ones((4, 2)), np.ones((0, 3)), np.full((2, 3), np.nan)])
+def test_no_cloud_is_refused(points):
+    with pytest.raises(ValueError, match=r"finite \(P, 3\) points, got shape"):
+        thumbnail("PointCloud", points)
+
+
+@pytest.mark.parametrize("faces", [np.ones((4, 15)), np.ones((0, 18)), np.full((2, 18), np.inf), np.ones(18)])
+def test_no_mesh_is_refused(faces):
+    with pytest.raises(ValueError, match=r"finite \(F, 18\) faces, got shape"):
+        thumbnail("Mesh", faces)
+
+
+@pytest.mark.parametrize("image", [
+    np.zeros((30, 30, 3), np.uint8), np.zeros((3, 30, 20), np.uint8), np.zeros((3, 8, 8), np.float32),
+    np.zeros((3, 0, 0), np.uint8),
+])
+def test_no_image_is_refused(image):
+    with pytest.raises(ValueError, match=r"\(3, S, S\) uint8, got shape"):
+        thumbnail("GrayImg", image)

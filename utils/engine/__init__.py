@@ -1,0 +1,1 @@
+"""What carries a training: sessions, epochs, seeds, processes, devices, checkpoints, run folders."""

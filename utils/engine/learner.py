@@ -1,0 +1,162 @@
+"""The part of a stage that both stages share: encoders, classifiers, Adam, epochs of shuffled batches, and the state."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.engine import distributed
+from utils.engine.seed import BatchGenerator, derive_seed, generator_for
+from utils.engine.session import learning_rate, run_batches
+
+
+class Source(Protocol):
+    """What a learner draws from, see `datasets.batches.BatchSource`."""
+
+    counts: list[int]
+    views: list[int]
+
+    def fetch(self, plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]: ...
+
+    def augment(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]: ...
+
+
+class StageLearner:
+    """Base of the two learners; a subclass gives `step` and `modality_invariance`, and adds to `parts` what else changes in training.
+
+    With several processes, each one augments and embeds its share of a batch; embeddings are then gathered, so that losses,
+    memory banks and classifiers see the whole batch everywhere.
+
+    Args:
+        stage: "step1" or "step2"; seeds the epochs and names them in messages.
+        config: settings with the sections data, optim and run.
+        source: training batches.
+        inputs: name -> tensor (N, ...), all that training reads of the samples; a resumed run must find the same.
+        encoders: modality -> encoder; classifiers: modality -> classifier. Both are moved to the device.
+        device: where training runs.
+    Raises:
+        ValueError: if the batch cannot be shared evenly among the processes.
+    """
+
+    parts: tuple[str, ...] = ("encoders", "classifiers", "optimizer")
+
+    def __init__(
+        self, stage: str, config: Any, source: Source, inputs: Mapping[str, Tensor], encoders: nn.ModuleDict,
+        classifiers: nn.ModuleDict, device: torch.device,
+    ) -> None:
+        self.stage, self.config, self.source, self.device = stage, config, source, device
+        self.batch_size = min(config.optim.batch_size, *source.counts)  # no sample twice in a batch
+        if self.batch_size % distributed.world():
+            raise ValueError(f"a batch of {self.batch_size} cannot be shared evenly among {distributed.world()} processes: change optim.batch_size")
+        self.inputs = {name: hashlib.sha256(values.cpu().numpy()).hexdigest() for name, values in inputs.items()}
+        self.encoders, self.classifiers = encoders.to(device), classifiers.to(device)
+        self.optimizer = torch.optim.Adam(
+            [*self.encoders.parameters(), *self.classifiers.parameters()],
+            lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay, fused=config.optim.fused,
+        )
+        self.forwards = [_fast_forward(encoder, config.run.compile, device) for encoder in self.encoders.values()]
+
+    def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
+        """Train on one batch; return detached scalars for the log.
+
+        Args:
+            index: (M, B) sample numbers of the whole batch; raw: M x (b, ...), this process's rows; generator: of the batch.
+        """
+        raise NotImplementedError
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train one epoch (1-based). Its random numbers depend on the seed and the epoch alone, not on the past."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optim, epoch)
+        torch.manual_seed(derive_seed(self.config.run.seed, self.stage, epoch, "global"))  # of MeshNet's mask, alike in all processes
+        numbers = generator_for(self.config.run.seed, self.stage, epoch, device=self.device)
+        own = None if distributed.world() == 1 else distributed.own_share(self.batch_size)
+        generator = BatchGenerator(numbers, own, self.batch_size)
+        plan = plan_epoch(
+            self.source.counts, self.source.views, self.batch_size, numbers, paired=self.config.data.pairing != "none"
+        )
+        means = run_batches(
+            self.source.fetch(plan), lambda batch: self.step(*batch, generator),
+            title=f"{self.stage} epoch {epoch}", log_interval=self.config.run.log_interval,
+        )
+        distributed.copy_from_main([*self.encoders.buffers(), *self.classifiers.parameters(), *self.classifiers.buffers()])
+        return means
+
+    def embed(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]:
+        """Return the embeddings (B, D) of the whole batch, not normalised, of one augmented view per modality."""
+        inputs = self.source.augment(raw, generator)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.run.amp):
+            return [distributed.gather_batch(forward(values)) for forward, values in zip(self.forwards, inputs)]
+
+    def invariance(self, raw: list[Tensor], embeddings: list[Tensor], generator: BatchGenerator) -> Tensor:
+        """Modality-invariance loss of a batch, Eq. 14; with `data.positives: views`, its mean over the modalities, each against
+        a second random view of the same samples.
+
+        Args:
+            raw: rows of the batch; embeddings: M x (B, D) of its first views; generator: of the second views.
+        """
+        if self.config.data.positives == "modalities":
+            return self.modality_invariance(torch.stack(embeddings))
+        pairs = zip(embeddings, self.embed(raw, generator))
+        return torch.stack([self.modality_invariance(torch.stack(pair)) for pair in pairs]).mean()
+
+    def optimise(self, loss: Tensor) -> None:
+        """One step of Adam."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def state_dict(self) -> dict:
+        """Return everything that changes in training, as tensors and plain containers."""
+        return {"inputs": self.inputs, **{part: getattr(self, part).state_dict() for part in self.parts}}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned, strictly; ValueError if the run was started on other data."""
+        changed = [name for name in self.inputs if state["inputs"].get(name) != self.inputs[name]]
+        if changed:
+            raise ValueError(f"cannot resume {self.stage}: {', '.join(changed)} changed since the run was started; start a new run")
+        for part in self.parts:
+            getattr(self, part).load_state_dict(state[part])
+
+
+def _fast_forward(encoder: nn.Module, mode: str, device: torch.device) -> nn.Module:
+    """Wrap an encoder as the settings say; the wrapper shares its parameters and buffers."""
+    if distributed.world() > 1:
+        # Statistics are synchronised once per epoch, and within a step by models.sync_batchnorm.
+        encoder = DistributedDataParallel(
+            encoder, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    if mode == "off":
+        return encoder
+    return torch.compile(encoder, dynamic=False, mode="reduce-overhead" if mode == "cuda-graphs" else None)
+
+
+def plan_epoch(
+    counts: Sequence[int], views: Sequence[int], batch_size: int, generator: torch.Generator, paired: bool = True
+) -> Iterator[Tensor]:
+    """Yield (2, M, B) indices of one epoch in random order, on the generator's device: sample and view numbers per modality.
+
+    All batches are full: the up to batch_size - 1 samples left over sit this epoch out (BatchNorm and the contrastive
+    loss depend on the batch size, compiled encoders on its shape), other ones every epoch.
+
+    Args:
+        counts: samples of each modality, all equal if paired; views: of each modality, to draw one from.
+        batch_size: B, at most the smallest count.
+        generator: of order and views.
+        paired: the sample numbers of all modalities are equal; otherwise each modality has its own order, and a smaller one
+            goes round again until the largest is through.
+    """
+    device = generator.device
+    orders = [torch.randperm(count, generator=generator, device=device) for count in (counts[:1] if paired else counts)]
+    longest = max(counts)
+    numbers = torch.stack([order[torch.arange(longest, device=device) % len(order)] for order in orders])
+    shown = torch.stack([
+        torch.randint(count, (longest,), generator=generator, device=device) if count > 1
+        else torch.zeros(longest, dtype=torch.long, device=device) for count in views
+    ])
+    index = torch.stack([numbers.expand(len(counts), -1), shown])
+    for start in range(0, longest - batch_size + 1, batch_size):
+        yield index[:, :, start : start + batch_size]

@@ -1,0 +1,1 @@
+"""Features of whole sets, retrieval metrics, clusterings, and the tables made of them."""

@@ -1,0 +1,135 @@
+"""k-means in plain torch, on the device of the rows and repeatable there; `utils.evaluation.clustering.kmeans` is what to call.
+
+Nothing but scalars goes to the host. No sum depends on timing: sums per cluster are products with a one-hot matrix
+(`index_add_` on CUDA adds in any order), and the draws use cumulative sums of integers (those of floats are not repeatable).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from utils.engine.seed import generator_for
+
+CHUNK_ELEMENTS = 2**24  # of the largest temporary, 64 MiB in float32
+WEIGHT_LEVELS = 2**31  # squared distances are drawn from in this many steps, so that sums of 2**31 rows fit int64
+
+
+def best_of_starts(x: Tensor, num_clusters: int, *, seed: int, num_init: int, max_iter: int) -> Tensor:
+    """Run Euclidean k-means from several k-means++ starts and keep the one of lowest inertia.
+
+    The random numbers come from a CPU generator, so every device draws the same ones; results on two devices may still
+    differ where rounding decides.
+
+    Args:
+        x: (N, D) float32, finite.
+        num_clusters: K, in 1..N.
+        seed: any integer.
+        num_init: number of starts; of equal inertia, the first is kept.
+        max_iter: upper bound of Lloyd's iterations per start.
+    Returns:
+        Centroids (K, D) float32 on the device of `x`.
+    Raises:
+        ValueError: if num_init is below 1.
+    """
+    if num_init < 1:
+        raise ValueError(f"num_init must be at least 1, got {num_init}")
+    trials = 2 + int(math.log(num_clusters))  # candidates per centre, as many as scikit-learn takes
+    draws = torch.rand(
+        num_init, num_clusters, trials, dtype=torch.float64, generator=generator_for(seed, "k-means++")
+    ).to(x.device)
+    best, lowest = None, None
+    for start in draws:
+        centroids, assignments = lloyd(x, _plus_plus(x, start), max_iter)
+        inertia = _inertia(x, centroids, assignments)
+        if lowest is None or inertia < lowest:
+            best, lowest = centroids, inertia
+    return best
+
+
+def lloyd(x: Tensor, centroids: Tensor, max_iter: int, spherical: bool = False) -> tuple[Tensor, Tensor]:
+    """Lloyd's iterations from given centres; a cluster that runs empty keeps its centre, so its id keeps its meaning.
+
+    Args:
+        x: (N, D) float32 rows, of unit norm if `spherical`.
+        centroids: (K, D) float32 on the same device; not changed.
+        max_iter: most updates of the centres; fewer if no row changes its cluster. 0 only assigns the rows.
+        spherical: centres are scaled to unit norm, at the start and after every update.
+    Returns:
+        Centroids (K, D) float32 and the nearest one of each row (N,) int64, of equally near ones the lower; both on the
+        device of `x`. The size of the chunks changes them by rounding alone.
+    """
+    centroids = normalize(centroids, dim=1) if spherical else centroids.clone()
+    origin = x.mean(dim=0)  # distances from here: far from zero, squares of coordinates would drown them
+    assignments, sums, counts = _pass(x, origin, centroids)
+    for _ in range(max_iter):
+        means = (origin + sums / counts.clamp(min=1)).to(x.dtype)  # (K, D)
+        means = torch.where(counts > 0, means, centroids)
+        centroids = normalize(means, dim=1) if spherical else means
+        previous = assignments
+        assignments, sums, counts = _pass(x, origin, centroids)
+        if torch.equal(previous, assignments):
+            break
+    return centroids, assignments
+
+
+def _pass(x: Tensor, origin: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One reading of all rows: nearest centroids (N,), and per cluster the sum of (row - origin) (K, D) and the count (K, 1)."""
+    shifted = centroids - origin
+    norms, ids = shifted.square().sum(dim=1), torch.arange(len(centroids), device=x.device)
+    sums, counts = x.new_zeros(centroids.shape, dtype=torch.float64), x.new_zeros(len(ids), 1, dtype=torch.float64)
+    assignments = []
+    for chunk in x.split(_rows_per_chunk(centroids)):
+        rows = chunk - origin
+        nearest = torch.addmm(norms, rows, shifted.T, alpha=-2).argmin(dim=1)  # squared distance less |row|^2
+        members = (nearest == ids.unsqueeze(1)).to(x.dtype)  # (K, rows of the chunk)
+        sums += members @ rows
+        counts += members.sum(dim=1, keepdim=True)
+        assignments.append(nearest)
+    return torch.cat(assignments), sums, counts
+
+
+def _inertia(x: Tensor, centroids: Tensor, assignments: Tensor) -> Tensor:
+    """Sum of the squared distances of the rows to their centroids, a float64 scalar."""
+    size = _rows_per_chunk(centroids)
+    parts = zip(x.split(size), assignments.split(size))
+    return sum((rows - centroids[ids]).square().sum(dtype=torch.float64) for rows, ids in parts)
+
+
+def _rows_per_chunk(centroids: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // max(centroids.shape))
+
+
+def _plus_plus(x: Tensor, uniform: Tensor) -> Tensor:
+    """Greedy k-means++: of the candidates drawn for each centre, take the one that leaves the smallest sum of squared distances.
+
+    Args:
+        x: (N, D) float32.
+        uniform: (K, T) float64 in [0, 1), T candidates per centre; of the first centre, one is used.
+    Returns:
+        (K, D) rows of `x`, different ones as long as rows differ.
+    """
+    chosen = [_draw(x.new_ones(len(x)), uniform[0, :1])]
+    closest = _squared_distances(x, x[chosen[0]])[:, 0]
+    for numbers in uniform[1:]:
+        candidates = _draw(closest, numbers)
+        distances = torch.minimum(_squared_distances(x, x[candidates]), closest.unsqueeze(1))  # (N, T)
+        best = distances.sum(dim=0).argmin(keepdim=True)
+        closest = distances.index_select(1, best)[:, 0]
+        chosen.append(candidates[best])
+    return x[torch.cat(chosen)]
+
+
+def _squared_distances(x: Tensor, others: Tensor) -> Tensor:
+    """(N, T) from differences, not from products: equal rows are exactly 0 apart, so they are never drawn."""
+    return torch.cdist(x, others, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Row numbers (T,) drawn with probability proportional to weights (N,) >= 0; evenly if all are 0."""
+    top = weights.max()
+    levels = torch.where(top > 0, weights / top, 1.0).mul(WEIGHT_LEVELS).long()
+    reached = levels.cumsum(dim=0)  # exact: integers
+    target = torch.minimum((uniform * reached[-1]).long(), reached[-1] - 1)  # float64 may round the product up to the total
+    return torch.searchsorted(reached, target, right=True)

@@ -1,0 +1,138 @@
+"""End of a run: the score table on screen and in metrics.json, and the figures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from utils.engine.checkpoint import atomic_write_json
+from utils.evaluation.tables import Evaluator, format_table, scored_tasks
+from utils.figures.plots import plot_curves, plot_retrieval, plot_tsne
+from utils.modalities import MODALITIES, task_name
+from utils.engine.run_log import RunLog
+from utils.figures.thumbnails import thumbnail
+
+PANEL_QUERIES, PANEL_RANKS = 8, 5
+
+
+def report_pretrained(run: RunLog, reports: Mapping[str, Any]) -> None:
+    """Log which initial weights each modality got; every key goes to RUN/initial_weights.json.
+
+    Args:
+        run: run folder.
+        reports: modality -> models.pretrained.LoadReport, for the modalities that do not start random.
+    """
+    if not reports:
+        run.log("initial weights: random for every modality (model.pretrained: none)")
+    for name, report in reports.items():
+        run.log(f"initial weights of {name}: {report.summary()}; keys in initial_weights.json")
+    if run.writes:
+        atomic_write_json(run.folder / "initial_weights.json", {name: vars(report) for name, report in reports.items()})
+
+
+def row_name(config: Mapping[str, Any]) -> str:
+    """Name a table row by what was trained, with whatever a reader must know; runs on different pairs of modalities share it.
+
+    Args:
+        config: settings as nested dictionaries (`utils.settings.config.to_dict`); keys that an older run lacks count as their defaults.
+    """
+    data, remarks = config["data"], []
+    if "rdl" in config:
+        rdl = config["rdl"]
+        name = "step 2, RDL" if rdl["lambda_2"] > 0 else "step 2, MLM alone (lambda_2 = 0)"
+        if rdl["lambda_2"] > 0 and rdl.get("loss", "rcll") != "rcll":
+            remarks.append(f"{rdl['loss']} instead of RCLL")
+        elif rdl["lambda_2"] > 0 and not rdl.get("warmup_epochs"):
+            remarks.append("clipped from the start")
+        if rdl["lambda_2"] > 0 and rdl.get("loss_scale", 1) != 1:
+            remarks.append(f"robust loss times {rdl['loss_scale']:g}")
+    else:
+        pla = config["pla"]
+        name = f"step 1, PLA ({pla['estimator']} estimator)" if pla["lambda_1"] > 0 else "step 1, MLM alone (lambda_1 = 0)"
+        if pla.get("banks") is not None:
+            remarks.append(f"banks of {'+'.join(pla['banks']) or 'no modality'} only")
+    if len(data["modalities"]) > 2:
+        remarks.append("+".join(MODALITIES[entry].letter for entry in data["modalities"]) + " at once")
+    if data["dataset"].endswith("_splat"):
+        remarks.append("splat pictures")
+    if data.get("pairing", "instance") != "instance":
+        remarks.append({"class": "class pairs (USES LABELS)", "none": "no pairs"}[data["pairing"]])
+    elif data.get("positives", "modalities") != "modalities":
+        remarks.append("views as positives")
+    if data.get("num_views", 1) > 1 and data.get("eval_view", "first") != "first":
+        remarks.append("mean of views")
+    return ", ".join([name, *remarks])
+
+
+def finish(run: RunLog, evaluator: Evaluator, arrays: Mapping[str, Tensor], figures: bool) -> None:
+    """Print the scores and draw the figures of a finished run, in the main process; all processes must call it.
+
+    Args:
+        run: run folder.
+        evaluator: of the test set; arrays: its samples, for thumbnails.
+        figures: whether to draw.
+    """
+    embeddings = evaluator.embeddings if figures else {}
+    if not run.writes:
+        return
+    print_scores(run)
+    if figures:
+        draw_figures(run, embeddings, evaluator.labels, arrays)
+
+
+def print_scores(run: RunLog) -> None:
+    """Print the last epoch's table and write it to metrics.json; the best epoch by test score appears as `oracle` only.
+
+    Args:
+        run: its metrics.jsonl ends with the scores of the last epoch; its settings name the row.
+    """
+    epochs = run.read_epochs()
+    scored = [row for row in epochs if "map/avg" in row]
+    last, best = scored[-1], max(scored, key=lambda row: row["map/avg"])
+    name = row_name(run.config())
+    run.log(format_table([(name, last)]))
+    run.log(
+        f"oracle, not a result (best epoch chosen with test labels, as in the authors' release): "
+        f"{100 * best['map/avg']:.1f} at epoch {best['epoch']}"
+    )
+    scores = {key: value for key, value in last.items() if not key.startswith(("loss/", "seconds/"))}
+    oracle = {"map/avg": best["map/avg"], "epoch": best["epoch"]}
+    atomic_write_json(run.folder / "metrics.json", {**scores, "row": name, "selection": "last epoch", "oracle": oracle})
+
+
+def draw_figures(
+    run: RunLog, embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
+) -> None:
+    """Write curves.png, tsne.png and one retrieval_<task>.png per task of `scored_tasks` into RUN/figures.
+
+    Args:
+        run: run folder.
+        embeddings: modality -> (N, D) of the test set.
+        labels: modality -> (N,) ground truth, for colours and frames.
+        arrays: modality -> (N, V, ...), as in `datasets.samples`, for thumbnails.
+    """
+    folder = run.folder / "figures"
+    epochs = run.read_epochs()
+    plot_curves(epochs, folder / "curves.png", chance=epochs[-1]["map/chance"])
+    labels = {name: values.numpy() for name, values in labels.items()}
+    if min(map(len, labels.values())) > 1:
+        plot_tsne({name: rows.cpu().numpy() for name, rows in embeddings.items()}, labels, folder / "tsne.png")
+    for query, gallery in scored_tasks(embeddings):
+        path = folder / f"retrieval_{task_name(query, gallery)}.png"
+        _draw_panel(query, gallery, embeddings, labels, arrays, path)
+    run.log(f"figures in {folder}")
+
+
+def _draw_panel(query: str, gallery: str, embeddings, labels: Mapping[str, np.ndarray], arrays, path) -> None:
+    """Top-5 panel for queries spread evenly over the test set."""
+    chosen = np.linspace(0, len(labels[query]) - 1, min(PANEL_QUERIES, len(labels[query]))).astype(int)
+    scores = (embeddings[query][chosen] @ embeddings[gallery].T).cpu().numpy()
+    ranks = np.argsort(-scores, axis=1, kind="stable")[:, :PANEL_RANKS]
+    show = lambda name, row: thumbnail(name, arrays[name][row, 0].cpu().numpy())  # noqa: E731
+    plot_retrieval(
+        [show(query, row) for row in chosen],
+        {int(row): show(gallery, row) for row in np.unique(ranks)},
+        ranks, labels[gallery][ranks] == labels[query][chosen][:, None], path,
+        title=f"{task_name(query, gallery)}: {query} query, {gallery} gallery",
+    )

@@ -1,0 +1,97 @@
+"""Cross-modal retrieval scores of every task, and their printed table. The only place where test labels are used."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import permutations
+
+from torch import Tensor
+
+from utils.evaluation.metrics import chance_map, retrieval_metrics
+from utils.modalities import MODALITIES, task_name
+
+
+def retrieval_table(
+    embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], within: bool = False
+) -> dict[str, float]:
+    """Score every ordered pair of different modalities.
+
+    Args:
+        embeddings: modality -> (N, D); N may differ between modalities.
+        labels: modality -> (N,) int64 ground truth.
+        within: also search each modality with itself, "map/RR" ..., where no query may find itself.
+    Returns:
+        "map/RP", "r@1/RP", "r@5/RP", "r@10/RP", "ndcg/RP" ... for every task, fractions; "map/avg", the mean mAP over
+        the paper's tasks (one side 2D, the other 3D), and "map/chance", the expected mAP of a random ranking there.
+    """
+    table = {}
+    pairs = list(permutations(embeddings, 2))
+    for query, gallery in pairs + ([(name, name) for name in embeddings] if within else []):
+        scores = retrieval_metrics(
+            embeddings[query], labels[query], embeddings[gallery], labels[gallery], exclude_self=query == gallery
+        )
+        table.update({f"{metric}/{task_name(query, gallery)}": value for metric, value in scores.items()})
+    pairs = scored_tasks(embeddings)
+    table["map/avg"] = sum(table[f"map/{task_name(*pair)}"] for pair in pairs) / len(pairs)
+    table["map/chance"] = sum(chance_map(labels[query], labels[gallery]) for query, gallery in pairs) / len(pairs)
+    return table
+
+
+class Evaluator:
+    """Scores a test set; embeds it once per call and keeps the last embeddings for figures.
+
+    Args:
+        embed: gives modality -> (N, D) with the current weights.
+        labels: modality -> (N,) int64 ground truth.
+    """
+
+    def __init__(self, embed: Callable[[], dict[str, Tensor]], labels: Mapping[str, Tensor]) -> None:
+        self.embed, self.labels = embed, labels
+        self._embeddings: dict[str, Tensor] | None = None
+
+    def __call__(self) -> dict[str, float]:
+        """Embed the test set and return `retrieval_table`."""
+        self._embeddings = self.embed()
+        return retrieval_table(self._embeddings, self.labels)
+
+    @property
+    def embeddings(self) -> dict[str, Tensor]:
+        """The embeddings of the last call; made now if there was none, as when a finished run is resumed."""
+        if self._embeddings is None:
+            self._embeddings = self.embed()
+        return self._embeddings
+
+
+def scored_tasks(modalities: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the (query, gallery) pairs of which one is 2D and the other 3D, the paper's tasks; without any, all pairs."""
+    pairs = list(permutations(modalities, 2))
+    return [pair for pair in pairs if MODALITIES[pair[0]].is_2d != MODALITIES[pair[1]].is_2d] or pairs
+
+
+def format_matrix(scores: Mapping[str, float], modalities: Sequence[str]) -> str:
+    """Return the M x M table of mAP@All in percent of one run: a line per query modality, a column per gallery modality.
+
+    Args:
+        scores: of `retrieval_table`; a task that is not there is shown as "-".
+        modalities: in the order wanted.
+    """
+    width = max(len("query \\ gallery"), *(len(name) for name in modalities)) + 2
+    lines = ["query \\ gallery".ljust(width) + "".join(name.rjust(16) for name in modalities)]
+    for query in modalities:
+        tasks = [task_name(query, gallery) for gallery in modalities]
+        cells = (f"{task} {100 * scores[f'map/{task}']:.1f}" if f"map/{task}" in scores else "-" for task in tasks)
+        lines.append(query.ljust(width) + "".join(cell.rjust(16) for cell in cells))
+    return "\n".join(lines)
+
+
+def format_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+    """Return a text table of mAP@All in percent: one line per (name, scores of `retrieval_table`), chance level first."""
+    cross = lambda key: key.startswith("map/") and not (len(key) == 6 and key[4] == key[5])  # noqa: E731  (RR is no paper task)
+    keys = dict.fromkeys(key for _, scores in rows for key in scores if cross(key))  # tasks differ between runs
+    columns = [*(key for key in keys if key not in ("map/avg", "map/chance")), "map/avg"]
+    levels = list(dict.fromkeys(scores["map/chance"] for _, scores in rows))  # test sets differ: one line each
+    chances = [("chance", {key: level for key in columns if any(key in s and s["map/chance"] == level for _, s in rows)}) for level in levels]
+    width = max(len(name) for name, _ in [*rows, ("chance", {})])
+    lines = ["mAP@All [%]".ljust(width) + "".join(key.removeprefix("map/").rjust(8) for key in columns)]
+    for name, scores in [*chances, *rows]:
+        cells = (f"{100 * scores[key]:.1f}" if key in scores else "-" for key in columns)
+        lines.append(name.ljust(width) + "".join(cell.rjust(8) for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""Every setting of the two stages: type, default, limits and meaning, in frozen dataclasses. `utils.settings.config` fills them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from utils.settings.data_options import AugmentConfig, DataConfig, check_modalities, nearest, option
+from utils.modalities import MODALITIES
+
+ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")  # as in losses/robust.py, which stands by itself
+
+__all__ = ["AugmentConfig", "DataConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig", "Step1Config", "Step2Config", "nearest"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoders and the step-2 head."""
+
+    embedding_dim: int = option(1024, "L, width of the common space (paper: 1024 in step 1, 256 in step 2)", min=1)
+    num_neighbors: int = option(20, "neighbours per point in DGCNN's graphs", min=1)
+    point_width: int = option(1024, "channels of DGCNN's last convolution (published: 1024)", min=1)
+    edge_conv: Literal["fused", "reference"] = option("fused", "DGCNN's layers without or with an edge tensor: the same numbers")
+    mesh_width: int = option(1024, "channels of MeshNet's pooled feature (published: 1024)", min=1)
+    mesh_conv_width: int = option(256, "channels of MeshNet's first mesh convolution (published: 256)", min=1)
+    mesh_mask_ratio: float = option(0.95, "share of faces hidden from MeshNet's maximum in training (published: 0.95)", min=0, below=1)
+    image_stages: int = option(4, "residual stages of ResNet18 (published: 4); 3 for 32-pixel images on a CPU", min=1, max=4)
+    pretrained: dict[str, str] = option({}, "modality -> imagenet | none | PATH of a weight file")
+    classifier_hidden: int = option(128, "hidden width of the step-2 classifier", min=1)
+
+    def __post_init__(self) -> None:
+        check_modalities("model.pretrained", self.pretrained)
+        for name, source in self.pretrained.items():
+            if not source:
+                raise ValueError(f"model.pretrained.{name} is empty: give imagenet, none, or the path of a weight file")
+            if source == "imagenet" and MODALITIES[name].kind != "image":
+                raise ValueError(f"model.pretrained.{name}: imagenet is for images only; give none or the path of a weight file")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimisation of either stage (Adam)."""
+
+    epochs: int = option(20, "passes over the training set (paper: 20 in step 1, 50 in step 2)", min=1)
+    batch_size: int = option(50, "instances per step", min=2)
+    learning_rate: float = option(2e-4, "Adam's step size", above=0)
+    weight_decay: float = option(0.0, "L2 penalty", min=0)
+    schedule: Literal["constant", "cosine"] = option("constant", "course of the learning rate")
+    fused: bool = option(False, "Adam's fused kernel: one pass over all parameters; equal up to rounding")
+
+
+@dataclass(frozen=True)
+class PLAConfig:
+    """Step 1, pseudo-label annotation (Eq. 3, 6-8, 13-14)."""
+
+    num_clusters: int = option(20, "K, independent of the number of classes; more is over-clustering", min=2)
+    lambda_1: float = option(0.25, "weight of self matching in Eq. 3; 1 - lambda_1 weights modality invariance", min=0, max=1)
+    tau_1: float = option(0.5, "sharpening: memory predictions are raised to 1 / tau_1", above=0)
+    tau_2: float = option(0.05, "temperature of the modality-invariance loss", above=0)
+    momentum: float = option(0.9, "eta of the memory update, Eq. 6", min=0, below=1)
+    warmup_epochs: int = option(0, "epochs of modality invariance alone before the banks are filled and clustered", min=0)
+    estimator: Literal["class", "instance", "hard"] = option("class", "reading of the joint probability in Eq. 8")
+    memory_samples: int = option(0, "N', extra bank rows per step in the self-matching loss", min=0)
+    banks: tuple[str, ...] | None = option(
+        None, "modalities with a momentum memory bank, default all; the others' memory is the last epoch's features (Table VIII)"
+    )
+    recluster_every: int = option(0, "epochs between two clusterings after the first; 0 never", min=0)
+    logit_scale: float = option(10.0, "factor on the classifiers' cosine logits", above=0)
+
+
+@dataclass(frozen=True)
+class RDLConfig:
+    """Step 2, robust discriminative learning (Eq. 4, 11-12)."""
+
+    loss: str = option("rcll", f"robust loss on the pseudo-labels (Tables IV, V): {' | '.join(ROBUST_LOSSES)} | module:Class")
+    loss_scale: float = option(1.0, "factor on the robust loss, e.g. to give a steeper one RCLL's slope; 1 in the paper", above=0)
+    lambda_2: float = option(0.25, "weight of the robust loss in Eq. 4; 1 - lambda_2 weights modality invariance", min=0, max=1)
+    alpha: float = option(0.3, "exponent of RCLL", min=0, max=1)
+    tau_2: float = option(0.15, "temperature of the modality-invariance loss", above=0)
+    warmup_epochs: int = option(0, "first epochs with RCLL not clipped at p = 1/K (ours; 0 in the paper)", min=0)
+    num_clusters: int | None = option(None, "K; default: read from the pseudo-labels' .meta.json", min=2)
+    pseudo_labels: str = option("pseudo_labels", "folder that step 1 wrote")
+
+    def __post_init__(self) -> None:
+        if ":" not in self.loss and self.loss not in ROBUST_LOSSES:
+            known, hint = ", ".join(ROBUST_LOSSES), nearest(self.loss, ROBUST_LOSSES)
+            raise ValueError(f"rdl.loss must be one of {known}, or module:Class, found {self.loss!r}{hint}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything around the training itself."""
+
+    seed: int = option(0, "seed of all random draws", min=0, max=2**32 - 1)
+    device: str = option("auto", "auto | cpu | cuda | cuda:N")
+    amp: bool = option(False, "bfloat16 autocast in the encoders")
+    compile: Literal["off", "default", "cuda-graphs"] = option("off", "torch.compile of the encoders, alone or with CUDA graphs")
+    sync_batchnorm: bool = option(True, "several processes: batch statistics of the global batch, as one process would have")
+    threads: int | None = option(None, "CPU threads; default: torch's choice", min=1)
+    output: str = option("runs", "folder of the run folders")
+    pseudo_labels: str = option("pseudo_labels", "folder that step 1 writes")
+    eval_every: int = option(1, "epochs between evaluations; 0 only after the last", min=0)
+    log_interval: int = option(10, "steps between progress updates", min=1)
+    deterministic: bool = option(True, "deterministic kernels where they exist")
+    figures: bool = option(True, "draw figures at the end")
+
+
+def _check_pretrained(data: DataConfig, model: ModelConfig) -> None:
+    """No modality starts from random weights unless the configuration says so."""
+    missing = [name for name in data.modalities if name not in model.pretrained]
+    if missing:
+        raise ValueError(
+            f"model.pretrained says nothing about {', '.join(missing)}: give imagenet (images only), "
+            f"none (random start) or the path of a weight file, e.g. --set model.pretrained.{missing[0]}=none"
+        )
+
+
+def _check_neighbors(data: DataConfig, model: ModelConfig) -> None:
+    if "PointCloud" in data.modalities and model.num_neighbors > data.num_points:
+        raise ValueError(f"model.num_neighbors ({model.num_neighbors}) must not exceed data.num_points ({data.num_points})")
+
+
+@dataclass(frozen=True)
+class Step1Config:
+    """Settings of train_step1.py."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    pla: PLAConfig = dataclasses.field(default_factory=PLAConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _check_pretrained(self.data, self.model)
+        _check_neighbors(self.data, self.model)
+        unknown = [name for name in self.pla.banks or () if name not in self.data.modalities]
+        if unknown:
+            raise ValueError(f"pla.banks names {', '.join(unknown)}, but data.modalities is {list(self.data.modalities)}")
+        if self.pla.warmup_epochs >= self.optim.epochs:  # without an epoch after it, g would never leave its random start
+            raise ValueError(f"pla.warmup_epochs ({self.pla.warmup_epochs}) must be below optim.epochs ({self.optim.epochs})")
+
+
+@dataclass(frozen=True)
+class Step2Config:
+    """Settings of train_step2.py."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    rdl: RDLConfig = dataclasses.field(default_factory=RDLConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _check_pretrained(self.data, self.model)
+        _check_neighbors(self.data, self.model)
