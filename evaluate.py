@@ -12,15 +12,16 @@ from datasets.pseudo_labels import pseudo_label_origin, pseudo_label_path, read_
 from datasets.samples import UNIQUE, embed_samples, list_path, load_test_samples
 from models.build import build_encoders
 from utils.engine.checkpoint import atomic_write_json, load_checkpoint
-from utils.evaluation.clustering import clustering_accuracy, nmi, purity
-from utils.settings.config import load_config, to_dict
 from utils.engine.device import select_device
-from utils.evaluation.tables import format_matrix, format_table, retrieval_table
-from utils.modalities import MODALITIES, task_name
-from utils.settings.options import Step1Config, Step2Config
-from utils.evaluation.report import row_name
 from utils.engine.run_log import RunLog
 from utils.engine.session import LAST, run_command
+from utils.errors import UserError
+from utils.evaluation.clustering import clustering_accuracy, nmi, purity
+from utils.evaluation.report import row_name
+from utils.evaluation.tables import format_matrix, format_table, retrieval_table
+from utils.modalities import MODALITIES, task_name
+from utils.settings.config import load_config, to_dict
+from utils.settings.options import Step1Config, Step2Config
 
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 
@@ -34,12 +35,12 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device) -> tuple[str, di
     Returns:
         Name of the table row, and the scores of `retrieval_table`.
     Raises:
-        FileNotFoundError, ValueError: if the run folder, the checkpoint or the test data is missing or broken.
+        UserError: if the run folder, the checkpoint or the test data is missing or broken.
     """
     run = RunLog.open(checkpoint.parent)
     state = load_checkpoint(checkpoint, map_location=device)
     if not {"stage", "epoch", "learner"} <= state.keys():
-        raise ValueError(f"{checkpoint} is not a checkpoint of a training stage: it holds {sorted(state)}")
+        raise UserError(f"{checkpoint} is not a checkpoint of a training stage: it holds {sorted(state)}")
     config = load_config(CONFIGS[state["stage"]], str(run.folder / "config.yaml"))
     encoders = build_encoders(config.data.modalities, config.model).to(device)
     encoders.load_state_dict(state["learner"]["encoders"])

@@ -23,10 +23,11 @@ from experiments.results import manifest, manifest_path, publish, read_manifests
 from experiments.scheduler import Scheduler
 from experiments.tables import render
 from utils.engine.checkpoint import atomic_write_json
-from utils.settings.data_options import nearest
 from utils.engine.device import select_device
 from utils.engine.run_log import REPOSITORY
 from utils.engine.session import run_command
+from utils.errors import UserError
+from utils.settings.data_options import nearest
 
 COMPLETE, SOME_FAILED, LEFT, STOPPED = 0, 1, 3, 130  # exit status; 2 is a wrong call
 SHOWN = 12  # names of cells that are printed at the end
@@ -75,7 +76,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
     protocol = load_protocol(arguments.add)
     if arguments.table not in protocol["tables"]:
         names = [*protocol["tables"], "render"]
-        raise ValueError(f"unknown table {arguments.table!r}{nearest(arguments.table, names)}; known: {', '.join(names)}")
+        raise UserError(f"unknown table {arguments.table!r}{nearest(arguments.table, names)}; known: {', '.join(names)}")
     table = protocol["tables"][arguments.table]
     setup = find_setup(protocol, arguments.dataset, arguments.scale, arguments.tasks)
     rows = expand(table, setup, range(arguments.seeds))

@@ -14,15 +14,16 @@ from losses import ModalityInvarianceLoss, SelfMatchingLoss
 from models import LinearClassifier, MemoryBank
 from models.build import build_encoders, load_pretrained
 from utils.engine import distributed
-from utils.evaluation.clustering import joint_then_per_modality, nmi
-from utils.settings.config import config_hash
-from utils.evaluation.tables import Evaluator
 from utils.engine.learner import StageLearner
-from utils.settings.options import Step1Config
-from utils.evaluation.report import finish, report_pretrained
 from utils.engine.run_log import environment
 from utils.engine.seed import BatchGenerator, derive_seed
 from utils.engine.session import Session, fit, open_session, parse_arguments, run_command
+from utils.errors import UserError
+from utils.evaluation.clustering import joint_then_per_modality, nmi
+from utils.evaluation.report import finish, report_pretrained
+from utils.evaluation.tables import Evaluator
+from utils.settings.config import config_hash
+from utils.settings.options import Step1Config
 
 DEFAULT_CONFIG = "configs/mnist3d/step1.yaml"
 
@@ -35,7 +36,7 @@ class PLALearner(StageLearner):
         samples: training samples, without labels.
         device: where everything lives.
     Raises:
-        ValueError: if there are more clusters than samples.
+        UserError: if there are more clusters than samples.
     """
 
     parts = (*StageLearner.parts, "banks")
@@ -44,7 +45,7 @@ class PLALearner(StageLearner):
         self.samples = samples
         dim, pla = config.model.embedding_dim, config.pla
         if pla.num_clusters > min(samples.counts.values()):
-            raise ValueError(f"pla.num_clusters (K = {pla.num_clusters}) exceeds the training samples: {samples.counts}")
+            raise UserError(f"pla.num_clusters (K = {pla.num_clusters}) exceeds the training samples: {samples.counts}")
         encoders = build_encoders(config.data.modalities, config.model, config.run.sync_batchnorm)
         classifiers = nn.ModuleDict({name: LinearClassifier(dim, pla.num_clusters, pla.logit_scale) for name in encoders})
         source = BatchSource(samples, config.data, device)

@@ -11,12 +11,13 @@ from datasets.samples import PairedSamples, embed_samples, load_test_samples, lo
 from losses import ModalityInvarianceLoss, RobustConcentratingLoss, build_robust_loss
 from models import MLPClassifier
 from models.build import build_encoders, load_pretrained
-from utils.evaluation.tables import Evaluator
 from utils.engine.learner import StageLearner
-from utils.settings.options import Step2Config
-from utils.evaluation.report import finish, report_pretrained
 from utils.engine.seed import BatchGenerator
 from utils.engine.session import fit, open_session, parse_arguments, run_command
+from utils.errors import UserError
+from utils.evaluation.report import finish, report_pretrained
+from utils.evaluation.tables import Evaluator
+from utils.settings.options import Step2Config
 
 DEFAULT_CONFIG = "configs/mnist3d/step2.yaml"
 
@@ -72,7 +73,7 @@ def load_pseudo_labels(
     """Read the pseudo-label file of every modality; return modality -> (N,) int64 on the device, and K.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_pseudo_labels`, and if the files disagree on K or come from different runs.
+        UserError: as `read_pseudo_labels`, and if the files disagree on K or come from different runs.
     """
     labels, counts, runs = {}, {}, {}
     for name, rows in samples.lists.items():
@@ -84,14 +85,14 @@ def load_pseudo_labels(
         runs[name] = pseudo_label_origin(path, "run_id")
         made_with = pseudo_label_origin(path, "pairing") or config.data.pairing
         if made_with != config.data.pairing:
-            raise ValueError(
+            raise UserError(
                 f"{path} was made with data.pairing: {made_with}, this run has {config.data.pairing}; what the labels of one run "
                 "taught must not pass as another: use the same pairing in both steps"
             )
     if len(set(counts.values())) != 1:
-        raise ValueError(f"the pseudo-label files in {config.rdl.pseudo_labels} disagree on the number of clusters: {counts}")
+        raise UserError(f"the pseudo-label files in {config.rdl.pseudo_labels} disagree on the number of clusters: {counts}")
     if len(set(runs.values())) != 1:  # step 1 was cut off between two files: cluster ids would not mean the same
-        raise ValueError(
+        raise UserError(
             f"the pseudo-label files in {config.rdl.pseudo_labels} come from different runs of step 1: {runs}; repeat "
             "python train_step1.py, or its --resume"
         )

@@ -20,8 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.floors import Rates, add_arguments, count_work, header, measure_rates, open_device, print_table, seconds_of
-from benchmarks.floors import synchronize, write_report
+from benchmarks.floors import (
+    Rates,
+    add_arguments,
+    count_work,
+    header,
+    measure_rates,
+    open_device,
+    print_table,
+    seconds_of,
+    synchronize,
+    write_report,
+)
 from models.kernels.edge_conv import IMPLEMENTATIONS, EdgeConv
 from models.kernels.knn import knn
 from utils.engine.session import run_command

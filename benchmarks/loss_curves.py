@@ -15,8 +15,8 @@ import matplotlib
 import train_step1
 import train_step2
 from benchmarks.floors import add_arguments, header, open_device, write_report
-from utils.figures.plots import new_figure, save_figure
 from utils.engine.session import run_command
+from utils.figures.plots import new_figure, save_figure
 
 PLAIN = "plain: explicit EdgeConv, per-parameter Adam"
 VARIANTS = {

@@ -17,6 +17,7 @@ from datasets.prepare.modelnet import MODELNET40, make_tasks, read_archive
 from datasets.prepare.readers.off import clean_mesh, read_off
 from datasets.prepare_modelnet import MESH_SIZE, Recipe, make_object
 from utils.engine.session import run_command
+from utils.errors import UserError
 
 MODELNET40_OBJECTS = sum(map(sum, MODELNET40.values()))
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     files = sorted(args.meshes.glob("*.off"))
     if not files:
-        raise FileNotFoundError(f"{args.meshes} holds no .off file; give a folder of ModelNet meshes")
+        raise UserError(f"{args.meshes} holds no .off file; give a folder of ModelNet meshes")
     report = header("mesh_preparation", open_device(args), argv)
     recipe = Recipe(size=MESH_SIZE, views=12, elevation=30.0, num_points=2048, sampling="farthest", max_faces=500, seed=0)
     rows = {}

@@ -22,9 +22,9 @@ import train_step1
 import train_step2
 from benchmarks.floors import Rates, add_arguments, count_work, header, measure_rates, open_device, print_table, write_report
 from benchmarks.training_step import count_step
+from utils.engine.session import Session, run_command
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config, Step2Config
-from utils.engine.session import Session, run_command
 
 STAGES = {"step1": (train_step1, Step1Config), "step2": (train_step2, Step2Config)}
 

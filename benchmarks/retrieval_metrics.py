@@ -19,8 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.floors import Rates, Work, add_arguments, count_work, header, measure_rates, open_device, print_table
-from benchmarks.floors import seconds_of, write_report
+from benchmarks.floors import (
+    Rates,
+    Work,
+    add_arguments,
+    count_work,
+    header,
+    measure_rates,
+    open_device,
+    print_table,
+    seconds_of,
+    write_report,
+)
 from utils.evaluation.metrics import mean_average_precision
 
 SEED = 0

@@ -18,19 +18,30 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.floors import Rates, Work, add_arguments, count_work, header, measure_rates, open_device, print_table
-from benchmarks.floors import seconds_of, synchronize, write_report
+from benchmarks.floors import (
+    Rates,
+    Work,
+    add_arguments,
+    count_work,
+    header,
+    measure_rates,
+    open_device,
+    print_table,
+    seconds_of,
+    synchronize,
+    write_report,
+)
 from datasets.arrays import MAX_POINTS
 from datasets.mesh_faces import FACE_CHANNELS
 from datasets.samples import PairedSamples
 from train_step1 import PLALearner
 from train_step2 import RDLLearner
-from utils.settings.config import load_config
 from utils.engine.learner import Source, StageLearner, plan_epoch
-from utils.modalities import MODALITIES
-from utils.settings.options import DataConfig, Step1Config, Step2Config
 from utils.engine.seed import BatchGenerator, generator_for, seed_everything, set_deterministic
 from utils.engine.session import run_command
+from utils.modalities import MODALITIES
+from utils.settings.config import load_config
+from utils.settings.options import DataConfig, Step1Config, Step2Config
 
 SEED = 0
 COLUMNS = (("pairs/s", "pairs_per_second", ".1f"), ("waiting for data", "share_waiting_for_data", ".1%"),

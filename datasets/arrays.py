@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.lists import SampleList
+from utils.errors import UserError
 
 MAX_POINTS = 2048
 
@@ -23,10 +24,10 @@ def load_images(sample_list: SampleList, resize: int) -> np.ndarray:
     Returns:
         (N, 3, S, S) uint8. Of GrayImg, three equal channels: the luminance, so its list may point at colour pictures.
     Raises:
-        ValueError: on an unreadable or non-8-bit image (names file and row) or resize < 1.
+        UserError: on an unreadable or non-8-bit image (names file and row) or resize < 1.
     """
     if resize < 1:
-        raise ValueError(f"resize must be at least 1 pixel, found {resize}")
+        raise UserError(f"resize must be at least 1 pixel, found {resize}")
     sizes = {_with_image(sample_list, row, lambda image: image.size) for row in range(len(sample_list))}
     width, height = next(iter(sizes))
     native = len(sizes) == 1 and width == height <= resize
@@ -45,13 +46,13 @@ def _with_image(sample_list: SampleList, row: int, use):
         with Image.open(file) as image:
             return use(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{sample_list.path}, row {row + 1}: {file} is not a readable 8-bit image ({error})") from error
+        raise UserError(f"{sample_list.path}, row {row + 1}: {file} is not a readable 8-bit image ({error})") from error
 
 
 def _square(image: Image.Image, resize: int | None, gray: bool) -> np.ndarray:
     """Return (3, S, S) uint8, resized and cropped unless `resize` is None; with `gray`, three times the luminance."""
     if image.mode[0] in "IF":
-        raise ValueError(f"pixel mode {image.mode}")
+        raise UserError(f"pixel mode {image.mode}")
     image = image.convert("RGB")
     image = image.convert("L").convert("RGB") if gray else image
     if resize is not None:
@@ -79,11 +80,11 @@ def load_points(
     Returns:
         (N, P, 3) float32.
     Raises:
-        ValueError: on an unreadable file, another shape or type, an empty cloud, NaN or infinity (names file and row), or
+        UserError: on an unreadable file, another shape or type, an empty cloud, NaN or infinity (names file and row), or
             max_points < 1.
     """
     if max_points < 1:
-        raise ValueError(f"max_points must be at least 1, found {max_points}")
+        raise UserError(f"max_points must be at least 1, found {max_points}")
     clouds = []
     for row, (file, instance_id) in enumerate(zip(sample_list.files, sample_list.instance_ids, strict=True), start=1):
         points = _read_cloud(file, f"{sample_list.path}, row {row}: {file}")
@@ -101,15 +102,15 @@ def _read_cloud(file: Path, where: str) -> np.ndarray:
     try:
         points = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{where} is not a readable .npy array of numbers ({error})") from error
+        raise UserError(f"{where} is not a readable .npy array of numbers ({error})") from error
     if not isinstance(points, np.ndarray):
-        raise ValueError(f"{where}: expected one .npy array, found an archive of several")
+        raise UserError(f"{where}: expected one .npy array, found an archive of several")
     if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0 or points.dtype.kind not in "fiu":
-        raise ValueError(f"{where}: expected numbers of shape (n, 3) with n >= 1, found shape {points.shape} and dtype {points.dtype}")
+        raise UserError(f"{where}: expected numbers of shape (n, 3) with n >= 1, found shape {points.shape} and dtype {points.dtype}")
     points = points.astype(np.float64)
     bad = np.flatnonzero(~(np.abs(points) <= np.finfo(np.float32).max).all(axis=1))
     if len(bad):
-        raise ValueError(f"{where}: expected finite float32 coordinates, found {points[bad[0]]} at point {bad[0]} ({len(bad)} such points)")
+        raise UserError(f"{where}: expected finite float32 coordinates, found {points[bad[0]]} at point {bad[0]} ({len(bad)} such points)")
     return points
 
 

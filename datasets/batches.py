@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.kinds import KINDS
 from datasets.samples import PairedSamples
 from utils.engine import distributed
+from utils.engine.seed import BatchGenerator
 from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
-from utils.engine.seed import BatchGenerator
 
 
 class BatchSource:

@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from datasets.prepare.checks import Listed, Lists, prepared_modalities, read_lists, read_manifest, run_checks
 from datasets.kinds import KINDS
+from datasets.prepare.checks import Listed, Lists, prepared_modalities, read_lists, read_manifest, run_checks
 from datasets.prepare.writer import SPLITS
-from utils.settings.config import load_config
-from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
-from utils.modalities import MODALITIES
-from utils.settings.options import DataConfig, Step1Config, Step2Config
-from utils.figures.thumbnails import thumbnail
 from utils.engine.session import run_command
+from utils.errors import UserError
+from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
+from utils.figures.thumbnails import thumbnail
+from utils.modalities import MODALITIES
+from utils.settings.config import load_config
+from utils.settings.options import DataConfig, Step1Config, Step2Config
 
 TILE_PIXELS = 144
 
@@ -30,7 +31,7 @@ def load_data_config(path: str, overrides: Sequence[str] = ()) -> DataConfig:
     """Return the data section of a step-1 or step-2 configuration; one with a section `rdl` is of step 2.
 
     Raises:
-        FileNotFoundError, ValueError: as `utils.settings.config.load_config`.
+        UserError: as `utils.settings.config.load_config`.
     """
     try:
         sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` default to those of the process. Ends with exit code 1 if a check failed."""
     options = _parser().parse_args(arguments)
     if options.samples < 1:
-        raise ValueError(f"--samples must be at least 1, found {options.samples}")
+        raise UserError(f"--samples must be at least 1, found {options.samples}")
     data = load_data_config(options.config, options.overrides)
     names = class_names(data)
     lists, checks = read_lists(data)

@@ -12,6 +12,7 @@ from datasets.arrays import MAX_POINTS, load_images, load_points
 from datasets.lists import SampleList
 from datasets.mesh_faces import augment_faces, load_faces, prepare_faces
 from datasets.transforms import augment_images, augment_points, prepare_images, prepare_points
+from utils.errors import UserError
 from utils.settings.options import DataConfig
 
 
@@ -34,14 +35,14 @@ def view_list(sample_list: SampleList, view: int) -> SampleList:
     """Return the list of another view of the same objects: FOLDER/NAME.png -> FOLDER/view_01/NAME.png for view 1.
 
     Raises:
-        FileNotFoundError: if a picture of that view is missing (names file, row and key).
+        UserError: if a picture of that view is missing (names file, row and key).
     """
     if view == 0:
         return sample_list
     files = tuple(file.parent / f"view_{view:02d}" / file.name for file in sample_list.files)
     for row, file in enumerate(files, start=1):
         if not file.is_file():
-            raise FileNotFoundError(
+            raise UserError(
                 f"{sample_list.path}, row {row}: {file} does not exist; data.num_views asks for view {view}: prepare more views "
                 "or lower data.num_views"
             )
@@ -52,14 +53,14 @@ def view_list(sample_list: SampleList, view: int) -> SampleList:
 def _load_image_views(sample_list: SampleList, data: DataConfig) -> np.ndarray:
     views = [load_images(view_list(sample_list, view), data.image_resize) for view in range(data.num_views)]
     if len({array.shape for array in views}) != 1:
-        raise ValueError(f"{sample_list.path}: the views differ in size: {[array.shape for array in views]}; prepare them again")
+        raise UserError(f"{sample_list.path}: the views differ in size: {[array.shape for array in views]}; prepare them again")
     return np.stack(views, axis=1)
 
 
 def _load_clouds(sample_list: SampleList, data: DataConfig) -> np.ndarray:
     clouds = load_points(sample_list, max(MAX_POINTS, data.num_points))
     if clouds.shape[1] < data.num_points:
-        raise ValueError(
+        raise UserError(
             f"{sample_list.path}: clouds hold {clouds.shape[1]} points, fewer than data.num_points = {data.num_points}; prepare "
             "more points or lower data.num_points"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.errors import MissingFileError, UserError
 from utils.modalities import MODALITIES
 
 PREPARATION = {
@@ -50,11 +51,11 @@ def default_list_path(root: str | Path, dataset: str, modality: str, split: str)
     """Return `{root}/{dataset}_{list name of the modality}_{split}_list.txt`.
 
     Raises:
-        ValueError: on an unknown modality or split.
+        UserError: on an unknown modality or split.
     """
     _check_modality(modality)
     if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', found {split!r}")
+        raise UserError(f"split must be 'train' or 'test', found {split!r}")
     return Path(root) / f"{dataset}_{MODALITIES[modality].list_name}_{split}_list.txt"
 
 
@@ -74,8 +75,8 @@ def read_training_list(
     Returns:
         The samples in list order; the object has no labels.
     Raises:
-        FileNotFoundError: if the list, or a file named in it, does not exist.
-        ValueError: on an empty list, a bad row or label, a repeated path or id, or an id that cannot be found.
+        UserError: if the list, or a file named in it, does not exist.
+        UserError: on an empty list, a bad row or label, a repeated path or id, or an id that cannot be found.
     """
     samples, _ = _read(Path(path), modality, Path(root), instance_id, num_classes, unique)
     return samples
@@ -93,7 +94,7 @@ def read_labelled_list(
     """
     samples, labels = _read(Path(path), modality, Path(root), instance_id, num_classes, unique)
     if labels is None:
-        raise ValueError(f"{path}, row 1: expected `path label`, found {samples.names[0]!r} without a label; evaluation needs labels")
+        raise UserError(f"{path}, row 1: expected `path label`, found {samples.names[0]!r} without a label; evaluation needs labels")
     return samples, labels
 
 
@@ -101,29 +102,29 @@ def check_paired(lists: Sequence[SampleList]) -> None:
     """Check that row k of every list shows the same object.
 
     Raises:
-        ValueError: on different lengths, or at the first row with different ids (names both files, row and ids).
+        UserError: on different lengths, or at the first row with different ids (names both files, row and ids).
     """
     if not lists:
-        raise ValueError("expected at least one list to pair, found none")
+        raise UserError("expected at least one list to pair, found none")
     advice = "write both lists in the same order of ids (for the authors' lists: python -m datasets.prepare_mnist3d --authors DIR)"
     first = lists[0]
     for other in lists[1:]:
         if len(first) != len(other):
-            raise ValueError(f"{first.path} has {len(first)} rows, {other.path} has {len(other)}; {advice}")
+            raise UserError(f"{first.path} has {len(first)} rows, {other.path} has {len(other)}; {advice}")
         for row, (left, right) in enumerate(zip(first.instance_ids, other.instance_ids, strict=True), start=1):
             if left != right:
-                raise ValueError(f"row {row} is not the same object: id {left} in {first.path}, id {right} in {other.path}; {advice}")
+                raise UserError(f"row {row} is not the same object: id {left} in {first.path}, id {right} in {other.path}; {advice}")
 
 
 def check_same_length(lists: Sequence[SampleList]) -> None:
     """Check that all lists have as many rows as the first: what pairs of one class need, whose ids differ.
 
     Raises:
-        ValueError: naming both files and their lengths.
+        UserError: naming both files and their lengths.
     """
     for other in lists[1:]:
         if len(other) != len(lists[0]):
-            raise ValueError(
+            raise UserError(
                 f"{lists[0].path} has {len(lists[0])} rows, {other.path} has {len(other)}; with data.pairing: class, row k of every "
                 "list must show the same class"
             )
@@ -133,12 +134,12 @@ def check_disjoint(train: SampleList, test: SampleList) -> None:
     """Check that no file is in both lists.
 
     Raises:
-        ValueError: naming the first shared file and its rows.
+        UserError: naming the first shared file and its rows.
     """
     rows = {file.resolve(): row for row, file in enumerate(train.files, start=1)}
     for row, file in enumerate(test.files, start=1):
         if file.resolve() in rows:
-            raise ValueError(
+            raise UserError(
                 f"{file} is in the training list {train.path}, row {rows[file.resolve()]}, and in the test list {test.path}, "
                 f"row {row}; remove it from one of them"
             )
@@ -146,7 +147,7 @@ def check_disjoint(train: SampleList, test: SampleList) -> None:
 
 def _check_modality(modality: str) -> None:
     if modality not in MODALITIES:
-        raise ValueError(f"unknown modality {modality!r}; expected one of {', '.join(MODALITIES)}")
+        raise UserError(f"unknown modality {modality!r}; expected one of {', '.join(MODALITIES)}")
 
 
 def _read(
@@ -159,9 +160,9 @@ def _read(
         where = f"{path}, row {row}"
         name, label, file = _parse_row(text, root, where)
         if label is not None and (label < 0 or (num_classes is not None and label >= num_classes)):
-            raise ValueError(f"{where}: label {label} is outside 0..{'' if num_classes is None else num_classes - 1}")
+            raise UserError(f"{where}: label {label} is outside 0..{'' if num_classes is None else num_classes - 1}")
         if labels and (label is None) != (labels[0] is None):
-            raise ValueError(f"{where}: either all rows carry a label or none; row 1 and this row differ ({text!r})")
+            raise UserError(f"{where}: either all rows carry a label or none; row 1 and this row differ ({text!r})")
         names.append(name)
         files.append(file)
         labels.append(label)
@@ -177,14 +178,14 @@ def _rows(path: Path) -> list[str]:
     if not path.is_file():
         command = next((call for name, call in PREPARATION.items() if path.name.startswith(f"{name}_")), None)
         advice = f"make it with: {command}" if command else "see docs/data.md for the format of list files"
-        raise FileNotFoundError(f"list file {path} not found; {advice}")
+        raise MissingFileError(f"list file {path} not found; {advice}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a UTF-8 text file with rows `path label`, found other bytes ({error})") from error
+        raise UserError(f"{path}: expected a UTF-8 text file with rows `path label`, found other bytes ({error})") from error
     rows = [line.strip() for line in text.split("\n") if line.strip()]
     if not rows:
-        raise ValueError(f"{path}: expected rows `path label`, found an empty file")
+        raise UserError(f"{path}: expected rows `path label`, found an empty file")
     return rows
 
 
@@ -194,7 +195,7 @@ def _parse_row(text: str, root: Path, where: str) -> tuple[str, int | None, Path
     if tail and re.fullmatch(r"[+-]?[0-9]{1,18}", tail[0]):  # fits int64
         return head, int(tail[0]), _find_file(head, root, where)
     if tail and _existing(text, root) is None and _existing(head, root) is not None:
-        raise ValueError(f"{where}: expected `path label` with an integer label, found label {tail[0]!r}")
+        raise UserError(f"{where}: expected `path label` with an integer label, found label {tail[0]!r}")
     return text, None, _find_file(text, root, where)
 
 
@@ -208,24 +209,24 @@ def _find_file(name: str, root: Path, where: str) -> Path:
         return file
     shorter = name.rsplit(maxsplit=1)[0]
     if _existing(shorter, root) is not None:
-        raise ValueError(f"{where}: expected `path label`, found more columns after {shorter!r}")
-    raise FileNotFoundError(f"{where}: file {name!r} does not exist, neither below {root} nor below the current directory")
+        raise UserError(f"{where}: expected `path label`, found more columns after {shorter!r}")
+    raise MissingFileError(f"{where}: file {name!r} does not exist, neither below {root} nor below the current directory")
 
 
 def _compile(instance_id: str) -> re.Pattern:
     try:
         pattern = re.compile(instance_id)
     except re.error as error:
-        raise ValueError(f"instance_id {instance_id!r} is not a regular expression: {error}") from error
+        raise UserError(f"instance_id {instance_id!r} is not a regular expression: {error}") from error
     if pattern.groups < 1:
-        raise ValueError(f"instance_id {instance_id!r} needs a group in parentheses around the id")
+        raise UserError(f"instance_id {instance_id!r} needs a group in parentheses around the id")
     return pattern
 
 
 def _find_id(file: Path, pattern: re.Pattern, where: str) -> str:
     match = pattern.search(file.stem)
     if not match or not match.group(1):
-        raise ValueError(f"{where}: instance_id {pattern.pattern!r} finds no id in the file stem {file.stem!r}")
+        raise UserError(f"{where}: instance_id {pattern.pattern!r} finds no id in the file stem {file.stem!r}")
     return match.group(1)
 
 
@@ -233,5 +234,5 @@ def _check_unique(values: Sequence, what: str, path: Path) -> None:
     seen: dict = {}
     for row, value in enumerate(values, start=1):
         if value in seen:
-            raise ValueError(f"{path}, row {row}: {what} {str(value)!r} is already in row {seen[value]}; expected each once")
+            raise UserError(f"{path}, row {row}: {what} {str(value)!r} is already in row {seen[value]}; expected each once")
         seen[value] = row

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from datasets.lists import SampleList
 from datasets.transforms import random_map
 from utils.engine.seed import BatchGenerator
+from utils.errors import UserError
 
 FACE_CHANNELS = 18
 MAX_FACES = 500
@@ -32,7 +33,7 @@ def mesh_to_faces(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
     Returns:
         (F, 18) float32, F <= T, in the order of the triangles.
     Raises:
-        ValueError: on another shape, NaN or infinity, an index out of range, or a mesh without any face of positive area.
+        UserError: on another shape, NaN or infinity, an index out of range, or a mesh without any face of positive area.
     """
     vertices, triangles = np.asarray(vertices, dtype=np.float64), np.asarray(triangles)
     _check_mesh(vertices, triangles)
@@ -44,7 +45,7 @@ def mesh_to_faces(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
     longest = np.linalg.norm(corners - np.roll(corners, -1, axis=1), axis=2).max(axis=1)
     kept = area > FLATNESS * longest**2
     if not kept.any():
-        raise ValueError(f"expected at least one face of positive area, found none among {len(triangles)} triangles")
+        raise UserError(f"expected at least one face of positive area, found none among {len(triangles)} triangles")
     corners, normals = corners[kept], normals[kept] / area[kept, None]
     centres = corners.mean(axis=1)
     vectors = (corners - centres[:, None]).reshape(-1, 9)
@@ -54,15 +55,15 @@ def mesh_to_faces(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
 def _check_mesh(vertices: np.ndarray, triangles: np.ndarray) -> None:
     shapes = f"{vertices.shape} and {triangles.shape} of {triangles.dtype}"
     if vertices.ndim != 2 or vertices.shape[1] != 3 or triangles.ndim != 2 or triangles.shape[1] != 3:
-        raise ValueError(f"a mesh is vertices (V, 3) and triangles (T, 3), found shapes {shapes}")
+        raise UserError(f"a mesh is vertices (V, 3) and triangles (T, 3), found shapes {shapes}")
     if triangles.dtype.kind not in "iu" or len(triangles) == 0:
-        raise ValueError(f"a mesh needs at least one triangle of integer indices, found shapes {shapes}")
+        raise UserError(f"a mesh needs at least one triangle of integer indices, found shapes {shapes}")
     bad = np.flatnonzero(~np.isfinite(vertices).all(axis=1))
     if len(bad):
-        raise ValueError(f"expected finite coordinates, found {vertices[bad[0]]} at vertex {bad[0]} ({len(bad)} such vertices)")
+        raise UserError(f"expected finite coordinates, found {vertices[bad[0]]} at vertex {bad[0]} ({len(bad)} such vertices)")
     outside = np.flatnonzero(((triangles < 0) | (triangles >= len(vertices))).any(axis=1))
     if len(outside):
-        raise ValueError(f"expected vertex indices in 0..{len(vertices) - 1}, found {triangles[outside[0]]} in triangle {outside[0]}")
+        raise UserError(f"expected vertex indices in 0..{len(vertices) - 1}, found {triangles[outside[0]]} in triangle {outside[0]}")
 
 
 def _neighbours(triangles: np.ndarray) -> np.ndarray:
@@ -87,10 +88,10 @@ def pad_faces(faces: np.ndarray, max_faces: int, generator: np.random.Generator)
     Returns:
         (max_faces, 18) of the same type.
     Raises:
-        ValueError: if the mesh has no face or too many.
+        UserError: if the mesh has no face or too many.
     """
     if not 1 <= len(faces) <= max_faces:
-        raise ValueError(f"expected 1 to {max_faces} faces, found {len(faces)}; simplify the mesh first")
+        raise UserError(f"expected 1 to {max_faces} faces, found {len(faces)}; simplify the mesh first")
     return np.concatenate([faces, faces[generator.integers(len(faces), size=max_faces - len(faces))]])
 
 
@@ -105,7 +106,7 @@ def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 
     Returns:
         (N, F, 18) float32.
     Raises:
-        ValueError: on an unreadable file or an array that is no such mesh (names file and row).
+        UserError: on an unreadable file or an array that is no such mesh (names file and row).
     """
     meshes = []
     for row, file in enumerate(sample_list.files, start=1):
@@ -113,7 +114,7 @@ def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 
         try:
             faces = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{where} is not a readable .npy array of numbers ({error})") from error
+            raise UserError(f"{where} is not a readable .npy array of numbers ({error})") from error
         _check_faces(faces, max_faces, where)
         meshes.append(_to_unit_sphere(faces) if unit_sphere else faces.astype(np.float32))
     stored = max(len(faces) for faces in meshes)
@@ -124,17 +125,17 @@ def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 
 def _check_faces(faces: np.ndarray, max_faces: int, where: str) -> None:
     shape, dtype = getattr(faces, "shape", None), getattr(faces, "dtype", None)
     if shape is None or len(shape) != 2 or shape[1] != FACE_CHANNELS or dtype.kind != "f":
-        raise ValueError(f"{where}: expected floats of shape (F, {FACE_CHANNELS}), found shape {shape} and dtype {dtype}")
+        raise UserError(f"{where}: expected floats of shape (F, {FACE_CHANNELS}), found shape {shape} and dtype {dtype}")
     if not 1 <= len(faces) <= max_faces:
-        raise ValueError(f"{where}: expected 1 to {max_faces} faces, found {len(faces)}; simplify the mesh or raise the limit")
+        raise UserError(f"{where}: expected 1 to {max_faces} faces, found {len(faces)}; simplify the mesh or raise the limit")
     neighbours, vectors = faces[:, 15:], faces[:, 3:12].reshape(-1, 3, 3)
     if not np.isfinite(faces).all():
-        raise ValueError(f"{where}: expected finite numbers, found NaN or infinity")
+        raise UserError(f"{where}: expected finite numbers, found NaN or infinity")
     wrong = np.flatnonzero(((neighbours < 0) | (neighbours >= len(faces)) | (neighbours % 1 != 0)).any(axis=1))
     if len(wrong):
-        raise ValueError(f"{where}: expected neighbours in 0..{len(faces) - 1}, found {neighbours[wrong[0]]} at face {wrong[0]}")
+        raise UserError(f"{where}: expected neighbours in 0..{len(faces) - 1}, found {neighbours[wrong[0]]} at face {wrong[0]}")
     if (np.abs(vectors.sum(axis=1)) > 1e-3 * np.abs(vectors).max()).any():
-        raise ValueError(f"{where}: columns 3 to 11 must be corners minus centre, found vectors that do not add up to zero")
+        raise UserError(f"{where}: columns 3 to 11 must be corners minus centre, found vectors that do not add up to zero")
 
 
 def _to_unit_sphere(faces: np.ndarray) -> np.ndarray:

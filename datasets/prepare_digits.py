@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from datasets.prepare.writer import RGB_MODES, DigitSplit, write_dataset
 from utils.engine.session import run_command
+from utils.errors import UserError
 
 NUM_TRAIN = 1437
 SPLIT_SEED = 0
@@ -27,10 +28,10 @@ def enlarge_digit(image: np.ndarray) -> np.ndarray:
     Returns:
         (28, 28) uint8: enlarged three times (bicubic), pixels below half of the maximum set to zero, framed by 2 pixels.
     Raises:
-        ValueError: on another shape or values outside 0..16.
+        UserError: on another shape or values outside 0..16.
     """
     if image.shape != (8, 8) or not (image.min() >= 0 and 0 < image.max() <= 16):
-        raise ValueError(f"expected an (8, 8) image with values in 0..16 and some ink, found {image.shape}, {image.min()} to {image.max()}")
+        raise UserError(f"expected an (8, 8) image with values in 0..16 and some ink, found {image.shape}, {image.min()} to {image.max()}")
     large = np.asarray(Image.fromarray(image.astype(np.float32)).resize((24, 24), Image.Resampling.BICUBIC))
     large = np.clip(large * (255 / 16), 0, 255)
     large = np.where(large >= STROKE_THRESHOLD * large.max(), large, 0)

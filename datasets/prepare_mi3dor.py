@@ -16,14 +16,15 @@ import numpy as np
 
 from datasets.lists import default_list_path
 from datasets.mesh_faces import mesh_to_faces
-from datasets.prepare.shapes.mesh import simplify, to_unit_sphere
 from datasets.prepare.mi3dor import Item, Release, by_name_hash, check_official, check_photographs, draw_of_same_class, read_release
-from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.object_writer import ObjectTask, object_file, package_versions, report, write_objects
+from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.readers.off import MeshError, clean_mesh
+from datasets.prepare.shapes.mesh import simplify, to_unit_sphere
 from datasets.prepare.writer import SPLITS
 from utils.engine.checkpoint import atomic_write_text
 from utils.engine.session import run_command
+from utils.errors import UserError
 
 DATASETS = {"none": "mi3dor", "class": "mi3dor_class"}  # pairing -> prefix of the lists
 MODALITIES = ("RGBImg", "GrayImg", "Mesh")
@@ -74,13 +75,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     for key, least in (("max_faces", 4), ("seed", 0), ("workers", 1)):
         if getattr(options, key) < least:
-            raise ValueError(f"--{key.replace('_', '-')} must be at least {least}, found {getattr(options, key)}")
+            raise UserError(f"--{key.replace('_', '-')} must be at least {least}, found {getattr(options, key)}")
     packages = package_versions(MESH_PACKAGES)
     release = read_release(options.root)
     differences = check_official(release)
     if any(differences.values()) and not options.any_counts:
         found = "; ".join(line for line in differences.values() if line)
-        raise ValueError(f"{options.root}: {found}; fetch the complete release, or accept it as it is with --any-counts")
+        raise UserError(f"{options.root}: {found}; fetch the complete release, or accept it as it is with --any-counts")
     print(f"checking {len(release.images)} photographs, then making {len(release.models)} meshes")
     hashes = check_photographs(options.root, release.images, options.workers)
     tasks = [ObjectTask(number, m.name, m.split, m.label, m.file) for number, m in enumerate(by_name_hash(release.models))]

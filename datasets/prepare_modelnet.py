@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from datasets.mesh_faces import mesh_to_faces
-from datasets.prepare.shapes.mesh import farthest_points, sample_surface, simplify, to_unit_sphere
 from datasets.prepare.modelnet import OFFICIAL, Source, check_official, make_tasks, read_archive, read_hdf5, read_npz, to_z_up
 from datasets.prepare.object_writer import JOURNAL, ObjectTask, package_versions, report, write_objects
 from datasets.prepare.readers.off import MeshError, clean_mesh, read_off
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
+from datasets.prepare.shapes.mesh import farthest_points, sample_surface, simplify, to_unit_sphere
 from datasets.prepare.shapes.render import luminance, probe_renderer, render_views, ring_of_cameras, splat_views
 from utils.engine.session import run_command
+from utils.errors import UserError
 
 CANDIDATES = 4  # surface points drawn per point kept by farthest-point sampling
 SAMPLINGS = ("farthest", "surface")
@@ -50,7 +51,7 @@ class Recipe:
         for key, least in (("size", 8), ("num_points", 1), ("max_faces", 4), ("seed", 0)):
             value = getattr(self, key)
             if value is not None and value < least:
-                raise ValueError(f"--{key.replace('_', '-')} must be at least {least}, found {value}")
+                raise UserError(f"--{key.replace('_', '-')} must be at least {least}, found {value}")
 
 
 def make_object(recipe: Recipe, archive: str | None, needs_cloud: bool, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from datasets.lists import SampleList
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
+from utils.errors import UserError
 from utils.modalities import MODALITIES
 
 COMMAND = "python train_step1.py"
@@ -20,10 +21,10 @@ def pseudo_label_path(folder: str | Path, dataset: str, modality: str) -> Path:
     """Return `<folder>/<dataset>_<list name>_train_list_pseudo_labelling.txt`.
 
     Raises:
-        ValueError: on an unknown modality.
+        UserError: on an unknown modality.
     """
     if modality not in MODALITIES:
-        raise ValueError(f"unknown modality {modality!r}; expected one of {', '.join(MODALITIES)}")
+        raise UserError(f"unknown modality {modality!r}; expected one of {', '.join(MODALITIES)}")
     return Path(folder) / f"{dataset}_{MODALITIES[modality].list_name}_train_list_pseudo_labelling.txt"
 
 
@@ -40,12 +41,12 @@ def write_pseudo_labels(
         num_clusters: K.
         provenance: plain values on the run (id, epoch, configuration hash ...), kept in the meta file.
     Raises:
-        ValueError: on another shape or type, or a value outside 0..K-1.
+        UserError: on another shape or type, or a value outside 0..K-1.
         OSError: if writing fails; an older file is then intact.
     """
     path, labels = Path(path), np.asarray(pseudo_labels)
     if labels.shape != (len(sample_list),) or labels.dtype.kind not in "iu":
-        raise ValueError(
+        raise UserError(
             f"{path}: expected {len(sample_list)} integer pseudo-labels for {sample_list.path}, found shape {labels.shape} and "
             f"dtype {labels.dtype}"
         )
@@ -82,13 +83,13 @@ def read_pseudo_labels(
     Returns:
         (N,) int64 pseudo-labels in list order, and K.
     Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it belongs to another data set or modality, was altered, has bad rows or values outside 0..K-1, or K
+        UserError: if the file is missing.
+        UserError: if it belongs to another data set or modality, was altered, has bad rows or values outside 0..K-1, or K
             is unknown.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"pseudo-label file {path} not found; make it with: {COMMAND}, with the step1.yaml of the same data set and folder")
+        raise UserError(f"pseudo-label file {path} not found; make it with: {COMMAND}, with the step1.yaml of the same data set and folder")
     content = path.read_bytes()
     num_clusters = _resolve_clusters(path, _read_meta(path, content), sample_list.modality, dataset, num_clusters)
     labels = _match_rows(path, content, sample_list, dataset)
@@ -111,9 +112,9 @@ def _read_meta(path: Path, content: bytes) -> dict | None:
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
         recorded = {key: meta[key] for key in ("dataset", "modality", "num_clusters", "sha256")}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{meta_path}: expected the JSON that {COMMAND} writes, found a broken file ({error!r})") from error
+        raise UserError(f"{meta_path}: expected the JSON that {COMMAND} writes, found a broken file ({error!r})") from error
     if recorded["sha256"] != _sha256(content):
-        raise ValueError(
+        raise UserError(
             f"{path} is not the file described by {meta_path} (sha256 differs): it was edited, or writing was cut off; "
             f"run {COMMAND} again"
         )
@@ -124,13 +125,13 @@ def _resolve_clusters(path: Path, meta: dict | None, modality: str, dataset: str
     """Check the meta file against what is asked for, and return K."""
     if meta is None:
         if num_clusters is None:
-            raise ValueError(f"{path} has no {_meta_path(path).name}, so the number of clusters is unknown: give num_clusters (rdl.num_clusters)")
+            raise UserError(f"{path} has no {_meta_path(path).name}, so the number of clusters is unknown: give num_clusters (rdl.num_clusters)")
         return num_clusters
     for key, wanted in (("dataset", dataset), ("modality", modality)):
         if meta[key] != wanted:
-            raise ValueError(f"{path} belongs to another dataset or modality: expected {key} {wanted!r}, found {meta[key]!r}")
+            raise UserError(f"{path} belongs to another dataset or modality: expected {key} {wanted!r}, found {meta[key]!r}")
     if num_clusters is not None and num_clusters != meta["num_clusters"]:
-        raise ValueError(f"{path}: expected {num_clusters} clusters, but it was written with {meta['num_clusters']}")
+        raise UserError(f"{path}: expected {num_clusters} clusters, but it was written with {meta['num_clusters']}")
     return meta["num_clusters"]
 
 
@@ -144,22 +145,22 @@ def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: st
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a UTF-8 text file with rows `path pseudo_label`, found other bytes ({error})") from error
+        raise UserError(f"{path}: expected a UTF-8 text file with rows `path pseudo_label`, found other bytes ({error})") from error
     rows = [line.strip() for line in text.split("\n") if line.strip()]
     for row, line in enumerate(rows, start=1):
         name, value = _split_row(line, position, f"{path}, row {row}")
         if name not in position:
-            raise ValueError(
+            raise UserError(
                 f"{path}, row {row}: {name!r} is not in {sample_list.path}; the file belongs to another dataset than "
                 f"{dataset!r} (first path expected: {sample_list.names[0]!r})"
             )
         index = next((place for place in position[name] if not seen[place]), None)
         if index is None:
-            raise ValueError(f"{path}, row {row}: {name!r} stands in the file twice, or once more than in {sample_list.path}")
+            raise UserError(f"{path}, row {row}: {name!r} stands in the file twice, or once more than in {sample_list.path}")
         labels[index], seen[index] = value, True
     if not seen.all():
         missing = sample_list.names[int(np.argmin(seen))]
-        raise ValueError(
+        raise UserError(
             f"{path} belongs to another dataset or is cut short: it has {len(rows)} rows for the {len(sample_list)} of "
             f"{sample_list.path}; the first one missing is {missing!r}"
         )
@@ -170,13 +171,13 @@ def _split_row(text: str, known: dict[str, list[int]], where: str) -> tuple[str,
     """Return path and pseudo-label of a row with two columns, or three whose last is dropped; paths may hold spaces."""
     two, three = text.rsplit(maxsplit=1), text.rsplit(maxsplit=2)
     if len(two) < 2:
-        raise ValueError(f"{where}: expected `path pseudo_label`, found {text!r}")
+        raise UserError(f"{where}: expected `path pseudo_label`, found {text!r}")
     is_three = len(three) == 3 and _normal(two[0]) not in known and (
         _normal(three[0]) in known or re.fullmatch(r"[+-]?[0-9]+", three[1])
     )
     name, value = three[:2] if is_three else two
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):  # fits int64
-        raise ValueError(f"{where}: expected an integer pseudo-label, found {value!r}")
+        raise UserError(f"{where}: expected an integer pseudo-label, found {value!r}")
     return _normal(name), int(value)
 
 
@@ -194,7 +195,7 @@ def _normal(name: str) -> str:
 def _check_range(labels: np.ndarray, num_clusters: int, path: Path) -> None:
     bad = np.flatnonzero((labels < 0) | (labels >= num_clusters))
     if len(bad):
-        raise ValueError(f"{path}: pseudo-label {labels[bad[0]]} of sample {bad[0]} is outside 0..{num_clusters - 1}")
+        raise UserError(f"{path}: pseudo-label {labels[bad[0]]} of sample {bad[0]} is outside 0..{num_clusters - 1}")
 
 
 def _warn_if_degenerate(labels: np.ndarray, num_clusters: int, path: Path) -> None:

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from datasets.kinds import KINDS
-from datasets.lists import SampleList, check_disjoint, check_paired, check_same_length, default_list_path
-from datasets.lists import read_labelled_list, read_training_list
+from datasets.lists import (
+    SampleList,
+    check_disjoint,
+    check_paired,
+    check_same_length,
+    default_list_path,
+    read_labelled_list,
+    read_training_list,
+)
+from utils.errors import UserError
 from utils.evaluation.features import extract_embeddings
 from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
@@ -49,7 +57,7 @@ def load_training_samples(data: DataConfig, device: torch.device) -> PairedSampl
     """Read the training lists of `data.modalities` and their files, without labels.
 
     Raises:
-        FileNotFoundError, ValueError: on missing or broken lists and files, or rows that are not paired as `data.pairing` says.
+        UserError: on missing or broken lists and files, or rows that are not paired as `data.pairing` says.
     """
     lists = {
         name: read_training_list(
@@ -77,7 +85,7 @@ def load_test_samples(
     Returns:
         The samples, and modality -> (N,) int64 labels on the CPU.
     Raises:
-        FileNotFoundError, ValueError: as `load_training_samples`, and if labels are missing, out of range, differ between
+        UserError: as `load_training_samples`, and if labels are missing, out of range, differ between
             the modalities of one object, or a file is in both splits.
     """
     lists, labels = {}, {}
@@ -100,7 +108,7 @@ def _check_same_labels(lists: dict[str, SampleList], labels: dict) -> None:
     for name in others:
         differing = (labels[first] != labels[name]).nonzero()[0]
         if len(differing):
-            raise ValueError(
+            raise UserError(
                 f"{lists[name].path}, row {differing[0] + 1}: label {labels[name][differing[0]]}, but {lists[first].path} "
                 f"gives the same object label {labels[first][differing[0]]}"
             )

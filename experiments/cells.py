@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.protocol import Setup, modalities_of
+from utils.engine.run_log import REPOSITORY
+from utils.errors import UserError
 from utils.settings.config import load_config, to_dict
 from utils.settings.options import Step1Config, Step2Config
-from utils.engine.run_log import REPOSITORY
 
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 # Settings that name places or cost time, but do not change the result of a cell
@@ -143,7 +144,7 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
     Returns:
         The rows in the order of the protocol, those of grids first.
     Raises:
-        ValueError: if a row's settings do not fit the configuration.
+        UserError: if a row's settings do not fit the configuration.
     """
     kind = table.get("kind", "scores")
     if kind in ("memory", "shapes"):
@@ -151,7 +152,7 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
     seeds, options_of = list(seeds), {**_grid_rows(table), **table.get("rows", {})}
     for other in {table.get("baseline"), *(options.get("against") for options in options_of.values())} - {None}:
         if other not in options_of:
-            raise ValueError(f"rows are to be compared with {other!r}, which the table lacks; its rows: {', '.join(options_of)}")
+            raise UserError(f"rows are to be compared with {other!r}, which the table lacks; its rows: {', '.join(options_of)}")
     return [
         Row(name, {seed: {pair: _row_cell(options, setup, pair, seed) for pair in setup.pairs} for seed in seeds}, options)
         for name, options in options_of.items()
@@ -182,6 +183,6 @@ def _measured_rows(table: Mapping[str, Any], setup: Setup) -> list[Row]:
         return [Row("losses", {0: {"": measuring_cell("loss_shapes", arguments)}})]
     dim, batch = config.model.embedding_dim, config.optim.batch_size
     if not setup.samples:
-        raise ValueError(f"no size of a bank of {setup.dataset}: give datasets.{setup.dataset}.samples in a --add file")
+        raise UserError(f"no size of a bank of {setup.dataset}: give datasets.{setup.dataset}.samples in a --add file")
     arguments = ("--dim", dim, "--batch-size", batch, "--samples")
     return [Row(f"{count} x {dim}", {0: {"": measuring_cell("memory_bank", (*arguments, count))}}) for count in setup.samples]

@@ -10,6 +10,7 @@ from typing import Any
 from experiments.cells import Cell
 from experiments.queue import Job
 from utils.engine.run_log import REPOSITORY, RunLog, environment
+from utils.errors import UserError
 
 TRAINING = ("step1", "step2")
 MODULES = {
@@ -69,14 +70,14 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
     """Return the record of a finished cell: what it was, its scores, and its curves.
 
     Raises:
-        ValueError: if its files say that it is not finished.
+        UserError: if its files say that it is not finished.
     """
     record = {"id": cell.id, "stage": cell.stage, "name": cell.name, "seed": cell.seed, "needs": [need.id for need in cell.needs]}
     if cell.stage in TRAINING:
         return record | _collect_training(cell, folder)
     path = folder / "metrics.json"
     if not path.is_file():
-        raise ValueError(f"{cell.name} ended without writing {path}")
+        raise UserError(f"{cell.name} ended without writing {path}")
     metrics = json.loads(path.read_text(encoding="utf-8"))
     if cell.stage == "release_protocol":
         scores = {key: value for key, value in metrics.items() if isinstance(value, float) and key.startswith("map/")}
@@ -89,7 +90,7 @@ def _collect_training(cell: Cell, folder: Path) -> dict[str, Any]:
     epochs = RunLog.open(run).read_epochs() if run else []
     metrics = run / "metrics.json" if run else folder
     if not epochs or epochs[-1]["epoch"] != cell.epochs or not metrics.is_file():
-        raise ValueError(f"{cell.name} ended after {len(epochs)} of {cell.epochs} epochs without its scores, see {folder}")
+        raise UserError(f"{cell.name} ended after {len(epochs)} of {cell.epochs} epochs without its scores, see {folder}")
     scores = {key: value for key, value in json.loads(metrics.read_text(encoding="utf-8")).items() if isinstance(value, float)}
     logged = {key: epochs[-1][key] for key in ("agreement", "cross_nmi", "clipped") if key in epochs[-1]}
     scored = [row for row in epochs if "map/avg" in row]

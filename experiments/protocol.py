@@ -7,11 +7,12 @@ from typing import Any
 
 import yaml
 
+from utils.engine.run_log import REPOSITORY
+from utils.errors import UserError
+from utils.modalities import MODALITIES
 from utils.settings.config import load_config
 from utils.settings.data_options import nearest
-from utils.modalities import MODALITIES
 from utils.settings.options import Step1Config
-from utils.engine.run_log import REPOSITORY
 
 HERE = Path(__file__).resolve().parent
 SCALES = ("full", "small")
@@ -40,12 +41,12 @@ def load_protocol(added: Path | None = None) -> dict[str, dict]:
     """Read protocol.yaml and, on top of it, a file of the same format: new data sets, new tables, or more rows of one.
 
     Raises:
-        FileNotFoundError: if there is no such file. ValueError: on an unknown key, naming file and place.
+        UserError: if there is no such file. ValueError: on an unknown key, naming file and place.
     """
     protocol: dict[str, dict] = {"datasets": {}, "tables": {}}
     for path in filter(None, (HERE / "protocol.yaml", added)):
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}: give a YAML file with datasets: or tables:, see docs/reproduce.md")
+            raise UserError(f"no file {path}: give a YAML file with datasets: or tables:, see docs/reproduce.md")
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         _check_protocol(tree, path)
         protocol["datasets"] |= tree.get("datasets", {})
@@ -68,10 +69,10 @@ def _check_protocol(tree: Any, path: Path) -> None:
 
 def _check_keys(tree: Any, known: set[str], place: str) -> None:
     if not isinstance(tree, dict):
-        raise ValueError(f"{place} must hold keys of {', '.join(sorted(known))}, found {tree!r}")
+        raise UserError(f"{place} must hold keys of {', '.join(sorted(known))}, found {tree!r}")
     for key in tree:
         if key not in known:
-            raise ValueError(f"{place}: unknown key {key!r}{nearest(key, known)}; known: {', '.join(sorted(known))}")
+            raise UserError(f"{place}: unknown key {key!r}{nearest(key, known)}; known: {', '.join(sorted(known))}")
 
 
 def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Sequence[str] = ()) -> Setup:
@@ -82,14 +83,14 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
         dataset: name; scale: "full" or "small".
         tasks: task names (RP, PG ...) to restrict the pairs to; a pair trains both directions. Default: the protocol's.
     Raises:
-        ValueError: on an unknown data set or task, or a scale that the data set does not have.
+        UserError: on an unknown data set or task, or a scale that the data set does not have.
     """
     entry = protocol["datasets"].get(dataset)
     if entry is None:
         entry = {scale: {"config": _config_folder(protocol, dataset, scale)}}
     if scale not in entry:
         found = ", ".join(key for key in SCALES if key in entry)
-        raise ValueError(f"{dataset} has no scale {scale!r} in the protocol, it has: {found}")
+        raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {found}")
     options = entry[scale]
     step1, step2 = tuple(options.get("step1", ())), tuple(options.get("step2", ()))
     config = Path(options["config"])
@@ -105,7 +106,7 @@ def _config_folder(protocol: Mapping[str, dict], dataset: str, scale: str) -> st
         if (REPOSITORY / "configs" / name / "step1.yaml").is_file():
             return f"configs/{name}"
     known = protocol["datasets"]
-    raise ValueError(f"unknown data set {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}, and folders of configs/")
+    raise UserError(f"unknown data set {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}, and folders of configs/")
 
 
 def _configured_pair(config: Path, overrides: Sequence[str]) -> str:
@@ -118,7 +119,7 @@ def pair_of(task: str) -> str:
     letters = {entry.letter: entry for entry in MODALITIES.values()}
     kinds = [letters[letter].is_2d for letter in task if letter in letters]
     if len(task) != 2 or sorted(kinds) != [False, True]:
-        raise ValueError(f"a task is one letter of R, G and one of P, M, like RP or MG; found {task!r}")
+        raise UserError(f"a task is one letter of R, G and one of P, M, like RP or MG; found {task!r}")
     return task if kinds[0] else task[::-1]
 
 

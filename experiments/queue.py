@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.engine.checkpoint import atomic_write_text
+from utils.errors import UserError
 
 MARKER = "done.json"
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED, SKIPPED = "waiting", "running", "done", "failed", "interrupted", "skipped"
@@ -48,7 +49,7 @@ class Queue:
     """The queue file {root}/queue.jsonl, one line per job, held by one process at a time (`with Queue(root) as queue`).
 
     Raises (on entering):
-        ValueError: if another process holds it.
+        UserError: if another process holds it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -58,7 +59,7 @@ class Queue:
     def __enter__(self) -> "Queue":
         self._lock = hold(self.path.with_suffix(".lock"))
         if self._lock is None:
-            raise ValueError(f"another reproduce.py works on {self.path}: wait until it ends, or stop it; --list shows its state")
+            raise UserError(f"another reproduce.py works on {self.path}: wait until it ends, or stop it; --list shows its state")
         self.lines = read_queue(self.path)
         return self
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from experiments.queue import DONE, FAILED, INTERRUPTED, MARKER, RUNNING, SKIPPED, WAITING, Job, Queue, hold
 from utils.engine.checkpoint import atomic_write_json
 from utils.engine.run_log import REPOSITORY
+from utils.errors import UserError
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0
@@ -40,7 +41,7 @@ class Scheduler:
             that write none run to their end.
         resume: whether to go on with jobs that were interrupted or failed.
     Raises:
-        ValueError: if there are such jobs and `resume` is False, or a job still runs in a process that outlived its scheduler.
+        UserError: if there are such jobs and `resume` is False, or a job still runs in a process that outlived its scheduler.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class Scheduler:
         for job in (job for job in self.jobs if not job.done):
             lock = hold(job.folder / "lock")
             if lock is None:
-                raise ValueError(f"{job.name} still runs in a process of an earlier call (folder {job.folder}): wait, or stop it")
+                raise UserError(f"{job.name} still runs in a process of an earlier call (folder {job.folder}): wait, or stop it")
             os.close(lock)
         before = {job.name: self.queue.lines.get(job.id, {}).get("status") for job in self.jobs if not job.done}
         broken = [f"  {status}: {name}" for name, status in before.items() if status in (RUNNING, INTERRUPTED, FAILED)]
         if broken and not resume:
-            raise ValueError("these cells were begun and not finished, go on with --resume:\n" + "\n".join(broken))
+            raise UserError("these cells were begun and not finished, go on with --resume:\n" + "\n".join(broken))
 
     def run(self) -> dict[str, str]:
         """Run the jobs; return id -> status. KeyboardInterrupt ends the running ones as "interrupted" and is raised again."""
@@ -107,7 +108,7 @@ class Scheduler:
     def _start(self, job: Job, slot: int) -> None:
         lock = hold(job.folder / "lock")  # inherited by the process: held as long as it lives, even without us
         if lock is None:
-            raise ValueError(f"{job.name} was started by somebody else meanwhile (folder {job.folder})")
+            raise UserError(f"{job.name} was started by somebody else meanwhile (folder {job.folder})")
         device = self.slots[slot]
         line = job.command(device)
         attempts = self.queue.lines[job.id].get("attempts", [])

@@ -7,6 +7,8 @@ from statistics import mean, stdev
 
 from scipy.stats import t as student
 
+from utils.errors import UserError
+
 LEVEL = 0.95
 MIN_PAIRS = 3
 
@@ -35,10 +37,10 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
     """Return mean, standard deviation and the interval of Student's t of independent values.
 
     Raises:
-        ValueError: without values, or if one is not finite.
+        UserError: without values, or if one is not finite.
     """
     if not values or not all(map(math.isfinite, values)):
-        raise ValueError(f"expected finite values, at least one, found {list(values)}")
+        raise UserError(f"expected finite values, at least one, found {list(values)}")
     if len(values) == 1:
         return Estimate(1, values[0], None, None, None)
     center, spread = mean(values), stdev(values)

@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from experiments.statistics import Comparison, compare
+from utils.errors import UserError
 
 NOT_RUN, DIRTY = "not run", "dirty tree"
 
@@ -85,5 +86,5 @@ def comparison(
         return None, None
     found = {entry.name: entry for entry in summaries}
     if other not in found:
-        raise ValueError(f"row {summary.name!r} is compared with {other!r}, which the table lacks; rows: {', '.join(found)}")
+        raise UserError(f"row {summary.name!r} is compared with {other!r}, which the table lacks; rows: {', '.join(found)}")
     return other, compare(summary.scores.get("avg", {}), found[other].scores.get("avg", {}))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
+from utils.errors import UserError
+
 PRETRAINED_DIR = Path("pretrained")
 OPTIONAL_SUFFIX = "num_batches_tracked"
 MESHNET_WIDTH = 1024
@@ -45,7 +47,7 @@ def load_matching(module: nn.Module, state_dict: Mapping[str, Tensor], rename: C
     Returns:
         The report; `missing` lists all names of the module that were not filled.
     Raises:
-        ValueError: if no key matched or a required name is missing; both say what was found instead.
+        UserError: if no key matched or a required name is missing; both say what was found instead.
     """
     own = module.state_dict()
     report, chosen = LoadReport(), {}
@@ -75,7 +77,7 @@ def _check_complete(report: LoadReport, prefixes: tuple[str, ...]) -> None:
         return
     found = "; ".join(report.skipped[:5]) or "no keys at all"
     what = f"lacks {', '.join(lacking[:5])}" if report.used else "matches no parameter of the encoder"
-    raise ValueError(f"the checkpoint {what} ({len(lacking)} required tensors missing, {len(report.used)} matched); "
+    raise UserError(f"the checkpoint {what} ({len(lacking)} required tensors missing, {len(report.used)} matched); "
                      f"first keys not used: {found}")
 
 
@@ -87,19 +89,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Returns:
         key -> tensor on the CPU.
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or holds anything but named tensors.
+        UserError: if there is no such file.
+        UserError: if it is damaged or holds anything but named tensors.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; give the path of a checkpoint, or `none` to train from scratch")
+        raise UserError(f"no weights at {path}; give the path of a checkpoint, or `none` to train from scratch")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
-        raise ValueError(f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}: "
+        raise UserError(f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}: "
                          f"{str(error).splitlines()[0] if str(error) else 'no detail'}); fetch it again") from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a flat state dict (name -> tensor)")
+        raise UserError(f"{path} holds a {type(state).__name__}, expected a flat state dict (name -> tensor)")
     return dict(state)
 
 
@@ -112,8 +114,8 @@ def load_imagenet_resnet18() -> dict[str, Tensor]:
     Returns:
         torchvision's state dict, on the CPU.
     Raises:
-        ValueError: if a file that is already there does not have the hash of its name.
-        FileNotFoundError: if the download fails; says what to fetch, where to put it, and the alternative.
+        UserError: if a file that is already there does not have the hash of its name.
+        UserError: if the download fails; says what to fetch, where to put it, and the alternative.
     """
     url = ResNet18_Weights.IMAGENET1K_V1.url
     name = Path(urlparse(url).path).name
@@ -125,7 +127,7 @@ def load_imagenet_resnet18() -> dict[str, Tensor]:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True,
                                                   weights_only=True)
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise FileNotFoundError(f"could not download the ImageNet weights of ResNet18 ({type(error).__name__}: {error}). "
+        raise UserError(f"could not download the ImageNet weights of ResNet18 ({type(error).__name__}: {error}). "
                            f"Fetch {name} from {url} and put it at {PRETRAINED_DIR / name}, or set the weights to "
                            "`none` to train from scratch") from error
 
@@ -135,7 +137,7 @@ def _check_hash(path: Path) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(expected):
-        raise ValueError(f"{path} is damaged: its SHA-256 should start with {expected}, found {found}; fetch it again")
+        raise UserError(f"{path} is damaged: its SHA-256 should start with {expected}, found {found}; fetch it again")
 
 
 def load_resnet18_weights(encoder: nn.Module, source: str) -> LoadReport:
@@ -147,7 +149,7 @@ def load_resnet18_weights(encoder: nn.Module, source: str) -> LoadReport:
     Returns:
         The report; `fc.*` is left out on purpose and listed as skipped.
     Raises:
-        FileNotFoundError, ValueError: weights that are absent, damaged, incomplete or not to be had.
+        UserError: weights that are absent, damaged, incomplete or not to be had.
     """
     state = load_imagenet_resnet18() if source == "imagenet" else read_state_dict(source)
 
@@ -157,7 +159,7 @@ def load_resnet18_weights(encoder: nn.Module, source: str) -> LoadReport:
     try:
         return load_matching(encoder.backbone, state, rename, required_prefixes=("",))
     except ValueError as error:
-        raise ValueError(f"ResNet18 weights from {source}: {error}") from error
+        raise UserError(f"ResNet18 weights from {source}: {error}") from error
 
 
 def load_dgcnn_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
@@ -172,12 +174,12 @@ def load_dgcnn_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
     Returns:
         The report, under the encoder's names.
     Raises:
-        FileNotFoundError, ValueError: a file that is absent, damaged, or lacks part of the four EdgeConvs.
+        UserError: a file that is absent, damaged, or lacks part of the four EdgeConvs.
     """
     try:
         return load_matching(encoder, read_state_dict(path), _dgcnn_name, required_prefixes=("edge_convs.",))
     except ValueError as error:
-        raise ValueError(f"DGCNN checkpoint {path}: {error}") from error
+        raise UserError(f"DGCNN checkpoint {path}: {error}") from error
 
 
 def _dgcnn_name(key: str) -> str | None:
@@ -202,7 +204,7 @@ def load_meshnet_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
     Returns:
         The report, under the encoder's names.
     Raises:
-        FileNotFoundError, ValueError: a file that is absent, damaged, or lacks part of these layers.
+        UserError: a file that is absent, damaged, or lacks part of these layers.
     """
     required = ["spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2."]
     if encoder.fusion_mlp[0].out_channels == MESHNET_WIDTH:
@@ -214,4 +216,4 @@ def load_meshnet_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
     try:
         return load_matching(encoder, read_state_dict(path), rename, required)
     except ValueError as error:
-        raise ValueError(f"MeshNet checkpoint {path}: {error}") from error
+        raise UserError(f"MeshNet checkpoint {path}: {error}") from error

@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text  # noqa: E402
+from utils.engine.run_log import RunLog  # noqa: E402
+from utils.errors import UserError
+from utils.evaluation.report import row_name  # noqa: E402
 from utils.evaluation.tables import scored_tasks  # noqa: E402
 from utils.modalities import MODALITIES, task_name  # noqa: E402
-from utils.evaluation.report import row_name  # noqa: E402
-from utils.engine.run_log import RunLog  # noqa: E402
 
 BENCHMARK_FACTS = ("speedup", "memory_ratio", "largest_relative_difference", "difference", "differences", "seconds_per_epoch",
                    "extrapolated_seconds", "mean_seconds", "modelnet40_hours_extrapolated")
@@ -38,15 +39,15 @@ def collect(folder: Path, name: str) -> Path:
     Returns:
         The JSON file written.
     Raises:
-        ValueError: if the run is not finished or was made from uncommitted code.
+        UserError: if the run is not finished or was made from uncommitted code.
     """
     run = RunLog.open(folder)
     config, epochs = run.config(), run.read_epochs()
     environment = json.loads((folder / "env.json").read_text())
     if not epochs or epochs[-1]["epoch"] != config["optim"]["epochs"]:
-        raise ValueError(f"{folder} is not finished: {len(epochs)} of {config['optim']['epochs']} epochs")
+        raise UserError(f"{folder} is not finished: {len(epochs)} of {config['optim']['epochs']} epochs")
     if environment["git_dirty"] is not False:
-        raise ValueError(f"{folder} was made from uncommitted code, its commit would not repeat it")
+        raise UserError(f"{folder} was made from uncommitted code, its commit would not repeat it")
     metrics = json.loads((folder / "metrics.json").read_text())
     scores = {key: value for key, value in metrics.items() if isinstance(value, float)}
     logged = {key: epochs[-1][key] for key in ("agreement", "cross_nmi", "clipped") if key in epochs[-1]}
@@ -62,7 +63,7 @@ def collect(folder: Path, name: str) -> Path:
     path = ROOT / "results" / name / f"{slug}-{letters}-seed{result['seed']}.json"
     before = json.loads(path.read_text())["command"] if path.is_file() else result["command"]
     if before != result["command"]:
-        raise ValueError(f"{path} holds the run of another command ({before}); use another table, or delete that file first")
+        raise UserError(f"{path} holds the run of another command ({before}); use another table, or delete that file first")
     atomic_write_json(path, result)
     return path
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {"tests", "runs", "dataset", "pretrained", "pseudo_labels", "__pycache__", "venv", "node_modules"}
 PACKAGES = {"datasets", "experiments", "losses", "models", "utils"}
 MAY_IMPORT = {

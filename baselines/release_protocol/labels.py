@@ -7,6 +7,7 @@ from torch import Tensor
 
 from datasets.lists import read_labelled_list
 from datasets.samples import UNIQUE, PairedSamples, list_path
+from utils.errors import UserError
 from utils.settings.options import DataConfig
 
 CHUNK = 1024  # rows of the similarity matrix held at once
@@ -20,7 +21,7 @@ def training_labels(data: DataConfig, samples: PairedSamples) -> dict[str, Tenso
     Returns:
         modality -> (N,) int64 on the CPU, row i belongs to row i of the samples.
     Raises:
-        FileNotFoundError, ValueError: as `read_labelled_list`; a list without labels is an error.
+        UserError: as `read_labelled_list`; a list without labels is an error.
     """
     labels = {}
     for name in samples.lists:
@@ -50,11 +51,11 @@ def farthest_labels(embeddings: Mapping[str, Tensor], labels: Mapping[str, Tenso
     Returns:
         modality -> (N,) int64 on the CPU.
     Raises:
-        ValueError: if the modalities differ in their numbers of samples.
+        UserError: if the modalities differ in their numbers of samples.
     """
     counts = {name: len(rows) for name, rows in embeddings.items()}
     if len(set(counts.values())) != 1:
-        raise ValueError(f"labels are looked up by row, so all modalities need as many samples, found {counts}")
+        raise UserError(f"labels are looked up by row, so all modalities need as many samples, found {counts}")
     chosen = {}
     for name, rows in embeddings.items():
         other = embeddings[[key for key in embeddings if key != name][-1]]

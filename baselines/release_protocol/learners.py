@@ -11,9 +11,10 @@ from baselines.release_protocol.variants import Departures
 from datasets.samples import PairedSamples, embed_samples
 from train_step1 import PLALearner
 from train_step2 import RDLLearner
+from utils.engine.seed import generator_for
+from utils.errors import UserError
 from utils.evaluation.clustering import clustering_accuracy
 from utils.settings.options import Step1Config, Step2Config
-from utils.engine.seed import generator_for
 
 
 class KeptLabels(nn.Module):
@@ -90,7 +91,7 @@ class ReleaseRDL(RDLLearner):
         config, samples, pseudo_labels, num_clusters, device: as `RDLLearner`.
         departures: which ones to follow.
     Raises:
-        ValueError: if `batch_clip` is asked for with another loss than RCLL.
+        UserError: if `batch_clip` is asked for with another loss than RCLL.
     """
 
     def __init__(
@@ -100,5 +101,5 @@ class ReleaseRDL(RDLLearner):
         super().__init__(config, samples, pseudo_labels, num_clusters, device)
         if departures.batch_clip:
             if config.rdl.loss != "rcll":
-                raise ValueError(f"batch_clip changes RCLL, but rdl.loss is {config.rdl.loss!r}: set rdl.loss=rcll")
+                raise UserError(f"batch_clip changes RCLL, but rdl.loss is {config.rdl.loss!r}: set rdl.loss=rcll")
             self.robust = BatchClippedLoss(config.rdl.alpha)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from utils.errors import UserError
+
 
 class BatchClippedLoss(nn.Module):
     """Sum of two means over the entries of the (B, K) matrix of probabilities, on either side of 1 / B.
@@ -24,7 +26,7 @@ class BatchClippedLoss(nn.Module):
     def __init__(self, alpha: float) -> None:
         super().__init__()
         if not alpha >= 0:
-            raise ValueError(f"alpha must be >= 0, found {alpha}")
+            raise UserError(f"alpha must be >= 0, found {alpha}")
         self.alpha = alpha
 
     def forward(self, logits: Tensor, pseudo_labels: Tensor) -> Tensor:
@@ -36,10 +38,10 @@ class BatchClippedLoss(nn.Module):
         Returns:
             Scalar, dimensionless, >= 0.
         Raises:
-            ValueError: on wrong shapes or fewer than two rows.
+            UserError: on wrong shapes or fewer than two rows.
         """
         if logits.dim() != 2 or len(logits) < 2 or pseudo_labels.shape != logits.shape[:1]:
-            raise ValueError(
+            raise UserError(
                 f"expected logits (B >= 2, K) and pseudo_labels (B,), found {tuple(logits.shape)} and "
                 f"{tuple(pseudo_labels.shape)}"
             )

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from datasets.lists import SampleList
 from datasets.samples import PairedSamples
-from utils.modalities import MODALITIES
 from utils.engine.seed import derive_seed
+from utils.errors import UserError
+from utils.modalities import MODALITIES
 
 SAME_INSTANCE = 302 / 5000  # shares of the published training lists, image against point cloud
 OTHER_CLASS = 182 / 5000
@@ -26,11 +27,11 @@ def pair_by_class(
     Returns:
         The samples and labels with rows reordered alike.
     Raises:
-        ValueError: without a 2D and a 3D modality, or as `class_pair_order`.
+        UserError: without a 2D and a 3D modality, or as `class_pair_order`.
     """
     solid = [name for name in samples.lists if not MODALITIES[name].is_2d]
     if not 0 < len(solid) < len(samples.lists):
-        raise ValueError(f"class pairs join 2D and 3D samples: data.modalities needs one of each, found {list(samples.lists)}")
+        raise UserError(f"class pairs join 2D and 3D samples: data.modalities needs one of each, found {list(samples.lists)}")
     lists, arrays, truth = dict(samples.lists), dict(samples.arrays), dict(labels)
     for name in solid:
         order = class_pair_order(labels[name].numpy(), derive_seed(seed, "class pairs", name))
@@ -53,13 +54,13 @@ def class_pair_order(labels: np.ndarray, seed: int) -> np.ndarray:
     Returns:
         (N,) int64, a permutation of 0..N-1.
     Raises:
-        ValueError: if the classes are too few or too unequal for that many mismatches.
+        UserError: if the classes are too few or too unequal for that many mismatches.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     crossing = 2 * max(1, round(len(labels) * OTHER_CLASS / 2))
     across = _take_turns(shuffled, labels, crossing)
     if np.unique(labels[across], return_counts=True)[1].max() > crossing / 2:
-        raise ValueError(f"{crossing} rows should join two classes, but one class has more than half of them: use more classes")
+        raise UserError(f"{crossing} rows should join two classes, but one class has more than half of them: use more classes")
     order = np.arange(len(labels))
     across = across[np.argsort(labels[across], kind="stable")]
     order[across] = np.roll(across, crossing // 2)  # no class fills half of them, so each meets another

@@ -18,12 +18,13 @@ from datasets.samples import PairedSamples, embed_samples, load_test_samples, lo
 from models.build import load_pretrained
 from train_step2 import load_pseudo_labels
 from utils.engine.checkpoint import atomic_write_json
-from utils.evaluation.tables import Evaluator, format_table
 from utils.engine.learner import StageLearner
-from utils.settings.options import Step1Config, Step2Config
-from utils.evaluation.report import report_pretrained
 from utils.engine.run_log import RunLog
 from utils.engine.session import Session, fit, open_session
+from utils.errors import UserError
+from utils.evaluation.report import report_pretrained
+from utils.evaluation.tables import Evaluator, format_table
+from utils.settings.options import Step1Config, Step2Config
 
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 
@@ -80,7 +81,7 @@ def _claim(output: Path, request: Request) -> None:
     noted = json.loads(path.read_text(encoding="utf-8"))
     differing = [f"{key}: {noted.get(key)!r} there, {value!r} now" for key, value in wanted.items() if noted.get(key) != value]
     if differing:
-        raise ValueError(f"{output} holds another run ({'; '.join(differing)}): give another --output")
+        raise UserError(f"{output} holds another run ({'; '.join(differing)}): give another --output")
 
 
 def _open(request: Request, stage: str, output: Path, *extra: str) -> Session:
@@ -95,7 +96,7 @@ def _open(request: Request, stage: str, output: Path, *extra: str) -> Session:
     session = open_session(CONFIGS[stage], stage, argparse.Namespace(config=config, overrides=overrides, resume=resume), config)
     if session.config.data.pairing != "instance":
         found = session.config.data.pairing
-        raise ValueError(f"{config}: the variants start from rows paired by object (data.pairing: instance), found {found!r}")
+        raise UserError(f"{config}: the variants start from rows paired by object (data.pairing: instance), found {found!r}")
     return session
 
 

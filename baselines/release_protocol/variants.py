@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields
 
+from utils.errors import UserError
+
 
 @dataclass(frozen=True)
 class Departures:
@@ -42,8 +44,8 @@ def departures_of(variant: str) -> Departures:
     """Return the departures of a variant.
 
     Raises:
-        ValueError: if the variant is not in `VARIANTS`.
+        UserError: if the variant is not in `VARIANTS`.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: expected one of {', '.join(VARIANTS)}")
+        raise UserError(f"unknown variant {variant!r}: expected one of {', '.join(VARIANTS)}")
     return Departures(**{field.name: variant in (field.name, "all") for field in fields(Departures)})

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 
 from datasets.kinds import KINDS
-from datasets.lists import SampleList, check_disjoint, check_paired, check_same_length, default_list_path
-from datasets.lists import read_labelled_list, read_training_list
-from datasets.samples import UNIQUE, list_path
+from datasets.lists import (
+    SampleList,
+    check_disjoint,
+    check_paired,
+    check_same_length,
+    default_list_path,
+    read_labelled_list,
+    read_training_list,
+)
 from datasets.prepare.writer import MANIFEST, SPLITS
+from datasets.samples import UNIQUE, list_path
+from utils.errors import MissingFileError, UserError
 from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
 
@@ -104,9 +112,9 @@ def _lacks_a_file(data: DataConfig, name: str, split: str) -> bool:
     """Whether the list is there, but not all files that it names."""
     try:
         _read(read_training_list, data, name, split)
-    except FileNotFoundError:
+    except MissingFileError:
         return list_path(data, name, split).is_file()
-    except (ValueError, OSError):
+    except (UserError, OSError):
         return False
     return False
 
@@ -209,7 +217,7 @@ def read_manifest(data: DataConfig) -> dict:
     """Return the manifest of the data root, completed by that of the lists `{dataset}_pairs.json`; empty if there is none.
 
     Raises:
-        ValueError: if one of them is no JSON object.
+        UserError: if one of them is no JSON object.
     """
     manifest = {}
     for path in (Path(data.root) / MANIFEST, Path(data.root) / f"{data.dataset}_pairs.json"):
@@ -217,9 +225,9 @@ def read_manifest(data: DataConfig) -> dict:
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"{path} is not valid JSON ({error})") from error
+                raise UserError(f"{path} is not valid JSON ({error})") from error
             if not isinstance(content, dict):
-                raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+                raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
             manifest.update(content)
     return manifest
 

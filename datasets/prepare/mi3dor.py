@@ -15,6 +15,7 @@ from PIL import Image
 
 from datasets.prepare.parallel import run_tasks
 from datasets.prepare.writer import SPLITS
+from utils.errors import UserError
 
 NUM_CLASSES, IMAGES_PER_CLASS, VIEWS_PER_MODEL = 21, 500, 12
 OFFICIAL_MODELS = {"train": 3842, "test": 3848}
@@ -60,26 +61,26 @@ def read_release(root: str | Path) -> Release:
             split/shrec2019_{Image,View}_{train,test}.txt (track release).
     Raises:
         FileNotFoundError: when neither layout is there, a listed photograph is missing, or no model has an OBJ file.
-        ValueError: when both layouts are there, on a broken list, or on a photograph or model that occurs twice.
+        UserError: when both layouts are there, on a broken list, or on a photograph or model that occurs twice.
     """
     root = Path(root)
     missing = {layout: [path for path in paths if not (root / path).exists()] for layout, paths in LAYOUTS.items()}
     complete = [layout for layout, paths in missing.items() if not paths]
     if not complete:
         lacking = "; ".join(f"for the {layout} release it lacks {', '.join(paths)}" for layout, paths in missing.items())
-        raise FileNotFoundError(f"{root} is not the folder of an unpacked MI3DOR release: {lacking}")
+        raise UserError(f"{root} is not the folder of an unpacked MI3DOR release: {lacking}")
     if len(complete) == 2:
-        raise ValueError(f"{root} holds both layouts, image/ and model/ as well as the lists in split/; move one of them away")
+        raise UserError(f"{root} holds both layouts, image/ and model/ as well as the lists in split/; move one of them away")
     release = _read_folders(root) if complete == ["folder"] else _read_track(root)
     files = [model.file for model in release.models if model.file]
     for names in ([image.name for image in release.images], [model.name for model in release.models], files):
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
-            raise ValueError(f"{root}: {repeated[0]} is listed more than once ({len(repeated)} such names); expected each once")
+            raise UserError(f"{root}: {repeated[0]} is listed more than once ({len(repeated)} such names); expected each once")
     if {image.split for image in release.images} != set(SPLITS):
-        raise FileNotFoundError(f"{root}: expected photographs ({' '.join(IMAGE_SUFFIXES)}) of both splits; unpack them as well")
+        raise UserError(f"{root}: expected photographs ({' '.join(IMAGE_SUFFIXES)}) of both splits; unpack them as well")
     if not files:
-        raise FileNotFoundError(f"{root}: found no OBJ file of any of the {len(release.models)} models; unpack them as well")
+        raise UserError(f"{root}: found no OBJ file of any of the {len(release.models)} models; unpack them as well")
     return release
 
 
@@ -116,14 +117,14 @@ def check_photographs(root: str | Path, images: Sequence[Item], workers: int) ->
     Returns:
         name -> sha256 of the file.
     Raises:
-        ValueError: naming photographs that are no complete 8-bit pictures.
+        UserError: naming photographs that are no complete 8-bit pictures.
     """
     hashes, broken = {}, []
     for name, digest, error in run_tasks(partial(_check_photograph, str(root)), images, workers):
         hashes[name] = digest
         broken += [f"{name} ({error})"] if error else []
     if broken:
-        raise ValueError(
+        raise UserError(
             f"{root}: {len(broken)} of {len(images)} photographs cannot be read: {', '.join(sorted(broken)[:4])}; fetch them "
             "again, or take them out of the release and use --any-counts"
         )
@@ -145,13 +146,13 @@ def draw_of_same_class(images: Sequence[Item], labels: Sequence[int], seed: int)
     Returns:
         One photograph per label.
     Raises:
-        ValueError: when a label has no photograph.
+        UserError: when a label has no photograph.
     """
     drawn = {}
     for label, count in Counter(labels).items():
         pool = by_name_hash(image for image in images if image.label == label)
         if not pool:
-            raise ValueError(f"class {label} has {count} training models but no training photograph to pair them with")
+            raise UserError(f"class {label} has {count} training models but no training photograph to pair them with")
         rng = np.random.default_rng([seed, label])
         rounds = [rng.permutation(len(pool)) for _ in range(-(-count // len(pool)))]
         drawn[label] = iter([pool[row] for row in np.concatenate(rounds)])
@@ -205,7 +206,7 @@ def _read_track(root: Path) -> Release:
         for where, name, label in _rows(root, "Image", split):
             file = next((base + name for base in ("", "data/") if (root / (base + name)).is_file()), None)
             if file is None:
-                raise FileNotFoundError(f"{where}: {name} does not exist, neither below {root} nor below {root / 'data'}")
+                raise UserError(f"{where}: {name} does not exist, neither below {root} nor below {root / 'data'}")
             images.append(Item(file, split, label, file))
         for folder, rows in groupby(_rows(root, "View", split), key=lambda row: PurePosixPath(row[1]).parent):
             models.append(_track_model(folder, list(rows), meshes, split))
@@ -220,7 +221,7 @@ def _rows(root: Path, kind: str, split: str) -> list[tuple[str, str, int]]:
             continue
         name, *label = line.strip().rsplit(maxsplit=1)
         if not (label and re.fullmatch(r"[0-9]{1,2}", label[0]) and int(label[0]) < NUM_CLASSES):
-            raise ValueError(
+            raise UserError(
                 f"{path}, row {number}: expected `path label` with a label in 0..{NUM_CLASSES - 1}, found {line.strip()!r}; the "
                 "lists of the contest, which have no test labels, cannot be used"
             )
@@ -232,7 +233,7 @@ def _track_model(folder: PurePosixPath, rows: list, meshes: dict[str, list[PureP
     """Return one model from the rows of its views; its OBJ file is called like their folder, in the most alike branch."""
     where, _, label = rows[0]
     if len(rows) != VIEWS_PER_MODEL or len({row[2] for row in rows}) != 1:
-        raise ValueError(
+        raise UserError(
             f"{where}: expected {VIEWS_PER_MODEL} consecutive views of {folder} with one label, found {len(rows)} with labels "
             f"{sorted({row[2] for row in rows})}; fetch the list again"
         )
@@ -241,5 +242,5 @@ def _track_model(folder: PurePosixPath, rows: list, meshes: dict[str, list[PureP
     shared = {file: len(set(file.parts) & set(folder.parts)) for file in candidates}
     best = [file for file, count in shared.items() if count == max(shared.values())]
     if len(best) > 1:
-        raise ValueError(f"{where}: both {best[0]} and {best[1]} may be the mesh of {folder}; remove one of them")
+        raise UserError(f"{where}: both {best[0]} and {best[1]} may be the mesh of {folder}; remove one of them")
     return Item(folder.as_posix(), split, label, best[0].as_posix() if best else None)

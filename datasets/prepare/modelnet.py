@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.prepare.object_writer import ObjectTask
+from utils.errors import UserError
 
 # Alphabetical, as in the HDF5 point clouds; the position is the label. (train, test) objects.
 MODELNET40 = {
@@ -67,20 +68,20 @@ def read_archive(path: str | Path) -> Source:
     The hash covers names, sizes and checksums of the meshes as the archive states them.
 
     Raises:
-        FileNotFoundError, ValueError: when it is missing, no zip file, or holds no or two data sets.
+        UserError: when it is missing, no zip file, or holds no or two data sets.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: expected ModelNet10.zip or ModelNet40.zip of the Princeton ModelNet project")
+        raise UserError(f"{path} not found: expected ModelNet10.zip or ModelNet40.zip of the Princeton ModelNet project")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.filename)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a complete zip file ({error}); fetch it again") from error
+        raise UserError(f"{path} is not a complete zip file ({error}); fetch it again") from error
     found = [(match, entry) for entry in entries if "__MACOSX" not in entry.filename and (match := _MEMBER.fullmatch(entry.filename))]
     datasets = {f"modelnet{match[1]}" for match, _ in found}
     if len(datasets) != 1:
-        raise ValueError(f"{path}: expected members ModelNet10/CLASS/train/CLASS_0001.off (or ModelNet40), found {sorted(datasets) or 'none'}")
+        raise UserError(f"{path}: expected members ModelNet10/CLASS/train/CLASS_0001.off (or ModelNet40), found {sorted(datasets) or 'none'}")
     listing = "".join(f"{entry.filename} {entry.file_size} {entry.CRC}\n" for _, entry in found)
     shapes = tuple(Shape(match[4], match[3], member=entry.filename) for match, entry in found)
     return Source(datasets.pop(), shapes, hashlib.sha256(listing.encode()).hexdigest())
@@ -93,7 +94,7 @@ def read_hdf5(folder: str | Path, up: str) -> Source:
         folder: holds `ply_data_train0.h5` and `ply_data_train_0_id2file.json` (or `train0.h5`, `train0_id2file.json`), ...
         up: "y" (as these sets are stored) or "z", the vertical axis of the clouds; the result has z up.
     Raises:
-        FileNotFoundError, ValueError: on missing files or lists that do not fit; ImportError: without h5py.
+        UserError: on missing files or lists that do not fit; ImportError: without h5py.
     """
     try:
         import h5py
@@ -102,7 +103,7 @@ def read_hdf5(folder: str | Path, up: str) -> Source:
     folder = Path(folder)
     parts = sorted((int(match[3]), path, match) for path in folder.glob("*.h5") if (match := _HDF5.fullmatch(path.name)))
     if not parts:
-        raise FileNotFoundError(f"{folder}: expected ply_data_train0.h5 ... ply_data_test1.h5 (or train0.h5 ...), found none")
+        raise UserError(f"{folder}: expected ply_data_train0.h5 ... ply_data_test1.h5 (or train0.h5 ...), found none")
     shapes = []
     for number, path, match in parts:
         names = _id2file(folder / f"{match[1] or ''}{match[2]}{'_' if match[1] else ''}{number}_id2file.json")
@@ -110,9 +111,9 @@ def read_hdf5(folder: str | Path, up: str) -> Source:
             with h5py.File(path, "r") as file:
                 clouds = file["data"][()]
         except (OSError, KeyError) as error:
-            raise ValueError(f"{path}: not a readable HDF5 file with `data` ({error}); fetch it again") from error
+            raise UserError(f"{path}: not a readable HDF5 file with `data` ({error}); fetch it again") from error
         if clouds.ndim != 3 or clouds.shape[2] != 3 or len(clouds) != len(names):
-            raise ValueError(f"{path}: expected data of shape ({len(names)}, n, 3) as its id2file.json lists, found {clouds.shape}")
+            raise UserError(f"{path}: expected data of shape ({len(names)}, n, 3) as its id2file.json lists, found {clouds.shape}")
         clouds = to_z_up(clouds, up)
         shapes += [Shape(name, match[2], cloud=cloud.astype(np.float32)) for name, cloud in zip(names, clouds, strict=True)]
     classes = {shape.object_class for shape in shapes}
@@ -125,23 +126,23 @@ def read_npz(path: str | Path) -> Source:
     The clouds stay in the unit sphere, z up.
 
     Raises:
-        FileNotFoundError, ValueError: when it is missing, damaged, of another shape, or label and name disagree.
+        UserError: when it is missing, damaged, of another shape, or label and name disagree.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: expected modelnet10_points.npz")
+        raise UserError(f"{path} not found: expected modelnet10_points.npz")
     try:
         with np.load(path, allow_pickle=False) as archive:
             points, ids, splits = archive["points"], archive["instance_id"].tolist(), archive["split"].tolist()
             classes = archive["classes"][archive["label"]].tolist()
     except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable archive with points, instance_id, split, classes and label ({error})") from error
+        raise UserError(f"{path}: not a readable archive with points, instance_id, split, classes and label ({error})") from error
     if points.dtype != np.int16 or points.ndim != 3 or points.shape[2] != 3 or not len(points) == len(ids) == len(splits) == len(classes):
-        raise ValueError(f"{path}: expected int16 points (N, n, 3) and N ids, splits and labels, found {points.dtype} {points.shape}")
+        raise UserError(f"{path}: expected int16 points (N, n, 3) and N ids, splits and labels, found {points.dtype} {points.shape}")
     shapes = [Shape(*row, cloud=cloud.astype(np.float32) / 32767) for *row, cloud in zip(ids, splits, points, strict=True)]
     wrong = next((shape.name for shape, name in zip(shapes, classes, strict=True) if shape.object_class != name), None)
     if wrong is not None or not set(splits) <= {"train", "test"}:
-        raise ValueError(f"{path}: expected splits train and test and labels as in the names, found {sorted(set(splits))}, {wrong}")
+        raise UserError(f"{path}: expected splits train and test and labels as in the names, found {sorted(set(splits))}, {wrong}")
     return _cloud_source("modelnet10", shapes)
 
 
@@ -183,13 +184,13 @@ def make_tasks(source: Source, clouds: dict[str, np.ndarray] | None = None) -> l
         source: what was read.
         clouds: name -> cloud to use instead of sampling the mesh; names without one keep None.
     Raises:
-        ValueError: on an unknown class or a name that occurs twice.
+        UserError: on an unknown class or a name that occurs twice.
     """
     labels = {name: label for label, name in enumerate(OFFICIAL[source.dataset])}
     names = Counter(shape.name for shape in source.shapes)
     wrong = [shape.name for shape in source.shapes if shape.object_class not in labels or names[shape.name] > 1]
     if wrong:
-        raise ValueError(f"{source.dataset}: object {wrong[0]} occurs twice or is of no class of {', '.join(labels)}")
+        raise UserError(f"{source.dataset}: object {wrong[0]} occurs twice or is of no class of {', '.join(labels)}")
     ordered = sorted(source.shapes, key=lambda shape: hashlib.sha256(shape.name.encode()).digest())
     return [
         ObjectTask(
@@ -203,11 +204,11 @@ def make_tasks(source: Source, clouds: dict[str, np.ndarray] | None = None) -> l
 def _id2file(path: Path) -> list[str]:
     """Return the instance ids of one part, from strings such as airplane/airplane_0001.ply."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found; it alone says which object each cloud is")
+        raise UserError(f"{path} not found; it alone says which object each cloud is")
     try:
         return [Path(name).stem for name in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: expected a JSON list of file names ({error})") from error
+        raise UserError(f"{path}: expected a JSON list of file names ({error})") from error
 
 
 def _cloud_source(dataset: str, shapes: list[Shape]) -> Source:

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.prepare.readers.off import MeshError
 from datasets.prepare.parallel import run_tasks
+from datasets.prepare.readers.off import MeshError
 from datasets.prepare.writer import FOLDERS, MANIFEST, SPLITS
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
+from utils.errors import UserError
 from utils.modalities import MODALITIES
 
 JOURNAL = "objects.jsonl"
@@ -71,13 +72,13 @@ def write_objects(
     Returns:
         Whether anything was done, and the manifest.
     Raises:
-        ValueError: on repeated numbers, a foreign folder, or a split without any usable object.
+        UserError: on repeated numbers, a foreign folder, or a split without any usable object.
         RuntimeError: when a worker process dies, naming the objects in its hands.
         OSError: when a file does not read back as written.
     """
     root = Path(root)
     if not tasks or len({task.number for task in tasks}) != len(tasks) or workers < 1:
-        raise ValueError(f"expected objects with distinct numbers and at least one worker, found {len(tasks)} and {workers}")
+        raise UserError(f"expected objects with distinct numbers and at least one worker, found {len(tasks)} and {workers}")
     _check_root(root)
     records = _intact_records(root, settings)
     todo = [task for task in tasks if task.number not in records]
@@ -111,12 +112,12 @@ def package_versions(names: Sequence[str]) -> dict[str, str]:
     """Return package -> version of what meshes are made with.
 
     Raises:
-        ValueError: naming requirements-data.txt, when one is not installed.
+        UserError: naming requirements-data.txt, when one is not installed.
     """
     try:
         return {name: version(name) for name in names}
     except PackageNotFoundError as error:
-        raise ValueError(f"meshes need the package {error.name}: pip install -r requirements-data.txt") from error
+        raise UserError(f"meshes need the package {error.name}: pip install -r requirements-data.txt") from error
 
 
 def _produce(make: Make, root: str, task: ObjectTask) -> dict:
@@ -172,7 +173,7 @@ def _check_files(root: Path, settings: dict, kept: list[dict]) -> None:
     expected = {name for record in kept for name in record["files"]}
     for split in SPLITS:
         if not any(record["split"] == split for record in kept):
-            raise ValueError(f"no usable object in the {split} split; see {root / JOURNAL} for the reasons")
+            raise UserError(f"no usable object in the {split} split; see {root / JOURNAL} for the reasons")
         for path in [path for path in (root / split).rglob("*") if path.is_file()]:
             if path.relative_to(root).as_posix() not in expected:
                 path.unlink()
@@ -227,7 +228,7 @@ def _check_root(root: Path) -> None:
     ours = (root / MANIFEST).exists() or (root / JOURNAL).exists()
     foreign = next((root / name for name in SPLITS if (root / name).exists() and not ours), None)
     if foreign is not None:
-        raise ValueError(
+        raise UserError(
             f"{foreign} exists, but {root} has no {MANIFEST}: it was not made by a preparation command and would be replaced; "
             "choose another folder or move it away"
         )

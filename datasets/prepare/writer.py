@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.prepare.shapes.digit_mesh import extrude_digit
 from datasets.lists import default_list_path
 from datasets.mesh_faces import MAX_FACES, mesh_to_faces
-from datasets.prepare.shapes.digit_cloud import colourise, digit_to_point_cloud, gray_image, project_rgb
 from datasets.prepare.parallel import run_tasks
+from datasets.prepare.shapes.digit_cloud import colourise, digit_to_point_cloud, gray_image, project_rgb
+from datasets.prepare.shapes.digit_mesh import extrude_digit
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
+from utils.errors import UserError
 from utils.modalities import MODALITIES
 
 FOLDERS = {name: MODALITIES[name].folder for name in ("RGBImg", "GrayImg", "PointCloud", "Mesh")}  # what `make_sample` makes
@@ -36,7 +37,7 @@ class DigitSplit:
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.labels) == len(self.ids) == len(set(self.ids.tolist())):
-            raise ValueError(
+            raise UserError(
                 f"images, labels and distinct ids must be equally many, found {len(self.images)}, {len(self.labels)} and "
                 f"{len(set(self.ids.tolist()))}"
             )
@@ -103,11 +104,11 @@ def write_dataset(
     Returns:
         False if the same data were there already and nothing was done.
     Raises:
-        ValueError: on a bad option, or if `root` holds train/ or test/ folders that no preparation made.
+        UserError: on a bad option, or if `root` holds train/ or test/ folders that no preparation made.
     """
     root = Path(root)
     if num_points < 0 or rgb not in RGB_MODES:
-        raise ValueError(f"expected num_points >= 0 and rgb one of {RGB_MODES}, found {num_points} and {rgb!r}")
+        raise UserError(f"expected num_points >= 0 and rgb one of {RGB_MODES}, found {num_points} and {rgb!r}")
     settings = {
         "format": 2, "dataset": dataset, "generator": "datasets.prepare.writer", "source": source, "num_points": num_points, "rgb": rgb,
         "max_faces": MAX_FACES, "seed": seed, "input_sha256": {name: split.sha256() for name, split in splits.items()},
@@ -149,7 +150,7 @@ def _write_sample(staging: Path, num_points: int, rgb: str, task: DigitTask) -> 
     try:
         sample = make_sample(task.image, num_points, rgb, np.random.default_rng(task.seed))
     except ValueError as error:
-        raise ValueError(f"{task.name}: {error}") from error
+        raise UserError(f"{task.name}: {error}") from error
     for modality, array in sample.items():
         path = staging / sample_name(modality, task.split, task.sample_id)
         unfinished = staging / f"{path.name}.tmp"
@@ -206,7 +207,7 @@ def _check_root(root: Path) -> None:
     ours = (root / MANIFEST).exists() or (root / STAGING).exists()
     for name in SPLITS:
         if (root / name).exists() and not ours:
-            raise ValueError(
+            raise UserError(
                 f"{root / name} exists, but {root} has no {MANIFEST}: it was not made by a preparation command and would be "
                 "replaced; choose another --root or move it away"
             )

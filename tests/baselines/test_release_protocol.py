@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TRAIN, write_lists
+from stage_runs import REPOSITORY, assert_same_result, log_lines, only_run, settings, weights
 from torch.nn import functional as F
 
 import train_step1
@@ -18,10 +20,9 @@ from baselines.release_protocol.learners import KeptLabels, ReleasePLA, ReleaseR
 from baselines.release_protocol.loss import BatchClippedLoss
 from baselines.release_protocol.pairs import class_pair_order, pair_by_class, pair_shares
 from baselines.release_protocol.variants import VARIANTS, Departures, departures_of
-from conftest import TRAIN, write_lists
 from datasets.pseudo_labels import read_pseudo_labels
 from datasets.samples import embed_samples, load_training_samples
-from stage_runs import REPOSITORY, assert_same_result, log_lines, only_run, settings, weights
+from utils.errors import UserError
 from utils.evaluation.clustering import clustering_accuracy
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config, Step2Config
@@ -438,5 +439,5 @@ def test_what_is_missing_or_wrong_is_said(small_digits, tmp_path, capsys):
         main(["--variant", "oracle"])
     with pytest.raises(ValueError, match="paired by object"):
         main(command(small_digits, tmp_path / "a", "class_pairs", "--set1", "data.pairing=class"))
-    with pytest.raises(FileNotFoundError, match="step1.yaml"):
+    with pytest.raises(UserError, match="step1.yaml"):
         main(["--config-dir", str(tmp_path), "--variant", "ours", "--output", str(tmp_path / "b")])

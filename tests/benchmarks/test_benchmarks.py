@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import loss_curves, edge_conv, floors, protocol, retrieval_metrics, training_step
+from benchmarks import edge_conv, floors, loss_curves, protocol, retrieval_metrics, training_step
 from benchmarks.floors import Rates, Work, count_work
 from models.kernels.edge_conv import EdgeConv
 from models.kernels.knn import knn
-from utils.settings.config import load_config
-from utils.evaluation.metrics import mean_average_precision
-from utils.settings.options import Step1Config
 from utils.engine.run_log import REPOSITORY
+from utils.errors import UserError
+from utils.evaluation.metrics import mean_average_precision
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
 
 CPU = torch.device("cpu")
 HEADER = {"command", "device", "threads", "torch", "commit", "dirty"}
@@ -255,5 +256,5 @@ def test_mesh_preparation_times_every_mesh(tmp_path):
     mesh_preparation.main(["--meshes", str(tmp_path), "--output", str(tmp_path / "out.json")])
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["objects"]["bathtub_0001"]["faces_left"] == 4 and report["mean_seconds"] > 0
-    with pytest.raises(FileNotFoundError, match="no .off file"):
+    with pytest.raises(UserError, match="no .off file"):
         mesh_preparation.main(["--meshes", str(tmp_path / "nowhere")])

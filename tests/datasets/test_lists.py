@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from datasets.lists import SampleList, check_disjoint, check_paired, default_list_path, read_labelled_list, read_training_list
+from utils.errors import UserError
 
 
 def make(root, rows, name="own_RGBImgs_train_list.txt", files=(), encoding="utf-8", newline="\n"):
@@ -56,7 +57,7 @@ def test_blank_lines_crlf_bom_and_spaces_in_paths(tmp_path):
 
 def test_paths_relative_to_the_current_directory(tmp_path, monkeypatch):
     path = make(tmp_path, ["./dataset/a_1.png 3"], files=["dataset/a_1.png"])
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError):
         read(path, root=tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     assert read(path, root=tmp_path / "elsewhere").files[0].is_file()
@@ -95,10 +96,10 @@ def test_bad_lists_are_refused(tmp_path, rows, options, words):
 
 def test_missing_things_are_named(tmp_path):
     path = make(tmp_path, ["a_1.png 0", "gone_2.png 0"], files=["a_1.png"])
-    with pytest.raises(FileNotFoundError, match="row 2.*gone_2.png"):
+    with pytest.raises(UserError, match="row 2.*gone_2.png"):
         read(path)
     for dataset, words in (("digits", "datasets.prepare_digits"), ("mnist3d", "datasets.prepare_mnist3d"), ("own", "docs/data.md")):
-        with pytest.raises(FileNotFoundError, match=words):
+        with pytest.raises(UserError, match=words):
             read(default_list_path(tmp_path / "none", dataset, "RGBImg", "train"))
 
 

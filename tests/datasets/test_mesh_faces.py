@@ -11,9 +11,8 @@ import torch
 
 from datasets.lists import SampleList
 from datasets.mesh_faces import augment_faces, load_faces, mesh_to_faces, pad_faces, prepare_faces
+from utils.engine.seed import BatchGenerator
 from utils.settings.options import AugmentConfig
-from utils.engine.seed import BatchGenerator
-from utils.engine.seed import BatchGenerator
 
 NONE = dict(
     point_rotation_degrees=0.0, point_tilt_degrees=0.0, point_scale=(1.0, 1.0), point_shear=0.0, point_translate=0.0,

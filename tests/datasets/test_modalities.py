@@ -5,25 +5,26 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import TRAIN, write_lists
 from PIL import Image
+from stage_runs import only_run, settings
 
 import evaluate
 import train_step1
 import train_step2
-from conftest import TRAIN, write_lists
 from datasets import samples
 from datasets.batches import BatchSource
 from datasets.kinds import KINDS
 from losses import ModalityInvarianceLoss
-from stage_runs import only_run, settings
-from utils.settings.config import load_config, to_dict
-from utils.evaluation.tables import format_matrix, format_table, retrieval_table, scored_tasks
 from utils.engine.learner import plan_epoch
-from utils.evaluation.metrics import retrieval_metrics
-from utils.modalities import MODALITIES, Modality
-from utils.settings.options import Step1Config, Step2Config
-from utils.evaluation.report import row_name
 from utils.engine.seed import BatchGenerator
+from utils.errors import UserError
+from utils.evaluation.metrics import retrieval_metrics
+from utils.evaluation.report import row_name
+from utils.evaluation.tables import format_matrix, format_table, retrieval_table, scored_tasks
+from utils.modalities import MODALITIES, Modality
+from utils.settings.config import load_config, to_dict
+from utils.settings.options import Step1Config, Step2Config
 
 FOUR = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
 
@@ -159,7 +160,7 @@ def test_views_random_in_training_first_or_mean_in_evaluation(small_digits):
 def test_a_missing_view_is_named(small_digits):
     add_views(small_digits, 2)
     (small_digits / "train/gray_imgs/view_01/GrayImg_train_000003.png").unlink()
-    with pytest.raises(FileNotFoundError, match="row 4.*view_01.*data.num_views"):
+    with pytest.raises(UserError, match="row 4.*view_01.*data.num_views"):
         samples.load_training_samples(config(small_digits, "data.num_views=2").data, torch.device("cpu"))
 
 

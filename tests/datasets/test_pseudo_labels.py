@@ -10,6 +10,7 @@ import pytest
 
 from datasets.lists import SampleList
 from datasets.pseudo_labels import pseudo_label_path, read_pseudo_labels, write_pseudo_labels
+from utils.errors import UserError
 
 NAMES = ("./train/a_1.png", "train/my file_2.png", "train/c_3.png", "train/d_4.png")
 LABELS = np.array([2, 0, 1, 2])
@@ -61,7 +62,7 @@ def test_authors_format_in_any_order(tmp_path, samples):
 
 
 def test_missing_file_names_the_command(tmp_path, samples):
-    with pytest.raises(FileNotFoundError, match="python train_step1.py"):
+    with pytest.raises(UserError, match="python train_step1.py"):
         read_pseudo_labels(tmp_path / "none.txt", samples, dataset="own")
 
 

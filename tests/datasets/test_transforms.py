@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from datasets.mesh_faces import augment_faces
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, augment_images, augment_points, prepare_images, prepare_points
-from utils.settings.options import AugmentConfig
 from utils.engine.seed import BatchGenerator, generator_for
+from utils.settings.options import AugmentConfig
 
 NONE = dict(
     image_rotation_degrees=0.0, image_scale=(1.0, 1.0), image_translate=0.0, image_shear_degrees=0.0,

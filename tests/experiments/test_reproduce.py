@@ -33,6 +33,7 @@ from experiments.tables import render
 from losses import build_robust_loss
 from models import MemoryBank
 from utils.engine.run_log import REPOSITORY
+from utils.errors import UserError
 
 PROTOCOL = load_protocol()
 SMOKE = Setup("digits", "small", Path("configs/smoke"), ("GP",), step2=("rdl.warmup_epochs=1",), paper="3D MNIST", samples=(40,))
@@ -571,7 +572,7 @@ def test_a_table_from_end_to_end(tmp_path, small_digits, monkeypatch):
     (["table4", "--dataset", "digits", "--tasks", "RG"], "one letter of R, G"), (["table4", "--dataset", "digits", "--add", "no.yaml"], "no file no.yaml"),
 ])
 def test_wrong_calls(arguments, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         reproduce.main(arguments)
 
 

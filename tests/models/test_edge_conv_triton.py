@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_edge_conv import make_pair, run
 
 from models.kernels import neighbour_ops
 from models.kernels.knn import knn
-from test_edge_conv import make_pair, run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it while it is imported
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 HAS_TRITON = importlib.util.find_spec("triton") is not None

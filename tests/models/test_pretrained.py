@@ -15,6 +15,7 @@ from torch import nn
 from models import pretrained
 from models.kernels.edge_conv import EdgeConv
 from models.pretrained import load_dgcnn_checkpoint, load_imagenet_resnet18, load_matching, load_resnet18_weights
+from utils.errors import UserError
 
 CHANNELS = ((3, 64), (64, 64), (64, 128), (128, 256))
 
@@ -140,7 +141,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
 
 
 def test_absent_file():
-    with pytest.raises(FileNotFoundError, match="nowhere.t7.*none"):
+    with pytest.raises(UserError, match="nowhere.t7.*none"):
         load_dgcnn_checkpoint(dgcnn(64), "nowhere.t7")
 
 
@@ -231,7 +232,7 @@ def test_failed_download_says_what_to_fetch(server, resnet_bytes, monkeypatch, f
         url = f"http://127.0.0.1:1/{server.name}"
         monkeypatch.setattr(pretrained.ResNet18_Weights.IMAGENET1K_V1, "url", url)
     encoder = resnet_encoder()
-    unchanged(encoder, lambda: load_resnet18_weights(encoder, "imagenet"), FileNotFoundError,
+    unchanged(encoder, lambda: load_resnet18_weights(encoder, "imagenet"), UserError,
               rf"Fetch {server.name} from http.* put it at .*pretrained.*{server.name}.*`none`")
     checkpoints = server.home / "hub" / "checkpoints"
     assert not checkpoints.exists() or not list(checkpoints.iterdir())

@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import TRAIN, write_lists
+from stage_runs import assert_same_result, settings
 
 import train_step1
 import train_step2
-from conftest import TRAIN, write_lists
 from datasets import lists, samples
-from stage_runs import assert_same_result, settings
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config
 

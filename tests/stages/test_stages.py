@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from stage_runs import PSEUDO_LABELS, REPOSITORY, assert_same_result, log_lines, only_run, settings, weights
 
 import evaluate
 import train_step1
 import train_step2
-from conftest import write_lists
-from stage_runs import PSEUDO_LABELS, REPOSITORY, assert_same_result, log_lines, only_run, settings, weights
 from utils.engine import session as trainer
-from utils.engine.checkpoint import load_checkpoint
+from utils.errors import UserError
 from utils.evaluation.tables import format_table
 
 
@@ -122,13 +121,13 @@ def test_resume_refuses_other_settings(finished):
 
 
 def test_errors_of_a_stage_name_the_mend(finished, small_digits, tmp_path):
-    with pytest.raises(FileNotFoundError, match="train_step1.py"):
+    with pytest.raises(UserError, match="train_step1.py"):
         train_step2.main(settings(small_digits, tmp_path, 2))
     with pytest.raises(ValueError, match="50.*40"):
         train_step1.main(settings(small_digits, tmp_path, 1, "pla.num_clusters=50"))
     with pytest.raises(ValueError, match="num_clusters"):
         train_step1.main(settings(small_digits, tmp_path, 1, "pla.num_cluster=5"))
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint"):
         evaluate.main(["--run", str(_empty_run(tmp_path))])
 
 
@@ -154,7 +153,7 @@ def test_command_line_prints_one_line_instead_of_a_traceback(tmp_path):
 
 
 def test_non_finite_loss_stops_with_epoch_and_step():
-    with pytest.raises(FloatingPointError, match="step1 epoch 4, step 2"):
+    with pytest.raises(UserError, match="step1 epoch 4, step 2"):
         trainer.run_batches([torch.arange(2)] * 3, lambda index: {"loss/mlm": torch.tensor(float("nan"))},
                             title="step1 epoch 4", log_interval=2)
 

@@ -14,6 +14,7 @@ import torch
 from utils.engine import checkpoint
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text, load_checkpoint, save_checkpoint
 from utils.engine.seed import derive_seed, generator_for, rng_state, seed_everything, set_rng_state
+from utils.errors import UserError
 
 
 def small_state():
@@ -48,7 +49,7 @@ def test_round_trip(tmp_path):
 
 def test_missing_truncated_damaged_foreign(tmp_path):
     path = tmp_path / "last.pt"
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*last.pt"):
+    with pytest.raises(UserError, match="no checkpoint at .*last.pt"):
         load_checkpoint(path)
     save_checkpoint(path, {"w": torch.arange(1000.0)})
     content = path.read_bytes()
@@ -106,6 +107,7 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, call):
 LIMITED_WRITER = """
 import resource, sys, torch
 from utils.engine.checkpoint import atomic_write_text, save_checkpoint
+from utils.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     save_checkpoint(sys.argv[1], {"w": torch.zeros(1_000_000)})

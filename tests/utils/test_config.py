@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
-from utils.settings.config import add_config_arguments, config_hash, load_config, to_dict
 from utils.engine.device import select_device, set_threads
+from utils.errors import UserError
+from utils.settings.config import add_config_arguments, config_hash, load_config, to_dict
 from utils.settings.options import Step1Config, Step2Config, option
 
 PRETRAINED = ["model.pretrained.RGBImg=imagenet", "model.pretrained.PointCloud=none"]
@@ -162,7 +163,7 @@ def test_refused_file(tmp_path, text, message):
 
 
 def test_missing_or_empty_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no configuration file .*gone.yaml"):
+    with pytest.raises(UserError, match="no configuration file .*gone.yaml"):
         load_config(Step1Config, str(tmp_path / "gone.yaml"))
     assert step1(path=write(tmp_path, "# nothing\noptim:\n")) == step1()
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from stage_runs import only_run, settings, weights
 from torch import nn
 
 import train_step1
 import train_step2
 from models.kernels.edge_conv import EdgeConv
 from models.sync_batchnorm import SyncBatchNorm, synchronise
-from stage_runs import only_run, settings, weights
 from utils.engine import distributed
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 WORLD = 2
 
 

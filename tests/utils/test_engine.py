@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from stage_runs import assert_same_result, log_lines, only_run, settings
 
 import train_step1
 import train_step2
 from datasets.batches import BatchSource
 from datasets.samples import embed_samples, load_training_samples
-from stage_runs import assert_same_result, log_lines, only_run, settings
-from utils.settings.config import load_config
 from utils.engine.learner import plan_epoch
+from utils.settings.config import load_config
 from utils.settings.options import Step1Config
 
 CPU = torch.device("cpu")

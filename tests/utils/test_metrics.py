@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from utils.evaluation import metrics
 from utils.evaluation.metrics import chance_map, mean_average_precision, ndcg_at_k, recall_at_k, retrieval_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def random_sets(seed=0, queries=37, items=53, dim=8, classes=4, dtype=torch.float64):

@@ -8,6 +8,7 @@ import torch
 
 from utils.engine import run_log
 from utils.engine.run_log import RunLog, check_same_config
+from utils.errors import UserError
 
 CONFIG = {"optim": {"epochs": 2, "learning_rate": 1e-4}, "run": {"seed": 3, "output": "runs"}, "data": {"lists": {}}}
 
@@ -38,9 +39,9 @@ def test_without_git(tmp_path, monkeypatch):
 
 
 def test_open_refuses_what_is_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         RunLog.open(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="has no config.yaml"):
+    with pytest.raises(UserError, match="has no config.yaml"):
         RunLog.open(tmp_path)
 
 

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from utils.errors import UserError
+
 FORMAT_VERSION = 1
 _UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError)
 _PLAIN_TYPES = (type(None), bool, int, float, str, bytes)
@@ -82,7 +84,7 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
 
     Raises:
         OSError: as `atomic_write_text`.
-        ValueError: if the value holds NaN or infinity, which JSON does not know.
+        UserError: if the value holds NaN or infinity, which JSON does not know.
     """
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
@@ -100,7 +102,7 @@ def _check_plain(value: Any, where: str) -> None:
             _check_plain(entry, f"{where}[{index}]")
     else:
         kind = f"{type(value).__module__}.{type(value).__name__}"
-        raise ValueError(f"{where} is a {kind}; a checkpoint holds only tensors, numbers, strings, dicts, lists and tuples")
+        raise UserError(f"{where} is a {kind}; a checkpoint holds only tensors, numbers, strings, dicts, lists and tuples")
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -110,7 +112,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         path: target file, e.g. RUN/last.pt.
         state: string keys; tensors and plain containers, so that it loads with weights_only=True.
     Raises:
-        ValueError: if an entry is neither a tensor nor plain (NumPy scalars included), naming it.
+        UserError: if an entry is neither a tensor nor plain (NumPy scalars included), naming it.
         OSError: if it cannot be written, with the free space; the previous checkpoint stays intact.
     """
     _check_plain(state, "state")
@@ -126,24 +128,24 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     Returns:
         The saved state.
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, damaged, no checkpoint of this project, or of another format version.
+        UserError: if there is no such file.
+        UserError: if it is truncated, damaged, no checkpoint of this project, or of another format version.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: give the .pt file inside a run folder of a training script")
+        raise UserError(f"no checkpoint at {path}: give the .pt file inside a run folder of a training script")
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
             damaged = archive.testzip()
         if damaged is not None:
-            raise ValueError(f"checksum of {damaged} does not match")
+            raise UserError(f"checksum of {damaged} does not match")
         content = torch.load(path, map_location=map_location, weights_only=True)
     except _UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) is damaged or not a checkpoint: {reason}") from error
+        raise UserError(f"{path} ({path.stat().st_size} bytes) is damaged or not a checkpoint: {reason}") from error
     if not isinstance(content, dict) or set(content) != {"format_version", "state"}:
-        raise ValueError(f"{path} is not a checkpoint of this project: expected the keys format_version and state")
+        raise UserError(f"{path} is not a checkpoint of this project: expected the keys format_version and state")
     if content["format_version"] != FORMAT_VERSION:
         found = content["format_version"]
-        raise ValueError(f"{path} has checkpoint format {found!r}, this code reads {FORMAT_VERSION}: use the matching version")
+        raise UserError(f"{path} has checkpoint format {found!r}, this code reads {FORMAT_VERSION}: use the matching version")
     return content["state"]

@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from utils.errors import UserError
+
 
 def select_device(name: str = "auto") -> torch.device:
     """Turn a setting into a device that exists.
@@ -14,7 +16,7 @@ def select_device(name: str = "auto") -> torch.device:
     Returns:
         The device; plain "cuda" becomes "cuda:0".
     Raises:
-        ValueError: if the name is none of these, or asks for a CUDA device that torch does not see.
+        UserError: if the name is none of these, or asks for a CUDA device that torch does not see.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,10 +26,10 @@ def select_device(name: str = "auto") -> torch.device:
         return torch.device("cpu")
     kind, _, index = name.partition(":")
     if kind != "cuda" or (name != "cuda" and not index.isdecimal()):
-        raise ValueError(f"run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise UserError(f"run.device must be auto, cpu, cuda or cuda:N, got {name!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(index or 0) >= count:
-        raise ValueError(f"run.device is {name!r}, but torch {torch.__version__} sees {count} CUDA devices: use auto or cpu")
+        raise UserError(f"run.device is {name!r}, but torch {torch.__version__} sees {count} CUDA devices: use auto or cpu")
     return torch.device("cuda", int(index or 0))
 
 
@@ -39,10 +41,10 @@ def set_threads(threads: int | None) -> int:
     Returns:
         The number in effect.
     Raises:
-        ValueError: if the number is below 1.
+        UserError: if the number is below 1.
     """
     if threads is not None:
         if threads < 1:
-            raise ValueError(f"run.threads must be at least 1, got {threads}")
+            raise UserError(f"run.threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     return torch.get_num_threads()

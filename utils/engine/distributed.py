@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 TIMEOUT = timedelta(hours=2)  # the others wait while the main process clusters
 
 

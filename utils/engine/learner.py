@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.engine import distributed
 from utils.engine.seed import BatchGenerator, derive_seed, generator_for
 from utils.engine.session import learning_rate, run_batches
+from utils.errors import UserError
 
 
 class Source(Protocol):
@@ -38,7 +39,7 @@ class StageLearner:
         encoders: modality -> encoder; classifiers: modality -> classifier. Both are moved to the device.
         device: where training runs.
     Raises:
-        ValueError: if the batch cannot be shared evenly among the processes.
+        UserError: if the batch cannot be shared evenly among the processes.
     """
 
     parts: tuple[str, ...] = ("encoders", "classifiers", "optimizer")
@@ -50,7 +51,7 @@ class StageLearner:
         self.stage, self.config, self.source, self.device = stage, config, source, device
         self.batch_size = min(config.optim.batch_size, *source.counts)  # no sample twice in a batch
         if self.batch_size % distributed.world():
-            raise ValueError(f"a batch of {self.batch_size} cannot be shared evenly among {distributed.world()} processes: change optim.batch_size")
+            raise UserError(f"a batch of {self.batch_size} cannot be shared evenly among {distributed.world()} processes: change optim.batch_size")
         self.inputs = {name: hashlib.sha256(values.cpu().numpy()).hexdigest() for name, values in inputs.items()}
         self.encoders, self.classifiers = encoders.to(device), classifiers.to(device)
         self.optimizer = torch.optim.Adam(
@@ -117,7 +118,7 @@ class StageLearner:
         """Restore what `state_dict` returned, strictly; ValueError if the run was started on other data."""
         changed = [name for name in self.inputs if state["inputs"].get(name) != self.inputs[name]]
         if changed:
-            raise ValueError(f"cannot resume {self.stage}: {', '.join(changed)} changed since the run was started; start a new run")
+            raise UserError(f"cannot resume {self.stage}: {', '.join(changed)} changed since the run was started; start a new run")
         for part in self.parts:
             getattr(self, part).load_state_dict(state[part])
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from utils.engine import distributed
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
+from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULT_NEUTRAL = ("run.output", "run.figures", "run.log_interval")
@@ -80,7 +81,7 @@ def check_same_config(saved: dict, new: dict, ignore: Iterable[str] = RESULT_NEU
         new: configuration of this call.
         ignore: dotted keys (or sections) that may differ.
     Raises:
-        ValueError: lists every differing key with both values.
+        UserError: lists every differing key with both values.
     """
     old, now = _flatten(saved), _flatten(new)
     ignored = tuple(ignore)
@@ -93,14 +94,14 @@ def check_same_config(saved: dict, new: dict, ignore: Iterable[str] = RESULT_NEU
     if differing:
         values = ((key, old.get(key, "(absent)"), now.get(key, "(absent)")) for key in differing)
         rows = "\n".join(f"  {key}: {before!r} in the run, {after!r} now" for key, before, after in values)
-        raise ValueError(f"cannot resume, settings differ from the run's:\n{rows}\nDrop them, or start a new run.")
+        raise UserError(f"cannot resume, settings differ from the run's:\n{rows}\nDrop them, or start a new run.")
 
 
 def _plain_number(key: str, value: Any) -> Any:
     """Turn tensor and NumPy scalars into Python numbers; refuse NaN and infinity."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"metric {key!r} is {value}: metrics.jsonl holds finite numbers only")
+        raise UserError(f"metric {key!r} is {value}: metrics.jsonl holds finite numbers only")
     return value
 
 
@@ -152,11 +153,11 @@ class RunLog:
         """Open an existing run folder; writes nothing.
 
         Raises:
-            FileNotFoundError: if the folder is missing or holds no config.yaml.
+            UserError: if the folder is missing or holds no config.yaml.
         """
         if not (Path(folder) / "config.yaml").is_file():
             problem = "has no config.yaml" if Path(folder).is_dir() else "does not exist"
-            raise FileNotFoundError(f"run folder {folder} {problem}: give a folder like runs/<dataset>/<stage>/<run-id>")
+            raise UserError(f"run folder {folder} {problem}: give a folder like runs/<dataset>/<stage>/<run-id>")
         return cls(folder)
 
     def config(self) -> dict:
@@ -178,23 +179,23 @@ class RunLog:
             values: must hold the integer `epoch`, larger than that of the last line; numbers (tensor and NumPy
                 scalars too), strings or None.
         Raises:
-            ValueError: if the epoch is missing or does not grow, or a number is not finite.
+            UserError: if the epoch is missing or does not grow, or a number is not finite.
         """
         if not self.writes:
             return
         epochs = self.read_epochs()
         epoch = values.get("epoch")
         if isinstance(epoch, bool) or not isinstance(epoch, int):
-            raise ValueError(f"an epoch's metrics need the integer key 'epoch', got {epoch!r}")
+            raise UserError(f"an epoch's metrics need the integer key 'epoch', got {epoch!r}")
         if epochs and epoch <= epochs[-1]["epoch"]:
-            raise ValueError(f"{self._metrics} already ends with epoch {epochs[-1]['epoch']}, cannot append epoch {epoch}")
+            raise UserError(f"{self._metrics} already ends with epoch {epochs[-1]['epoch']}, cannot append epoch {epoch}")
         self._replace([*epochs, {key: _plain_number(key, value) for key, value in values.items()}])
 
     def read_epochs(self) -> list[dict]:
         """Return the lines of metrics.jsonl; a torn last line (no line end, no valid JSON) is left out.
 
         Raises:
-            ValueError: if any other line is damaged, naming file and row.
+            UserError: if any other line is damaged, naming file and row.
         """
         if not self._metrics.is_file():
             return []
@@ -206,7 +207,7 @@ class RunLog:
             except json.JSONDecodeError as error:
                 if row == len(lines):
                     break
-                raise ValueError(f"{self._metrics}, row {row}: not a JSON object: {line[:80]!r}") from error
+                raise UserError(f"{self._metrics}, row {row}: not a JSON object: {line[:80]!r}") from error
         return epochs
 
     def truncate_after(self, epoch: int) -> None:

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from utils.engine import distributed
 from utils.engine.checkpoint import load_checkpoint, save_checkpoint
-from utils.settings.config import add_config_arguments, load_config, to_dict
 from utils.engine.device import select_device, set_threads
 from utils.engine.run_log import RunLog, check_same_config
 from utils.engine.seed import rng_state, seed_everything, set_deterministic, set_rng_state
+from utils.errors import UserError
+from utils.settings.config import add_config_arguments, load_config, to_dict
 
 LAST = "last.pt"
 
@@ -69,7 +70,7 @@ def open_session(config_class: type, stage: str, arguments: argparse.Namespace, 
     config = load_config(config_class, path, arguments.overrides)
     device = select_device(config.run.device)
     if not (arguments.config or run) and device.type == "cpu" and config.run.device == "auto":
-        raise ValueError(_cpu_advice(stage, default_config))
+        raise UserError(_cpu_advice(stage, default_config))
     if run:
         check_same_config(run.config(), to_dict(config))
     set_threads(config.run.threads)
@@ -153,7 +154,7 @@ def run_batches(
     Returns:
         Mean of every scalar over the steps.
     Raises:
-        ValueError: if there is no batch. FloatingPointError: if a component is not finite.
+        UserError: if there is no batch. UserError: if a component is not finite.
     """
     totals: dict[str, Tensor] = {}
     count = 0
@@ -165,14 +166,14 @@ def run_batches(
             if count % log_interval == 0:
                 progress.set_postfix({key: f"{value:.4f}" for key, value in _means(totals, count, title).items()})
     if count == 0:
-        raise ValueError(f"{title}: no batch to train on; lower optim.batch_size or add samples")
+        raise UserError(f"{title}: no batch to train on; lower optim.batch_size or add samples")
     return _means(totals, count, title)
 
 
 def _means(totals: Mapping[str, Tensor], count: int, title: str) -> dict[str, float]:
     means = {key: float(value) / count for key, value in totals.items()}
     if not all(math.isfinite(value) for value in means.values()):
-        raise FloatingPointError(
+        raise UserError(
             f"{title}, step {count}: a loss is not finite, means so far {means}; the last checkpoint is from the epoch "
             "before. Lower optim.learning_rate or check the data"
         )
@@ -190,7 +191,7 @@ def run_command(main: Callable[[], None]) -> int:
     """Run a script's main function; turn the errors that a user can mend into one message instead of a traceback."""
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except UserError as error:
         who = "" if distributed.is_main() else f" (process {distributed.rank()})"
         print(f"error{who}: {error}", file=sys.stderr)
         return 2

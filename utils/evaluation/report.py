@@ -7,11 +7,11 @@ import numpy as np
 from torch import Tensor
 
 from utils.engine.checkpoint import atomic_write_json
+from utils.engine.run_log import RunLog
 from utils.evaluation.tables import Evaluator, format_table, scored_tasks
 from utils.figures.plots import plot_curves, plot_retrieval, plot_tsne
-from utils.modalities import MODALITIES, task_name
-from utils.engine.run_log import RunLog
 from utils.figures.thumbnails import thumbnail
+from utils.modalities import MODALITIES, task_name
 
 PANEL_QUERIES, PANEL_RANKS = 8, 5
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
+from utils.errors import UserError
 from utils.settings.options import nearest
 
 T = TypeVar("T")
@@ -52,15 +53,15 @@ class _Sources:
 
 def _read_yaml(path: str) -> dict:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no configuration file {path}: give an existing YAML file, see the folder configs/")
+        raise UserError(f"no configuration file {path}: give an existing YAML file, see the folder configs/")
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold sections (data:, model:, ...), found a {type(tree).__name__}")
+        raise UserError(f"{path} must hold sections (data:, model:, ...), found a {type(tree).__name__}")
     return tree
 
 
@@ -69,11 +70,11 @@ def _apply_override(tree: dict, text: str, sources: _Sources) -> None:
     key, separator, value = text.partition("=")
     key = key.strip()
     if not separator or not all(key.split(".")):
-        raise ValueError(f"--set expects section.key=value, got {text!r}")
+        raise UserError(f"--set expects section.key=value, got {text!r}")
     try:
         parsed = yaml.load(value, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set {text}: the value is not valid YAML: {error}") from error
+        raise UserError(f"--set {text}: the value is not valid YAML: {error}") from error
     *parents, last = key.split(".")
     for parent in parents:
         if not isinstance(tree.get(parent), dict):  # absent, or replaced by a wrong value that the check will name
@@ -85,7 +86,7 @@ def _apply_override(tree: dict, text: str, sources: _Sources) -> None:
 
 
 def _fail(key: str, sources: _Sources, problem: str, doc: str = "") -> typing.NoReturn:
-    raise ValueError(f"{sources.of(key)}: {key}: {problem}" + (f" ({doc})" if doc else ""))
+    raise UserError(f"{sources.of(key)}: {key}: {problem}" + (f" ({doc})" if doc else ""))
 
 
 def _describe(hint: Any) -> str:
@@ -161,7 +162,7 @@ def _build(cls: type[T], tree: Any, prefix: str, sources: _Sources) -> T:
         return cls(**values)
     except ValueError as error:  # the dataclass's own checks name their keys
         given = " ".join(f"--set {text}" for text in sources.overrides.values())
-        raise ValueError(f"{' with '.join(filter(None, [sources.path, given])) or 'defaults'}: {error}") from error
+        raise UserError(f"{' with '.join(filter(None, [sources.path, given])) or 'defaults'}: {error}") from error
 
 
 def load_config(cls: type[T], path: str | None, overrides: Sequence[str] = ()) -> T:
@@ -174,8 +175,8 @@ def load_config(cls: type[T], path: str | None, overrides: Sequence[str] = ()) -
     Returns:
         A frozen, fully checked instance of `cls`.
     Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: on invalid YAML, an unknown key (with the nearest valid one), a wrong type, a value out of
+        UserError: if the file is missing.
+        UserError: on invalid YAML, an unknown key (with the nearest valid one), a wrong type, a value out of
             range, or settings that contradict each other; names the file or the --set argument and the key.
     """
     sources = _Sources(None if path is None else str(path))

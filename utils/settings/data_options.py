@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from utils.errors import UserError
 from utils.modalities import MODALITIES
 
 
@@ -34,12 +35,12 @@ def check_modalities(key: str, names: Iterable[str]) -> None:
     for name in names:
         if name not in MODALITIES:
             known = ", ".join(MODALITIES)
-            raise ValueError(f"{key}: unknown modality {name!r}{nearest(name, MODALITIES)} (known: {known})")
+            raise UserError(f"{key}: unknown modality {name!r}{nearest(name, MODALITIES)} (known: {known})")
 
 
 def _check_ordered(key: str, bounds: tuple[float, float]) -> None:
     if bounds[0] > bounds[1]:
-        raise ValueError(f"{key} must be [low, high] with low <= high, got {list(bounds)}")
+        raise UserError(f"{key} must be [low, high] with low <= high, got {list(bounds)}")
 
 
 @dataclass(frozen=True)
@@ -98,21 +99,21 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.dataset):
-            raise ValueError(f"data.dataset names files and folders: letters, digits, '_', '-', '.' only, got {self.dataset!r}")
+            raise UserError(f"data.dataset names files and folders: letters, digits, '_', '-', '.' only, got {self.dataset!r}")
         for key in ("modalities", "train_lists", "test_lists"):
             check_modalities(f"data.{key}", getattr(self, key))
         if len(self.modalities) < 2 or len(set(self.modalities)) != len(self.modalities):
-            raise ValueError(f"data.modalities needs at least two different modalities, got {list(self.modalities)}")
+            raise UserError(f"data.modalities needs at least two different modalities, got {list(self.modalities)}")
         if self.pairing == "none" and self.positives != "views":
-            raise ValueError(
+            raise UserError(
                 "data.pairing: none leaves the modality-invariance loss without positives across modalities; say what replaces "
                 "them with data.positives: views (two random views of one sample)"
             )
         if self.image_resize < self.image_size:
-            raise ValueError(f"data.image_resize ({self.image_resize}) must be at least data.image_size ({self.image_size})")
+            raise UserError(f"data.image_resize ({self.image_resize}) must be at least data.image_size ({self.image_size})")
         try:
             groups = re.compile(self.instance_id).groups
         except re.error as error:
-            raise ValueError(f"data.instance_id is not a regular expression: {self.instance_id!r} ({error})") from error
+            raise UserError(f"data.instance_id is not a regular expression: {self.instance_id!r} ({error})") from error
         if groups != 1:
-            raise ValueError(f"data.instance_id needs exactly one group, got {groups} in {self.instance_id!r}")
+            raise UserError(f"data.instance_id needs exactly one group, got {groups} in {self.instance_id!r}")

@@ -4,8 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.settings.data_options import AugmentConfig, DataConfig, check_modalities, nearest, option
+from utils.errors import UserError
 from utils.modalities import MODALITIES
+from utils.settings.data_options import AugmentConfig, DataConfig, check_modalities, nearest, option
 
 ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")  # as in losses/robust.py, which stands by itself
 
@@ -31,9 +32,9 @@ class ModelConfig:
         check_modalities("model.pretrained", self.pretrained)
         for name, source in self.pretrained.items():
             if not source:
-                raise ValueError(f"model.pretrained.{name} is empty: give imagenet, none, or the path of a weight file")
+                raise UserError(f"model.pretrained.{name} is empty: give imagenet, none, or the path of a weight file")
             if source == "imagenet" and MODALITIES[name].kind != "image":
-                raise ValueError(f"model.pretrained.{name}: imagenet is for images only; give none or the path of a weight file")
+                raise UserError(f"model.pretrained.{name}: imagenet is for images only; give none or the path of a weight file")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class RDLConfig:
     def __post_init__(self) -> None:
         if ":" not in self.loss and self.loss not in ROBUST_LOSSES:
             known, hint = ", ".join(ROBUST_LOSSES), nearest(self.loss, ROBUST_LOSSES)
-            raise ValueError(f"rdl.loss must be one of {known}, or module:Class, found {self.loss!r}{hint}")
+            raise UserError(f"rdl.loss must be one of {known}, or module:Class, found {self.loss!r}{hint}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _check_pretrained(data: DataConfig, model: ModelConfig) -> None:
     """No modality starts from random weights unless the configuration says so."""
     missing = [name for name in data.modalities if name not in model.pretrained]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"model.pretrained says nothing about {', '.join(missing)}: give imagenet (images only), "
             f"none (random start) or the path of a weight file, e.g. --set model.pretrained.{missing[0]}=none"
         )
@@ -116,7 +117,7 @@ def _check_pretrained(data: DataConfig, model: ModelConfig) -> None:
 
 def _check_neighbors(data: DataConfig, model: ModelConfig) -> None:
     if "PointCloud" in data.modalities and model.num_neighbors > data.num_points:
-        raise ValueError(f"model.num_neighbors ({model.num_neighbors}) must not exceed data.num_points ({data.num_points})")
+        raise UserError(f"model.num_neighbors ({model.num_neighbors}) must not exceed data.num_points ({data.num_points})")
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ class Step1Config:
         _check_neighbors(self.data, self.model)
         unknown = [name for name in self.pla.banks or () if name not in self.data.modalities]
         if unknown:
-            raise ValueError(f"pla.banks names {', '.join(unknown)}, but data.modalities is {list(self.data.modalities)}")
+            raise UserError(f"pla.banks names {', '.join(unknown)}, but data.modalities is {list(self.data.modalities)}")
         if self.pla.warmup_epochs >= self.optim.epochs:  # without an epoch after it, g would never leave its random start
-            raise ValueError(f"pla.warmup_epochs ({self.pla.warmup_epochs}) must be below optim.epochs ({self.optim.epochs})")
+            raise UserError(f"pla.warmup_epochs ({self.pla.warmup_epochs}) must be below optim.epochs ({self.optim.epochs})")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 from datasets.lists import SampleList, default_list_path, read_labelled_list
 from datasets.prepare.writer import FOLDERS, MANIFEST, SPLITS
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
+from utils.errors import MissingFileError, UserError
 
 DATASET = "mnist3d"
 
@@ -20,15 +21,15 @@ def join_authors_lists(folder: str | Path, root: str | Path) -> list[str]:
     Returns:
         One line per split and modality on the rows that were mispaired.
     Raises:
-        FileNotFoundError, ValueError: on missing lists or files, different ids or labels among the modalities, or a `root`
+        UserError: on missing lists or files, different ids or labels among the modalities, or a `root`
             that holds the lists to be read.
     """
     source, root = _list_folder(Path(folder)), Path(root)
     if root.resolve() == source.resolve():
-        raise ValueError(f"--root {root} holds the authors' own lists, which would be overwritten; choose another --root")
+        raise UserError(f"--root {root} holds the authors' own lists, which would be overwritten; choose another --root")
     modalities = [name for name in FOLDERS if default_list_path(source, DATASET, name, "train").is_file()]
     if "PointCloud" not in modalities or len(modalities) < 2:
-        raise FileNotFoundError(f"{source}: expected the training lists of the point clouds and of images, found {modalities}")
+        raise UserError(f"{source}: expected the training lists of the point clouds and of images, found {modalities}")
     joined, report = {}, []
     for split in SPLITS:
         read = {name: _read(source, name, split) for name in modalities}
@@ -48,7 +49,7 @@ def _list_folder(folder: Path) -> Path:
     for candidate in (folder, folder / "dataset"):
         if default_list_path(candidate, DATASET, "PointCloud", "train").is_file():
             return candidate
-    raise FileNotFoundError(f"{folder}: expected the authors' lists, e.g. {default_list_path(folder, DATASET, 'PointCloud', 'train').name}")
+    raise UserError(f"{folder}: expected the authors' lists, e.g. {default_list_path(folder, DATASET, 'PointCloud', 'train').name}")
 
 
 def _read(source: Path, name: str, split: str) -> tuple[SampleList, np.ndarray]:
@@ -56,7 +57,7 @@ def _read(source: Path, name: str, split: str) -> tuple[SampleList, np.ndarray]:
     path = default_list_path(source, DATASET, name, split)
     try:
         return read_labelled_list(path, modality=name, root=source.resolve().parent, num_classes=10)
-    except FileNotFoundError:
+    except MissingFileError:
         return read_labelled_list(path, modality=name, root=source, num_classes=10)
 
 
@@ -70,10 +71,10 @@ def _join(read: dict[str, tuple[SampleList, np.ndarray]], split: str) -> dict[st
     for name in others:
         odd = sorted(set(tables[first]) ^ set(tables[name]))
         if odd:
-            raise ValueError(f"{split}: {first} and {name} lists do not hold the same objects; ids in only one: {odd[:5]}")
+            raise UserError(f"{split}: {first} and {name} lists do not hold the same objects; ids in only one: {odd[:5]}")
         odd = [i for i in tables[first] if tables[first][i][1] != tables[name][i][1]]
         if odd:
-            raise ValueError(f"{split}: {first} and {name} lists give object {odd[0]} different labels")
+            raise UserError(f"{split}: {first} and {name} lists give object {odd[0]} different labels")
     order = sorted(tables[first], key=int)
     return {name: "".join(f"{table[i][0].resolve()} {table[i][1]}\n" for i in order) for name, table in tables.items()}
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from datasets.prepare.shapes.digit_cloud import DIGIT_SIZE, FRAME_SIZE, digit_to_point_cloud
 from datasets.prepare.writer import DigitSplit
+from utils.errors import UserError
 
 SPLIT_SIZES = {"train": 5000, "test": 1000}
 IDX_STEMS = {"train": "train", "test": "t10k"}
@@ -28,21 +29,21 @@ def read_idx(path: Path) -> np.ndarray:
     Returns:
         uint8 array of the shape in the header.
     Raises:
-        ValueError: on a wrong magic number, a truncated or too long file, or broken compression.
+        UserError: on a wrong magic number, a truncated or too long file, or broken compression.
     """
     data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: truncated or corrupt gzip file ({error}); fetch it again") from error
+            raise UserError(f"{path}: truncated or corrupt gzip file ({error}); fetch it again") from error
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or not 1 <= data[3] <= 4 or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"{path}: expected an idx file of bytes (magic 00 00 08 0n), found first bytes {data[:4].hex(' ')!r}")
+        raise UserError(f"{path}: expected an idx file of bytes (magic 00 00 08 0n), found first bytes {data[:4].hex(' ')!r}")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", count=data[3], offset=4))
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     expected = int(np.prod(shape, dtype=np.int64))
     if len(body) != expected:
-        raise ValueError(f"{path}: header promises {shape} = {expected} bytes, found {len(body)}; the file is damaged, fetch it again")
+        raise UserError(f"{path}: header promises {shape} = {expected} bytes, found {len(body)}; the file is damaged, fetch it again")
     return body.reshape(shape)
 
 
@@ -50,7 +51,7 @@ def _find_idx(folder: Path, name: str) -> Path:
     for candidate in (folder / name, folder / f"{name}.gz"):
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(
+    raise UserError(
         f"{folder / name}[.gz] not found: expected the four MNIST files train-images-idx3-ubyte, train-labels-idx1-ubyte, "
         f"t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte (.gz or unpacked) in {folder}"
     )
@@ -65,7 +66,7 @@ def read_mnist(folder: str | Path, sizes: dict[str, int] | None = None) -> dict[
     Returns:
         "train" and "test".
     Raises:
-        FileNotFoundError, ValueError: on a missing or damaged file, or when images and labels do not match.
+        UserError: on a missing or damaged file, or when images and labels do not match.
     """
     splits = {}
     for name, size in (sizes or SPLIT_SIZES).items():
@@ -73,9 +74,9 @@ def read_mnist(folder: str | Path, sizes: dict[str, int] | None = None) -> dict[
         labels_path = _find_idx(Path(folder), f"{IDX_STEMS[name]}-labels-idx1-ubyte")
         images, labels = read_idx(images_path), read_idx(labels_path)
         if images.shape[1:] != (DIGIT_SIZE, DIGIT_SIZE) or len(images) == 0:
-            raise ValueError(f"{images_path}: expected images of 28x28, found shape {images.shape}")
+            raise UserError(f"{images_path}: expected images of 28x28, found shape {images.shape}")
         if labels.shape != images.shape[:1] or labels.max() > 9:
-            raise ValueError(
+            raise UserError(
                 f"{labels_path}: expected {len(images)} labels in 0..9, found shape {labels.shape} and maximum {labels.max()}"
             )
         splits[name] = DigitSplit(images[:size], labels[:size].astype(np.int64), np.arange(min(size, len(images))))
@@ -94,7 +95,7 @@ def download_mnist(folder: str | Path) -> Path:
         for train in (True, False):
             torchvision.datasets.MNIST(str(folder), train=train, download=True)
     except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(
+        raise UserError(
             f"MNIST could not be downloaded ({error}). Fetch train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
             "t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz by hand, put them into one folder and run "
             "python -m datasets.prepare_mnist3d --mnist FOLDER"
@@ -109,30 +110,30 @@ def read_kaggle(folder: str | Path) -> dict[str, DigitSplit]:
     are compared with it.
 
     Raises:
-        FileNotFoundError, ValueError: on a missing or unreadable file, or content that is not 3D MNIST.
+        UserError: on a missing or unreadable file, or content that is not 3D MNIST.
         ImportError: without h5py.
     """
     try:
         import h5py
     except ImportError as error:
-        raise ImportError("--kaggle needs h5py: pip install h5py") from error
+        raise UserError("--kaggle needs h5py: pip install h5py") from error
     splits = {}
     for name, file_name in KAGGLE_FILES.items():
         path = Path(folder) / file_name
         if not path.is_file():
-            raise FileNotFoundError(f"{path} not found: expected {' and '.join(KAGGLE_FILES.values())} of the 3D MNIST archive")
+            raise UserError(f"{path} not found: expected {' and '.join(KAGGLE_FILES.values())} of the 3D MNIST archive")
         try:
             with h5py.File(path, "r") as archive:
                 splits[name] = _read_groups(archive, path)
         except (OSError, KeyError) as error:
-            raise ValueError(f"{path}: not a readable 3D MNIST file ({error}); fetch it again") from error
+            raise UserError(f"{path}: not a readable 3D MNIST file ({error}); fetch it again") from error
     return splits
 
 
 def _read_groups(archive, path: Path) -> DigitSplit:
     odd = [key for key in archive if not key.isdigit()]
     if odd or not len(archive):
-        raise ValueError(f"{path}: expected one group per digit named by its number, found {odd[:3] or 'no group'}")
+        raise UserError(f"{path}: expected one group per digit named by its number, found {odd[:3] or 'no group'}")
     images, labels, ids = [], [], sorted(int(key) for key in archive)  # the file itself sorts them as strings
     for number, key in enumerate(ids):
         group = archive[str(key)]
@@ -140,26 +141,26 @@ def _read_groups(archive, path: Path) -> DigitSplit:
         images.append(_bytes_of(group["img"][()], where))
         labels.append(int(group.attrs["label"]))
         if not 0 <= labels[-1] <= 9:
-            raise ValueError(f"{where}: expected a label in 0..9, found {labels[-1]}")
+            raise UserError(f"{where}: expected a label in 0..9, found {labels[-1]}")
         points, _ = digit_to_point_cloud(images[-1])
         stored = group["points"]
         if stored.shape != points.shape:
-            raise ValueError(f"{where}: the recipe gives points of shape {points.shape}, the file holds {stored.shape}")
+            raise UserError(f"{where}: the recipe gives points of shape {points.shape}, the file holds {stored.shape}")
         if number < CHECKED_CLOUDS and not np.allclose(stored[()], points, atol=1e-6):
-            raise ValueError(f"{where}: the stored points differ from the recipe by up to {np.abs(stored[()] - points).max():.3g}")
+            raise UserError(f"{where}: the stored points differ from the recipe by up to {np.abs(stored[()] - points).max():.3g}")
     return DigitSplit(np.stack(images), np.array(labels, dtype=np.int64), np.array(ids, dtype=np.int64))
 
 
 def _bytes_of(image: np.ndarray, where: str) -> np.ndarray:
     """Return the (28, 28) uint8 digit of a stored (30, 30) image whose values are bytes / 256."""
     if image.shape != (FRAME_SIZE, FRAME_SIZE):
-        raise ValueError(f"{where}: expected img of shape (30, 30), found {image.shape}")
+        raise UserError(f"{where}: expected img of shape (30, 30), found {image.shape}")
     values = np.asarray(image, dtype=np.float64) * 256
     whole = np.rint(values)
     if not np.isfinite(values).all() or np.abs(values - whole).max() > 1e-3 or whole.min() < 0 or whole.max() > 255:
-        raise ValueError(f"{where}: expected img values k/256 with k in 0..255, found {image.min()} to {image.max()}")
+        raise UserError(f"{where}: expected img values k/256 with k in 0..255, found {image.min()} to {image.max()}")
     if whole.sum() != whole[1:-1, 1:-1].sum():
-        raise ValueError(f"{where}: expected a one-pixel border of zeros around the digit")
+        raise UserError(f"{where}: expected a one-pixel border of zeros around the digit")
     return whole[1:-1, 1:-1].astype(np.uint8)
 
 
@@ -169,7 +170,7 @@ def check_class_counts(splits: dict[str, DigitSplit]) -> None:
     A split of another size is a subset or a set of the user's own: that is a warning only.
 
     Raises:
-        ValueError: on the official size with other class counts.
+        UserError: on the official size with other class counts.
     """
     for name, split in splits.items():
         found = tuple(np.bincount(split.labels, minlength=10).tolist())
@@ -179,4 +180,4 @@ def check_class_counts(splits: dict[str, DigitSplit]) -> None:
                 "comparable with published ones", stacklevel=2,
             )
         elif found != CLASS_COUNTS[name]:
-            raise ValueError(f"{name}: 3D MNIST has class counts {CLASS_COUNTS[name]}, found {found}: these are other digits")
+            raise UserError(f"{name}: 3D MNIST has class counts {CLASS_COUNTS[name]}, found {found}: these are other digits")

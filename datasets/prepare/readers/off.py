@@ -7,6 +7,8 @@ import re
 
 import numpy as np
 
+from utils.errors import UserError
+
 WELD_TOLERANCE = 1e-6  # of the longest side of the bounding box
 SMALLEST_EXTENT = 1e-100  # its square must be a number, and so must that of its inverse
 
@@ -105,7 +107,7 @@ def _vertices(lines: list[str]) -> np.ndarray:
     table = [line.split() for line in lines]
     short = next((row for row in table if len(row) < 3), None)
     if short is not None:
-        raise ValueError(f"expected three coordinates, found {' '.join(short)!r}")
+        raise UserError(f"expected three coordinates, found {' '.join(short)!r}")
     return np.array([row[:3] for row in table], dtype=np.float64)
 
 
@@ -115,8 +117,8 @@ def _triangles(lines: list[str]) -> np.ndarray:
         size, *indices = line.split()
         corners = [int(index) for index in indices[: int(size)]]
         if int(size) < 1 or len(corners) != int(size):
-            raise ValueError(f"expected `k i1 ... ik`, found {line[:40]!r}")
+            raise UserError(f"expected `k i1 ... ik`, found {line[:40]!r}")
         triangles += [(corners[0], second, third) for second, third in zip(corners[1:], corners[2:], strict=False)]
     if not triangles:
-        raise ValueError("no face has three corners")  # faces of one or two corners have no area and are passed over
+        raise UserError("no face has three corners")  # faces of one or two corners have no area and are passed over
     return np.array(triangles, dtype=np.int64)

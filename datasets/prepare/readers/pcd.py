@@ -13,6 +13,7 @@ import numpy as np
 
 from datasets.prepare.modelnet import MODELNET10, Shape, Source
 from datasets.prepare.readers.off import MeshError
+from utils.errors import UserError
 
 KEYS = ("VERSION", "FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "VIEWPOINT", "POINTS", "DATA")
 SIZES = {"F": (4, 8), "I": (1, 2, 4, 8), "U": (1, 2, 4, 8)}
@@ -70,22 +71,22 @@ def read_pcd_folder(folder: str | Path, up: str) -> Source:
         folder: holds the classes.
         up: "y" or "z", the vertical axis of the clouds.
     Raises:
-        FileNotFoundError, ValueError: when there is no cloud, one in another place, or two data sets.
+        UserError: when there is no cloud, one in another place, or two data sets.
     """
     folder = Path(folder)
     found = [path for pattern in ("*/*/*.pcd", "*/*/*/*.pcd") for path in folder.glob(pattern) if not path.name.startswith(".")]
     if not found:
-        raise FileNotFoundError(f"{folder}: expected CLASS/train/CLASS_0001.pcd ... (or ModelNet10/CLASS/...), found none")
+        raise UserError(f"{folder}: expected CLASS/train/CLASS_0001.pcd ... (or ModelNet10/CLASS/...), found none")
     shapes, tops, digest = [], set(), hashlib.sha256(f"up {up}\n".encode())
     for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in found):
         match = _PLACE.fullmatch(name)
         if match is None:
-            raise ValueError(f"{path}: expected CLASS/train/CLASS_0001.pcd or CLASS/test/... below {folder}; move it away")
+            raise UserError(f"{path}: expected CLASS/train/CLASS_0001.pcd or CLASS/test/... below {folder}; move it away")
         tops.add(match[1])
         shapes.append(Shape(match[4], match[3], member=str(path)))
         digest.update(f"{match[3]} {match[4]} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     if len(tops) > 1:
-        raise ValueError(f"{folder}: expected one data set, found {' and '.join(sorted(str(top or 'classes') for top in tops))}")
+        raise UserError(f"{folder}: expected one data set, found {' and '.join(sorted(str(top or 'classes') for top in tops))}")
     small = {shape.object_class for shape in shapes} <= set(MODELNET10)
     return Source((tops.pop() or ("ModelNet10" if small else "ModelNet40")).lower(), tuple(shapes), digest.hexdigest())
 
@@ -116,18 +117,18 @@ def _layout(lines: dict[str, list[str]], body: int) -> _Header:
     counts = [int(count) for count in lines.get("COUNT", ["1"] * len(fields))]  # PCL too takes 1 without COUNT
     if not len(fields) == len(types) == len(sizes) == len(counts) or min(counts) < 1:
         numbers = f"{len(fields)} FIELDS, {len(types)} TYPE, {len(sizes)} SIZE, {len(counts)} COUNT"
-        raise ValueError(f"expected as many of each and counts >= 1, found {numbers}, least count {min(counts)}")
+        raise UserError(f"expected as many of each and counts >= 1, found {numbers}, least count {min(counts)}")
     if any(size not in SIZES.get(kind, ()) for kind, size in zip(types, sizes, strict=True)):
-        raise ValueError(f"unknown combination of TYPE {' '.join(types)} and SIZE {' '.join(map(str, sizes))}")
+        raise UserError(f"unknown combination of TYPE {' '.join(types)} and SIZE {' '.join(map(str, sizes))}")
     grid = int(lines["WIDTH"][0]) * int(lines["HEIGHT"][0]) if "WIDTH" in lines and "HEIGHT" in lines else None
     points = int(lines["POINTS"][0]) if "POINTS" in lines else grid
     sides = [int(lines[key][0]) for key in ("WIDTH", "HEIGHT") if key in lines]
     if points is None or min([points, *sides]) < 1 or grid not in (None, points):
-        raise ValueError(f"expected POINTS >= 1 and equal to WIDTH x HEIGHT, found {points} and {grid}")
+        raise UserError(f"expected POINTS >= 1 and equal to WIDTH x HEIGHT, found {points} and {grid}")
     if lines["DATA"][0] not in ENCODINGS:
-        raise ValueError(f"expected DATA {', '.join(ENCODINGS)}, found {lines['DATA'][0]!r}")
+        raise UserError(f"expected DATA {', '.join(ENCODINGS)}, found {lines['DATA'][0]!r}")
     if any(fields.count(axis) != 1 or counts[fields.index(axis)] != 1 for axis in "xyz"):
-        raise ValueError(f"expected one x, y and z each among FIELDS {' '.join(fields)}")
+        raise UserError(f"expected one x, y and z each among FIELDS {' '.join(fields)}")
     places = [fields.index(axis) for axis in "xyz"]
     ends = np.cumsum([0, *(size * count for size, count in zip(sizes, counts, strict=True))]).tolist()
     columns = np.cumsum([0, *counts]).tolist()
@@ -142,7 +143,7 @@ def _ascii(header: _Header, body: bytes) -> np.ndarray:
     _expect(header, len(rows))
     wrong = next((i for i, row in enumerate(rows) if len(row) != header.width), None)
     if wrong is not None:
-        raise ValueError(f"expected {header.width} values a point, point {wrong} has {len(rows[wrong])}")
+        raise UserError(f"expected {header.width} values a point, point {wrong} has {len(rows[wrong])}")
     return _to_cloud([np.array([float(row[column]) for row in rows]) for column in header.columns])
 
 
@@ -163,7 +164,7 @@ def _compressed(header: _Header, body: bytes) -> np.ndarray:
     packed, size = struct.unpack_from("<II", body)
     _expect(header, size / header.stride)
     if len(body) < 8 + packed:
-        raise ValueError(f"expected {packed} packed bytes, found {len(body) - 8}")
+        raise UserError(f"expected {packed} packed bytes, found {len(body) - 8}")
     unpacked = lzf.decompress(body[8 : 8 + packed], size) or b""
     _expect(header, len(unpacked) / header.stride)
     starts = [offset * header.points for offset in header.offsets]
@@ -172,7 +173,7 @@ def _compressed(header: _Header, body: bytes) -> np.ndarray:
 
 def _expect(header: _Header, found: float) -> None:
     if found != header.points:
-        raise ValueError(f"the header promises {header.points} points, {found:.12g} follow")
+        raise UserError(f"the header promises {header.points} points, {found:.12g} follow")
 
 
 def _to_cloud(axes: list[np.ndarray]) -> np.ndarray:

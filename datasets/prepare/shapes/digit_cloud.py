@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from utils.errors import UserError
+
 DIGIT_SIZE = 28
 FRAME_SIZE = 30
 HALF_DEPTH = 3.0  # the digit is extruded from -3 to +3 pixels
@@ -41,7 +43,7 @@ _OFFSETS, _NORMALS, _FACE_NUMBERS = _face_table()
 def _check_digit(image: np.ndarray) -> None:
     shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
     if shape != (DIGIT_SIZE, DIGIT_SIZE) or dtype != np.uint8:
-        raise ValueError(f"a digit must be a (28, 28) uint8 array, found shape {shape} and dtype {dtype} ({type(image).__name__})")
+        raise UserError(f"a digit must be a (28, 28) uint8 array, found shape {shape} and dtype {dtype} ({type(image).__name__})")
 
 
 def gray_image(image: np.ndarray) -> np.ndarray:
@@ -52,7 +54,7 @@ def gray_image(image: np.ndarray) -> np.ndarray:
     Returns:
         (30, 30) uint8.
     Raises:
-        ValueError: on another shape or dtype.
+        UserError: on another shape or dtype.
     """
     _check_digit(image)
     return np.pad(image, (FRAME_SIZE - DIGIT_SIZE) // 2)
@@ -70,12 +72,12 @@ def digit_to_point_cloud(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         points (M, 3) float64 with M = 50 * lit pixels + 150 * exposed sides, zero mean, longest side 1, x = depth,
         y = right, z = up; and unit normals (M, 3) float64 in the same frame.
     Raises:
-        ValueError: on another shape or dtype, or when no pixel is lit.
+        UserError: on another shape or dtype, or when no pixel is lit.
     """
     lit = gray_image(image) > 0
     rows, cols = np.nonzero(lit)  # row-major
     if len(rows) == 0:
-        raise ValueError("the digit has no lit pixel: expected at least one non-zero value in the (28, 28) image, found none")
+        raise UserError("the digit has no lit pixel: expected at least one non-zero value in the (28, 28) image, found none")
     always = np.ones(len(rows), dtype=bool)
     emitted = np.stack(  # (lit, 6): which faces each lit pixel shows; the zero frame guarantees the neighbours
         [always, always, ~lit[rows - 1, cols], ~lit[rows + 1, cols], ~lit[rows, cols - 1], ~lit[rows, cols + 1]], axis=1
@@ -108,10 +110,10 @@ def project_rgb(points: np.ndarray, size: int = FRAME_SIZE) -> np.ndarray:
     Returns:
         (size, size, 3) uint8.
     Raises:
-        ValueError: when points are not a non-empty, finite (M, 3) array.
+        UserError: when points are not a non-empty, finite (M, 3) array.
     """
     if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0 or not np.isfinite(points).all():
-        raise ValueError(f"points must be a non-empty (M, 3) array of finite numbers, found shape {points.shape}")
+        raise UserError(f"points must be a non-empty (M, 3) array of finite numbers, found shape {points.shape}")
     normal = VIEW_NORMAL / np.linalg.norm(VIEW_NORMAL)
     projected = points - np.outer(points @ normal, normal)
     right = np.cross([0.0, 0.0, 1.0], normal)  # viewer at +normal, z up
@@ -136,7 +138,7 @@ def colourise(image: np.ndarray) -> np.ndarray:
     Returns:
         (30, 30, 3) uint8.
     Raises:
-        ValueError: on another shape or dtype.
+        UserError: on another shape or dtype.
     """
     ink = gray_image(image)[..., None] / 255.0  # (30, 30, 1)
     colour = copper(np.linspace(0.0, 1.0, FRAME_SIZE))[None]  # (1, 30, 3)

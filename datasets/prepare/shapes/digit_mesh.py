@@ -4,6 +4,7 @@ import numpy as np
 import shapely
 
 from datasets.prepare.shapes.digit_cloud import HALF_DEPTH, digit_to_point_cloud, gray_image
+from utils.errors import UserError
 
 CHAMFER = 0.2  # pixels cut from two corners that meet in one point, where the surface would not be a manifold
 TOLERANCES = (0.0, 0.75, 1.0, 1.5, 2.0, 3.0)  # pixels the outline may move; 0.71 flattens the steps of a slanted stroke
@@ -23,7 +24,7 @@ def extrude_digit(image: np.ndarray, max_faces: int = 500) -> tuple[np.ndarray, 
         vertices (V, 3) float64, x = depth, y = right, z = up, longest side 1, origin at the mean of the digit's point
         cloud; and triangles (T, 3) int64 with outward orientation, every edge in exactly two of them.
     Raises:
-        ValueError: on another shape or dtype, when no pixel is lit, or when no tolerance gives `max_faces` or fewer.
+        UserError: on another shape or dtype, when no pixel is lit, or when no tolerance gives `max_faces` or fewer.
     """
     points, _ = digit_to_point_cloud(image)
     region = _pixel_region(gray_image(image) > 0)
@@ -38,7 +39,7 @@ def extrude_digit(image: np.ndarray, max_faces: int = 500) -> tuple[np.ndarray, 
             flat = scale * outline + shift
             depth = np.repeat([HALF_DEPTH * scale, -HALF_DEPTH * scale], len(flat))
             return np.column_stack([depth, np.tile(flat, (2, 1))]), triangles
-    raise ValueError(
+    raise UserError(
         f"the digit needs {len(triangles)} faces even with its outline moved by up to {TOLERANCES[-1]} pixels: expected at "
         f"most {max_faces}; raise the limit or leave the sample out, it has too many separate parts"
     )

@@ -6,6 +6,7 @@ The simplification needs `requirements-data.txt`; everything else needs NumPy al
 import numpy as np
 
 from datasets.prepare.readers.off import MeshError, clean_mesh, triangle_areas
+from utils.errors import UserError
 
 Seed = int | tuple[int, ...]
 Mesh = tuple[np.ndarray, np.ndarray]
@@ -47,7 +48,7 @@ def sample_surface(vertices: np.ndarray, triangles: np.ndarray, count: int, seed
         MeshError: when no triangle has an area.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1, found {count}")
+        raise UserError(f"count must be at least 1, found {count}")
     rng = np.random.default_rng(seed)
     cumulative = np.cumsum(triangle_areas(vertices, triangles))
     if not len(cumulative) or not cumulative[-1] > 0:
@@ -69,10 +70,10 @@ def farthest_points(points: np.ndarray, count: int, seed: Seed) -> np.ndarray:
     Returns:
         (count, 3) in the order picked, so that every beginning of it is well spread too.
     Raises:
-        ValueError: when count is outside 1..n.
+        UserError: when count is outside 1..n.
     """
     if not 1 <= count <= len(points):
-        raise ValueError(f"count must be in 1..{len(points)}, found {count}")
+        raise UserError(f"count must be in 1..{len(points)}, found {count}")
     picked = np.empty(count, dtype=np.int64)
     picked[0] = np.random.default_rng(seed).integers(len(points))
     distance = np.full(len(points), np.inf)

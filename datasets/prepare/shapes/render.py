@@ -13,6 +13,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from datasets.prepare.readers.off import MeshError
+from utils.errors import UserError
 
 DISTANCE = 4.2  # frames the unit sphere fully at this view angle
 VIEW_ANGLE = 30.0
@@ -56,7 +57,7 @@ def ring_of_cameras(count: int = 12, elevation: float = 30.0) -> tuple[Camera, .
     an aligned object than a three-quarter view does.
     """
     if count < 1 or not -90 < elevation < 90:
-        raise ValueError(f"expected at least one camera and an elevation between -90 and 90, found {count} and {elevation}")
+        raise UserError(f"expected at least one camera and an elevation between -90 and 90, found {count} and {elevation}")
     return tuple(Camera((FIRST_AZIMUTH + 360.0 * number / count) % 360, elevation) for number in range(count))
 
 

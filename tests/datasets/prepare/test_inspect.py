@@ -10,16 +10,17 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import TEST, TRAIN
 from PIL import Image
 
-from conftest import TEST, TRAIN
 from datasets import inspect
-from datasets.prepare.checks import read_lists
 from datasets.inspect import format_table, load_data_config, make_block
-from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
+from datasets.prepare.checks import read_lists
 from utils.engine.session import run_command
+from utils.errors import UserError
+from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = str(ROOT / "configs/smoke/step1.yaml")
 PAIR = "data.modalities=[GrayImg,PointCloud]"
 CHECKS = {
@@ -315,7 +316,7 @@ def test_both_stages_and_overrides_are_read(tmp_path):
     (tmp_path / "bad.yaml").write_text("data: [")
     with pytest.raises(ValueError, match="not valid YAML"):
         load_data_config(str(tmp_path / "bad.yaml"))
-    with pytest.raises(FileNotFoundError, match="no configuration file"):
+    with pytest.raises(UserError, match="no configuration file"):
         load_data_config(str(tmp_path / "none.yaml"))
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datasets.prepare.readers.off import MeshError, clean_mesh, read_off, triangle_areas
 from datasets.prepare.shapes import mesh as mesh_processing
 from datasets.prepare.shapes.mesh import farthest_points, sample_surface, silhouette_overlap, simplify, to_unit_sphere
-from datasets.prepare.readers.off import MeshError, clean_mesh, read_off, triangle_areas
 from datasets.prepare.shapes.render import Camera, estimate_surface, luminance, probe_renderer, render_views, ring_of_cameras, splat_views
 
 SAMPLES = Path("../shared/data/modelnet_off_samples")
@@ -205,7 +205,7 @@ def test_the_five_real_meshes():
     if not SAMPLES.is_dir():
         pytest.skip(f"{SAMPLES} is not there")
     before = {}
-    for path in sorted(SAMPLES.glob("*.off")):
+    for path in sorted(SAMPLES.glob("bathtub_*.off")):
         (_, triangles), record = simplify(*read_off(path.read_bytes()))
         before[path.stem[-1]] = record["faces_before"]
         assert 300 < len(triangles) <= 500 and record["area_ratio"] > 0.95 and record["silhouette"] > 0.95

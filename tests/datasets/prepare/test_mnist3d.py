@@ -7,7 +7,7 @@ import pytest
 
 from datasets.prepare.shapes.digit_cloud import colourise, digit_to_point_cloud, gray_image, project_rgb
 
-MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+MNIST = Path(__file__).resolve().parents[4] / "shared" / "data" / "mnist"
 needs_mnist = pytest.mark.skipif(not MNIST.is_dir(), reason="the real MNIST idx files are not in ../shared/data/mnist")
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.prepare.readers import pcd
 from datasets import prepare_modelnet
 from datasets.lists import check_paired, default_list_path, read_labelled_list
 from datasets.prepare.modelnet import MODELNET10, MODELNET40
+from datasets.prepare.readers import pcd
 from datasets.prepare.readers.off import MeshError
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
+from utils.errors import UserError
 
 NAN = float("nan")
 POINTS = np.array([[0.5, -1.25, 3.0], [1e-3, 2e5, -7.0], [0.1, 0.2, 0.3]])
@@ -355,7 +356,7 @@ def test_the_hash_follows_content_and_names_but_not_the_place(tmp_path):
 
 
 def test_folders_that_do_not_fit(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected CLASS/train/CLASS_0001.pcd"):
+    with pytest.raises(UserError, match="expected CLASS/train/CLASS_0001.pcd"):
         read_pcd_folder(tmp_path, "z")
     write_folder(tmp_path / "in")
     (tmp_path / "in/README.txt").write_text("x")

@@ -9,15 +9,16 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from datasets.lists import check_paired, default_list_path, read_labelled_list, read_training_list
+from datasets.mesh_faces import mesh_to_faces
 from datasets.prepare import writer
 from datasets.prepare.readers.authors import join_authors_lists
-from datasets.lists import check_paired, default_list_path, read_labelled_list, read_training_list
-from datasets.prepare.shapes.digit_cloud import digit_to_point_cloud, gray_image, project_rgb
-from datasets.prepare_digits import digits_splits, enlarge_digit
 from datasets.prepare.readers.digits import check_class_counts, download_mnist, read_idx, read_kaggle, read_mnist
+from datasets.prepare.shapes.digit_cloud import digit_to_point_cloud, gray_image, project_rgb
 from datasets.prepare.shapes.digit_mesh import extrude_digit
-from datasets.mesh_faces import mesh_to_faces
 from datasets.prepare.writer import DigitSplit, write_dataset
+from datasets.prepare_digits import digits_splits, enlarge_digit
+from utils.errors import UserError
 
 SIZES = {"train": 4, "test": 2}
 
@@ -76,7 +77,7 @@ def test_damaged_mnist_is_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             read_mnist(tmp_path, SIZES)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="four MNIST files"):
+    with pytest.raises(UserError, match="four MNIST files"):
         read_mnist(tmp_path, SIZES)
 
 
@@ -99,7 +100,7 @@ def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
         raise RuntimeError("no network")
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", offline)
-    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte.gz.*--mnist FOLDER"):
+    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz.*--mnist FOLDER"):
         download_mnist(tmp_path)
 
 
@@ -132,7 +133,7 @@ def test_read_kaggle_in_numeric_order(tmp_path):
 
 def test_bad_kaggle_files_are_refused(tmp_path):
     pytest.importorskip("h5py")
-    with pytest.raises(FileNotFoundError, match="train_point_clouds.h5"):
+    with pytest.raises(UserError, match="train_point_clouds.h5"):
         read_kaggle(tmp_path)
 
     def brighter(archive):
@@ -225,7 +226,7 @@ def test_interruption_is_never_read_and_a_rerun_repairs(tmp_path, monkeypatch, s
             write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
     assert not (tmp_path / "cut" / "manifest.json").exists()
     if step != "atomic_write_json":  # the last list, Mesh_test, is only there when everything else is
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(UserError):
             read_training_list(default_list_path(tmp_path / "cut", "own", "Mesh", "test"), modality="Mesh", root=tmp_path)
     assert write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
     assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
@@ -304,7 +305,7 @@ def test_authors_lists_are_joined_on_id(tmp_path, given):
 
 
 def test_authors_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="authors' lists"):
+    with pytest.raises(UserError, match="authors' lists"):
         join_authors_lists(tmp_path, tmp_path / "out")
     write_authors(tmp_path)
     with pytest.raises(ValueError, match="overwritten"):

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.prepare import mi3dor
 from datasets import prepare_mi3dor
 from datasets.lists import default_list_path, read_labelled_list, read_training_list
+from datasets.prepare import mi3dor
 from datasets.prepare.mi3dor import Item, Release, by_name_hash, check_official, draw_of_same_class, read_release
 from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.readers.off import MeshError, clean_mesh, triangle_areas
 from utils.engine.session import run_command
+from utils.errors import UserError
 
 pytest.importorskip("trimesh", reason="trimesh of requirements-data.txt is not installed")
 pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
@@ -496,7 +497,7 @@ def test_bad_releases(folder_release, track_release, tmp_path, layout, harm, wor
     root = tmp_path / "r"
     shutil.copytree(folder_release if layout == "folder" else track_release, root)
     harm(root)
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+    with pytest.raises(UserError, match=words):
         run(root, tmp_path / "o")
     assert not list(tmp_path.glob("o/*_list.txt"))
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.prepare import object_writer
 from datasets import prepare_modelnet
 from datasets.lists import check_paired, default_list_path, read_labelled_list
+from datasets.prepare import object_writer
 from datasets.prepare.modelnet import MODELNET10, MODELNET40, check_official, make_tasks, read_archive, read_hdf5, read_npz
 from datasets.prepare.readers.off import MeshError
 from datasets.prepare.shapes.render import probe_renderer
+from utils.errors import UserError
 
 NPZ = Path("../shared/data/modelnet10_points/modelnet10_points.npz")
 BOX = "OFF8 6 0\n0 0 0\n{0} 0 0\n{0} 1 0\n0 1 0\n0 0 1\n{0} 0 1\n{0} 1 1\n0 1 1\n4 0 3 2 1\n4 4 5 6 7\n4 0 1 5 4\n4 1 2 6 5\n4 2 3 7 6\n4 3 0 4 7\n"
@@ -115,9 +116,9 @@ def test_bad_npz(tmp_path, changes, words):
 
 
 def test_wrong_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match="modelnet10_points.npz"):
+    with pytest.raises(UserError, match="modelnet10_points.npz"):
         read_npz(tmp_path / "none.npz")
-    with pytest.raises(FileNotFoundError, match="ModelNet10.zip"):
+    with pytest.raises(UserError, match="ModelNet10.zip"):
         read_archive(tmp_path / "none.zip")
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(ValueError, match="not a complete zip"):
@@ -238,14 +239,14 @@ def test_hdf5_clouds(tmp_path, plain):
 
 def test_bad_hdf5_folders(tmp_path):
     write_hdf5(tmp_path / "h")
-    with pytest.raises(FileNotFoundError, match="expected ply_data_train0.h5"):
+    with pytest.raises(UserError, match="expected ply_data_train0.h5"):
         read_hdf5(tmp_path, up="y")
     ids = tmp_path / "h/ply_data_train_1_id2file.json"
     ids.write_text("[]")
     with pytest.raises(ValueError, match=r"expected data of shape \(0, n, 3\)"):
         read_hdf5(tmp_path / "h", up="y")
     ids.unlink()
-    with pytest.raises(FileNotFoundError, match="which object each cloud is"):
+    with pytest.raises(UserError, match="which object each cloud is"):
         read_hdf5(tmp_path / "h", up="y")
 
 
