@@ -1,0 +1,30 @@
+"""How far a long loop is: a bar on a terminal, a line per tenth in a file or a pipe."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:
+    """Yield the items, and show on standard error how many are done.
+
+    Args:
+        items: what to work on; an item counts as done when the next one is asked for.
+        total: number of items.
+        title: what they are, e.g. "objects".
+    """
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=title)
+        return
+    start, shown = time.monotonic(), 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        tenth = 10 * done // total
+        if tenth > shown:
+            shown = tenth
+            print(f"{title}: {done} of {total}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
