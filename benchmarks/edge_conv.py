@@ -1,6 +1,6 @@
-"""EdgeConv, fused against reference: `python -m benchmarks.edge_conv [--points 1024] [--batch 50] [--k 20]`.
+"""EdgeConv, fused (on CUDA also with Triton kernels) against reference: `python -m benchmarks.edge_conv [--points 1024] [--batch 50] [--k 20]`.
 
-Each implementation lives in its own process, for its peak memory, and the two run in turn, so that what else the
+Each implementation lives in its own process, for its peak memory, and they run in turn, so that what else the
 machine does meets both. Forward and backward of the four DGCNN layers, neighbours given; k-NN is timed apart.
 """
 
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse_arguments(argv)
     args.device = open_device(args)
     args.threads = torch.get_num_threads()
+    args.implementations = [name for name in IMPLEMENTATIONS if name != "triton" or args.device.type == "cuda"]
     report = header("edge_conv", args.device, argv)
     report |= {"batch": args.batch, "points": args.points, "k": args.k, "repeats": args.repeats}
     rates = measure_rates(args.device)
@@ -74,17 +75,17 @@ def _run_in_turn(args: argparse.Namespace, rates: Rates, folder: Path) -> tuple[
     """Time the implementations alternately; return their figures and the differences of their results."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
-    for name in IMPLEMENTATIONS:
+    for name in args.implementations:
         pipes[name], other = context.Pipe()
         processes.append(context.Process(target=_worker, args=(other, name, args, folder / f"{name}.pt"), daemon=True))
         processes[-1].start()
-    seconds = {name: [] for name in IMPLEMENTATIONS}
+    seconds = {name: [] for name in args.implementations}
     for _ in range(args.repeats + 1):
-        for name in IMPLEMENTATIONS:
+        for name in args.implementations:
             pipes[name].send("step")
             seconds[name].append(pipes[name].recv())
     runs = {}
-    for name in IMPLEMENTATIONS:
+    for name in args.implementations:
         pipes[name].send("stop")
         timed = seconds[name][1:]
         peak, work = pipes[name].recv()
@@ -92,10 +93,10 @@ def _run_in_turn(args: argparse.Namespace, rates: Rates, folder: Path) -> tuple[
         runs[name] |= {"min_seconds": min(timed), "all_seconds": timed, "peak_bytes": peak}
     for process in processes:
         process.join()
-    results = {name: torch.load(folder / f"{name}.pt") for name in IMPLEMENTATIONS}
+    results = {name: torch.load(folder / f"{name}.pt") for name in args.implementations}
     layers, inputs = _make_problem(args, "fused")
     results["float64"] = _step(layers.double(), *(tensor.double() for tensor in inputs[:2]), inputs[2])
-    pairs = (("fused", "reference"), ("fused", "float64"), ("reference", "float64"))
+    pairs = [(name, true) for name in args.implementations for true in ("reference", "float64") if name != true]
     return runs, {f"{found} from {true}": _difference(results[found], results[true]) for found, true in pairs}
 
 
@@ -190,7 +191,7 @@ def _measure_knn(args: argparse.Namespace, rates: Rates) -> dict[str, dict[str, 
 
 def _print_report(report: dict, rates: Rates) -> None:
     print(f"B {report['batch']}, N {report['points']}, k {report['k']}; forward and backward of four layers, median; k-NN, best")
-    rows = {name: report[name] | {"peak_megabytes": report[name]["peak_bytes"] / 1e6} for name in IMPLEMENTATIONS}
+    rows = {name: report[name] | {"peak_megabytes": report[name]["peak_bytes"] / 1e6} for name in IMPLEMENTATIONS if name in report}
     rows |= {name: figures | {"min_seconds": None, "peak_megabytes": None} for name, figures in report["knn"].items()}
     print_table(report, rates, rows, (("min s", "min_seconds", ".4g"), ("peak MB", "peak_megabytes", ".0f")))
     memory = "memory too small to measure" if report["memory_ratio"] is None else f"1/{report['memory_ratio']:.1f} of the memory"

@@ -17,7 +17,7 @@ class DGCNN(nn.Module):
         k: neighbours per point, the point itself included; 20 for 1,024 points in the paper.
         width: channels of the point-wise convolution before pooling (conv5); 1024 as published. Smaller widths are for
             CPU configurations and cannot take conv5 of the public checkpoint.
-        edge_conv: "fused" or "reference", see `models.kernels.edge_conv`.
+        edge_conv: "fused", "triton" or "reference", see `models.kernels.edge_conv`.
     """
 
     def __init__(self, embedding_dim: int, k: int = 20, width: int = 1024, edge_conv: str = "fused") -> None:

@@ -27,16 +27,25 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = totals[:-1] / count
         centred = wide - mean.view(shape)
         variance = distributed.sum_over_processes(centred.square().sum(axes)) / count
-        self._update(mean.detach(), variance.detach(), count.detach())
+        update_running_statistics(self, mean, variance, count)
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
         return (normalised * self.weight.view(shape) + self.bias.view(shape)).to(values.dtype)
 
-    @torch.no_grad()
-    def _update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-        self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), factor)
+
+@torch.no_grad()
+def update_running_statistics(bn: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
+    """Take a batch into the running statistics of a BatchNorm as torch does, without waiting for the device.
+
+    Args:
+        bn: C channels; with momentum None it averages over all batches.
+        mean: (C,) of the batch.
+        variance: (C,) of the batch, biased.
+        count: values per channel in the batch, at least 2.
+    """
+    bn.num_batches_tracked.add_(1)
+    factor = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal() if bn.momentum is None else bn.momentum
+    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), factor)
+    bn.running_var.lerp_((variance * (count / (count - 1))).to(bn.running_var.dtype), factor)
 
 
 def synchronise(module: nn.Module) -> nn.Module:

@@ -9,23 +9,24 @@ from torch.nn import functional as F
 
 from models.kernels import neighbour_ops
 from models.kernels.knn import knn
-from models.sync_batchnorm import SyncBatchNorm
+from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
 
-IMPLEMENTATIONS = ("fused", "reference")
+IMPLEMENTATIONS = ("fused", "triton", "reference")
 
 
 class EdgeConv(nn.Module):
     """max over the neighbours j of LeakyReLU(BatchNorm(W (x_j - x_i, x_i))), the layer of DGCNN.
 
     Where neighbours tie for the maximum, the gradient goes to the one of lowest index, whatever their order.
-    `conv` and `bn` hold the parameters under the shapes of the public checkpoints; both implementations share them.
+    `conv` and `bn` hold the parameters under the shapes of the public checkpoints; all implementations share them.
 
     Args:
         in_channels: C_in of the points.
         out_channels: C_out.
         k: neighbours per point when `forward` gets no index.
-        implementation: "fused" never builds an edge tensor; "reference" is the explicit formulation, its specification.
+        implementation: "fused" never builds an edge tensor; "triton" is the same with its reductions as kernels for CUDA;
+            "reference" is the explicit formulation, the specification of both.
         negative_slope: of the LeakyReLU, >= 0 so that the activation is monotone.
     Raises:
         ValueError: for an unknown implementation, a negative slope or a size below 1.
@@ -52,9 +53,10 @@ class EdgeConv(nn.Module):
             x: (B, N, C_in) float points or features.
             index: (B, N, k) int64 neighbours of every point, any k; `knn(x, self.k)` when None.
         Returns:
-            (B, N, C_out) features; float32 from the fused implementation under autocast.
+            (B, N, C_out) features; float32 from the fused implementations under autocast.
         Raises:
             ValueError: if a shape or index does not fit, or one edge alone is to be normalised in training mode.
+            UserError: "triton" where its kernels do not run.
         """
         if x.dim() != 3 or 2 * x.shape[-1] != self.conv.in_channels:
             raise ValueError(f"EdgeConv expects (B, N, {self.conv.in_channels // 2}), found {tuple(x.shape)}")
@@ -82,22 +84,15 @@ class EdgeConv(nn.Module):
         flat = x.reshape(-1, x.shape[2])
         running = None if bn.training else (bn.running_mean, bn.running_var)
         world = distributed.world() if isinstance(bn, SyncBatchNorm) else 1
+        ops = neighbour_ops.triton_operations(x.device) if self.implementation == "triton" else neighbour_ops
         with torch.autocast(x.device.type, enabled=False):
             flat = flat.to(self.conv.weight.dtype)
             out, mean, var = _FusedEdgeConv.apply(
                 flat, self.conv.weight.flatten(1), bn.weight, bn.bias, rows, x.shape[1], running, bn.eps,
-                self.negative_slope, world)
+                self.negative_slope, world, ops)
         if bn.training:
-            _update_running_statistics(bn, mean, var, rows.numel() * world)
+            update_running_statistics(bn, mean, var, rows.numel() * world)
         return out.view(*x.shape[:2], -1)
-
-
-@torch.no_grad()
-def _update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    bn.num_batches_tracked.add_(1)
-    factor = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), factor)
-    bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), factor)
 
 
 class _FusedEdgeConv(torch.autograd.Function):
@@ -114,7 +109,7 @@ class _FusedEdgeConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, gamma, beta, rows, points, running, eps, slope, world):
+    def forward(ctx, x, weight, gamma, beta, rows, points, running, eps, slope, world, ops):
         channels, edges = x.shape[1], rows.numel() * world
         # Any nearby point will do, and this one keeps integer coordinates, so true ties, exact. In eval mode no cloud may
         # depend on another one of the batch, not even by rounding.
@@ -125,7 +120,6 @@ class _FusedEdgeConv(torch.autograd.Function):
         split = torch.cat((weight[:, :channels], weight[:, channels:] - weight[:, :channels]), 1)  # (C_out, 2C)
         shift = weight[:, channels:] @ centre
         sign = torch.where(gamma < 0, -1.0, 1.0).to(x.dtype)
-        ops = neighbour_ops.triton_operations(x.device, x.dtype) or neighbour_ops
         best, winner = ops.neighbour_max(x @ (split[:, :channels] * sign[:, None]).T, rows, points, gamma == 0)
         edge = torch.addmm(best.mul_(sign), x, split[:, channels:].T)  # (B*N, C_out), winners, without shift
 
@@ -206,7 +200,7 @@ def _fused_backward(ctx, grad):
         if slope is not None:
             offset = (scale * every_beta).double() / edges
             _subtract_batch_terms(grad_x, x, split, slope, offset, sums, incoming, degree, edge_mean, rows.shape[1])
-    return grad_x, grad_weight, grad_gamma, grad_beta, None, None, None, None, None, None
+    return grad_x, grad_weight, grad_gamma, grad_beta, *[None] * 7
 
 
 def _subtract_batch_terms(grad_x, x, split, slope, offset, sums, incoming, degree, edge_mean, k) -> None:

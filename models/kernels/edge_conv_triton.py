@@ -1,4 +1,6 @@
-"""The reductions of `models/kernels/neighbour_ops.py` as Triton kernels for CUDA; `models/kernels/edge_conv.py` picks them.
+"""The reductions of `models/kernels/neighbour_ops.py` as Triton kernels for CUDA, for `model.edge_conv: triton`.
+
+The interpreter and the compiler have run them; no card has yet, which `pytest -m gpu` would change.
 
 No kernel adds atomically: what the backward pass scatters is gathered from sorted lists in a fixed order, so that results
 repeat bit for bit, with or without `torch.use_deterministic_algorithms`. Offsets are 64-bit. A neighbour outside the

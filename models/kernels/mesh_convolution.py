@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.sync_batchnorm import SyncBatchNorm
+from models.kernels.neighbour_ops import in_degrees
+from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
 
 SIDES = 3
@@ -71,18 +72,21 @@ class Neighbours:
         """From the indices (B, F, 3) int64, which count within a mesh.
 
         Raises:
-            ValueError: if an index names no face of its mesh.
+            ValueError: on the CPU, if an index names no face of its mesh. Other devices are not waited for: their next
+                operation fails.
         """
         batch, faces = neighbours.shape[:2]
         wrong = (neighbours < 0) | (neighbours >= faces)
-        if wrong.any():
+        if neighbours.device.type != "cpu":
+            torch._assert_async(~wrong.any(), "MeshNet found the index of a neighbour outside of its mesh")
+        elif wrong.any():
             mesh, face, side = wrong.nonzero()[0].tolist()
             raise ValueError(f"MeshNet expects neighbours 0 to {faces - 1}, found {int(neighbours[mesh, face, side])} at mesh "
                              f"{mesh} of the batch, face {face}, side {side}; a face without a neighbour names itself")
         first = torch.arange(0, batch * faces, faces, device=neighbours.device)
         rows = (neighbours + first.view(-1, 1, 1)).transpose(1, 2).contiguous()
         order = rows.view(-1).int().sort(stable=True).indices
-        degree = torch.bincount(rows.view(-1), minlength=batch * faces)
+        degree = in_degrees(rows.view(-1, SIDES))
         return cls(rows, order, degree.cumsum(0) - degree, degree)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -140,21 +144,13 @@ class MeshConvolution(nn.Module):
             own, other = own.to(scale.dtype), other.to(scale.dtype)
             out, mean, var = _StrongestPairs.apply(own, other, scale * sign, bn.bias, running, bn.eps, neighbours)
         if bn.training:
-            _update_running_statistics(bn, mean * sign, var, neighbours.rows.numel())
+            update_running_statistics(bn, mean * sign, var, neighbours.rows.numel())
         return out
 
 
 def _own_and_other(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     own_weight, other_weight = weight.chunk(2, dim=1)  # (C, C) each
     return F.linear(rows, own_weight, bias), F.linear(rows, other_weight)
-
-
-@torch.no_grad()
-def _update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    bn.num_batches_tracked.add_(1)
-    factor = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-    bn.running_mean.lerp_(mean, factor)
-    bn.running_var.lerp_(var * (count / (count - 1)), factor)
 
 
 class _StrongestPairs(torch.autograd.Function):

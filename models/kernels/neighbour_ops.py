@@ -1,11 +1,11 @@
 """Reductions over the neighbour lists of points, without an edge tensor; called by `models/kernels/edge_conv.py`.
 
 All take `rows`, (M, k) int64: the k neighbours of every one of the M points as rows of the (M, C) point matrix.
-`models/kernels/edge_conv_triton.py` has the same functions as kernels for CUDA; `triton_operations` says whether they run.
+`models/kernels/edge_conv_triton.py` has the same functions as kernels for CUDA, behind `triton_operations`.
 """
 
 import functools
-import importlib.util
+import importlib
 import warnings
 from types import ModuleType
 
@@ -14,31 +14,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils.errors import UserError
+
 BLOCK_ELEMENTS = 2**20  # of one block of doubles: near the cache, yet few calls, since threads meet after each
 ROW_MASK = 2**28 - 1
 SMALLEST_KEY = torch.tensor([2.0**-1000], dtype=torch.float64)
 
 
 @functools.cache
-def triton_operations(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """Look, once per device and type, whether the Triton kernels can stand in for the functions of this module.
+def triton_operations(device: torch.device) -> ModuleType:
+    """Return `models.kernels.edge_conv_triton` after running its kernels once on a device.
 
-    Args:
-        device: of the points.
-        dtype: of the points; the kernels take float32 and float64.
-    Returns:
-        `models.kernels.edge_conv_triton`; None off CUDA, for other types, where Triton is missing and, with a warning that names
-        the cause, where it does not run.
+    Raises:
+        UserError: where they do not run; it names the cause.
     """
-    if device.type != "cuda" or dtype not in (torch.float32, torch.float64) or importlib.util.find_spec("triton") is None:
-        return None
     try:
         kernels = importlib.import_module("models.kernels.edge_conv_triton")
         kernels.check(device)
     except Exception as error:  # a compiler, driver or chip that Triton does not like raises any type
-        warnings.warn(f"EdgeConv expected Triton to run on {device}, found {type(error).__name__}: {error}; it takes its "
-                      "slower PyTorch path. Triton needs a C compiler and a chip that it supports.", stacklevel=2)
-        return None
+        raise UserError(f"model.edge_conv: triton needs Triton, a CUDA device that it supports and a C compiler, found {device} and "
+                        f"{type(error).__name__}: {error}; set model.edge_conv to fused, which gives the same numbers") from error
     return kernels
 
 

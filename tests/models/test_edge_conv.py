@@ -43,7 +43,7 @@ def run(layer, x, index, weights):
 
 
 def assert_same(reference, fused, x, index):
-    weights = torch.randn(*x.shape[:2], reference.conv.out_channels, dtype=x.dtype)
+    weights = torch.randn(*x.shape[:2], reference.conv.out_channels, dtype=x.dtype, device=x.device)
     expected, found = run(reference, x, index, weights), run(fused, x, index, weights)
     for name, value in expected.items():
         scale = value.abs().max().clamp(min=0.1) if value.is_floating_point() else 1
@@ -84,16 +84,20 @@ def test_fused_equals_reference(batch, points, c_in, c_out, k, training, dtype):
     assert_same(reference.train(training), fused.train(training), x, knn(x, k))
 
 
+def tied_problem(layers, points=24):
+    """Points and shuffled neighbours for layers (3 to 8 channels), whose weights are set so that maxima tie exactly."""
+    with torch.no_grad():  # eighths times small integers: all arithmetic before BatchNorm is exact
+        for layer in layers:
+            layer.conv.weight.copy_(torch.arange(48).view(8, 6, 1, 1).remainder(5).sub(2) / 8)
+    x = torch.randint(-1, 2, (2, points, 3)).to(layers[0].conv.weight.dtype)
+    return x, torch.stack([torch.randperm(points)[:6] for _ in range(2 * points)]).view(2, points, 6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("training", [True, False])
 def test_ties_go_to_the_lowest_index_in_both(training, dtype):
-    reference, fused = make_pair(3, 8, 6, dtype)
-    with torch.no_grad():  # eighths times small integers: all arithmetic before BatchNorm is exact
-        for layer in (reference, fused):
-            layer.conv.weight.copy_(torch.arange(48).view(8, 6, 1, 1).remainder(5).sub(2) / 8)
-    x = torch.randint(-1, 2, (2, 24, 3)).to(dtype)
-    index = torch.stack([torch.randperm(24)[:6] for _ in range(48)]).view(2, 24, 6)
-    assert_same(reference.train(training), fused.train(training), x, index)
+    layers = make_pair(3, 8, 6, dtype)
+    assert_same(*(layer.train(training) for layer in layers), *tied_problem(layers))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

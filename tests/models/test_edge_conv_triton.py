@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_edge_conv import make_pair, run
+from test_edge_conv import assert_same, make_pair, run, tied_problem
 
 from models.kernels import neighbour_ops
 from models.kernels.knn import knn
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it while it is imported
@@ -35,12 +36,17 @@ def _seed_and_full_precision(monkeypatch):
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    """The kernels' module, which the layers then use even for the CPU tensors of the interpreter."""
+def kernels():
     from models.kernels import edge_conv_triton
 
-    monkeypatch.setattr(neighbour_ops, "triton_operations", lambda device, dtype: edge_conv_triton)
     return edge_conv_triton
+
+
+def make_layers(*sizes, device):
+    """The reference on a device and a copy of it that uses the kernels."""
+    reference, layer = (layer.to(device) for layer in make_pair(*sizes))
+    layer.implementation = "triton"
+    return reference, layer
 
 
 def make_rows(clouds, points, k, repeats=False):
@@ -67,16 +73,6 @@ def loop_sums(own, row, x, rows):
         for j in neighbours:
             incoming[j] += x[i]
     return near, incoming
-
-
-def assert_layers_agree(reference, fused, x, index):
-    """Outputs, gradients and running statistics; errors relative to the largest value."""
-    weights = torch.randn(*x.shape[:2], reference.conv.out_channels, dtype=x.dtype, device=x.device)
-    expected, found = run(reference, x, index, weights), run(fused, x, index, weights)
-    for name, value in expected.items():
-        scale = value.abs().max().clamp(min=0.1) if value.is_floating_point() else 1
-        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
-        assert ((found[name] - value).abs().max() / scale).item() <= 10 * TOLERANCE[x.dtype], name
 
 
 # Clouds, points, k, channels of the maximum, channels of the sums, may a neighbour repeat. A tile of the maximum has
@@ -173,47 +169,32 @@ def test_not_a_number_and_infinities(kernels, device):
 @pytest.mark.parametrize("training, dtype", [(True, torch.float64), (True, torch.float32), (False, torch.float32)])
 @pytest.mark.parametrize("batch, points, c_in, c_out, k", [(2, 4, 5, 6, 3), (1, 5, 3, 130, 5)])
 @on_device
-def test_layer_equals_reference(kernels, device, batch, points, c_in, c_out, k, training, dtype):
-    reference, fused = (layer.to(device).train(training) for layer in make_pair(c_in, c_out, k, dtype))
-    with torch.no_grad():
-        for layer in (reference, fused):
-            layer.bn.weight[1:3] = torch.tensor([0.0, -0.0])
+def test_layer_equals_reference(device, batch, points, c_in, c_out, k, training, dtype):
+    layers = make_layers(c_in, c_out, k, dtype, device=device)
     x = (torch.randn(batch, points, c_in, dtype=dtype) * 2 + 3).to(device)
-    assert_layers_agree(reference, fused, x, knn(x, k))
+    assert_same(*(layer.train(training) for layer in layers), x, knn(x, k))
 
 
 @pytest.mark.parametrize("training", [True, False])
 @on_device
-def test_layer_with_ties(kernels, device, training):
-    reference, fused = (layer.to(device).train(training) for layer in make_pair(3, 8, 6, torch.float32))
-    with torch.no_grad():  # eighths times small integers: all arithmetic before BatchNorm is exact
-        for layer in (reference, fused):
-            layer.conv.weight.copy_(torch.arange(48).view(8, 6, 1, 1).remainder(5).sub(2) / 8)
-    x = torch.randint(-1, 2, (2, 7, 3)).float().to(device)
-    assert_layers_agree(reference, fused, x, (make_rows(2, 7, 6) % 7).view(2, 7, 6).to(device))
+def test_layer_with_ties(device, training):
+    layers = make_layers(3, 8, 6, torch.float32, device=device)
+    assert_same(*(layer.train(training) for layer in layers), *(t.to(device) for t in tied_problem(layers, points=7)))
 
 
 @on_device
-def test_layer_is_bit_identical_with_and_without_deterministic_algorithms(kernels, device, monkeypatch):
+def test_layer_is_bit_identical_with_and_without_deterministic_algorithms(device, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    fused = make_pair(6, 16, 5, torch.float32)[1].to(device)
+    layer = make_layers(6, 16, 5, torch.float32, device=device)[1]
     x, weights = torch.randn(2, 4, 6, device=device), torch.randn(2, 4, 16, device=device)
     index = knn(x, 3)
-    first = run(copy.deepcopy(fused), x, index, weights)
+    first = run(copy.deepcopy(layer), x, index, weights)
     torch.use_deterministic_algorithms(True)
     try:
-        second = run(copy.deepcopy(fused), x, index, weights)
+        second = run(copy.deepcopy(layer), x, index, weights)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.gpu
-@needs_triton
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_layer_on_cuda_picks_the_kernels():
-    found = neighbour_ops.triton_operations(torch.device("cuda", 0), torch.float32)
-    assert found is not None and found.__name__ == "models.kernels.edge_conv_triton"
 
 
 if not INTERPRETED:
@@ -244,22 +225,10 @@ if not INTERPRETED:
         assert compiled.asm["cubin"]
         assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])  # no atomics, hence one order of summation
 
-    @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("cuda", torch.bfloat16)])
-    def test_other_tensors_take_the_pytorch_path(device, dtype):
-        assert neighbour_ops.triton_operations(torch.device(device), dtype) is None
-
-    def test_missing_triton_takes_the_pytorch_path(monkeypatch):
-        monkeypatch.setitem(sys.modules, "triton", None)
-        assert neighbour_ops.triton_operations.__wrapped__(torch.device("cuda"), torch.float32) is None
-
-    @needs_triton
-    def test_triton_that_does_not_run_is_named_in_a_warning(monkeypatch):
-        from models.kernels import edge_conv_triton
-
-        def fail(device):
-            raise RuntimeError("Failed to find C compiler")
-
-        monkeypatch.setattr(edge_conv_triton, "check", fail)
-        with pytest.warns(UserWarning, match="on cuda, found RuntimeError: Failed to find C compiler"):
-            assert neighbour_ops.triton_operations.__wrapped__(torch.device("cuda"), torch.float32) is None
-
+    @pytest.mark.parametrize("module, cause", [("triton", "cpu and "), ("models.kernels.edge_conv_triton", "ModuleNotFoundError")])
+    def test_kernels_that_do_not_run_are_an_error_that_names_the_way_out(monkeypatch, module, cause):
+        if module != "triton":  # as without Triton
+            monkeypatch.setitem(sys.modules, module, None)
+        layer = make_layers(3, 4, 2, torch.float32, device="cpu")[1]
+        with pytest.raises(UserError, match=f"(?s)model.edge_conv: triton needs .*{cause}.*set model.edge_conv to fused"):
+            layer(torch.randn(1, 5, 3))

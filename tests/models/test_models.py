@@ -1,12 +1,13 @@
 """models/: the memory bank against loops, the heads, and the encoders' shapes, symmetries and batch isolation."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from models import DGCNN, LinearClassifier, MemoryBank, MLPClassifier, ResNet18
+from models import DGCNN, LinearClassifier, MemoryBank, MeshNet, MLPClassifier, ResNet18
 
 
 def draw(*shape, seed=0):
@@ -312,3 +313,12 @@ def test_encoders_work_under_bfloat16_autocast(build, shape):
     embeddings.float().square().sum().backward()
     assert embeddings.shape == (2, 8) and embeddings.isfinite().all()
     assert all(p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build,shape", [(lambda: ResNet18(8, 2), (2, 3, 32, 32)), (lambda: DGCNN(8, 4, 8), (2, 12, 3)),
+                                         (lambda: MeshNet(8, 8), (2, 12, 18))], ids=["images", "points", "meshes"])
+def test_no_encoder_waits_for_its_device(monkeypatch, build, shape, training):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # unknown to the device below
+    with torch.device("meta"):  # has no values, so that whatever needs one on the host fails
+        build().train(training)(torch.randn(shape)).sum().backward()

@@ -7,10 +7,19 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from utils.evaluation import clustering
 from utils.evaluation.clustering import ari, clustering_accuracy, joint_then_per_modality, kmeans, nmi, purity
+from utils.evaluation.device_kmeans import best_of_starts
+
+
+@pytest.fixture(params=["as on the CPU", "as on other devices"])
+def route(request, monkeypatch):
+    if request.param != "as on the CPU":
+        monkeypatch.setattr(clustering, "_scikit_learn", best_of_starts)
 
 
 def planted(seed=0, count=120, clusters=4, dim=16, noise=0.05):
+    """Unit rows (N, D) around unit centres, the numbers of their centres, and the centres."""
     generator = torch.Generator().manual_seed(seed)
     centres = normalize(torch.randn(clusters, dim, generator=generator), dim=1)
     labels = torch.arange(count) % clusters
@@ -18,20 +27,22 @@ def planted(seed=0, count=120, clusters=4, dim=16, noise=0.05):
 
 
 @pytest.mark.parametrize("spherical", [False, True])
-def test_planted_clusters_are_found(spherical):
-    x, labels, centres = planted()
+@pytest.mark.parametrize("origin", [0.0, 1000.0])
+def test_planted_clusters_are_found(route, spherical, origin):
+    x, labels, _ = planted()
+    x = x if spherical else x + origin
     centroids, assignments = kmeans(x, 4, spherical=spherical)
     assert centroids.shape == (4, 16) and assignments.dtype == torch.int64
     assert clustering_accuracy(assignments, labels) == 1.0
     for cluster in range(4):
         mean = x[assignments == cluster].mean(dim=0)
         expected = normalize(mean, dim=0) if spherical else mean
-        assert torch.allclose(centroids[cluster], expected, atol=1e-6)
+        assert torch.allclose(centroids[cluster], expected, rtol=1e-6, atol=1e-6)
     distances = torch.cdist(x.double(), centroids.double())
     assert torch.equal(assignments, distances.argmin(dim=1))
 
 
-def test_same_seed_same_result_whatever_the_global_state():
+def test_same_seed_same_result_whatever_the_global_state(route):
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
     first = kmeans(x, 9, seed=3)
     np.random.seed(99)
@@ -39,7 +50,10 @@ def test_same_seed_same_result_whatever_the_global_state():
     second = kmeans(x, 9, seed=3)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert not torch.equal(first[0], kmeans(x, 9, seed=4, num_init=1)[0])
-    assert torch.equal(kmeans(x, 9, seed=2**40 + 3)[0], first[0])  # wide seeds are accepted
+    assert torch.equal(kmeans(x, 9, seed=2**40 + 3)[0], first[0])  # wide and negative seeds are accepted
+    assert kmeans(x, 9, seed=-1)[0].isfinite().all()
+    with pytest.raises(ValueError, match="n(um)?_init.*0"):
+        kmeans(x, 3, num_init=0)
 
 
 def test_init_is_used_and_keeps_ids():
@@ -98,7 +112,7 @@ def test_bad_input(x, options, message):
         kmeans(x, **options)
 
 
-def test_ids_mean_the_same_in_both_modalities():
+def test_ids_mean_the_same_in_both_modalities(route):
     first, labels, centres = planted(seed=5)
     shift = 0.3 * normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(6)), dim=1)
     second = normalize(first + shift, dim=1)  # a modality gap smaller than the distance between clusters

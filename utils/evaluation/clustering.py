@@ -44,8 +44,8 @@ def kmeans(
     """Cluster rows by k-means, deterministic for a seed.
 
     Without `init`, k-means++ with `num_init` starts: scikit-learn's for rows on the CPU, on one thread because its
-    multi-threaded sums depend on timing; for other rows `utils.evaluation.device_kmeans`, which copies no row to the host and draws
-    other starts, so the two agree on the clustering, not bit for bit. With `init`, Lloyd's iterations go on from there, and
+    multi-threaded sums depend on timing; for other rows its starts and the iterations of `utils.evaluation.device_kmeans`, so
+    the two agree on the clustering, not bit for bit. With `init`, Lloyd's iterations go on from there, and
     a cluster without rows keeps its centre (scikit-learn would move it to an outlier, which unties the ids from their origin).
 
     Args:

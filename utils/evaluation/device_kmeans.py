@@ -1,26 +1,23 @@
-"""k-means in plain torch, on the device of the rows and repeatable there; `utils.evaluation.clustering.kmeans` is what to call.
+"""Lloyd's iterations on the device of the rows, repeatable there; `utils.evaluation.clustering.kmeans` is what to call.
 
-Nothing but scalars goes to the host. No sum depends on timing: sums per cluster are products with a one-hot matrix
-(`index_add_` on CUDA adds in any order), and the draws use cumulative sums of integers (those of floats are not repeatable).
+No sum depends on timing: sums per cluster are products with a one-hot matrix (`index_add_` on CUDA adds in any order).
 """
 
-import math
-
+import numpy as np
 import torch
+from sklearn.cluster import kmeans_plusplus
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from utils.engine.seed import generator_for
-
 CHUNK_ELEMENTS = 2**24  # of the largest temporary, 64 MiB in float32
-WEIGHT_LEVELS = 2**31  # squared distances are drawn from in this many steps, so that sums of 2**31 rows fit int64
 
 
 def best_of_starts(x: Tensor, num_clusters: int, *, seed: int, num_init: int, max_iter: int) -> Tensor:
     """Run Euclidean k-means from several k-means++ starts and keep the one of lowest inertia.
 
-    The random numbers come from a CPU generator, so every device draws the same ones; results on two devices may still
-    differ where rounding decides.
+    scikit-learn draws the starts, on the CPU and from a copy of the rows, so every device has the same ones; results on two
+    devices may still differ where rounding decides.
 
     Args:
         x: (N, D) float32, finite.
@@ -35,13 +32,13 @@ def best_of_starts(x: Tensor, num_clusters: int, *, seed: int, num_init: int, ma
     """
     if num_init < 1:
         raise ValueError(f"num_init must be at least 1, got {num_init}")
-    trials = 2 + int(math.log(num_clusters))  # candidates per centre, as many as scikit-learn takes
-    draws = torch.rand(
-        num_init, num_clusters, trials, dtype=torch.float64, generator=generator_for(seed, "k-means++")
-    ).to(x.device)
+    state = np.random.RandomState(seed % 2**32)  # it takes 32 bits
+    host = (x - x.mean(dim=0)).cpu().numpy()
     best, lowest = None, None
-    for start in draws:
-        centroids, assignments = lloyd(x, _plus_plus(x, start), max_iter)
+    for _ in range(num_init):
+        with threadpool_limits(limits=1):  # sums of several threads depend on timing
+            _, chosen = kmeans_plusplus(host, num_clusters, random_state=state)
+        centroids, assignments = lloyd(x, x[torch.from_numpy(chosen).to(x.device)], max_iter)
         inertia = _inertia(x, centroids, assignments)
         if lowest is None or inertia < lowest:
             best, lowest = centroids, inertia
@@ -99,37 +96,3 @@ def _inertia(x: Tensor, centroids: Tensor, assignments: Tensor) -> Tensor:
 
 def _rows_per_chunk(centroids: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS // max(centroids.shape))
-
-
-def _plus_plus(x: Tensor, uniform: Tensor) -> Tensor:
-    """Greedy k-means++: of the candidates drawn for each centre, take the one that leaves the smallest sum of squared distances.
-
-    Args:
-        x: (N, D) float32.
-        uniform: (K, T) float64 in [0, 1), T candidates per centre; of the first centre, one is used.
-    Returns:
-        (K, D) rows of `x`, different ones as long as rows differ.
-    """
-    chosen = [_draw(x.new_ones(len(x)), uniform[0, :1])]
-    closest = _squared_distances(x, x[chosen[0]])[:, 0]
-    for numbers in uniform[1:]:
-        candidates = _draw(closest, numbers)
-        distances = torch.minimum(_squared_distances(x, x[candidates]), closest.unsqueeze(1))  # (N, T)
-        best = distances.sum(dim=0).argmin(keepdim=True)
-        closest = distances.index_select(1, best)[:, 0]
-        chosen.append(candidates[best])
-    return x[torch.cat(chosen)]
-
-
-def _squared_distances(x: Tensor, others: Tensor) -> Tensor:
-    """(N, T) from differences, not from products: equal rows are exactly 0 apart, so they are never drawn."""
-    return torch.cdist(x, others, compute_mode="donot_use_mm_for_euclid_dist").square()
-
-
-def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Row numbers (T,) drawn with probability proportional to weights (N,) >= 0; evenly if all are 0."""
-    top = weights.max()
-    levels = torch.where(top > 0, weights / top, 1.0).mul(WEIGHT_LEVELS).long()
-    reached = levels.cumsum(dim=0)  # exact: integers
-    target = torch.minimum((uniform * reached[-1]).long(), reached[-1] - 1)  # float64 may round the product up to the total
-    return torch.searchsorted(reached, target, right=True)

@@ -20,7 +20,9 @@ class ModelConfig:
     embedding_dim: int = option(1024, "L, width of the common space (paper: 1024 in step 1, 256 in step 2)", min=1)
     num_neighbors: int = option(20, "neighbours per point in DGCNN's graphs", min=1)
     point_width: int = option(1024, "channels of DGCNN's last convolution (published: 1024)", min=1)
-    edge_conv: Literal["fused", "reference"] = option("fused", "DGCNN's layers without or with an edge tensor: the same numbers")
+    edge_conv: Literal["fused", "triton", "reference"] = option(
+        "fused", "DGCNN's layers: without an edge tensor, the same with kernels for CUDA (no card has run them yet), or with one"
+    )
     mesh_width: int = option(1024, "channels of MeshNet's pooled feature (published: 1024)", min=1)
     mesh_conv_width: int = option(256, "channels of MeshNet's first mesh convolution (published: 256)", min=1)
     mesh_mask_ratio: float = option(0.95, "share of faces hidden from MeshNet's maximum in training (published: 0.95)", min=0, below=1)
