@@ -25,6 +25,8 @@ LIGHTS = (((-0.45, 0.65, 0.60), (0.72, 0.66, 0.55)), ((0.75, 0.10, 0.65), (0.22,
 LUMINANCE = (0.299, 0.587, 0.114)
 NEIGHBOURS = 16  # of the plane fitted to each point
 SPLAT_REACH = 1.1  # radius of a splat in units of the spacing around its point
+REACH_MARGIN = 1.1  # a disc off the axis looks larger than its radius
+WINDOW_VALUES = 2**15  # per array: what the cache holds; larger ones cost page faults
 BLEND_DEPTH = 0.06  # splats this close behind the front one are the same surface
 DEPTH_SHADE = 0.35  # how much darker the far end of the unit sphere is than the near end
 PROBE_SECONDS = 600
@@ -70,7 +72,7 @@ def probe_renderer() -> None:
     """Draw one triangle in a child process, because a machine without the graphics libraries may crash the process.
 
     Raises:
-        RuntimeError: saying what to install, when the child fails.
+        UserError: saying what to install, when the child fails.
     """
     code = (
         "import numpy as np; from datasets.prepare.shapes.render import Camera, render_views; "
@@ -79,10 +81,11 @@ def probe_renderer() -> None:
     try:
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(RENDER_HELP.format(reason=f"the probe did not finish in {PROBE_SECONDS} s")) from error
+        raise UserError(RENDER_HELP.format(reason=f"the probe did not finish in {PROBE_SECONDS} s")) from error
     if child.returncode:
         lines = child.stderr.strip().splitlines()
-        raise RuntimeError(RENDER_HELP.format(reason=lines[-1] if lines else f"the probe ended with code {child.returncode}"))
+        reason = lines[-1].removeprefix("utils.errors.UserError: ") if lines else f"the probe ended with code {child.returncode}"
+        raise UserError(RENDER_HELP.format(reason=reason))
 
 
 def render_views(vertices: np.ndarray, triangles: np.ndarray, cameras: Sequence[Camera], size: int) -> np.ndarray:
@@ -95,14 +98,14 @@ def render_views(vertices: np.ndarray, triangles: np.ndarray, cameras: Sequence[
     Returns:
         (len(cameras), size, size, 3) uint8 on white, R and B apart only through the colours of the lights.
     Raises:
-        ImportError: naming requirements-data.txt, without pyvista.
+        UserError: naming requirements-data.txt, when pyvista or a library below it is missing.
     """
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkEGLRenderWindow")
     try:
         import pyvista
     except ImportError as error:
-        raise ImportError("drawing meshes needs pyvista: pip install -r requirements-data.txt") from error
+        raise UserError(f"drawing meshes needs pyvista ({error}): pip install -r requirements-data.txt") from error
     side = size * SUPERSAMPLING
     plotter = pyvista.Plotter(off_screen=True, window_size=(side, side), lighting="none")
     try:
@@ -172,24 +175,49 @@ def estimate_surface(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _splat(points: np.ndarray, normals: np.ndarray, radii: np.ndarray, axes: np.ndarray, size: int) -> np.ndarray:
-    """Return one (size, size, 3) uint8 view; every pixel's ray is cut with the planes of the discs around it."""
+    """Return one (size, size, 3) uint8 view; every pixel's ray is cut with the planes of the discs that may cover it."""
     centres, normals = points @ axes.T, normals @ axes.T  # camera axes; the viewer stands at (0, 0, DISTANCE)
-    to_viewer = np.array([0.0, 0.0, DISTANCE]) - centres
-    normals = normals * np.where((normals * to_viewer).sum(axis=1) < 0, -1.0, 1.0)[:, None]
+    heights = DISTANCE - centres[:, 2]  # of the viewer above the centres
+    offsets = normals[:, 2] * DISTANCE - (normals * centres).sum(axis=1)  # of the viewer from the planes
+    normals *= np.where(offsets < 0, -1.0, 1.0)[:, None]
     scale = size / (2 * np.tan(np.radians(VIEW_ANGLE / 2)))  # pixels per unit of slope
-    middle = np.floor(centres[:, :2] / to_viewer[:, 2:] * scale * (1, -1) + size / 2).astype(np.int64)  # column, row
-    reach = int(np.ceil((radii / to_viewer[:, 2]).max() * scale)) + 1
-    steps = np.stack(np.meshgrid(*[np.arange(-reach, reach + 1)] * 2), axis=-1).reshape(-1, 2)
-    pixels = np.clip(middle[:, None] + steps, 0, size - 1)  # (n, window, 2)
-    slopes = (pixels + 0.5 - size / 2) / scale * (1, -1)
-    facing = np.einsum("nwd,nd->nw", slopes, normals[:, :2]) - normals[:, 2:]
-    depth = -(normals * to_viewer).sum(axis=1)[:, None] / np.minimum(facing, -0.05)  # discs seen edge-on keep some depth
-    across = slopes * depth[..., None] - centres[:, None, :2]
-    distance = (across**2).sum(axis=2) + (to_viewer[:, 2:] - depth) ** 2  # of the cut from the centre, squared
-    weight = 1 - distance / radii[:, None] ** 2
-    disc, window = np.nonzero(weight > 0)
-    places = pixels[disc, window] @ (1, size)
-    return _compose(places, depth[disc, window], weight[disc, window], _shade(normals)[disc], size)
+    middle = centres[:, :2] / heights[:, None] * scale * (1, -1) + size / 2  # column, row
+    reach = REACH_MARGIN * scale * (radii / heights)[:, None]
+    first = np.maximum(np.ceil(middle - reach - 0.5), 0).astype(np.int64)
+    last = np.minimum(np.floor(middle + reach - 0.5), size - 1).astype(np.int64)
+    widths = (last - first).max(axis=1) + 1
+    first = np.minimum(first, size - widths[:, None])
+    discs = np.column_stack([centres[:, :2], heights, normals, np.abs(offsets), radii])
+    fragments = []
+    for width in range(1, widths.max() + 1):
+        rows, step = np.flatnonzero(widths == width), max(1, WINDOW_VALUES // width**2)
+        for part in (rows[start : start + step] for start in range(0, len(rows), step)):
+            places, depth, weight, disc = _cut(discs[part], first[part], int(width), scale, size)
+            fragments.append((places, depth, weight, part[disc]))
+    places, depth, weight, disc = map(np.concatenate, zip(*fragments, strict=True))
+    return _compose(places, depth, weight, _shade(normals), disc, size)
+
+
+def _cut(discs: np.ndarray, first: np.ndarray, width: int, scale: float, size: int) -> tuple[np.ndarray, ...]:
+    """Cut the rays through a window of pixels with each disc's plane.
+
+    Args:
+        discs: (n, 8) centre x and y, height of the viewer, normal, offset of the viewer from the plane, radius.
+        first: (n, 2) column and row of the window's corner; width: its side; scale: pixels per unit of slope.
+    Returns:
+        For every hit: flat pixel number, depth, weight > 0 and number of the disc, (m,) each.
+    """
+    x, y, height, normal_x, normal_y, normal_z, offset, radius = (column[:, None, None] for column in discs.T)
+    columns, rows = first[:, :1] + np.arange(width), first[:, 1:] + np.arange(width)
+    slope_x = ((columns + 0.5 - size / 2) / scale)[:, None, :]
+    slope_y = -((rows + 0.5 - size / 2) / scale)[:, :, None]
+    facing = slope_x * normal_x + slope_y * normal_y - normal_z  # (n, row, column)
+    depth = -offset / np.minimum(facing, -0.05)  # discs seen edge-on keep some depth
+    distance = (slope_x * depth - x) ** 2 + (slope_y * depth - y) ** 2 + (height - depth) ** 2  # from the centre, squared
+    weight = (1 - distance / radius**2).reshape(-1)
+    hit = np.flatnonzero(weight > 0)
+    places = (rows[:, :, None] * size + columns[:, None, :]).reshape(-1)
+    return places[hit], depth.reshape(-1)[hit], weight[hit], hit // width**2
 
 
 def _shade(normals: np.ndarray) -> np.ndarray:
@@ -201,20 +229,21 @@ def _shade(normals: np.ndarray) -> np.ndarray:
     return ALBEDO * np.minimum(light, 1.0)
 
 
-def _compose(places: np.ndarray, depth: np.ndarray, weight: np.ndarray, colours: np.ndarray, size: int) -> np.ndarray:
+def _compose(places: np.ndarray, depth: np.ndarray, weight: np.ndarray, light: np.ndarray, disc: np.ndarray, size: int) -> np.ndarray:
     """Blend, in each pixel, the fragments close behind the nearest one; darken with depth; put white elsewhere.
 
     Args:
-        places: (m,) flat pixel numbers; depth: (m,); weight: (m,) > 0; colours: (m, 3) in 0..1.
+        places: (m,) flat pixel numbers; depth: (m,); weight: (m,) > 0; disc: (m,) rows of light (n, 3) in 0..1.
     """
     nearest = np.full(size * size, np.inf)
     np.minimum.at(nearest, places, depth)
-    front = depth <= nearest[places] + BLEND_DEPTH
+    front = np.flatnonzero(depth <= nearest[places] + BLEND_DEPTH)
+    places, weight, disc = places[front], weight[front], disc[front]
     fade = 1 - DEPTH_SHADE * np.clip((depth[front] - (DISTANCE - 1)) / 2, 0, 1)
-    places, weight, colours = places[front], weight[front], colours[front] * fade[:, None]
     total = np.bincount(places, weight, size * size)
     drawn = total > 0
     canvas = np.ones((size * size, 3))
     for channel in range(3):
-        canvas[drawn, channel] = np.bincount(places, weight * colours[:, channel], size * size)[drawn] / total[drawn]
+        shade = np.bincount(places, weight * (light[disc, channel] * fade), size * size)
+        canvas[drawn, channel] = shade[drawn] / total[drawn]
     return np.rint(canvas * 255).astype(np.uint8).reshape(size, size, 3)

@@ -7,8 +7,10 @@ import pytest
 
 from datasets.prepare.readers.off import MeshError, clean_mesh, read_off, triangle_areas
 from datasets.prepare.shapes import mesh as mesh_processing
+from datasets.prepare.shapes import render
 from datasets.prepare.shapes.mesh import farthest_points, sample_surface, silhouette_overlap, simplify, to_unit_sphere
 from datasets.prepare.shapes.render import Camera, estimate_surface, luminance, probe_renderer, render_views, ring_of_cameras, splat_views
+from utils.errors import UserError
 
 SAMPLES = Path("../shared/data/modelnet_off_samples")
 
@@ -159,6 +161,36 @@ def test_near_splats_hide_far_ones():
     assert np.abs(alone[12:28, 12:28].astype(int) - behind[12:28, 12:28]).max() > 20
 
 
+def slow_splat(points: np.ndarray, camera: Camera, size: int) -> np.ndarray:
+    """One view by loops: every disc against the ray of every pixel."""
+    normals, radii = estimate_surface(points)
+    scale, viewer = size / (2 * np.tan(np.radians(15))), np.array([0, 0, render.DISTANCE])
+    fragments = {}
+    for centre, normal, radius in zip(points @ camera.axes().T, normals @ camera.axes().T, radii, strict=True):
+        normal = normal if normal @ (viewer - centre) >= 0 else -normal
+        light = sum((max(normal @ np.array(d) / np.linalg.norm(d), 0) * np.array(c) for d, c in render.LIGHTS), np.full(3, render.AMBIENT))
+        for row, column in np.ndindex(size, size):
+            ray = np.array([(column + 0.5 - size / 2) / scale, (size / 2 - row - 0.5) / scale, -1])
+            depth = -(normal @ (viewer - centre)) / min(normal @ ray, -0.05)
+            weight = 1 - ((viewer + ray * depth - centre) ** 2).sum() / radius**2
+            if weight > 0:
+                fade = 1 - render.DEPTH_SHADE * np.clip((depth - render.DISTANCE + 1) / 2, 0, 1)
+                fragments.setdefault((row, column), []).append((depth, weight, render.ALBEDO * np.minimum(light, 1) * fade))
+    image = np.full((size, size, 3), 255.0)
+    for place, found in fragments.items():
+        front = [f for f in found if f[0] <= min(g[0] for g in found) + render.BLEND_DEPTH]
+        image[place] = 255 * sum(w * c for _, w, c in front) / sum(w for _, w, _ in front)
+    return image
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.05], ids=["few and large discs", "small discs"])
+def test_splats_against_slow_loops(spread, monkeypatch):
+    monkeypatch.setattr(render, "WINDOW_VALUES", 100)  # several parts of one width
+    points = np.concatenate([sphere_points(40), spread * sphere_points(20) * [1, 0.1, 1]])
+    for camera in (Camera(30, 30), Camera(200, -40)):
+        np.testing.assert_allclose(splat_views(points, [camera], 20)[0], slow_splat(points, camera, 20), atol=0.501)
+
+
 def test_too_few_points_are_refused():
     with pytest.raises(MeshError, match="more than 16 different points"):
         splat_views(sphere_points(16), ring_of_cameras(1), 16)
@@ -173,7 +205,7 @@ def renderer():
     pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
     try:
         probe_renderer()
-    except RuntimeError as error:
+    except UserError as error:
         pytest.skip(str(error))
 
 
@@ -195,7 +227,7 @@ def test_renderings_agree_with_splats(renderer):
 
 def test_a_machine_without_graphics_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr("datasets.prepare.shapes.render.sys.executable", "false")
-    with pytest.raises(RuntimeError, match="requirements-data.txt.*libegl1"):
+    with pytest.raises(UserError, match="requirements-data.txt.*libegl1"):
         probe_renderer()
 
 
