@@ -37,7 +37,8 @@ class DGCNN(nn.Module):
         for edge_conv in self.edge_convs:
             features = edge_conv(features)  # (B, P, C)
             layers.append(features)
-        features = self.conv5(torch.cat(layers, dim=2).transpose(1, 2))  # (B, width, P)
-        features = F.leaky_relu(self.bn5(features), 0.2)
-        pooled = torch.cat([features.amax(dim=2), features.mean(dim=2)], dim=1)  # (B, 2 * width)
+        # The point-wise convolution as one product over all points: no transposed copies
+        features = F.linear(torch.cat(layers, dim=2).flatten(0, 1), self.conv5.weight.squeeze(2))  # (B * P, width)
+        features = F.leaky_relu(self.bn5(features), 0.2).view(len(points), -1, self.conv5.out_channels)  # (B, P, width)
+        pooled = torch.cat([features.amax(dim=1), features.mean(dim=1)], dim=1)  # (B, 2 * width)
         return self.head(pooled)

@@ -84,7 +84,7 @@ class EdgeConv(nn.Module):
         flat = x.reshape(-1, x.shape[2])
         running = None if bn.training else (bn.running_mean, bn.running_var)
         world = distributed.world() if isinstance(bn, SyncBatchNorm) else 1
-        ops = neighbour_ops.triton_operations(x.device) if self.implementation == "triton" else neighbour_ops
+        ops = neighbour_ops.operations(x.device, self.implementation)
         with torch.autocast(x.device.type, enabled=False):
             flat = flat.to(self.conv.weight.dtype)
             out, mean, var = _FusedEdgeConv.apply(

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from models.kernels import neighbour_ops
+
 KNN_BLOCK_BYTES = 64 * 2**20
 
 
@@ -37,5 +39,14 @@ def knn(x: Tensor, k: int) -> Tensor:
             norms = centred.square().sum(-1).unsqueeze(1)  # (b, 1, N); the query's own norm does not change its ranking
             for n in range(0, points, rows):
                 distance = torch.baddbmm(norms, centred[:, n:n + rows], centred.transpose(1, 2), alpha=-2)
-                index[b:b + clouds, n:n + rows] = distance.topk(k, dim=-1, largest=False).indices
+                own = norms[:, 0, n:n + rows]  # added, it turns the ranking into squared distances
+                index[b:b + clouds, n:n + rows] = _smallest(distance, own, k)
     return index
+
+
+def _smallest(distance: Tensor, own: Tensor, k: int) -> Tensor:
+    if distance.device.type == "cpu" and neighbour_ops.HAS_NUMBA:
+        from models.kernels.neighbour_numba import smallest
+
+        return smallest(distance.flatten(0, 1), own.reshape(-1), k).view(*own.shape, k)
+    return distance.topk(k, dim=-1, largest=False).indices

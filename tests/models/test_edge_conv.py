@@ -153,18 +153,6 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(forward, (x, *values), eps=1e-6, atol=1e-6)
 
 
-def test_packed_and_slot_maxima_agree(monkeypatch):
-    monkeypatch.setattr(neighbour_ops, "BLOCK_ELEMENTS", 300)  # several blocks, the last one shorter
-    u = torch.randn(7 * 10, 13).mul(4).round().div(2)
-    u[20:40] = -u[20:40].abs()  # maxima of exactly zero, of both signs
-    u[3, 3], u[4, 3], u[5, 4] = 1e-45, -3e38, 3e38
-    rows = torch.randint(0, 10, (70, 4)) + torch.arange(70).div(10, rounding_mode="floor").mul(10).view(-1, 1)
-    best, winner = neighbour_ops._packed_max(u, rows, 10)
-    slot_best, slot_winner = neighbour_ops._slot_max(u, rows)
-    assert torch.equal(best, slot_best) and torch.equal(winner.long(), slot_winner)
-    assert torch.equal(best, u[rows].amax(1))
-
-
 def test_not_a_number_stays_visible_and_in_range():
     fused = make_pair(3, 6, 4, torch.float32)[1].eval()
     x = torch.randn(2, 12, 3)

@@ -1,0 +1,197 @@
+"""The reductions of `models/kernels/neighbour_ops.py`, and the selection of `models/kernels/knn.py`, compiled for the CPU by Numba.
+
+Each kernel works on a range of clouds and releases the interpreter, so that `torch.get_num_threads()` threads share the clouds;
+a cloud is always summed in one order, so results do not depend on the number of threads.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from models.kernels import neighbour_ops
+
+SPARE_CANDIDATES = 4
+MOST_COLUMN_BITS = 12  # of 32; more columns leave too few bits to tell distances apart
+_compiled = njit(cache=True, nogil=True, error_model="numpy")
+
+
+def smallest(distances: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """Return the columns (R, k) int64 of the k smallest entries of every row, smallest first; equal ones by column.
+
+    NumPy partitions 32-bit integers with vector code: keys that hold the upper bits of an entry and its column give a few
+    candidates more than k, of which the exact entries choose. A row whose candidates end at a key that its k-th entry shares,
+    so that another column might belong to them, is searched as a whole. NaN counts as infinite.
+
+    Args:
+        distances: (R, N) float32 or float64.
+        offsets: (R,) added to a row before its keys are cut, to bring the smallest entries near zero, where floats are densest.
+        k: 1 <= k <= N.
+    """
+    rows, columns = distances.shape
+    index = torch.empty(rows, k, dtype=torch.long)
+    arrays = [distances.numpy(), index.numpy()]
+    count, bits = k + SPARE_CANDIDATES, (columns - 1).bit_length()
+
+    def work(start: int, stop: int) -> None:
+        if count >= columns or bits > MOST_COLUMN_BITS:
+            return _search_rows(*arrays, start, stop)
+        keys = np.empty((stop - start, columns), np.int32)
+        _make_keys(arrays[0], offsets.numpy(), keys, start, bits)
+        keys.partition(count - 1, axis=1)
+        return _settle(*arrays, keys, count, start, bits)
+
+    _share(rows, work)
+    return index
+
+
+in_degrees, neighbour_sum = neighbour_ops.in_degrees, neighbour_ops.neighbour_sum  # as fast as compiled loops
+
+
+def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[Tensor, Tensor]:
+    """As `neighbour_ops.neighbour_max`."""
+    u, best = u.contiguous(), torch.empty_like(u, memory_format=torch.contiguous_format)
+    winner = torch.empty(u.shape, dtype=torch.int32 if u.numel() < 2**31 else torch.int64)
+    arrays = [values.numpy() for values in (u, rows, best, winner)]
+    _share(len(u), lambda start, stop: _neighbour_max(*arrays, start, stop))
+    if tied.any():
+        lowest = rows.amin(1)
+        best = torch.where(tied, u[lowest], best)
+        own = (lowest * u.shape[1])[:, None] + torch.arange(u.shape[1])
+        winner = torch.where(tied, own.to(winner.dtype), winner)
+    return best, winner
+
+
+def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor, points: int) -> tuple[Tensor, Tensor | None]:
+    """As `neighbour_ops.transposed_sums`."""
+    own, near = own.contiguous(), torch.zeros_like(own, memory_format=torch.contiguous_format)
+    clouds = len(own) // points
+    arrays = [own.view(-1).numpy(), winner.view(-1).numpy(), near.view(-1).numpy()]
+    size = points * own.shape[1]
+    _share(clouds, lambda start, stop: _scatter(*arrays, start * size, stop * size))
+    if x is None:
+        return near, None
+    x, incoming = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
+    arrays = [values.numpy() for values in (x, rows, incoming)]
+    _share(clouds, lambda start, stop: _transposed_sum(*arrays, start * points, stop * points))
+    return near, incoming
+
+
+def _share(count: int, work: Callable[[int, int], None]) -> None:
+    """Call work(start, stop) on contiguous parts of 0..count-1, one per thread."""
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        work(0, count)
+        return
+    edges = [count * part // threads for part in range(threads + 1)]
+    list(_pool(threads).map(work, edges[:-1], edges[1:]))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+@_compiled
+def _make_keys(distances, offsets, keys, start, bits):
+    low = (1 << bits) - 1
+    scratch = np.empty(distances.shape[1], np.float32)
+    raw = scratch.view(np.int32)
+    for row in range(keys.shape[0]):
+        for column in range(keys.shape[1]):
+            value = distances[start + row, column]
+            scratch[column] = value + offsets[start + row] if value == value else np.inf
+        for column in range(keys.shape[1]):
+            ordered = raw[column] ^ ((raw[column] >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+            keys[row, column] = (ordered & ~low) | column
+
+
+@_compiled
+def _settle(distances, index, keys, count, start, bits):
+    low, k = (1 << bits) - 1, index.shape[1]
+    columns, values = np.empty(count, np.int32), np.empty(count, distances.dtype)
+    for row in range(keys.shape[0]):
+        worst = last = keys[row, 0] & ~low
+        for slot in range(count):
+            columns[slot] = keys[row, slot] & low
+            value = distances[start + row, columns[slot]]
+            values[slot] = value if value == value else np.inf
+            worst = max(worst, keys[row, slot] & ~low)
+        for slot in range(count):
+            rank = 0
+            for other in range(count):
+                before = values[other] < values[slot]
+                rank += before | ((values[other] == values[slot]) & (columns[other] < columns[slot]))
+            if rank < k:
+                index[start + row, rank] = columns[slot]
+            if rank == k - 1:
+                last = keys[row, slot] & ~low
+        if last >= worst:  # columns that are no candidates may have a key as low
+            _search(distances, index, start + row)
+
+
+@_compiled
+def _search_rows(distances, index, start, stop):
+    for row in range(start, stop):
+        _search(distances, index, row)
+
+
+@_compiled
+def _search(distances, index, row):
+    k = index.shape[1]
+    values = np.empty(k, distances.dtype)
+    for column in range(distances.shape[1]):
+        value = distances[row, column]
+        value = value if value == value else np.inf
+        place = min(column, k)
+        while place > 0 and value < values[place - 1]:
+            place -= 1
+            if place < k - 1:
+                values[place + 1] = values[place]
+                index[row, place + 1] = index[row, place]
+        if place < k:
+            values[place] = value
+            index[row, place] = column
+
+
+@_compiled
+def _neighbour_max(u, rows, best, winner, start, stop):
+    channels = u.shape[1]
+    order = np.empty(rows.shape[1], np.int64)
+    for point in range(start, stop):
+        for slot in range(len(order)):  # sorted, so that the lowest row wins a tie
+            row, place = rows[point, slot], slot
+            while place > 0 and order[place - 1] > row:
+                order[place] = order[place - 1]
+                place -= 1
+            order[place] = row
+        for channel in range(channels):
+            best[point, channel] = u[order[0], channel]
+            winner[point, channel] = order[0]
+        for row in order[1:]:
+            for channel in range(channels):
+                value = u[row, channel]
+                wins = value > best[point, channel] or value != value
+                best[point, channel] = value if wins else best[point, channel]
+                winner[point, channel] = row if wins else winner[point, channel]
+        for channel in range(channels):
+            winner[point, channel] = winner[point, channel] * channels + channel
+
+
+@_compiled
+def _scatter(own, winner, near, start, stop):
+    for place in range(start, stop):
+        near[winner[place]] += own[place]
+
+
+@_compiled
+def _transposed_sum(x, rows, out, start, stop):
+    for point in range(start, stop):
+        for slot in range(rows.shape[1]):
+            target = rows[point, slot]
+            for channel in range(x.shape[1]):
+                out[target, channel] += x[point, channel]

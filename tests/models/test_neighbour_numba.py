@@ -1,0 +1,93 @@
+"""models/kernels/neighbour_numba.py: the compiled reductions and the selection of neighbours against plain ones, hostile numbers included."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.kernels import neighbour_ops
+from models.kernels.knn import knn
+
+compiled = pytest.importorskip("models.kernels.neighbour_numba", reason="Numba is not installed")
+CLOUDS, POINTS, K, CHANNELS = 7, 10, 4, 13
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def hostile_values(dtype):
+    u = torch.randn(CLOUDS * POINTS, CHANNELS).mul(4).round().div(2).to(dtype)  # many ties
+    u[20:40] = -u[20:40].abs()  # maxima of exactly zero, of both signs
+    u[3, 3], u[4, 3], u[5, 4], u[6, 5] = 1e-45, -3e38, 3e38, torch.inf
+    return u
+
+
+def neighbours():
+    clouds = torch.arange(CLOUDS * POINTS).div(POINTS, rounding_mode="floor").mul(POINTS)
+    return torch.randint(0, POINTS, (CLOUDS * POINTS, K)) + clouds[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reductions_equal_the_plain_ones(threads, dtype):
+    torch.manual_seed(0)
+    u, rows, tied = hostile_values(dtype), neighbours(), torch.zeros(CHANNELS, dtype=torch.bool)
+    tied[2] = True
+    best, winner = compiled.neighbour_max(u, rows, POINTS, tied)
+    plain_best, plain_winner = neighbour_ops.neighbour_max(u, rows, POINTS, tied)
+    assert torch.equal(best, plain_best) and torch.equal(winner.long(), plain_winner)
+    own, x = torch.randn(u.shape, dtype=dtype), torch.randn(len(u), 5, dtype=dtype)
+    for sums, plain in zip(compiled.transposed_sums(own, winner, x, rows, POINTS), neighbour_ops.transposed_sums(own, winner, x, rows, POINTS)):
+        torch.testing.assert_close(sums, plain)
+    assert compiled.transposed_sums(own, winner, None, rows, POINTS)[1] is None
+
+
+def test_a_maximum_over_a_nan_is_one():
+    u, rows = torch.zeros(4, 2), torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])
+    u[2, 1] = torch.nan
+    best, winner = compiled.neighbour_max(u, rows, 4, torch.zeros(2, dtype=torch.bool))
+    assert best.isnan().tolist() == [[False, False], [False, True], [False, True], [False, False]]
+    assert winner.min() >= 0 and winner.max() < u.numel()
+
+
+def by_value_then_column(distances, k):
+    distances = torch.where(distances.isnan(), torch.inf, distances)
+    order = [np.lexsort((np.arange(distances.shape[1]), row)) for row in distances.numpy()]
+    return torch.from_numpy(np.stack(order)[:, :k])
+
+
+HOSTILE = {
+    "zeros": torch.zeros, "three values": lambda *shape: torch.randint(0, 3, shape).float(), "tiny": lambda *s: torch.rand(s) * 1e-20,
+    "huge": lambda *s: torch.rand(s) * 1e6, "all NaN": lambda *s: torch.full(s, torch.nan),
+    "half NaN": lambda *s: torch.where(torch.rand(s) < 0.5, -torch.nan, torch.rand(s)), "negative": lambda *s: -torch.rand(s),
+    "mostly infinite": lambda *s: torch.where(torch.rand(s) < 0.99, torch.inf, torch.rand(s)),
+    "close in pairs": lambda *s: 1 + torch.rand(s[0], s[1] // 2).repeat_interleave(2, 1) * 1e-3, "float64": lambda *s: torch.rand(s).double() * 1e-300,
+}
+
+
+@pytest.mark.parametrize("k", [1, 8, 199, 200])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_the_smallest_are_exact_in_value_and_order(threads, kind, k):
+    torch.manual_seed(1)
+    distances = HOSTILE[kind](32, 200)
+    found = compiled.smallest(distances, torch.zeros(32, dtype=distances.dtype), k)
+    assert torch.equal(found, by_value_then_column(distances, k))
+
+
+def test_offsets_change_the_search_not_the_result():
+    torch.manual_seed(2)
+    distances = torch.rand(20, 300) * 1e-4 - 5
+    found = compiled.smallest(distances, torch.full((20,), 5.0), 10)
+    assert torch.equal(found, by_value_then_column(distances, 10))
+
+
+@pytest.mark.parametrize("points,k", [(128, 8), (256, 10), (1024, 20)])
+def test_neighbours_equal_those_without_numba(points, k, monkeypatch):
+    torch.manual_seed(3)
+    x = torch.randn(2, points, 3)
+    fast = knn(x, k)
+    monkeypatch.setattr(neighbour_ops, "HAS_NUMBA", False)
+    assert torch.equal(fast, knn(x, k))
