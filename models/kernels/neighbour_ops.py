@@ -8,7 +8,6 @@ All take `rows`, (M, k) int64: the k neighbours of every one of the M points as 
 import functools
 import importlib.util
 import sys
-import warnings
 from types import ModuleType
 
 import torch
@@ -31,7 +30,7 @@ def triton_operations(device: torch.device) -> ModuleType:
         kernels = importlib.import_module("models.kernels.edge_conv_triton")
         kernels.check(device)
     except Exception as error:  # a compiler, driver or chip that Triton does not like raises any type
-        raise UserError(f"model.edge_conv: triton needs Triton, a CUDA device that it supports and a C compiler, found {device} and "
+        raise UserError(f"model.edge_conv: triton needs Triton, a C compiler and a CUDA device that it supports, found {device}, "
                         f"{type(error).__name__}: {error}; set model.edge_conv to fused, which gives the same numbers") from error
     return kernels
 
