@@ -57,14 +57,14 @@ class PLALearner(StageLearner):
         self.modality_invariance = ModalityInvarianceLoss(pla.tau_2)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train one epoch (1-based); the banks are filled and clustered before the first one after the warm-up."""
-        since_warmup = epoch - self.config.pla.warmup_epochs
+        """Train one epoch (1-based); the banks are filled and clustered after `pla.mlm_only_epochs` of them."""
+        annotated = epoch - self.config.pla.mlm_only_epochs
         interval = self.config.pla.recluster_every
-        if since_warmup == 1 or (since_warmup > 1 and interval and (since_warmup - 1) % interval == 0):
+        if annotated == 1 or (annotated > 1 and interval and (annotated - 1) % interval == 0):
             self.cluster(epoch)
-        elif since_warmup > 1 and self.bankless:
+        elif annotated > 1 and self.bankless:
             self.refresh()
-        self.annotating = since_warmup >= 1
+        self.annotating = annotated >= 1
         losses = super().train_epoch(epoch)
         return {**losses, **self.agreement()} if self.annotating else losses
 
@@ -110,7 +110,7 @@ class PLALearner(StageLearner):
         }
 
     def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
-        """One step on Eq. 3, followed by the memory update of Eq. 6; on Eq. 14 alone in the warm-up."""
+        """One step on Eq. 3, followed by the memory update of Eq. 6; on Eq. 14 alone in the first `pla.mlm_only_epochs`."""
         embeddings = self.embed(raw, generator)
         mlm = self.invariance(raw, embeddings, generator)
         if not self.annotating:

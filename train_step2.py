@@ -49,7 +49,7 @@ class RDLLearner(StageLearner):
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based); in the first ones RCLL is not clipped, see `docs/method.md`."""
-        clipped = self.config.rdl.loss != "rcll" or epoch > self.config.rdl.warmup_epochs
+        clipped = self.config.rdl.loss != "rcll" or epoch > self.config.rdl.unclipped_epochs
         self.loss = self.robust if clipped else self.unclipped
         return super().train_epoch(epoch)
 

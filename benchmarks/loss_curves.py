@@ -45,8 +45,8 @@ def compare(config_dir: Path, variants: dict[str, list[str]], common: list[str])
         for number, (name, settings) in enumerate(variants.items()):
             for stage in STAGES:
                 labels = Path(folder) / ("labels-0" if stage == "step2" else f"labels-{number}")
-                warmup = ["pla.warmup_epochs=1"] if stage == "step1" else []
-                found[stage][name] = run_stage(stage, config_dir, Path(folder) / str(number), labels, [*common, *warmup, *settings])
+                mlm_only = ["pla.mlm_only_epochs=1"] if stage == "step1" else []
+                found[stage][name] = run_stage(stage, config_dir, Path(folder) / str(number), labels, [*common, *mlm_only, *settings])
     return found
 
 

@@ -1,6 +1,6 @@
 """Both stages on prepared data, one epoch each: `python -m benchmarks.protocol [--config-dir configs/digits] [--epochs 1]`.
 
-Runs train_step1.py and train_step2.py themselves, without warm-up and figures, in a temporary folder. The time of the whole
+Runs train_step1.py and train_step2.py themselves, without MLM-only epochs and figures, in a temporary folder. The time of the whole
 protocol is extrapolated from the last epoch and labelled so.
 """
 
@@ -107,7 +107,7 @@ def run_stage(
         What its `fit` was called with, and the seconds of the whole call.
     """
     stage_settings = {
-        "step1": [f"run.pseudo_labels={folder}/pseudo_labels", "pla.warmup_epochs=0"],
+        "step1": [f"run.pseudo_labels={folder}/pseudo_labels", "pla.mlm_only_epochs=0"],
         "step2": [f"rdl.pseudo_labels={folder}/pseudo_labels"],
     }[stage]
     settings = [

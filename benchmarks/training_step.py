@@ -83,9 +83,9 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_step1(config: Step1Config, args: argparse.Namespace, device: torch.device) -> PLALearner:
-    """Return the learner of step 1, without warm-up epochs, on `args.steps` batches of random samples."""
+    """Return the learner of step 1, without MLM-only epochs, on `args.steps` batches of random samples."""
     seed_everything(SEED)
-    config = dataclasses.replace(config, pla=dataclasses.replace(config.pla, warmup_epochs=0, recluster_every=0))
+    config = dataclasses.replace(config, pla=dataclasses.replace(config.pla, mlm_only_epochs=0, recluster_every=0))
     samples = random_samples(config.data, args.steps * config.optim.batch_size, args.image_side)
     return PLALearner(config, _placed(samples, config.data, device), device)
 

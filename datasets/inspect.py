@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from datasets.kinds import KINDS
 from datasets.prepare.checks import Listed, Lists, prepared_modalities, read_lists, read_manifest, run_checks
@@ -22,6 +21,7 @@ from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
 from utils.figures.thumbnails import thumbnail
 from utils.modalities import MODALITIES
 from utils.settings.config import load_config
+from utils.settings.files import Sources, read_files
 from utils.settings.options import DataConfig, Step1Config, Step2Config
 
 TILE_PIXELS = 144
@@ -33,11 +33,7 @@ def load_data_config(path: str, overrides: Sequence[str] = ()) -> DataConfig:
     Raises:
         UserError: as `utils.settings.config.load_config`.
     """
-    try:
-        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        sections = None  # load_config names the problem
-    second = isinstance(sections, dict) and "rdl" in sections
+    second = "rdl" in read_files(path, Sources())
     return load_config(Step2Config if second else Step1Config, path, overrides).data
 
 

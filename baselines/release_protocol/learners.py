@@ -85,7 +85,7 @@ class ReleasePLA(PLALearner):
 
 
 class ReleaseRDL(RDLLearner):
-    """Step 2 with the departure `batch_clip`: the authors' RCLL after the warm-up of `rdl.warmup_epochs`.
+    """Step 2 with the departure `batch_clip`: the authors' RCLL after `rdl.unclipped_epochs`.
 
     Args:
         config, samples, pseudo_labels, num_clusters, device: as `RDLLearner`.

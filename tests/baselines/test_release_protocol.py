@@ -354,7 +354,7 @@ def test_step_2_uses_it_after_the_warm_up_and_for_rcll_alone(small_digits):
     build = lambda *more: ReleaseRDL(  # noqa: E731
         load_config(Step2Config, str(SMOKE / "step2.yaml"), [f"data.root={small_digits}", *more]), samples, labels, 6, CPU,
         departures_of("batch_clip"))
-    learner = build("rdl.warmup_epochs=1")
+    learner = build("rdl.unclipped_epochs=1")
     used = []
     for epoch in (1, 2):
         learner.train_epoch(epoch)

@@ -36,7 +36,7 @@ from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 
 PROTOCOL = load_protocol()
-SMOKE = Setup("digits", "small", Path("configs/smoke"), ("GP",), step2=("rdl.warmup_epochs=1",), paper="3D MNIST", samples=(40,))
+SMOKE = Setup("digits", "small", Path("configs/smoke"), ("GP",), step2=("rdl.unclipped_epochs=1",), paper="3D MNIST", samples=(40,))
 CLEAN = {"commit": "a" * 40, "dirty": False, "device": "a CPU", "threads": 1, "torch": "2"}
 
 
@@ -86,7 +86,7 @@ def test_an_id_depends_on_what_decides_the_result_and_on_nothing_else(tmp_path):
     def cell(overrides=(), seed=0, text=None, stage="step2"):
         folder = Path("configs/smoke") if text is None else tmp_path
         for name in ("step1", "step2") if text is not None else ():
-            (folder / f"{name}.yaml").write_text(text + (REPOSITORY / f"configs/smoke/{name}.yaml").read_text())
+            (folder / f"{name}.yaml").write_text(f"{text}extends: {REPOSITORY}/configs/smoke/{name}.yaml\n")
         setup = Setup("digits", "small", folder, ("GP",), **{stage: tuple(overrides)})
         return expand({"rows": {"row": {}}}, setup, [seed])[0].cells[seed]["GP"]
 
@@ -102,7 +102,7 @@ def test_an_id_depends_on_what_decides_the_result_and_on_nothing_else(tmp_path):
 
 def test_settings_are_those_that_differ_from_the_defaults():
     found = settings_of("step2", Path("configs/smoke"), ["rdl.lambda_2=0.25", "rdl.alpha=0.5"])
-    assert found["rdl"] == {"alpha": 0.5, "tau_2": 0.5} and "run" not in found
+    assert found["rdl"] == {"alpha": 0.5, "unclipped_epochs": 0} and "run" not in found
 
 
 def test_placeholders_and_tasks():

@@ -55,5 +55,5 @@ def test_training_never_calls_the_labelled_reader_on_a_training_list(small_digit
         return read(path, **arguments)
 
     monkeypatch.setattr(samples, "read_labelled_list", recording)
-    train_step1.main(settings(small_digits, tmp_path, 1, "optim.epochs=1", "pla.warmup_epochs=0"))
+    train_step1.main(settings(small_digits, tmp_path, 1, "optim.epochs=1", "pla.mlm_only_epochs=0"))
     assert seen and all("test_list" in path for path in seen)

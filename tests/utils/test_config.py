@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import typing
 from dataclasses import dataclass
 from typing import Literal
@@ -72,11 +73,11 @@ def test_values_of_every_kind():
 
 
 def test_round_trip_and_hash(tmp_path):
-    config = step1("optim.epochs=3", "data.test_lists={RGBImg: x.txt}")
+    config = step1("optim.epochs=8", "data.test_lists={RGBImg: x.txt}")
     path = write(tmp_path, yaml.safe_dump(to_dict(config)))
     assert load_config(Step1Config, path) == config
     assert config_hash(load_config(Step1Config, path)) == config_hash(config)
-    assert config_hash(config) != config_hash(step1("optim.epochs=4", "data.test_lists={RGBImg: x.txt}"))
+    assert config_hash(config) != config_hash(step1("optim.epochs=9", "data.test_lists={RGBImg: x.txt}"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.optim.epochs = 4
 
@@ -96,20 +97,27 @@ def test_refused_robust_loss(name, hint):
         ("optm.epochs=3", "optm: unknown key, did you mean 'optim'"),
         ("optim.zzz=3", "optim.zzz: unknown key, valid here: epochs, batch_size"),
         ("data.augment.point_jiter=0", "data.augment.point_jiter: unknown key, did you mean 'point_jitter'"),
-        ("optim.epochs=2.0", "optim.epochs: expected int, got 2.0 of type float"),
-        ("optim.epochs=true", "optim.epochs: expected int, got True of type bool"),
-        ("optim.learning_rate=true", "optim.learning_rate: expected float, got True"),
+        ("optim.epochs=2.0", "optim.epochs: expected int, got '2.0'"),
+        ("optim.epochs=true", "optim.epochs: expected int, got 'true'"),
+        ("optim.learning_rate=true", "optim.learning_rate: expected float, got 'true'"),
         ("optim.learning_rate=fast", "optim.learning_rate: expected float, got 'fast'"),
-        ("optim.learning_rate=.nan", "optim.learning_rate: expected float, got nan"),
-        ("optim.learning_rate=null", "optim.learning_rate: expected float, got None"),
-        ("run.amp=1", "run.amp: expected bool, got 1"),
-        ("data.root=3", "data.root: expected str, got 3"),
-        ("optim.epochs.more=3", "optim.epochs: expected int, got {'more': 3}"),
+        ("optim.learning_rate=.nan", "optim.learning_rate: expected float, got '.nan'"),
+        ("optim.learning_rate=null", "optim.learning_rate: expected float, got 'null', that is nothing"),
+        ("optim.learning_rate=1e999", "optim.learning_rate: expected float, got '1e999'"),
+        ("optim.epochs=1:30", "optim.epochs: expected int, got '1:30'"),
+        ("optim.epochs='3'", "optim.epochs: expected int, got '3'"),
+        ("optim.epochs=" + "9" * 400, "optim.epochs: expected int"),
+        ("run.amp=1", "run.amp: expected bool, got '1'"),
+        ("data.root=[3]", "data.root: expected str, got ['3']"),
+        ("data.root=null", "data.root: expected str, got 'null', that is nothing"),
+        ("run.output=~nobody-has-this-name/x", "there is no home folder '~nobody-has-this-name/x'"),
+        ("run.output=$HOME/x", "run.output: '$HOME/x': variables are not replaced here"),
+        ("model.pretrained.RGBImg=${HOME}/w.pth", "model.pretrained.RGBImg: '${HOME}/w.pth': variables"),
+        ("optim.epochs.more=3", "optim.epochs: expected int, got {'more': '3'}"),
         ("optim=3", "optim: expected a section with the keys epochs, "),
         ("data.modalities=RGBImg", "data.modalities: expected tuple[str, ...], got 'RGBImg'"),
         ("data.augment.image_scale=[1, 2, 3]", "image_scale: expected 2 values, got 3"),
         ("model.pretrained=none", "model.pretrained: expected dict[str, str], got 'none'"),
-        ("model.pretrained.RGBImg=3", "model.pretrained.RGBImg: expected str, got 3"),
         ("optim.schedule=cosin", "expected one of constant, cosine, got 'cosin', did you mean 'cosine'"),
         ("optim.epochs=0", "optim.epochs: must be at least 1, got 0 (passes over"),
         ("optim.learning_rate=0", "must be above 0, got 0"),
@@ -123,14 +131,15 @@ def test_refused_robust_loss(name, hint):
         ("data.modalities=[GrayImg, PointCloud]", "model.pretrained says nothing about GrayImg: give imagenet (images only), none"),
         ("model.pretrained.PointCloud=imagenet", "model.pretrained.PointCloud: imagenet is for images only"),
         ("model.pretrained.Mehs=none", "model.pretrained: unknown modality 'Mehs'"),
-        ("model.pretrained.RGBImg=", "model.pretrained.RGBImg: expected str, got None"),
+        ("model.pretrained.RGBImg=", "model.pretrained.RGBImg: expected str, got '', that is nothing"),
         ("data.train_lists={Pointcloud: x}", "data.train_lists: unknown modality 'Pointcloud', did you mean 'PointCloud'"),
         ("data.instance_id=((", "data.instance_id is not a regular expression"),
         (r"data.instance_id=\d+", "needs exactly one group, got 0"),
         ("data.dataset=../up", "data.dataset names files and folders"),
         ("data.image_resize=200", "data.image_resize (200) must be at least data.image_size (224)"),
         ("data.num_points=10", "model.num_neighbors (20) must not exceed data.num_points (10)"),
-        ("pla.warmup_epochs=20", "pla.warmup_epochs (20) must be below optim.epochs (20)"),
+        ("pla.warmup_epochs=3", "--set pla.warmup_epochs=3: pla.warmup_epochs: this setting is now called pla.mlm_only_epochs"),
+        ("pla.mlm_only_epochs=20", "pla.mlm_only_epochs (20) must be below optim.epochs (20)"),
         ("run.seed", "--set expects section.key=value, got 'run.seed'"),
         ("=3", "--set expects section.key=value, got '=3'"),
         ("run..seed=3", "--set expects section.key=value"),
@@ -154,12 +163,87 @@ def test_refused_override(override, message):
         ("optim: 3", "step1.yaml: optim: expected a section"),
         ("1: 2", "step1.yaml: 1: unknown key"),
         ("data: {modalities: [RGBImg, Foo]}", "step1.yaml with --set"),
+        ("pla: {warmup_epochs: 3}", "step1.yaml: pla.warmup_epochs: this setting is now called pla.mlm_only_epochs"),
+        ("extends:", "step1.yaml: extends: expected a file or a list of files, got ''"),
+        ("extends: {a: b}", "step1.yaml: extends: expected a file or a list of files, got {'a': 'b'}"),
+        ("extends: [[a.yaml]]", "step1.yaml: extends: expected a file or a list of files"),
+        ("extends: gone.yaml", "gone.yaml, which "),
+        ("extends: step1.yaml", "step1.yaml extends itself by way of"),
+        ("data: {extends: step1.yaml}", "step1.yaml: data.extends: unknown key"),
     ],
 )
 def test_refused_file(tmp_path, text, message):
     with pytest.raises(ValueError) as caught:
         step1(path=write(tmp_path, text))
     assert message in str(caught.value)
+
+
+def test_words_and_switches_are_what_their_settings_say():
+    for text in ("off", "on", "no", "Yes", "2026-11-28", "1:30", "007", "1_000", "0x10", "1e3", ".inf", "3", "'null'", "a: b", "a #1"):
+        assert step1(f"data.root={text}").data.root == text.strip("'")
+    for text, expected in (("on", True), ("Yes", True), ("TRUE", True), ("off", False), ("no", False), ("False", False)):
+        assert step1(f"run.amp={text}").run.amp is expected
+    assert step1("run.compile=off").run.compile == "off" and step1("data.num_classes=~").data.num_classes is None
+    assert step1("optim.epochs=010").optim.epochs == 10 and step1("data.dataset=no").data.dataset == "no"
+    assert step1("data.modalities=[RGBImg, PointCloud]", "model.pretrained.Mesh=off").model.pretrained["Mesh"] == "off"
+
+
+def test_words_in_a_file(tmp_path):
+    path = write(tmp_path, "data: {dataset: 2026-11-28, root: no}\nrun: {compile: off, amp: on}\noptim: {fused: yes}\n")
+    config = step1(path=path)
+    assert (config.data.dataset, config.data.root, config.run.compile) == ("2026-11-28", "no", "off")
+    assert config.run.amp is True and config.optim.fused is True
+    again = load_config(Step1Config, write(tmp_path, yaml.safe_dump(to_dict(config))))
+    assert again == config and type(again.data.root) is str
+
+
+def test_home_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "run: {output: ~/runs}\nmodel: {pretrained: {Mesh: ~/mesh.pth, GrayImg: none}}\n")
+    paths = ["data.root=~/d", "data.train_lists.RGBImg=~/a", "data.test_lists.RGBImg='~/b'", "run.pseudo_labels=~"]
+    config = step1(*paths, path="~/step1.yaml")
+    assert (config.run.output, config.model.pretrained["Mesh"]) == (f"{tmp_path}/runs", f"{tmp_path}/mesh.pth")
+    assert (config.data.root, config.data.train_lists, config.data.test_lists) == (f"{tmp_path}/d", {"RGBImg": f"{tmp_path}/a"}, {"RGBImg": f"{tmp_path}/b"})
+    assert config.run.pseudo_labels == str(tmp_path) and config.model.pretrained["GrayImg"] == "none"
+    assert load_config(Step2Config, None, [*PRETRAINED, "rdl.pseudo_labels=~/l"]).rdl.pseudo_labels == f"{tmp_path}/l"
+    assert step1("data.root=./~/d").data.root == "./~/d"
+    paths = {f"{section.name}.{field.name}" for cls in (Step1Config, Step2Config) for section in dataclasses.fields(cls)
+             for field in dataclasses.fields(section.default_factory()) if field.metadata.get("path")}
+    assert paths == {"data.root", "data.train_lists", "data.test_lists", "model.pretrained", "run.output", "run.pseudo_labels",
+                     "rdl.pseudo_labels"}
+
+
+def test_extends(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/base.yaml").write_text("extends: ../root.yaml\noptim: {epochs: 7, batch_size: 10}\nmodel: {pretrained: {Mesh: a}}\n")
+    (tmp_path / "root.yaml").write_text("optim: {epochs: 6, weight_decay: 0.5, learning_rate: 0}\nrun: {seed: 3}\n")
+    (tmp_path / "other.yaml").write_text("optim: {batch_size: 11}\nmodel: {pretrained: {GrayImg: b}}\n")
+    path = write(tmp_path, "extends: [sub/base.yaml, other.yaml]\noptim: {learning_rate: 0.1}\nrun:\n")
+    config = step1(path=path)
+    assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay, config.optim.learning_rate) == (7, 11, 0.5, 0.1)
+    assert config.model.pretrained == {"RGBImg": "imagenet", "PointCloud": "none", "Mesh": "a", "GrayImg": "b"} and config.run.seed == 3
+    for text, message in (
+        ("optim: {epochs: 7}", "root.yaml: optim.learning_rate: must be above 0"),
+        ("optim: {learning_rate: 1, epochs: 5}", "step1.yaml extending {0}/sub/base.yaml, {0}/root.yaml with --set"),
+        ("optim: {learning_rate: 1}\nrun: {sed: 1}", "step1.yaml: run.sed: unknown key"),
+    ):
+        with pytest.raises(UserError) as caught:
+            step1(path=write(tmp_path, f"extends: sub/base.yaml\n{text}\n"))
+        assert message.format(tmp_path) in str(caught.value)
+    (tmp_path / "root.yaml").write_text("extends: sub/base.yaml\n")
+    with pytest.raises(UserError, match="base.yaml extends itself by way of .*base.yaml and .*root.yaml"):
+        step1(path=path)
+    (tmp_path / "root.yaml").write_text("run: {seed: 1, seed: 2}\n")
+    with pytest.raises(UserError, match="root.yaml is not valid YAML: key 'seed' is given twice"):
+        step1(path=path)
+
+
+def test_defaults_are_those_of_the_default_configuration():
+    for cls, name in ((Step1Config, "step1"), (Step2Config, "step2")):
+        shipped, defaults = load_config(cls, f"configs/mnist3d/{name}.yaml"), load_config(cls, None, PRETRAINED)
+        given = {"data": {"num_classes": 10}, "model": {"pretrained": shipped.model.pretrained}}
+        changed = {key: dataclasses.replace(getattr(defaults, key), **values) for key, values in given.items()}
+        assert shipped == dataclasses.replace(defaults, **changed)
 
 
 def test_missing_or_empty_file(tmp_path):
@@ -199,6 +283,7 @@ def test_arguments():
     parser = argparse.ArgumentParser()
     add_config_arguments(parser)
     arguments = parser.parse_args("--config f.yaml --set a.b=1 c.d=[x,y] --set e=2".split())
+    assert parser.parse_args(["--resume=~/run"]).resume == os.path.expanduser("~/run")
     assert arguments.config == "f.yaml" and arguments.overrides == ["a.b=1", "c.d=[x,y]", "e=2"] and arguments.resume is None
     assert parser.parse_args([]).overrides == []
 

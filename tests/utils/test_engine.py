@@ -80,7 +80,7 @@ def test_equation_4_with_the_losses_scale(finished, small_digits, tmp_path, monk
 
 
 def test_memory_without_a_bank_is_the_last_epochs_features(small_digits):
-    settings = config(small_digits, "pla.warmup_epochs=0", "pla.banks=[PointCloud]")
+    settings = config(small_digits, "pla.mlm_only_epochs=0", "pla.banks=[PointCloud]")
     learner = train_step1.PLALearner(settings, load_training_samples(settings.data, CPU), CPU)
     learner.train_epoch(1)
     before = {name: bank.memory.clone() for name, bank in learner.banks.items()}

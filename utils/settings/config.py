@@ -1,20 +1,18 @@
 """Loads a YAML file and `--set` overrides into the dataclasses of `utils.settings.options`, refusing whatever does not fit."""
 
 import argparse
-import copy
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-import yaml
-
 from utils.errors import UserError
+from utils.settings.files import Plain, Sources, apply_override, is_null, read_files
 from utils.settings.options import nearest
 
 T = TypeVar("T")
@@ -24,68 +22,10 @@ _LIMITS = {
     "above": (lambda value, limit: value > limit, "above"),
     "below": (lambda value, limit: value < limit, "below"),
 }
+_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML silently keeps the last of two equal keys; a configuration must not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Sources:
-    """Tells where a dotted key came from, for error messages: the file, or one --set argument."""
-
-    def __init__(self, path: str | None) -> None:
-        self.path = path
-        self.overrides: dict[str, str] = {}
-
-    def of(self, key: str) -> str:
-        """Name the last override that touches `key`, a part of it or a section around it, else the file."""
-        nested = lambda inner, outer: f"{inner}.".startswith(f"{outer}.")
-        touching = [text for name, text in self.overrides.items() if nested(key, name) or nested(name, key)]
-        return f"--set {touching[-1]}" if touching else str(self.path or "defaults")
-
-
-def _read_yaml(path: str) -> dict:
-    if not Path(path).is_file():
-        raise UserError(f"no configuration file {path}: give an existing YAML file, see the folder configs/")
-    try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold sections (data:, model:, ...), found a {type(tree).__name__}")
-    return tree
-
-
-def _apply_override(tree: dict, text: str, sources: _Sources) -> None:
-    """Put one KEY=VALUE into the tree; VALUE is YAML, KEY is dotted and may reach into a dictionary setting."""
-    key, separator, value = text.partition("=")
-    key = key.strip()
-    if not separator or not all(key.split(".")):
-        raise UserError(f"--set expects section.key=value, got {text!r}")
-    try:
-        parsed = yaml.load(value, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {text}: the value is not valid YAML: {error}") from error
-    *parents, last = key.split(".")
-    for parent in parents:
-        if not isinstance(tree.get(parent), dict):  # absent, or replaced by a wrong value that the check will name
-            tree[parent] = {}
-        tree = tree[parent]
-    tree[last] = parsed
-    sources.overrides.pop(key, None)
-    sources.overrides[key] = text
-
-
-def _fail(key: str, sources: _Sources, problem: str, doc: str = "") -> typing.NoReturn:
+def _fail(key: str, sources: Sources, problem: str, doc: str = "") -> typing.NoReturn:
     raise UserError(f"{sources.of(key)}: {key}: {problem}" + (f" ({doc})" if doc else ""))
 
 
@@ -93,31 +33,29 @@ def _describe(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint).replace("typing.", "")
 
 
-def _scalar(hint: Any, value: Any) -> tuple[bool, Any]:
-    """Return (fits, converted value) for bool, int, float and str."""
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 (no dot) as text
-        try:
-            value = float(value)
-        except ValueError:
-            return False, value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return math.isfinite(value), float(value)
-    return type(value) is hint, value
+def _scalar(hint: type, value: Any) -> Any:
+    """Return what was typed as a bool, int, float or str; ValueError or KeyError if it is none."""
+    if hint is str and isinstance(value, str) and (value == "~" or not is_null(value)):
+        return str(value)
+    if hint is bool and isinstance(value, Plain):
+        return _SWITCHES[value.lower()]
+    if hint in (int, float) and isinstance(value, Plain) and math.isfinite(number := hint(value)):
+        return number
+    raise ValueError(value)
 
 
-def _convert(hint: Any, value: Any, key: str, sources: _Sources) -> Any:
+def _convert(hint: Any, value: Any, key: str, sources: Sources) -> Any:
     """Convert a YAML value to the declared type, or raise with the dotted key."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, key, sources)
     if origin in (Union, types.UnionType):
-        if value is None:
+        if is_null(value):
             return None
         return _convert(next(entry for entry in arguments if entry is not type(None)), value, key, sources)
     if origin is Literal:
-        if value not in arguments:
-            _fail(key, sources, f"expected one of {', '.join(map(str, arguments))}, got {value!r}{nearest(value, arguments)}")
-        return value
+        chosen = [entry for entry in arguments if value == str(entry)]
+        return chosen[0] if chosen else _fail(
+            key, sources, f"expected one of {', '.join(map(str, arguments))}, got {value!r}{nearest(value, arguments)}"
+        )
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(kinds) != len(value):
@@ -128,13 +66,27 @@ def _convert(hint: Any, value: Any, key: str, sources: _Sources) -> Any:
             _convert(arguments[0], name, key, sources): _convert(arguments[1], entry, f"{key}.{name}", sources)
             for name, entry in value.items()
         }
-    fits, converted = _scalar(hint, value) if origin is None else (False, value)
-    if not fits:
-        _fail(key, sources, f"expected {_describe(hint)}, got {value!r} of type {type(value).__name__}")
-    return converted
+    try:
+        if origin is None:
+            return _scalar(hint, value)
+    except (ValueError, KeyError, OverflowError):
+        pass
+    _fail(key, sources, f"expected {_describe(hint)}, got {value!r}" + (", that is nothing" if is_null(value) else ""))
 
 
-def _check_limits(value: Any, metadata: Mapping[str, Any], key: str, sources: _Sources) -> None:
+def _expand(value: Any, key: str, sources: Sources) -> Any:
+    """Return a path, or the paths of a dictionary, with a leading ~ replaced by the home folder."""
+    if isinstance(value, dict):
+        return {name: _expand(entry, f"{key}.{name}", sources) for name, entry in value.items()}
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        _fail(key, sources, f"there is no home folder {value!r}: write the path in full, or ./{value} for a file of that name")
+    if os.path.expandvars(path) != path:
+        _fail(key, sources, f"{value!r}: variables are not replaced here: write the path in full, or begin it with ~")
+    return path
+
+
+def _check_limits(value: Any, metadata: Mapping[str, Any], key: str, sources: Sources) -> None:
     if isinstance(value, (tuple, dict)):
         for entry in value.values() if isinstance(value, dict) else value:
             _check_limits(entry, metadata, key, sources)
@@ -144,45 +96,59 @@ def _check_limits(value: Any, metadata: Mapping[str, Any], key: str, sources: _S
                 _fail(key, sources, f"must be {words} {metadata[name]:g}, got {value:g}", metadata.get("doc", ""))
 
 
-def _build(cls: type[T], tree: Any, prefix: str, sources: _Sources) -> T:
-    """Fill one dataclass from one mapping; fields that are absent keep their defaults."""
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        _fail(prefix, sources, f"expected a section with the keys {', '.join(typing.get_type_hints(cls))}, got {tree!r}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+def _build(cls: type[T], tree: Any, prefix: str, sources: Sources, default: T | None = None) -> T:
+    """Fill one dataclass from one mapping; fields that are absent keep their defaults, those of `default` if it is given."""
+    tree = {} if is_null(tree) else tree
     hints = typing.get_type_hints(cls)
+    if not isinstance(tree, dict):
+        _fail(prefix, sources, f"expected a section with the keys {', '.join(hints)}, got {tree!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     for name, value in tree.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if name not in fields:
-            _fail(key, sources, f"unknown key{nearest(name, fields) or ', valid here: ' + ', '.join(fields)}")
+            _fail(key, sources, _unknown(name, fields, prefix))
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(hints[name], value, key, sources, fields[name].default_factory())
+            continue
         values[name] = _convert(hints[name], value, key, sources)
         _check_limits(values[name], fields[name].metadata, key, sources)
+        if fields[name].metadata.get("path"):
+            values[name] = _expand(values[name], key, sources)
     try:
-        return cls(**values)
+        return cls(**values) if default is None else dataclasses.replace(default, **values)
     except ValueError as error:  # the dataclass's own checks name their keys
-        given = " ".join(f"--set {text}" for text in sources.overrides.values())
-        raise UserError(f"{' with '.join(filter(None, [sources.path, given])) or 'defaults'}: {error}") from error
+        raise UserError(f"{sources.all()}: {error}") from error
+
+
+def _unknown(name: str, fields: Mapping[str, dataclasses.Field], section: str) -> str:
+    """Say what is wrong with a key, and what to write instead."""
+    renamed = [field.name for field in fields.values() if field.metadata.get("formerly") == name]
+    if renamed:
+        return f"this setting is now called {section}.{renamed[0]}"
+    return f"unknown key{nearest(name, fields) or ', valid here: ' + ', '.join(fields)}"
 
 
 def load_config(cls: type[T], path: str | None, overrides: Sequence[str] = ()) -> T:
-    """Load a configuration: dataclass defaults, then the YAML file, then the overrides in order.
+    """Load a configuration: dataclass defaults, then the YAML file and those it extends, then the overrides in order.
+
+    The declared type decides what a scalar means, not YAML's guess: `off` is a word where text is expected and a switch where
+    a bool is. A leading ~ in settings that hold paths is the home folder; variables such as $HOME are refused.
 
     Args:
         cls: root dataclass, e.g. utils.settings.options.Step1Config.
-        path: YAML file, or None for the defaults.
-        overrides: "section.key=value" texts; values are YAML, e.g. "data.modalities=[GrayImg,PointCloud]".
+        path: YAML file, see `utils.settings.files.read_files`, or None for the defaults.
+        overrides: "section.key=value" texts, e.g. "data.modalities=[GrayImg,PointCloud]".
     Returns:
         A frozen, fully checked instance of `cls`.
     Raises:
-        UserError: if the file is missing.
-        UserError: on invalid YAML, an unknown key (with the nearest valid one), a wrong type, a value out of
+        UserError: on a missing file, invalid YAML, an unknown key (with the nearest valid one), a wrong type, a value out of
             range, or settings that contradict each other; names the file or the --set argument and the key.
     """
-    sources = _Sources(None if path is None else str(path))
-    tree = {} if path is None else copy.deepcopy(_read_yaml(str(path)))
+    sources = Sources()
+    tree = {} if path is None else read_files(str(path), sources)
     for text in overrides:
-        _apply_override(tree, text, sources)
+        apply_override(tree, text, sources)
     return _build(cls, tree, "", sources)
 
 
@@ -208,4 +174,6 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="override settings, e.g. --set optim.epochs=5 data.modalities=[GrayImg,PointCloud]; may be repeated",
     )
-    parser.add_argument("--resume", metavar="RUN", help="run folder to continue, with the settings it was started with")
+    parser.add_argument(
+        "--resume", metavar="RUN", type=os.path.expanduser, help="run folder to continue, with the settings it was started with"
+    )

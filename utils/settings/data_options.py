@@ -11,15 +11,16 @@ from utils.errors import UserError
 from utils.modalities import MODALITIES
 
 
-def option(default: Any, doc: str, **limits: float) -> Any:
+def option(default: Any, doc: str, **details: Any) -> Any:
     """Declare one setting.
 
     Args:
         default: its default; dictionaries are copied per instance.
         doc: one line for readers and error messages.
-        limits: `min`, `max` (inclusive) or `above`, `below` (exclusive), for numbers and numbers inside containers.
+        details: `min`, `max` (inclusive) or `above`, `below` (exclusive), for numbers and numbers inside containers; `path=True`
+            for paths, in which ~ is replaced; `formerly`: an earlier name, to be named when it is met.
     """
-    metadata = {"doc": doc, **limits}
+    metadata = {"doc": doc, **details}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -71,10 +72,10 @@ class DataConfig:
     """Which samples, and in which shape they reach the encoders."""
 
     dataset: str = option("mnist3d", "name in list files, pseudo-label files and run folders")
-    root: str = option("dataset/mnist3d", "prepared data folder")
+    root: str = option("dataset/mnist3d", "prepared data folder", path=True)
     modalities: tuple[str, ...] = option(("RGBImg", "PointCloud"), "the modalities to align, at least two")
-    train_lists: dict[str, str] = option({}, "modality -> training list; default: the prepared name under root")
-    test_lists: dict[str, str] = option({}, "modality -> test list; default: the prepared name under root")
+    train_lists: dict[str, str] = option({}, "modality -> training list; default: the prepared name under root", path=True)
+    test_lists: dict[str, str] = option({}, "modality -> test list; default: the prepared name under root", path=True)
     instance_id: str = option(r"(\d+)$", "expression on the file stem; group 1 is the id that pairs modalities")
     num_classes: int | None = option(None, "number of classes: checks label ranges in evaluation, never used for training", min=1)
     image_size: int = option(224, "side of the encoder's input, pixels", min=8)

@@ -27,7 +27,7 @@ class ModelConfig:
     mesh_conv_width: int = option(256, "channels of MeshNet's first mesh convolution (published: 256)", min=1)
     mesh_mask_ratio: float = option(0.95, "share of faces hidden from MeshNet's maximum in training (published: 0.95)", min=0, below=1)
     image_stages: int = option(4, "residual stages of ResNet18 (published: 4); 3 for 32-pixel images on a CPU", min=1, max=4)
-    pretrained: dict[str, str] = option({}, "modality -> imagenet | none | PATH of a weight file")
+    pretrained: dict[str, str] = option({}, "modality -> imagenet | none | PATH of a weight file", path=True)
     classifier_hidden: int = option(128, "hidden width of the step-2 classifier", min=1)
 
     def __post_init__(self) -> None:
@@ -58,11 +58,11 @@ class PLAConfig:
     num_clusters: int = option(20, "K, independent of the number of classes; more is over-clustering", min=2)
     lambda_1: float = option(0.25, "weight of self matching in Eq. 3; 1 - lambda_1 weights modality invariance", min=0, max=1)
     tau_1: float = option(0.5, "sharpening: memory predictions are raised to 1 / tau_1", above=0)
-    tau_2: float = option(0.05, "temperature of the modality-invariance loss", above=0)
+    tau_2: float = option(0.5, "temperature of the modality-invariance loss", above=0)
     momentum: float = option(0.9, "eta of the memory update, Eq. 6", min=0, below=1)
-    warmup_epochs: int = option(0, "epochs of modality invariance alone before the banks are filled and clustered", min=0)
+    mlm_only_epochs: int = option(5, "first epochs, of modality invariance alone before the banks are filled and clustered", min=0, formerly="warmup_epochs")
     estimator: Literal["class", "instance", "hard"] = option("class", "reading of the joint probability in Eq. 8")
-    memory_samples: int = option(0, "N', extra bank rows per step in the self-matching loss", min=0)
+    memory_samples: int = option(1024, "N', extra bank rows per step in the self-matching loss", min=0)
     banks: tuple[str, ...] | None = option(
         None, "modalities with a momentum memory bank, default all; the others' memory is the last epoch's features (Table VIII)"
     )
@@ -78,10 +78,10 @@ class RDLConfig:
     loss_scale: float = option(1.0, "factor on the robust loss, e.g. to give a steeper one RCLL's slope; 1 in the paper", above=0)
     lambda_2: float = option(0.25, "weight of the robust loss in Eq. 4; 1 - lambda_2 weights modality invariance", min=0, max=1)
     alpha: float = option(0.3, "exponent of RCLL", min=0, max=1)
-    tau_2: float = option(0.15, "temperature of the modality-invariance loss", above=0)
-    warmup_epochs: int = option(0, "first epochs with RCLL not clipped at p = 1/K (ours; 0 in the paper)", min=0)
+    tau_2: float = option(0.5, "temperature of the modality-invariance loss", above=0)
+    unclipped_epochs: int = option(5, "first epochs with RCLL not clipped at p = 1/K (ours; 0 in the paper)", min=0, formerly="warmup_epochs")
     num_clusters: int | None = option(None, "K; default: read from the pseudo-labels' .meta.json", min=2)
-    pseudo_labels: str = option("pseudo_labels", "folder that step 1 wrote")
+    pseudo_labels: str = option("pseudo_labels", "folder that step 1 wrote", path=True)
 
     def __post_init__(self) -> None:
         if ":" not in self.loss and self.loss not in ROBUST_LOSSES:
@@ -99,8 +99,8 @@ class RunConfig:
     compile: Literal["off", "default", "cuda-graphs"] = option("off", "torch.compile of the encoders, alone or with CUDA graphs")
     sync_batchnorm: bool = option(True, "several processes: batch statistics of the global batch, as one process would have")
     threads: int | None = option(None, "CPU threads; default: torch's choice", min=1)
-    output: str = option("runs", "folder of the run folders")
-    pseudo_labels: str = option("pseudo_labels", "folder that step 1 writes")
+    output: str = option("runs", "folder of the run folders", path=True)
+    pseudo_labels: str = option("pseudo_labels", "folder that step 1 writes", path=True)
     eval_every: int = option(1, "epochs between evaluations; 0 only after the last", min=0)
     log_interval: int = option(10, "steps between progress updates", min=1)
     deterministic: bool = option(True, "deterministic kernels where they exist")
@@ -138,8 +138,8 @@ class Step1Config:
         unknown = [name for name in self.pla.banks or () if name not in self.data.modalities]
         if unknown:
             raise UserError(f"pla.banks names {', '.join(unknown)}, but data.modalities is {list(self.data.modalities)}")
-        if self.pla.warmup_epochs >= self.optim.epochs:  # without an epoch after it, g would never leave its random start
-            raise UserError(f"pla.warmup_epochs ({self.pla.warmup_epochs}) must be below optim.epochs ({self.optim.epochs})")
+        if self.pla.mlm_only_epochs >= self.optim.epochs:  # without an epoch after it, g would never leave its random start
+            raise UserError(f"pla.mlm_only_epochs ({self.pla.mlm_only_epochs}) must be below optim.epochs ({self.optim.epochs})")
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class Step2Config:
     """Settings of train_step2.py."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(embedding_dim=256))
+    optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(epochs=50))
     rdl: RDLConfig = dataclasses.field(default_factory=RDLConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
