@@ -43,7 +43,7 @@ def row_name(config: Mapping[str, Any]) -> str:
         name = "step 2, RDL" if rdl["lambda_2"] > 0 else "step 2, MLM alone (lambda_2 = 0)"
         if rdl["lambda_2"] > 0 and rdl.get("loss", "rcll") != "rcll":
             remarks.append(f"{rdl['loss']} instead of RCLL")
-        elif rdl["lambda_2"] > 0 and not rdl.get("unclipped_epochs", rdl.get("warmup_epochs")):  # its name until December 2026
+        elif rdl["lambda_2"] > 0 and not rdl.get("unclipped_epochs", rdl.get("warmup_epochs")):  # its earlier name
             remarks.append("clipped from the start")
         if rdl["lambda_2"] > 0 and rdl.get("loss_scale", 1) != 1:
             remarks.append(f"robust loss times {rdl['loss_scale']:g}")

@@ -10,7 +10,10 @@ from utils.settings.data_options import AugmentConfig, DataConfig, check_modalit
 
 ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")  # as in losses/robust.py, which stands by itself
 
-__all__ = ["AugmentConfig", "DataConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig", "Step1Config", "Step2Config", "nearest"]
+__all__ = [
+    "AugmentConfig", "DataConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig", "Step1Config", "Step2Config",
+    "nearest",
+]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class ModelConfig:
     )
     mesh_width: int = option(1024, "channels of MeshNet's pooled feature (published: 1024)", min=1)
     mesh_conv_width: int = option(256, "channels of MeshNet's first mesh convolution (published: 256)", min=1)
-    mesh_mask_ratio: float = option(0.95, "share of faces hidden from MeshNet's maximum in training (published: 0.95)", min=0, below=1)
+    mesh_mask_ratio: float = option(
+        0.95, "share of faces hidden from MeshNet's maximum in training (published: 0.95)", min=0, below=1
+    )
     image_stages: int = option(4, "residual stages of ResNet18 (published: 4); 3 for 32-pixel images on a CPU", min=1, max=4)
     pretrained: dict[str, str] = option({}, "modality -> imagenet | none | PATH of a weight file", path=True)
     classifier_hidden: int = option(128, "hidden width of the step-2 classifier", min=1)
@@ -60,7 +65,9 @@ class PLAConfig:
     tau_1: float = option(0.5, "sharpening: memory predictions are raised to 1 / tau_1", above=0)
     tau_2: float = option(0.5, "temperature of the modality-invariance loss", above=0)
     momentum: float = option(0.9, "eta of the memory update, Eq. 6", min=0, below=1)
-    mlm_only_epochs: int = option(5, "first epochs, of modality invariance alone before the banks are filled and clustered", min=0, formerly="warmup_epochs")
+    mlm_only_epochs: int = option(
+        5, "first epochs, of modality invariance alone before the banks are filled and clustered", min=0, formerly="warmup_epochs"
+    )
     estimator: Literal["class", "instance", "hard"] = option("class", "reading of the joint probability in Eq. 8")
     memory_samples: int = option(1024, "N', extra bank rows per step in the self-matching loss", min=0)
     banks: tuple[str, ...] | None = option(
@@ -79,7 +86,9 @@ class RDLConfig:
     lambda_2: float = option(0.25, "weight of the robust loss in Eq. 4; 1 - lambda_2 weights modality invariance", min=0, max=1)
     alpha: float = option(0.3, "exponent of RCLL", min=0, max=1)
     tau_2: float = option(0.5, "temperature of the modality-invariance loss", above=0)
-    unclipped_epochs: int = option(5, "first epochs with RCLL not clipped at p = 1/K (ours; 0 in the paper)", min=0, formerly="warmup_epochs")
+    unclipped_epochs: int = option(
+        5, "first epochs with RCLL not clipped at p = 1/K (ours; 0 in the paper)", min=0, formerly="warmup_epochs"
+    )
     num_clusters: int | None = option(None, "K; default: read from the pseudo-labels' .meta.json", min=2)
     pseudo_labels: str = option("pseudo_labels", "folder that step 1 wrote", path=True)
 
