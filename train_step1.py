@@ -80,7 +80,7 @@ class PLALearner(StageLearner):
         for name, rows in embed_samples(self.encoders, self.samples, self.config.data, self.device).items():
             self.banks[name].fill(rows)
         memories = [bank.memory for bank in self.banks.values()]
-        cluster = lambda: joint_then_per_modality(memories, self.config.pla.num_clusters, seed)[1]  # noqa: E731
+        cluster = lambda: joint_then_per_modality(memories, self.config.pla.num_clusters, seed)[1]
         centroids = distributed.from_main(lambda: [start.cpu() for start in cluster()])
         for classifier, start in zip(self.classifiers.values(), centroids):
             classifier.start_from(start.to(self.device))

@@ -163,7 +163,9 @@ def _own_loss(module: str, name: str) -> nn.Module:
         raise ValueError(f"expected class {name!r} {where}: {error}") from error
     loss = found()
     if not isinstance(loss, nn.Module):
-        raise TypeError(f"{module}:{name} must be an nn.Module with forward(logits (B, K), pseudo_labels (B,)), found {type(loss)}")
+        raise TypeError(
+            f"{module}:{name} must be an nn.Module with forward(logits (B, K), pseudo_labels (B,)), found {type(loss)}"
+        )
     return loss
 
 

@@ -1,4 +1,4 @@
-"""Every setting of the two stages: type, default, limits and meaning, in frozen dataclasses. `utils.settings.config` fills them."""
+"""Every setting of the two stages in frozen dataclasses: type, default, limits, meaning. `utils.settings.config` fills them."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from utils.settings.data_options import AugmentConfig, DataConfig, check_modalit
 ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")  # as in losses/robust.py, which stands by itself
 
 __all__ = [
-    "AugmentConfig", "DataConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig", "Step1Config", "Step2Config",
-    "nearest",
+    "AugmentConfig", "DataConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig", "Step1Config",
+    "Step2Config", "nearest",
 ]
 
 
