@@ -1,4 +1,4 @@
-"""EdgeConv, fused (on CUDA also with Triton kernels) against reference: `python -m benchmarks.edge_conv [--points 1024] [--batch 50] [--k 20]`.
+"""EdgeConv, fused (on CUDA also with Triton kernels) against reference: `python -m benchmarks.edge_conv [--points 1024]`.
 
 Each implementation lives in its own process, for its peak memory, and they run in turn, so that what else the
 machine does meets both. Forward and backward of the four DGCNN layers, neighbours given; k-NN is timed apart.
@@ -20,18 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.floors import (
-    Rates,
-    add_arguments,
-    count_work,
-    header,
-    measure_rates,
-    open_device,
-    print_table,
-    seconds_of,
-    synchronize,
-    write_report,
-)
+from benchmarks.floors import Rates, count_work, measure_rates, print_table, seconds_of, start, synchronize, write_report
 from models.kernels.edge_conv import IMPLEMENTATIONS, EdgeConv
 from models.kernels.knn import knn
 from utils.engine.session import run_command
@@ -43,11 +32,13 @@ SEED = 0
 
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark, print the table and write the JSON."""
-    args = _parse_arguments(argv)
-    args.device = open_device(args)
-    args.threads = torch.get_num_threads()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=50, help="clouds, B")
+    parser.add_argument("--points", type=int, default=1024, help="points of a cloud; the reference takes 9 GB at 1024")
+    parser.add_argument("--k", type=int, default=20, help="neighbours")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds after one for warming up")
+    args, report = start("edge_conv", parser, argv)
     args.implementations = [name for name in IMPLEMENTATIONS if name != "triton" or args.device.type == "cuda"]
-    report = header("edge_conv", args.device, argv)
     report |= {"batch": args.batch, "points": args.points, "k": args.k, "repeats": args.repeats}
     rates = measure_rates(args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,23 +52,14 @@ def main(argv: list[str] | None = None) -> None:
     write_report(f"edge_conv-n{args.points}", report, args.output)
 
 
-def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=50, help="clouds, B")
-    parser.add_argument("--points", type=int, default=1024, help="points of a cloud; the reference takes 9 GB at 1024")
-    parser.add_argument("--k", type=int, default=20, help="neighbours")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds after one for warming up")
-    add_arguments(parser)
-    return parser.parse_args(argv)
-
-
 def _run_in_turn(args: argparse.Namespace, rates: Rates, folder: Path) -> tuple[dict, dict]:
     """Time the implementations alternately; return their figures and the differences of their results."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for name in args.implementations:
         pipes[name], other = context.Pipe()
-        processes.append(context.Process(target=_worker, args=(other, name, args, folder / f"{name}.pt"), daemon=True))
+        given = (other, name, args, folder / f"{name}.pt", torch.get_num_threads())
+        processes.append(context.Process(target=_worker, args=given, daemon=True))
         processes[-1].start()
     seconds = {name: [] for name in args.implementations}
     for _ in range(args.repeats + 1):
@@ -120,18 +102,18 @@ def _step(layers: nn.ModuleList, x: Tensor, weights: Tensor, index: Tensor) -> d
     return {"output": features.detach()} | gradients
 
 
-def _worker(pipe: Connection, implementation: str, args: argparse.Namespace, path: Path) -> None:
+def _worker(pipe: Connection, implementation: str, args: argparse.Namespace, path: Path, threads: int) -> None:
     """Answer every "step" with the seconds of one forward and backward; then save results, send peak memory and work."""
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads)
     layers, inputs = _make_problem(args, implementation)
     torch.backends.cudnn.allow_tf32 = False  # the reference's convolution; matrix products are in float32 by default
     _step(layers, *(tensor[:1] for tensor in inputs))  # what the libraries allocate once does not count
     before, results = _reset_peak(args.device), {}
     while pipe.recv() == "step":
-        start = time.perf_counter()
+        begin = time.perf_counter()
         results = _step(layers, *inputs)
         synchronize(args.device)
-        pipe.send(time.perf_counter() - start)
+        pipe.send(time.perf_counter() - begin)
     peak = _peak_bytes(args.device) - before
     torch.save({name: tensor.cpu() for name, tensor in results.items()}, path)
     pipe.send((peak, count_work(lambda: _step(layers, *inputs))))
@@ -184,14 +166,15 @@ def _measure_knn(args: argparse.Namespace, rates: Rates) -> dict[str, dict[str, 
     x = torch.randn(args.batch, args.points, max(KNN_CHANNELS), device=args.device)
     figures = {}
     for channels in KNN_CHANNELS:
-        search = lambda points=x[..., :channels]: knn(points, args.k)  # noqa: E731
+        search = lambda points=x[..., :channels]: knn(points, args.k)
         figures[f"k-NN, C = {channels}"] = rates.beside(min(seconds_of(search, args.device, args.repeats)), count_work(search))
     return figures
 
 
 def _print_report(report: dict, rates: Rates) -> None:
     print(f"B {report['batch']}, N {report['points']}, k {report['k']}; forward and backward of four layers, median; k-NN, best")
-    rows = {name: report[name] | {"peak_megabytes": report[name]["peak_bytes"] / 1e6} for name in IMPLEMENTATIONS if name in report}
+    rows = {name: report[name] for name in IMPLEMENTATIONS if name in report}
+    rows = {name: figures | {"peak_megabytes": figures["peak_bytes"] / 1e6} for name, figures in rows.items()}
     rows |= {name: figures | {"min_seconds": None, "peak_megabytes": None} for name, figures in report["knn"].items()}
     print_table(report, rates, rows, (("min s", "min_seconds", ".4g"), ("peak MB", "peak_megabytes", ".0f")))
     memory = "memory too small to measure" if report["memory_ratio"] is None else f"1/{report['memory_ratio']:.1f} of the memory"

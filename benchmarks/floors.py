@@ -174,33 +174,38 @@ def _size(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --threads, --device and --output, common to the benchmarks."""
+def start(
+    module: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None, at_least_one: Iterable[str] = (),
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parse the command line of a benchmark and set its threads; call it before the work, since it notes the state of the tree.
+
+    Args:
+        module: name in `python -m benchmarks.NAME`.
+        parser: without --threads, --device and --output, which all benchmarks share.
+        argv: None for the process's own.
+        at_least_one: names of numbers below which the call is refused.
+    Returns:
+        The arguments, `device` as a torch.device, and what every report begins with: command, device, threads, torch, commit,
+        whether the tree was dirty, load.
+    """
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: results/benchmarks/BENCHMARK-DEVICE.json")
-
-
-def open_device(arguments: argparse.Namespace) -> torch.device:
-    """Set the threads and return the device that the arguments ask for."""
-    set_threads(arguments.threads)
-    return select_device(arguments.device)
-
-
-def header(module: str, device: torch.device, argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return what every report begins with: command, device, threads, torch, commit, whether the tree was dirty, load.
-
-    Call it before the work, so that the state of the tree is the one measured.
-    """
+    args = parser.parse_args(argv)
+    small = [f"--{name.replace('_', '-')}" for name in at_least_one if getattr(args, name) < 1]
+    if small:
+        parser.error(f"{', '.join(small)} must be at least 1")
+    set_threads(args.threads)
+    args.device = select_device(args.device)
     found = environment(seed=0)
     command = ["python", "-m", f"benchmarks.{module}", *(sys.argv[1:] if argv is None else argv)]
     if "--output" in command:  # where the report went changes nothing
         place = command.index("--output")
         del command[place : place + 2]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else found["cpu"]
-    return {
-        "command": " ".join(command), "device": name, "threads": found["threads"], "torch": found["torch"],
-        "commit": found["git_sha"], "dirty": found["git_dirty"],
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else found["cpu"]
+    return args, {
+        "command": " ".join(command), "device": name,
+        "threads": found["threads"], "torch": found["torch"], "commit": found["git_sha"], "dirty": found["git_dirty"],
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # shows a busy machine
     }
 
@@ -210,7 +215,7 @@ def write_report(benchmark: str, report: Mapping[str, Any], output: Path | None)
 
     Args:
         benchmark: first part of the file name.
-        report: begins with `header`; its device is the second part of the file name.
+        report: begins as `start` says; its device is the second part of the file name.
         output: another file than results/benchmarks/{benchmark}-{device}.json.
     Returns:
         The file.
@@ -229,7 +234,7 @@ def print_table(
     """Print the device and one line per time with its floors.
 
     Args:
-        report: begins with `header`.
+        report: begins as `start` says.
         rates: that the floors were made with.
         rows: name -> `Rates.beside`, and what the columns name.
         columns: more columns as (title, key, format), right after the time; None is shown as "-".

@@ -5,16 +5,14 @@ and prints the largest relative difference from the plain variant. Variants diff
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import matplotlib
 
-import train_step1
-import train_step2
-from benchmarks.floors import add_arguments, header, open_device, write_report
+from benchmarks.floors import start, write_report
+from benchmarks.protocol import run_stage
 from utils.engine.session import run_command
 from utils.figures.plots import new_figure, save_figure
 
@@ -27,43 +25,39 @@ VARIANTS = {
     "torch.compile": ["run.compile=default"],
     "bfloat16 autocast": ["run.amp=true"],
 }
-STAGES = {"step1": (train_step1, "loss/mlm"), "step2": (train_step2, "loss/rcll")}
+DRAWN = {"step1": "loss/mlm", "step2": "loss/rcll"}
+Curves = dict[str, dict[str, list[dict]]]
 
 
-def run_stage(stage: str, config_dir: Path, out: Path, labels: Path, settings: list[str]) -> list[dict]:
-    """Train one stage below `out` with pseudo-labels in `labels`; return its epochs."""
-    own = f"run.pseudo_labels={labels}" if stage == "step1" else f"rdl.pseudo_labels={labels}"
-    STAGES[stage][0].main(["--config", str(config_dir / f"{stage}.yaml"), "--set", f"run.output={out}", "run.figures=false", own, *settings])
-    (metrics,) = out.glob(f"*/{stage}/*/metrics.jsonl")
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-
-
-def compare(config_dir: Path, variants: dict[str, list[str]], common: list[str]) -> dict[str, dict[str, list[dict]]]:
+def compare(config_dir: Path, variants: dict[str, list[str]], common: list[str]) -> Curves:
     """Return stage -> variant -> epochs; step 2 of every variant reads the plain one's pseudo-labels."""
-    found = {stage: {} for stage in STAGES}
+    found: Curves = {stage: {} for stage in DRAWN}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, settings) in enumerate(variants.items()):
-            for stage in STAGES:
+            for stage in DRAWN:
                 labels = Path(folder) / ("labels-0" if stage == "step2" else f"labels-{number}")
                 mlm_only = ["pla.mlm_only_epochs=1"] if stage == "step1" else []
-                found[stage][name] = run_stage(stage, config_dir, Path(folder) / str(number), labels, [*common, *mlm_only, *settings])
+                settings_of_run = [*common, *mlm_only, *settings]
+                found[stage][name] = run_stage(stage, config_dir, Path(folder) / str(number), labels, settings_of_run)[1]
     return found
 
 
 def largest_difference(epochs: list[dict], plain: list[dict]) -> float:
     """Largest relative difference of a loss in any epoch."""
     keys = [key for key in plain[-1] if key.startswith("loss/")]
-    return max(abs(one[key] - two[key]) / abs(two[key]) for one, two in zip(epochs, plain) for key in keys if key in one and key in two)
+    pairs = [(one[key], two[key]) for one, two in zip(epochs, plain) for key in keys if key in one and key in two]
+    return max(abs(value - reference) / abs(reference) for value, reference in pairs)
 
 
-def draw(found: dict[str, dict[str, list[dict]]], path: Path) -> None:
+def draw(found: Curves, path: Path) -> None:
     """Draw one panel per stage, one line per variant."""
     with matplotlib.rc_context({"font.size": 10}):
         figure = new_figure(11, 4.5)
         for axis, (stage, variants) in zip(figure.subplots(1, 2), found.items()):
-            key = STAGES[stage][1]
+            key = DRAWN[stage]
             for width, (name, epochs) in zip(range(3 * len(variants), 0, -2), variants.items()):
-                axis.plot([row["epoch"] for row in epochs], [row[key] for row in epochs], linewidth=max(1, width / 2), alpha=0.7, label=name)
+                numbers, values = [row["epoch"] for row in epochs], [row[key] for row in epochs]
+                axis.plot(numbers, values, linewidth=max(1, width / 2), alpha=0.7, label=name)
             axis.set(title=f"{stage}: {key}", xlabel="epoch")
             axis.grid(alpha=0.25)
             axis.legend(frameon=False, fontsize=8)
@@ -75,27 +69,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-dir", type=Path, default=Path("configs/digits"), help="folder with step1.yaml and step2.yaml")
     parser.add_argument("--epochs", type=int, default=5, help="of each stage")
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(VARIANTS) if number)
     parser.add_argument("--variants", type=int, nargs="+", choices=range(1, len(VARIANTS)), default=list(range(1, len(VARIANTS))),
-                        help=f"which to run beside the plain one: {', '.join(f'{k} {name}' for k, name in enumerate(VARIANTS) if k)}")
+                        help=f"which to run beside the plain one: {names}")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="settings of all variants")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    device = open_device(args)
-    report = header("loss_curves", device, argv)
+    args, report = start("loss_curves", parser, argv, ("epochs",))
     chosen = {name: settings for number, (name, settings) in enumerate(VARIANTS.items()) if number in {0, *args.variants}}
-    common = [f"optim.epochs={args.epochs}", f"run.device={device}", "run.eval_every=0", *args.settings]
+    common = [f"optim.epochs={args.epochs}", f"run.device={args.device}", "run.eval_every=0", *args.settings]
     common += [f"run.threads={args.threads}"] if args.threads else []
     found = compare(args.config_dir, chosen, common)
-    report["differences"] = {
-        stage: {name: largest_difference(epochs, variants[PLAIN]) for name, epochs in variants.items()} for stage, variants in found.items()
-    }
-    report["seconds_per_epoch"] = {
-        stage: {name: min(row["seconds/train"] for row in epochs) for name, epochs in variants.items()} for stage, variants in found.items()
-    }
-    report["epochs"] = found
+    report |= {key: {stage: {} for stage in found} for key in ("differences", "seconds_per_epoch")} | {"epochs": found}
     for stage, variants in found.items():
-        for name in variants:
-            difference, seconds = report["differences"][stage][name], report["seconds_per_epoch"][stage][name]
+        for name, epochs in variants.items():
+            difference = report["differences"][stage][name] = largest_difference(epochs, variants[PLAIN])
+            seconds = report["seconds_per_epoch"][stage][name] = min(row["seconds/train"] for row in epochs)
             print(f"{stage}  {name:48s} {seconds:8.2f} s per epoch, largest relative difference of a loss {difference:.1e}")
     path = write_report(f"loss_curves-{args.config_dir.name}", report, args.output)
     draw(found, path.with_suffix(".png"))

@@ -9,7 +9,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from benchmarks.floors import add_arguments, header, open_device, write_report
+from benchmarks.floors import start, write_report
 from losses import build_robust_loss
 from losses.robust import ROBUST_LOSSES
 from utils.engine.session import run_command
@@ -40,7 +40,7 @@ def evaluate_loss(loss: nn.Module, p: Tensor, num_clusters: int) -> tuple[Tensor
 def curves(num_clusters: int, alpha: float, points: int) -> dict:
     """Return p and, per loss, its values and slopes; rounded for the JSON."""
     p = torch.linspace(0, 1, points + 2, dtype=torch.float64)[1:-1]
-    rounded = lambda values: [round(value, DIGITS) for value in values.tolist()]  # noqa: E731
+    rounded = lambda values: [round(value, DIGITS) for value in values.tolist()]
     found = {}
     for name in ROBUST_LOSSES:
         values, slopes = evaluate_loss(build_robust_loss(name, num_clusters, alpha), p, num_clusters)
@@ -54,10 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-clusters", type=int, default=10, help="K: clip level of RCLL, and the classes besides the label")
     parser.add_argument("--alpha", type=float, default=0.35, help="of RCLL (paper, Figure 3: 0.35)")
     parser.add_argument("--points", type=int, default=99, help="values of p inside (0, 1)")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    device = open_device(args)
-    report = header("loss_shapes", device, argv)
+    args, report = start("loss_shapes", parser, argv)
     found = curves(args.num_clusters, args.alpha, args.points)
     write_report("loss_shapes", report | {"num_clusters": args.num_clusters, "alpha": args.alpha, **found}, args.output)
 

@@ -11,7 +11,7 @@ import sys
 import torch
 from torch.nn import functional as F
 
-from benchmarks.floors import add_arguments, header, open_device, seconds_of, write_report
+from benchmarks.floors import seconds_of, start, write_report
 from models import MemoryBank
 from utils.engine.session import run_command
 
@@ -51,13 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, default=1024, help="D, width of a row")
     parser.add_argument("--batch-size", type=int, default=50, help="rows per update")
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    if min(args.samples, args.dim, args.batch_size, args.repeats) < 1:
-        parser.error("--samples, --dim, --batch-size and --repeats must be at least 1")
-    device = open_device(args)
-    report = header("memory_bank", device, argv)
-    found = measure(args.samples, args.dim, args.batch_size, device, args.repeats)
+    args, report = start("memory_bank", parser, argv, ("samples", "dim", "batch_size", "repeats"))
+    found = measure(args.samples, args.dim, args.batch_size, args.device, args.repeats)
     print(f"{args.samples} x {args.dim}: {found['mib']:.3f} MiB; one epoch of updates in batches of {args.batch_size}: "
           f"{found['update_seconds']:.2e} s, one copy: {found['fill_seconds']:.2e} s")
     report |= {"samples": args.samples, "dim": args.dim, "batch_size": args.batch_size, **found}

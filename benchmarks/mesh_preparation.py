@@ -12,7 +12,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from benchmarks.floors import add_arguments, header, open_device, write_report
+from benchmarks.floors import start, write_report
 from datasets.prepare.modelnet import MODELNET40, make_tasks, read_archive
 from datasets.prepare.readers.off import clean_mesh, read_off
 from datasets.prepare_modelnet import MESH_SIZE, Recipe, make_object
@@ -27,12 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--meshes", type=Path, required=True, help="folder with CLASS_0001.off ... of ModelNet10 classes")
     parser.add_argument("--workers", type=int, default=2, help="processes assumed by the extrapolation")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
+    args, report = start("mesh_preparation", parser, argv, ("workers",))
     files = sorted(args.meshes.glob("*.off"))
     if not files:
         raise UserError(f"{args.meshes} holds no .off file; give a folder of ModelNet meshes")
-    report = header("mesh_preparation", open_device(args), argv)
     recipe = Recipe(size=MESH_SIZE, views=12, elevation=30.0, num_points=2048, sampling="farthest", max_faces=500, seed=0)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -43,16 +41,18 @@ def main(argv: list[str] | None = None) -> None:
         tasks = make_tasks(read_archive(archive))
         make_object(recipe, str(archive), False, tasks[0])  # imports and the first drawing are not counted
         for task in sorted(tasks, key=lambda task: task.name):
-            start = time.perf_counter()
+            begin = time.perf_counter()
             arrays, record = make_object(recipe, str(archive), False, task)
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - begin
             faces = len(clean_mesh(*read_off((args.meshes / f"{task.name}.off").read_bytes()))[1])
             rows[task.name] = {"seconds": seconds, "faces": faces, "faces_left": len(arrays["Mesh"]), **record}
             print(f"{task.name:20s} {faces:8d} faces -> {len(arrays['Mesh']):4d}, {seconds:6.2f} s, {record}")
     mean = statistics.mean(row["seconds"] for row in rows.values())
     hours = mean * MODELNET40_OBJECTS / args.workers / 3600
-    print(f"mean {mean:.2f} s per object; all {MODELNET40_OBJECTS} objects of ModelNet40 on {args.workers} cores, extrapolated: {hours:.1f} h")
-    write_report("mesh_preparation", {**report, "objects": rows, "mean_seconds": mean, "modelnet40_hours_extrapolated": hours}, args.output)
+    print(f"mean {mean:.2f} s per object; all {MODELNET40_OBJECTS} objects of ModelNet40 on {args.workers} cores, extrapolated: "
+          f"{hours:.1f} h")
+    report |= {"objects": rows, "mean_seconds": mean, "modelnet40_hours_extrapolated": hours}
+    write_report("mesh_preparation", report, args.output)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.floors import (
-    Rates,
-    Work,
-    add_arguments,
-    count_work,
-    header,
-    measure_rates,
-    open_device,
-    print_table,
-    seconds_of,
-    write_report,
-)
+from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, write_report
 from utils.evaluation.metrics import mean_average_precision
 
 SEED = 0
@@ -42,9 +31,14 @@ Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison and the sizes, print the table and write the JSON; return the exit code."""
-    args = _parse_arguments(argv)
-    device = open_device(args)
-    report = header("retrieval_metrics", device, argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loop-size", type=int, default=1000, help="queries and gallery items of the comparison")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[10_000], help="queries and gallery items of the runs alone")
+    parser.add_argument("--large", action="store_true", help=f"run {LARGE} alone as well")
+    parser.add_argument("--dim", type=int, default=256, help="width of the embeddings")
+    parser.add_argument("--repeats", type=int, default=5, help="timed vectorised passes, of which the median counts")
+    args, report = start("retrieval_metrics", parser, argv)
+    device = args.device
     rates = measure_rates(device, torch.float64)  # mAP ranks in double precision
     rows, found = {}, {}
     problem = make_problem(args.loop_size, args.dim, device)
@@ -69,17 +63,6 @@ def main(argv: list[str] | None = None) -> int:
     }
     write_report("retrieval_metrics", report, args.output)
     return 0 if equal else 1
-
-
-def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loop-size", type=int, default=1000, help="queries and gallery items of the comparison")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[10_000], help="queries and gallery items of the runs alone")
-    parser.add_argument("--large", action="store_true", help=f"run {LARGE} alone as well")
-    parser.add_argument("--dim", type=int, default=256, help="width of the embeddings")
-    parser.add_argument("--repeats", type=int, default=5, help="timed vectorised passes, of which the median counts")
-    add_arguments(parser)
-    return parser.parse_args(argv)
 
 
 def make_problem(size: int, dim: int, device: torch.device) -> Problem:
@@ -133,9 +116,9 @@ def _average_precision(order: list[int], labels: list[int], label: int) -> float
 
 
 def _once(loop: Callable[..., float], problem: Problem) -> tuple[float, float]:
-    start = time.perf_counter()
+    begin = time.perf_counter()
     value = loop(*problem)
-    return value, time.perf_counter() - start
+    return value, time.perf_counter() - begin
 
 
 def _measure_alone(problem: Problem, rates: Rates, device: torch.device) -> tuple[dict[str, Any], float]:

@@ -18,19 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.floors import (
-    Rates,
-    Work,
-    add_arguments,
-    count_work,
-    header,
-    measure_rates,
-    open_device,
-    print_table,
-    seconds_of,
-    synchronize,
-    write_report,
-)
+from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, synchronize, write_report
 from datasets.arrays import MAX_POINTS
 from datasets.mesh_faces import FACE_CHANNELS
 from datasets.samples import PairedSamples
@@ -50,23 +38,6 @@ COLUMNS = (("pairs/s", "pairs_per_second", ".1f"), ("waiting for data", "share_w
 
 def main(argv: list[str] | None = None) -> None:
     """Time both stages, print the table and write the JSON."""
-    args = _parse_arguments(argv)
-    device = open_device(args)
-    report = header("training_step", device, argv)
-    first = load_config(Step1Config, str(args.config_dir / "step1.yaml"), args.overrides)
-    second = load_config(Step2Config, str(args.config_dir / "step2.yaml"), args.overrides)
-    set_deterministic(first.run.deterministic)
-    rates = measure_rates(device, torch.bfloat16 if first.run.amp else torch.float32)
-    stages = {
-        "step1": measure_stage(make_step1(first, args, device), args.epochs, rates),
-        "step2": measure_stage(make_step2(second, first.pla.num_clusters, args, device), args.epochs, rates),
-    }
-    print_table(report, rates, {f"{stage}, one step": figures for stage, figures in stages.items()}, COLUMNS)
-    report |= {"config_dir": str(args.config_dir), "rates": dataclasses.asdict(rates), "stages": stages}
-    write_report(f"training_step-{args.config_dir.name}", report, args.output)
-
-
-def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-dir", type=Path, default=Path("configs/mnist3d_cpu"), help="folder of step1.yaml, step2.yaml")
     parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
@@ -75,28 +46,35 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         "outweigh the start of the workers")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs, of which the median counts")
     parser.add_argument("--image-side", type=int, help="side of the stored pictures; default: data.image_resize")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    if min(args.steps, args.epochs) < 1:
-        parser.error(f"--steps and --epochs must be at least 1, got {args.steps} and {args.epochs}")
-    return args
+    args, report = start("training_step", parser, argv, ("steps", "epochs"))
+    first = load_config(Step1Config, str(args.config_dir / "step1.yaml"), args.overrides)
+    second = load_config(Step2Config, str(args.config_dir / "step2.yaml"), args.overrides)
+    set_deterministic(first.run.deterministic)
+    rates = measure_rates(args.device, torch.bfloat16 if first.run.amp else torch.float32)
+    stages = {
+        "step1": measure_stage(make_step1(first, args), args.epochs, rates),
+        "step2": measure_stage(make_step2(second, first.pla.num_clusters, args), args.epochs, rates),
+    }
+    print_table(report, rates, {f"{stage}, one step": figures for stage, figures in stages.items()}, COLUMNS)
+    report |= {"config_dir": str(args.config_dir), "rates": dataclasses.asdict(rates), "stages": stages}
+    write_report(f"training_step-{args.config_dir.name}", report, args.output)
 
 
-def make_step1(config: Step1Config, args: argparse.Namespace, device: torch.device) -> PLALearner:
+def make_step1(config: Step1Config, args: argparse.Namespace) -> PLALearner:
     """Return the learner of step 1, without MLM-only epochs, on `args.steps` batches of random samples."""
     seed_everything(SEED)
     config = dataclasses.replace(config, pla=dataclasses.replace(config.pla, mlm_only_epochs=0, recluster_every=0))
     samples = random_samples(config.data, args.steps * config.optim.batch_size, args.image_side)
-    return PLALearner(config, _placed(samples, config.data, device), device)
+    return PLALearner(config, _placed(samples, config.data, args.device), args.device)
 
 
-def make_step2(config: Step2Config, num_clusters: int, args: argparse.Namespace, device: torch.device) -> RDLLearner:
+def make_step2(config: Step2Config, num_clusters: int, args: argparse.Namespace) -> RDLLearner:
     """Return the learner of step 2 on random samples and pseudo-labels, `num_clusters` of them unless configured."""
     seed_everything(SEED)
     count, clusters = args.steps * config.optim.batch_size, config.rdl.num_clusters or num_clusters
     samples = random_samples(config.data, count, args.image_side)
-    labels = {name: torch.randint(clusters, (count,)).to(device) for name in samples.arrays}
-    return RDLLearner(config, _placed(samples, config.data, device), labels, clusters, device)
+    labels = {name: torch.randint(clusters, (count,)).to(args.device) for name in samples.arrays}
+    return RDLLearner(config, _placed(samples, config.data, args.device), labels, clusters, args.device)
 
 
 def random_samples(data: DataConfig, count: int, image_side: int | None = None) -> PairedSamples:
@@ -184,10 +162,10 @@ class _TimedSource:
 
     def _timed(self, action: Callable[[], Any]) -> tuple[float, Any]:
         synchronize(self.device)
-        start = time.perf_counter()
+        begin = time.perf_counter()
         result = action()
         synchronize(self.device)
-        return time.perf_counter() - start, result
+        return time.perf_counter() - begin, result
 
 
 def _data_shares(learner: StageLearner, epoch: int) -> dict[str, float]:

@@ -4,12 +4,13 @@ import argparse
 import json
 import math
 import multiprocessing
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import edge_conv, floors, loss_curves, protocol, retrieval_metrics, training_step
+from benchmarks import edge_conv, floors, gpu_suite, loss_curves, protocol, retrieval_metrics, training_step
 from benchmarks.floors import Rates, Work, count_work
 from models.kernels.edge_conv import EdgeConv
 from models.kernels.knn import knn
@@ -121,9 +122,13 @@ def test_the_default_file_is_named_by_benchmark_and_device(monkeypatch, tmp_path
     assert json.loads(path.read_text()) == {"device": "NVIDIA H100 80GB (HBM3)"} and str(path) in capsys.readouterr().out
 
 
-def test_an_unknown_device_is_refused():
-    with pytest.raises(ValueError, match="cuda:99|auto, cpu"):
-        floors.open_device(argparse.Namespace(threads=None, device="cuda:99"))
+@pytest.mark.parametrize("argv,message", [(["--device", "cuda:99"], "cuda:99|auto, cpu"), (["--repeats", "0"], "--repeats must be at least 1")])
+def test_a_wrong_call_is_refused(capsys, argv, message):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=1)
+    with pytest.raises((SystemExit, UserError)) as caught:
+        floors.start("memory_bank", parser, argv, ("repeats",))
+    assert re.search(message, str(caught.value) + capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("loop", [retrieval_metrics.double_loop_map, retrieval_metrics.rank_loop_map])
@@ -186,12 +191,6 @@ def test_training_step(tmp_path, capsys, modalities, placement):
     assert all(word in printed for word in ("step1, one step", "step2, one step", "waiting for data"))
 
 
-def test_training_step_refuses_no_steps(capsys):
-    with pytest.raises(SystemExit):
-        training_step.main(["--steps", "0"])
-    assert "at least 1" in capsys.readouterr().err
-
-
 def test_protocol(small_digits, tmp_path, capsys):
     path = tmp_path / "protocol.json"
     protocol.main([
@@ -200,13 +199,9 @@ def test_protocol(small_digits, tmp_path, capsys):
     ])
     report = read(path)
     for stage in report["stages"].values():
-        assert_floors(stage["training"], report["rates"])
-        assert_floors(stage["evaluation"], report["rates"])
-        seconds = stage["training_seconds"][0]
-        assert stage["training"]["pairs_per_second"] == pytest.approx(32 / seconds)  # two batches of 16 out of 40
-        assert (stage["epochs"], stage["evaluations"], len(stage["evaluation_seconds"])) == (3, 2, 1)
-        assert stage["other_seconds"] > 0
-        expected = 3 * seconds + 2 * stage["evaluation_seconds"][0] + stage["other_seconds"]
+        (seconds,) = stage["training_seconds"]
+        assert (stage["epochs"], stage["evaluations"]) == (3, 2) and min(seconds, stage["evaluation_seconds"]) > 0
+        expected = 3 * seconds + 2 * stage["evaluation_seconds"] + stage["other_seconds"]
         assert stage["extrapolated_seconds"] == pytest.approx(expected)
     assert report["extrapolated_seconds"] == pytest.approx(sum(s["extrapolated_seconds"] for s in report["stages"].values()))
     assert "extrapolated" in capsys.readouterr().out and [found.name for found in tmp_path.iterdir()] == ["protocol.json"]
@@ -232,7 +227,7 @@ def test_edge_conv(monkeypatch, tmp_path, capsys):
 def test_loss_curves_of_two_variants(small_digits, tmp_path, capsys):
     output = tmp_path / "curves.json"
     settings = [f"data.root={small_digits}", "optim.epochs=2"]
-    loss_curves.main(["--config-dir", "configs/smoke", "--epochs", "2", "--variants", "1", "--device", "cpu", "--output", str(output),
+    loss_curves.main(["--config-dir", "configs/smoke", "--epochs", "2", "--variants", "1", "--threads", "1", "--device", "cpu", "--output", str(output),
                       "--set", *settings])
     report = json.loads(output.read_text())
     for stage, key in (("step1", "loss/mlm"), ("step2", "loss/rcll")):
@@ -258,3 +253,27 @@ def test_mesh_preparation_times_every_mesh(tmp_path):
     assert report["objects"]["bathtub_0001"]["faces_left"] == 4 and report["mean_seconds"] > 0
     with pytest.raises(UserError, match="no .off file"):
         mesh_preparation.main(["--meshes", str(tmp_path / "nowhere")])
+
+
+def test_the_gpu_suite_goes_on_where_it_was_stopped(tmp_path, capsys):
+    records, facts = tmp_path / "results" / "suite.jsonl", {"commit": "a1", "device": "none"}
+    slow = tmp_path / "slow.txt"
+    go_on = f"import pathlib, time; p = pathlib.Path({str(slow)!r}); d = p.exists(); p.touch(); d or time.sleep(60)"
+    steps = {"first": ["-c", "print('fine')"], "slow": ["-c", go_on], "broken": ["-c", "raise SystemExit('a cause')"]}
+    assert gpu_suite.run_steps(steps, records, 5, facts) == gpu_suite.LEFT
+    assert gpu_suite.read_states(records, "a1") == {"first": "done", "slow": "stopped"}
+    assert gpu_suite.run_steps(steps, records, 60, facts) == 1 and "a cause" in capsys.readouterr().out
+    steps["broken"] = ["-c", ""]
+    assert gpu_suite.run_steps(steps, records, 60, facts) == 0 == gpu_suite.run_steps(steps, records, 0, facts)
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [(row["step"], row["status"]) for row in rows] == [
+        ("first", "done"), ("slow", "stopped"), ("slow", "done"), ("broken", "failed"), ("broken", "done")]
+    assert rows[0]["output"] == "fine\n" and rows[0]["command"] == ["python", "-c", "print('fine')"] and rows[0]["device"] == "none"
+    assert gpu_suite.run_steps(steps, records, 0, facts | {"commit": "b2"}) == gpu_suite.LEFT  # nothing is done at this commit
+
+
+def test_the_gpu_suite_without_a_gpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_suite, "run_steps", None)
+    assert gpu_suite.main([]) == 0 and "No CUDA device here: none of the" in capsys.readouterr().out
+    assert gpu_suite.main(["--list"]) == 0 and "not run  tests: python -m pytest -q -m gpu tests" in capsys.readouterr().out
