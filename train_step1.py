@@ -50,11 +50,11 @@ class PLALearner(StageLearner):
         classifiers = nn.ModuleDict({name: LinearClassifier(dim, pla.num_clusters, pla.logit_scale) for name in encoders})
         source = BatchSource(samples, config.data, device)
         super().__init__("step1", config, source, samples.arrays, encoders, classifiers, device)
-        banks = {name: MemoryBank(count, dim, pla.momentum) for name, count in samples.counts.items()}
+        banks = {name: MemoryBank(count, dim, pla.momentum, pla.renormalise) for name, count in samples.counts.items()}
         self.banks = nn.ModuleDict(banks).to(device)
         self.bankless = [name for name in encoders if pla.banks is not None and name not in pla.banks]
-        self.self_matching = SelfMatchingLoss(pla.tau_1, pla.estimator)
-        self.modality_invariance = ModalityInvarianceLoss(pla.tau_2)
+        self.self_matching = SelfMatchingLoss(pla.tau_1, pla.estimator, pla.symmetric_joint)
+        self.modality_invariance = ModalityInvarianceLoss(pla.tau_2, config.mlm.self_term)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based); the banks are filled and clustered after `pla.mlm_only_epochs` of them."""
@@ -116,8 +116,7 @@ class PLALearner(StageLearner):
         if not self.annotating:
             self.optimise(mlm)
             return {"loss/mlm": mlm.detach()}
-        extra = self._extra_rows(generator.generator)
-        ssm = sum(self._match(name, *chosen, rows) for name, *chosen, rows in zip(self.encoders, index, extra, embeddings))
+        ssm = sum(self._match(*part, generator.generator) for part in zip(self.encoders, index, embeddings))
         weight = self.config.pla.lambda_1
         self.optimise(weight * ssm + (1 - weight) * mlm)
         for name, chosen, rows in zip(self.encoders, index, embeddings):
@@ -125,20 +124,13 @@ class PLALearner(StageLearner):
                 self.banks[name].update(chosen, rows.detach())
         return {"loss/ssm": ssm.detach(), "loss/mlm": mlm.detach()}
 
-    def _extra_rows(self, generator: torch.Generator) -> list[Tensor]:
-        """Draw N' memory rows per modality; the same objects in all of them if rows are pairs."""
-        counts, size = self.source.counts, (self.config.pla.memory_samples,)
-        if self.config.data.pairing == "none":
-            return [torch.randint(count, size, generator=generator, device=self.device) for count in counts]
-        return [torch.randint(counts[0], size, generator=generator, device=self.device)] * len(counts)
-
-    def _match(self, name: str, index: Tensor, extra: Tensor, embeddings: Tensor) -> Tensor:
-        """Self-matching loss of one modality over the batch and N' extra memory rows, which stand for both views."""
+    def _match(self, name: str, index: Tensor, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        """Self-matching loss of one modality: a batch against its own memory rows and N' sampled ones (Eq. 7-8)."""
         bank, classifier = self.banks[name], self.classifiers[name]
-        rows = F.normalize(embeddings.float(), dim=1)
-        current = classifier(torch.cat([rows, bank(extra)]))  # (B + N', K)
-        memory = classifier(torch.cat([bank(index), bank(extra)]))  # (B + N', K)
-        return self.self_matching(current, memory)
+        size = (self.config.pla.memory_samples,)
+        sampled = torch.randint(len(bank), size, generator=generator, device=index.device)  # (N',)
+        memory = classifier(bank(torch.cat([index, sampled])))  # (B + N', K)
+        return self.self_matching(classifier(F.normalize(embeddings.float(), dim=1)), memory)
 
 
 def export(session: Session, learner: PLALearner) -> None:

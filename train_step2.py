@@ -43,9 +43,12 @@ class RDLLearner(StageLearner):
         classifiers = nn.ModuleDict({name: MLPClassifier(dim, hidden, num_clusters) for name in encoders})
         inputs = {**samples.arrays, **{f"pseudo-labels of {name}": values for name, values in pseudo_labels.items()}}
         super().__init__("step2", config, BatchSource(samples, config.data, device), inputs, encoders, classifiers, device)
-        self.robust = build_robust_loss(config.rdl.loss, num_clusters, config.rdl.alpha).to(device)
+        try:
+            self.robust = build_robust_loss(config.rdl.loss, num_clusters, config.rdl.alpha).to(device)
+        except (ValueError, TypeError) as error:  # a loss of the user's own that is not there or does not fit
+            raise UserError(f"rdl.loss: {error}") from error
         self.unclipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters, clip=False)
-        self.modality_invariance = ModalityInvarianceLoss(config.rdl.tau_2)
+        self.modality_invariance = ModalityInvarianceLoss(config.rdl.tau_2, config.mlm.self_term)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based); in the first ones RCLL is not clipped, see `docs/method.md`."""

@@ -15,15 +15,17 @@ class ModalityInvarianceLoss(nn.Module):
 
     Args:
         temperature: tau_2, dimensionless, > 0.
+        self_term: keep the anchor in both sums, as Eq. 13 is printed.
     Raises:
         ValueError: if temperature <= 0.
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, self_term: bool = False) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature (tau_2) must be > 0, found {temperature}")
         self.temperature = temperature
+        self.self_term = self_term
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return the loss of one batch.
@@ -42,11 +44,12 @@ class ModalityInvarianceLoss(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             rows = F.normalize(_full_precision(embeddings), dim=-1).reshape(-1, dim)  # (M*B, D)
             similarity = rows @ rows.T / self.temperature  # (M*B, M*B)
-            itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-            similarity = similarity.masked_fill(itself, -torch.inf)
+            if not self.self_term:
+                itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+                similarity = similarity.masked_fill(itself, -torch.inf)
             log_all = torch.logsumexp(similarity, dim=1)  # (M*B,)
             same_object = similarity.view(num_modalities, batch_size, num_modalities, batch_size)
-            same_object = same_object.diagonal(dim1=1, dim2=3)  # (M, M, B), -inf where m == n
+            same_object = same_object.diagonal(dim1=1, dim2=3)  # (M, M, B), -inf where m == n is left out
             log_positive = torch.logsumexp(same_object, dim=1).reshape(-1)  # (M*B,)
             return (log_all - log_positive).sum() / batch_size
 

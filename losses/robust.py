@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.robust_concentrating import RobustConcentratingLoss
+from losses.robust_concentrating import RobustConcentratingLoss, check_batch
 
 ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")
 MANY_CLASSES = 22  # ours: from here on NCE+AGCE takes the values published for 100 classes, below those for 10
@@ -34,7 +34,7 @@ class _LabelLoss(nn.Module):
             ValueError: on wrong shapes or types, an empty batch or K < 2, or on labels outside 0..K-1 (checked on the CPU
                 only; on a GPU the check would make every step wait).
         """
-        _check(logits, pseudo_labels)
+        check_batch(logits, pseudo_labels)
         surprise = -F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)  # (B, K)
         return self.sample_losses(surprise, surprise.gather(1, pseudo_labels[:, None]).squeeze(1)).mean()
 
@@ -177,15 +177,3 @@ def _one_minus_p(own: Tensor) -> Tensor:
 def _check_asymmetric(a: float, q: float, least: float) -> None:
     if not (a > least and q > 0):
         raise ValueError(f"expected a > {least} and q > 0, found a = {a} and q = {q}")
-
-
-def _check(logits: Tensor, pseudo_labels: Tensor) -> None:
-    if logits.dim() != 2 or len(logits) == 0 or logits.shape[1] < 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be (B >= 1, K >= 2) float, found {tuple(logits.shape)} {logits.dtype}")
-    if pseudo_labels.shape != logits.shape[:1] or pseudo_labels.dtype != torch.int64:
-        found = f"{tuple(pseudo_labels.shape)} {pseudo_labels.dtype}"
-        raise ValueError(f"pseudo_labels must be ({len(logits)},) int64, found {found}")
-    if pseudo_labels.device.type == "cpu":
-        low, high = int(pseudo_labels.min()), int(pseudo_labels.max())
-        if low < 0 or high >= logits.shape[1]:
-            raise ValueError(f"pseudo_labels must lie in 0..{logits.shape[1] - 1}, found {low}..{high}")

@@ -41,10 +41,12 @@ class RobustConcentratingLoss(nn.Module):
         Returns:
             Scalar, dimensionless, >= 0.
         Raises:
-            ValueError: on wrong shapes or an empty batch, or on labels outside 0..K-1 (checked on the CPU only; on a
+            ValueError: on wrong shapes or types, an empty batch, or on labels outside 0..K-1 (checked on the CPU only; on a
                 GPU the check would make every step wait).
         """
-        self._check(logits, pseudo_labels)
+        check_batch(logits, pseudo_labels)
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"logits must be (B, K = {self.num_classes}), found {tuple(logits.shape)}")
         log_probs = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)
         surprise = -log_probs.gather(1, pseudo_labels[:, None]).squeeze(1)  # (B,) -log p >= 0
         # The slope of x^alpha is infinite at 0: keep x above the smallest normal number, where the true slope is 0 too.
@@ -68,12 +70,15 @@ class RobustConcentratingLoss(nn.Module):
         probs = logits.detach().float().softmax(dim=1)
         return (probs.gather(1, pseudo_labels[:, None]) <= 1 / self.num_classes).float().mean()
 
-    def _check(self, logits: Tensor, pseudo_labels: Tensor) -> None:
-        if logits.dim() != 2 or logits.shape[1] != self.num_classes or len(logits) == 0:
-            raise ValueError(f"logits must be (B >= 1, K = {self.num_classes}), found {tuple(logits.shape)}")
-        if pseudo_labels.shape != logits.shape[:1]:
-            raise ValueError(f"pseudo_labels must be ({len(logits)},), found {tuple(pseudo_labels.shape)}")
-        if pseudo_labels.device.type == "cpu":
-            low, high = int(pseudo_labels.min()), int(pseudo_labels.max())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(f"pseudo_labels must lie in 0..{self.num_classes - 1}, found {low}..{high}")
+
+def check_batch(logits: Tensor, pseudo_labels: Tensor) -> None:
+    """Raise ValueError unless logits are (B >= 1, K >= 2) float and pseudo_labels (B,) int64, within 0..K-1 if on the CPU."""
+    if logits.dim() != 2 or len(logits) == 0 or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be (B >= 1, K >= 2) float, found {tuple(logits.shape)} {logits.dtype}")
+    if pseudo_labels.shape != logits.shape[:1] or pseudo_labels.dtype != torch.int64:
+        found = f"{tuple(pseudo_labels.shape)} {pseudo_labels.dtype}"
+        raise ValueError(f"pseudo_labels must be ({len(logits)},) int64, found {found}")
+    if pseudo_labels.device.type == "cpu":
+        low, high = int(pseudo_labels.min()), int(pseudo_labels.max())
+        if low < 0 or high >= logits.shape[1]:
+            raise ValueError(f"pseudo_labels must lie in 0..{logits.shape[1] - 1}, found {low}..{high}")

@@ -1,4 +1,4 @@
-"""Memory bank of one modality (Eq. 6): one unit-norm row per training sample, addressed by sample index."""
+"""Memory bank of one modality (Eq. 6): one row per training sample, addressed by sample index."""
 
 import torch
 from torch import Tensor, nn
@@ -8,24 +8,26 @@ from torch.nn import functional as F
 class MemoryBank(nn.Module):
     """Momentum memory m_i <- normalise(eta m_i + (1 - eta) v_i), with v_i normalised first.
 
-    Rows start at zero; the first update of a row therefore stores the normalised embedding itself. The rows are a
-    buffer: they travel with `state_dict` and never receive a gradient.
+    Rows start at zero and are to be filled before use. They are a buffer: they travel with `state_dict` and never receive a
+    gradient.
 
     Args:
         num_instances: N, rows of the bank, >= 1.
         dim: D, embedding dimension, >= 1.
         momentum: eta in [0, 1); the paper uses 0.9.
+        renormalise: bring rows back to unit norm after an update; Eq. 6 as printed does not.
     Raises:
         ValueError: on arguments out of range.
     """
 
-    def __init__(self, num_instances: int, dim: int, momentum: float = 0.9) -> None:
+    def __init__(self, num_instances: int, dim: int, momentum: float = 0.9, renormalise: bool = True) -> None:
         super().__init__()
         if num_instances < 1 or dim < 1:
             raise ValueError(f"num_instances and dim must be >= 1, found {num_instances} and {dim}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum (eta) must lie in [0, 1), found {momentum}")
         self.momentum = momentum
+        self.renormalise = renormalise
         self.register_buffer("memory", torch.zeros(num_instances, dim))
 
     def __len__(self) -> int:
@@ -58,6 +60,9 @@ class MemoryBank(nn.Module):
             raise IndexError(f"index must lie in 0..{len(self) - 1}, found {int(index.min())}")
         fresh = F.normalize(embeddings.to(self.memory.dtype), dim=1)
         blended = self.momentum * self.memory[index] + (1 - self.momentum) * fresh
+        if not self.renormalise:
+            self.memory[index] = blended
+            return
         # A row that points exactly away from its new embedding can cancel to zero: then the new embedding is kept.
         vanished = blended.norm(dim=1, keepdim=True) < 1e-6
         self.memory[index] = F.normalize(torch.where(vanished, fresh, blended), dim=1)

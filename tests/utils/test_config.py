@@ -5,6 +5,7 @@ import dataclasses
 import os
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -147,7 +148,7 @@ def test_refused_robust_loss(name, hint):
     ],
 )
 def test_refused_override(override, message):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         step1(override)
     assert message in str(caught.value)
 
@@ -246,10 +247,44 @@ def test_defaults_are_those_of_the_default_configuration():
         assert shipped == dataclasses.replace(defaults, **changed)
 
 
+@pytest.mark.parametrize("dataset,alpha", [("mnist3d", 0.3), ("modelnet10", 0.25), ("modelnet40", 0.3), ("mi3dor", 0.35)])
+def test_paper_configurations_hold_what_the_paper_states(dataset, alpha):
+    first, second, small, small_second = (
+        load_config(cls, f"configs/{dataset}_{kind}/{cls.__name__[:5].lower()}.yaml")
+        for kind in ("paper", "paper_cpu") for cls in (Step1Config, Step2Config)
+    )
+    for config, epochs, dim in ((first, 20, 1024), (second, 50, 256)):
+        optim = config.optim
+        assert (optim.epochs, optim.batch_size, optim.learning_rate, config.model.embedding_dim) == (epochs, 50, 2e-4, dim)
+        assert config.mlm.self_term and config.data.dataset == dataset
+    assert (first.pla.lambda_1, first.pla.momentum, first.pla.renormalise, first.pla.mlm_only_epochs) == (0.25, 0.9, False, 0)
+    assert (second.rdl.loss, second.rdl.lambda_2, second.rdl.alpha, second.rdl.unclipped_epochs) == ("rcll", 0.25, alpha, 0)
+    ours = load_config(Step1Config, f"configs/{dataset}/step1.yaml")
+    assert (ours.pla.num_clusters, ours.pla.tau_1, ours.data) == (first.pla.num_clusters, first.pla.tau_1, first.data)
+    sizes = {"data": {"image_size", "image_resize", "num_points"},
+             "model": {"num_neighbors", "point_width", "image_stages", "mesh_width", "mesh_conv_width", "pretrained"}}
+    for large, reduced in ((to_dict(first), to_dict(small)), (to_dict(second), to_dict(small_second))):
+        changed = {section: {key for key in large[section] if large[section][key] != reduced[section][key]} for section in large}
+        assert {section: keys for section, keys in changed.items() if keys} == sizes
+
+
+def test_every_shipped_configuration_loads():
+    files = sorted(Path("configs").glob("*/step[12].yaml"))
+    assert len(files) == 34
+    for path in files:
+        assert load_config({"step1": Step1Config, "step2": Step2Config}[path.stem], str(path)).run.output == "runs"
+
+
 def test_missing_or_empty_file(tmp_path):
     with pytest.raises(UserError, match="no configuration file .*gone.yaml"):
         load_config(Step1Config, str(tmp_path / "gone.yaml"))
     assert step1(path=write(tmp_path, "# nothing\noptim:\n")) == step1()
+
+
+def test_the_joint_is_symmetric_for_classes_alone():
+    assert step1("pla.symmetric_joint=true").pla.symmetric_joint
+    with pytest.raises(UserError, match="pla.symmetric_joint needs pla.estimator: class, found hard"):
+        step1("pla.symmetric_joint=true", "pla.estimator=hard")
 
 
 def test_random_weights_are_never_a_default():

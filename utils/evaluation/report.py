@@ -50,8 +50,12 @@ def row_name(config: Mapping[str, Any]) -> str:
     else:
         pla = config["pla"]
         name = f"step 1, PLA ({pla['estimator']} estimator)" if pla["lambda_1"] > 0 else "step 1, MLM alone (lambda_1 = 0)"
+        if not pla.get("renormalise", True):
+            remarks.append("Eq. 6 as printed")
         if pla.get("banks") is not None:
             remarks.append(f"banks of {'+'.join(pla['banks']) or 'no modality'} only")
+    if config.get("mlm", {}).get("self_term"):
+        remarks.append("Eq. 13 as printed")
     if len(data["modalities"]) > 2:
         remarks.append("+".join(MODALITIES[entry].letter for entry in data["modalities"]) + " at once")
     if data["dataset"].endswith("_splat"):

@@ -11,7 +11,7 @@ from utils.settings.data_options import AugmentConfig, DataConfig, check_modalit
 ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")  # as in losses/robust.py, which stands by itself
 
 __all__ = [
-    "AugmentConfig", "DataConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig", "Step1Config",
+    "AugmentConfig", "DataConfig", "MLMConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig", "Step1Config",
     "Step2Config", "nearest",
 ]
 
@@ -57,6 +57,13 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class MLMConfig:
+    """The modality-invariance loss of either stage (Eq. 13-14); its temperature is pla.tau_2 and rdl.tau_2."""
+
+    self_term: bool = option(False, "keep the anchor itself in both sums of Eq. 13, as printed")
+
+
+@dataclass(frozen=True)
 class PLAConfig:
     """Step 1, pseudo-label annotation (Eq. 3, 6-8, 13-14)."""
 
@@ -65,16 +72,22 @@ class PLAConfig:
     tau_1: float = option(0.5, "sharpening: memory predictions are raised to 1 / tau_1", above=0)
     tau_2: float = option(0.5, "temperature of the modality-invariance loss", above=0)
     momentum: float = option(0.9, "eta of the memory update, Eq. 6", min=0, below=1)
+    renormalise: bool = option(True, "memory rows go back to unit norm after Eq. 6; false is the equation as printed")
     mlm_only_epochs: int = option(
         5, "first epochs, of modality invariance alone before the banks are filled and clustered", min=0, formerly="warmup_epochs"
     )
-    estimator: Literal["class", "instance", "hard"] = option("class", "reading of the joint probability in Eq. 8")
-    memory_samples: int = option(1024, "N', extra bank rows per step in the self-matching loss", min=0)
+    estimator: Literal["class", "instance", "hard"] = option("class", "reading of the joint probability in Eq. 7-8")
+    symmetric_joint: bool = option(False, "estimator class: (J + J^T) / 2 in place of the joint J")
+    memory_samples: int = option(1024, "N', memory rows sampled per step beside those of the batch, Eq. 7-8", min=0)
     banks: tuple[str, ...] | None = option(
         None, "modalities with a momentum memory bank, default all; the others' memory is the last epoch's features (Table VIII)"
     )
     recluster_every: int = option(0, "epochs between two clusterings after the first; 0 never", min=0)
     logit_scale: float = option(10.0, "factor on the classifiers' cosine logits", above=0)
+
+    def __post_init__(self) -> None:
+        if self.symmetric_joint and self.estimator != "class":
+            raise UserError(f"pla.symmetric_joint needs pla.estimator: class, found {self.estimator}")
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,7 @@ class Step1Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mlm: MLMConfig = dataclasses.field(default_factory=MLMConfig)
     pla: PLAConfig = dataclasses.field(default_factory=PLAConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
@@ -158,6 +172,7 @@ class Step2Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(embedding_dim=256))
     optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(epochs=50))
+    mlm: MLMConfig = dataclasses.field(default_factory=MLMConfig)
     rdl: RDLConfig = dataclasses.field(default_factory=RDLConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
