@@ -137,11 +137,11 @@ def slow_matching(logits, memory, tau, estimator, symmetric):
     if estimator == "instance":
         return -slow_information([[sum(a * b for a, b in zip(s, i)) for i in current] for s in sharp])
     pairs = range(classes)
-    joint = [[sum(s[k] * i[l] for s, i in zip(sharp, current)) / batch for l in pairs] for k in pairs]
+    joint = [[sum(s[k] * i[n] for s, i in zip(sharp, current)) / batch for n in pairs] for k in pairs]
     views = sharp, current + [softmax(row) for row in memory.tolist()[batch:]]
     rows, columns = ([sum(column) / len(memory) for column in zip(*view)] for view in views)
     if symmetric:
-        joint = [[(joint[k][l] + joint[l][k]) / 2 for l in pairs] for k in pairs]
+        joint = [[(joint[k][n] + joint[n][k]) / 2 for n in pairs] for k in pairs]
         rows = columns = [(r + c) / 2 for r, c in zip(rows, columns)]
     return -slow_information(joint, rows, columns)
 

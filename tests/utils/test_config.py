@@ -160,7 +160,7 @@ def test_refused_override(override, message):
         ("optim:\n  epochs: [1\n", "step1.yaml is not valid YAML"),
         ("optim: {epochs: 1}\noptim: {epochs: 2}", "key 'optim' is given twice"),
         ("- 1\n- 2", "step1.yaml must hold sections (data:, model:, ...), found a list"),
-        ("rdl: {alpha: 0.3}", "step1.yaml: rdl: unknown key, valid here: data, model, optim, pla, run"),
+        ("rdl: {alpha: 0.3}", "step1.yaml: rdl: unknown key, valid here: data, model, optim, mlm, pla, run"),
         ("optim: 3", "step1.yaml: optim: expected a section"),
         ("1: 2", "step1.yaml: 1: unknown key"),
         ("data: {modalities: [RGBImg, Foo]}", "step1.yaml with --set"),

@@ -11,8 +11,8 @@ from utils.settings.data_options import AugmentConfig, DataConfig, check_modalit
 ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")  # as in losses/robust.py, which stands by itself
 
 __all__ = [
-    "AugmentConfig", "DataConfig", "MLMConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig", "Step1Config",
-    "Step2Config", "nearest",
+    "AugmentConfig", "DataConfig", "MLMConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig",
+    "Step1Config", "Step2Config", "nearest",
 ]
 
 
