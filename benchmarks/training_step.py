@@ -20,14 +20,13 @@ from torch import Tensor
 
 from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, synchronize, write_report
 from datasets.arrays import MAX_POINTS
-from datasets.mesh_faces import FACE_CHANNELS
 from datasets.samples import PairedSamples
 from train_step1 import PLALearner
 from train_step2 import RDLLearner
 from utils.engine.learner import Source, StageLearner, plan_epoch
 from utils.engine.seed import BatchGenerator, generator_for, seed_everything, set_deterministic
 from utils.engine.session import run_command
-from utils.modalities import MODALITIES
+from utils.modalities import FACE_CHANNELS, MODALITIES
 from utils.settings.config import load_config
 from utils.settings.options import DataConfig, Step1Config, Step2Config
 

@@ -25,6 +25,7 @@ from utils.settings.files import Sources, read_files
 from utils.settings.options import DataConfig, Step1Config, Step2Config
 
 TILE_PIXELS = 144
+MAX_CLASSES = 100  # lines of the table; more are identifiers rather than classes
 
 
 def load_data_config(path: str, overrides: Sequence[str] = ()) -> DataConfig:
@@ -72,15 +73,17 @@ def count_classes(lists: Lists, names: Sequence[str]) -> str:
     labels = {key: listed.labels for key, listed in lists.items() if listed.labels is not None}
     if not labels:
         return "no list with labels"
-    size = max(len(names), *(int(values.max()) + 1 for values in labels.values()))
-    counts = {key: np.bincount(values, minlength=size) for key, values in labels.items()}
+    classes = np.unique(np.concatenate([np.arange(len(names)), *labels.values()]))  # by value: a label may be any number
+    counts = {key: (classes[:, None] == values).sum(axis=1) for key, values in labels.items()}
     columns = {}
     for split in SPLITS:
         found = {name: values for (part, name), values in counts.items() if part == split}
         if len({values.tobytes() for values in found.values()}) == 1:
             found = {"": next(iter(found.values()))}
         columns.update({f"{split} {name}".strip(): values for name, values in found.items()})
-    rows = [[_class_title(label, names), *(values[label] for values in columns.values())] for label in range(size)]
+    rows = [[_class_title(label, names), *numbers] for label, *numbers in zip(classes, *columns.values(), strict=True)]
+    if len(rows) > MAX_CLASSES:
+        rows = [*rows[:MAX_CLASSES], [f"... {len(rows)} in all", *("" for _ in columns)]]
     without = [f"{split} {name}" for (split, name) in lists if (split, name) not in labels]
     return format_table(["class", *columns], rows) + (f"\nwithout labels: {', '.join(without)}" if without else "")
 

@@ -3,6 +3,7 @@
 In messages, row k is the k-th non-empty row of a file, counted from 1.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ class SampleList:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def where(self, index: int) -> str:
+        """Return list, row and file of a sample, for messages."""
+        return f"{self.path}, row {index + 1}: {self.files[index]}"
 
 
 def default_list_path(root: str | Path, dataset: str, modality: str, split: str) -> Path:
@@ -159,8 +164,10 @@ def _read(
     for row, text in enumerate(_rows(path), start=1):
         where = f"{path}, row {row}"
         name, label, file = _parse_row(text, root, where)
-        if label is not None and (label < 0 or (num_classes is not None and label >= num_classes)):
-            raise UserError(f"{where}: label {label} is outside 0..{'' if num_classes is None else num_classes - 1}")
+        if label is not None and label < 0:
+            raise UserError(f"{where}: label {label} is negative; classes count from 0, samples of no class have no label column")
+        if label is not None and num_classes is not None and label >= num_classes:
+            raise UserError(f"{where}: label {label} is outside 0..{num_classes - 1} (data.num_classes: {num_classes})")
         if labels and (label is None) != (labels[0] is None):
             raise UserError(f"{where}: either all rows carry a label or none; row 1 and this row differ ({text!r})")
         names.append(name)
@@ -179,28 +186,44 @@ def _rows(path: Path) -> list[str]:
         command = next((call for name, call in PREPARATION.items() if path.name.startswith(f"{name}_")), None)
         advice = f"make it with: {command}" if command else "see docs/data.md for the format of list files"
         raise MissingFileError(f"list file {path} not found; {advice}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected a UTF-8 text file with rows `path label`, found other bytes ({error})") from error
-    rows = [line.strip() for line in text.split("\n") if line.strip()]
+    rows = text_rows(path.read_bytes(), path, "path label")
     if not rows:
         raise UserError(f"{path}: expected rows `path label`, found an empty file")
     return rows
 
 
+def text_rows(content: bytes, path: Path, columns: str) -> list[str]:
+    """Return the non-empty rows of a text file without the blanks around them.
+
+    Args:
+        content: of the file; path: its place, for messages; columns: what a row holds, for messages.
+    Raises:
+        UserError: naming the first row that is not UTF-8.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = len(_stripped(content[: error.start].decode("utf-8", errors="replace") + "?"))
+        raise UserError(f"{path}, row {row}: expected UTF-8 text with rows `{columns}`, found other bytes ({error.reason})") from error
+    return _stripped(text)
+
+
+def _stripped(text: str) -> list[str]:
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+
+
 def _parse_row(text: str, root: Path, where: str) -> tuple[str, int | None, Path]:
     """Split one row from the right, so that paths may hold spaces; the last column is a label if it is an integer."""
     head, *tail = text.rsplit(maxsplit=1)
-    if tail and re.fullmatch(r"[+-]?[0-9]{1,18}", tail[0]):  # fits int64
+    if tail and re.fullmatch(r"[+-]?[0-9]{1,19}", tail[0]) and abs(int(tail[0])) < 2**63:
         return head, int(tail[0]), _find_file(head, root, where)
     if tail and _existing(text, root) is None and _existing(head, root) is not None:
-        raise UserError(f"{where}: expected `path label` with an integer label, found label {tail[0]!r}")
+        raise UserError(f"{where}: expected `path label` with an integer label of at most 64 bits, found label {tail[0]!r}")
     return text, None, _find_file(text, root, where)
 
 
 def _existing(name: str, root: Path) -> Path | None:
-    return next((file for file in (root / name, Path(name)) if file.is_file()), None)
+    return next((file for file in (root / name, Path(name)) if os.path.isfile(file)), None)  # False, too, for impossible names
 
 
 def _find_file(name: str, root: Path, where: str) -> Path:

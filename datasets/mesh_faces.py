@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from datasets.arrays import box_centre, read_array, to_unit_sphere
 from datasets.lists import SampleList
 from datasets.transforms import random_map
 from utils.engine.seed import BatchGenerator
 from utils.errors import UserError
+from utils.modalities import FACE_CHANNELS
 
-FACE_CHANNELS = 18
 MAX_FACES = 500
 FLATNESS = 1e-6  # a face whose height is below this share of its longest edge has no area and no normal
 
@@ -102,20 +103,16 @@ def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 
         sample_list: of a modality of kind "mesh": .npy files of shape (F, 18), see the module.
         max_faces: no mesh may have more.
         seed: of the padding, together with the instance id.
-        unit_sphere: move the centre of each bounding box to the origin and scale the largest corner norm to 1.
+        unit_sphere: apply `datasets.arrays.to_unit_sphere` to the corners, with the centre of their bounding box.
     Returns:
         (N, F, 18) float32.
     Raises:
         UserError: on an unreadable file or an array that is no such mesh (names file and row).
     """
     meshes = []
-    for row, file in enumerate(sample_list.files, start=1):
-        where = f"{sample_list.path}, row {row}: {file}"
-        try:
-            faces = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{where} is not a readable .npy array of numbers ({error})") from error
-        _check_faces(faces, max_faces, where)
+    for row in range(len(sample_list)):
+        faces = read_array(sample_list, row)
+        _check_faces(faces, max_faces, sample_list.where(row))
         meshes.append(_to_unit_sphere(faces) if unit_sphere else faces.astype(np.float32))
     stored = max(len(faces) for faces in meshes)
     generators = (np.random.default_rng([seed, zlib.crc32(name.encode())]) for name in sample_list.instance_ids)
@@ -123,9 +120,8 @@ def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 
 
 
 def _check_faces(faces: np.ndarray, max_faces: int, where: str) -> None:
-    shape, dtype = getattr(faces, "shape", None), getattr(faces, "dtype", None)
-    if shape is None or len(shape) != 2 or shape[1] != FACE_CHANNELS or dtype.kind != "f":
-        raise UserError(f"{where}: expected floats of shape (F, {FACE_CHANNELS}), found shape {shape} and dtype {dtype}")
+    if faces.ndim != 2 or faces.shape[1] != FACE_CHANNELS or faces.dtype.kind != "f":
+        raise UserError(f"{where}: expected floats of shape (F, {FACE_CHANNELS}), found shape {faces.shape} and dtype {faces.dtype}")
     if not 1 <= len(faces) <= max_faces:
         raise UserError(f"{where}: expected 1 to {max_faces} faces, found {len(faces)}; simplify the mesh or raise the limit")
     neighbours, vectors = faces[:, 15:], faces[:, 3:12].reshape(-1, 3, 3)
@@ -140,11 +136,10 @@ def _check_faces(faces: np.ndarray, max_faces: int, where: str) -> None:
 
 def _to_unit_sphere(faces: np.ndarray) -> np.ndarray:
     faces = faces.astype(np.float64)
-    corners = faces[:, None, :3] + faces[:, 3:12].reshape(-1, 3, 3)
-    middle = (corners.min(axis=(0, 1)) + corners.max(axis=(0, 1))) / 2
-    radius = np.linalg.norm(corners - middle, axis=2).max() or 1.0
-    faces[:, :3] = (faces[:, :3] - middle) / radius
-    faces[:, 3:12] /= radius
+    corners = (faces[:, None, :3] + faces[:, 3:12].reshape(-1, 3, 3)).reshape(-1, 3)
+    corners = to_unit_sphere(corners, box_centre(corners)).reshape(-1, 3, 3)
+    faces[:, :3] = corners.mean(axis=1)
+    faces[:, 3:12] = (corners - faces[:, None, :3]).reshape(-1, 9)
     return faces.astype(np.float32)
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.lists import SampleList
+from datasets.lists import SampleList, default_list_path, text_rows
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import UserError
-from utils.modalities import MODALITIES
 
 COMMAND = "python train_step1.py"
 
@@ -23,9 +22,8 @@ def pseudo_label_path(folder: str | Path, dataset: str, modality: str) -> Path:
     Raises:
         UserError: on an unknown modality.
     """
-    if modality not in MODALITIES:
-        raise UserError(f"unknown modality {modality!r}; expected one of {', '.join(MODALITIES)}")
-    return Path(folder) / f"{dataset}_{MODALITIES[modality].list_name}_train_list_pseudo_labelling.txt"
+    path = default_list_path(folder, dataset, modality, "train")
+    return path.with_name(f"{path.stem}_pseudo_labelling.txt")
 
 
 def write_pseudo_labels(
@@ -50,7 +48,9 @@ def write_pseudo_labels(
             f"{path}: expected {len(sample_list)} integer pseudo-labels for {sample_list.path}, found shape {labels.shape} and "
             f"dtype {labels.dtype}"
         )
-    _check_range(labels, num_clusters, path)
+    bad = np.flatnonzero((labels < 0) | (labels >= num_clusters))
+    if len(bad):
+        raise UserError(f"{path}: pseudo-label {labels[bad[0]]} of sample {bad[0]} is outside 0..{num_clusters - 1}")
     text = "".join(f"{name} {label}\n" for name, label in zip(sample_list.names, labels.tolist(), strict=True))
     meta = {
         "dataset": dataset,
@@ -92,8 +92,7 @@ def read_pseudo_labels(
         raise UserError(f"pseudo-label file {path} not found; make it with: {COMMAND}, with the step1.yaml of the same data set and folder")
     content = path.read_bytes()
     num_clusters = _resolve_clusters(path, _read_meta(path, content), sample_list.modality, dataset, num_clusters)
-    labels = _match_rows(path, content, sample_list, dataset)
-    _check_range(labels, num_clusters, path)
+    labels = _match_rows(path, content, sample_list, dataset, num_clusters)
     _warn_if_degenerate(labels, num_clusters, path)
     return labels, num_clusters
 
@@ -135,20 +134,18 @@ def _resolve_clusters(path: Path, meta: dict | None, modality: str, dataset: str
     return meta["num_clusters"]
 
 
-def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: str) -> np.ndarray:
+def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: str, num_clusters: int) -> np.ndarray:
     position: dict[str, list[int]] = {}
     for index, name in enumerate(sample_list.names):
         for spelling in _spellings(name):
             position.setdefault(spelling, []).append(index)
     labels = np.full(len(sample_list), -1, dtype=np.int64)
     seen = np.zeros(len(sample_list), dtype=bool)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected a UTF-8 text file with rows `path pseudo_label`, found other bytes ({error})") from error
-    rows = [line.strip() for line in text.split("\n") if line.strip()]
+    rows = text_rows(content, path, "path pseudo_label")
     for row, line in enumerate(rows, start=1):
         name, value = _split_row(line, position, f"{path}, row {row}")
+        if not 0 <= value < num_clusters:
+            raise UserError(f"{path}, row {row}: pseudo-label {value} is outside 0..{num_clusters - 1}")
         if name not in position:
             raise UserError(
                 f"{path}, row {row}: {name!r} is not in {sample_list.path}; the file belongs to another dataset than "
@@ -190,12 +187,6 @@ def _spellings(name: str) -> list[str]:
 
 def _normal(name: str) -> str:
     return os.path.normpath(name)  # ./a and a are one path
-
-
-def _check_range(labels: np.ndarray, num_clusters: int, path: Path) -> None:
-    bad = np.flatnonzero((labels < 0) | (labels >= num_clusters))
-    if len(bad):
-        raise UserError(f"{path}: pseudo-label {labels[bad[0]]} of sample {bad[0]} is outside 0..{num_clusters - 1}")
 
 
 def _warn_if_degenerate(labels: np.ndarray, num_clusters: int, path: Path) -> None:

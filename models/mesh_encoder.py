@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.kernels.mesh_convolution import MeshConvolution, Neighbours, SharedMLP
+from utils.modalities import FACE_CHANNELS
 
-FACE_CHANNELS = 18
 STRUCTURAL = 64 + 64 + 3  # channels of rotate convolution, kernel correlation and normal
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+FACE_CHANNELS = 18  # of a row of a mesh, see `datasets.mesh_faces`
+
 
 @dataclass(frozen=True)
 class Modality:

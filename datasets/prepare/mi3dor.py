@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from datasets.images import read_image
 from datasets.prepare.parallel import run_tasks
 from datasets.prepare.writer import SPLITS
 from utils.errors import UserError
@@ -170,10 +171,7 @@ def _check_photograph(root: str, image: Item) -> tuple[str, str, str | None]:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.verify()  # checksums of PNG
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.draft("RGB", (64, 64))  # JPEG: read to the end, but decode small
-            picture.load()
-            error = f"pixel mode {picture.mode}" if picture.mode[0] in "IF" else None
+        read_image(io.BytesIO(data))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
         error = str(failure)
     return image.name, hashlib.sha256(data).hexdigest(), error

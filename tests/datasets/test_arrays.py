@@ -1,11 +1,15 @@
-"""Loading images and clouds into arrays: geometry, determinism, and refusal of broken files by name and row."""
+"""Loading images and clouds into arrays: every kind of picture, any storage order, and refusal of broken files by name and row."""
+
+import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from datasets.arrays import load_images, load_points
+from datasets.images import read_image
 from datasets.lists import SampleList
+from utils.errors import UserError
 
 
 def as_list(files, modality="RGBImg"):
@@ -51,18 +55,106 @@ def test_centre_crop_takes_the_middle(tmp_path):
     assert load_images(save_images(tmp_path, wide), 8)[0, :, :, 1:-1].min() == 255
 
 
-def test_broken_images_are_named(tmp_path):
-    good = save_images(tmp_path, np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    data = good.files[1].read_bytes()
-    for content in (data[: len(data) // 2], b"no image", b""):
-        good.files[1].write_bytes(content)
-        with pytest.raises(ValueError, match=r"list.txt, row 2: .*1\.png"):
-            load_images(good, 64)
-    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(good.files[1])
-    with pytest.raises(ValueError, match="row 2.*8-bit"):
-        load_images(good, 64)
-    with pytest.raises(ValueError, match="at least 1"):
-        load_images(good, 0)
+INK = np.zeros((16, 16, 4), np.uint8)  # a red drawing on transparent ground whose hidden colour is black
+INK[4:12, 4:12] = (255, 0, 0, 255)
+SCENE = np.zeros((16, 32, 3), np.uint8)  # wide, its upper half white
+SCENE[:8] = 255
+
+
+def encode(image, suffix="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, suffix, **options)
+    return stream.getvalue()
+
+
+def decode(data):
+    return np.asarray(read_image(io.BytesIO(data)))
+
+
+def palette():
+    image = Image.fromarray(INK[..., :3]).quantize(4)
+    return image, image.getpixel((0, 0))
+
+
+@pytest.mark.parametrize("data", [
+    encode(Image.fromarray(INK)), encode(Image.fromarray(INK), "WEBP", lossless=True), encode(Image.fromarray(INK[..., :3]), transparency=(0, 0, 0)),
+    encode(palette()[0], transparency=palette()[1]), encode(palette()[0], "GIF", transparency=palette()[1]),
+    encode(palette()[0], transparency=bytes(0 if number == palette()[1] else 255 for number in range(4))),
+], ids=["RGBA", "webp", "colour key", "palette", "gif", "palette alpha"])
+def test_transparent_pictures_stand_on_white(data):
+    image = decode(data)
+    assert (image[0, 0] == 255).all() and np.abs(image[8, 8].astype(int) - [255, 0, 0]).max() <= 1
+
+
+def test_gray_drawings_half_transparency_and_white_on_transparent():
+    faint = np.stack([np.zeros((8, 8)), np.full((8, 8), 51)], axis=2).astype(np.uint8)  # black at a fifth
+    assert (decode(encode(Image.fromarray(faint))) == 204).all()
+    assert (decode(encode(Image.new("LA", (8, 8), (0, 0)))) == 255).all()  # nothing drawn
+    white = np.where(INK[..., 3:] > 0, np.uint8(255), INK)
+    with pytest.raises(UserError, match="as white as the ground"):
+        decode(encode(Image.fromarray(white)))
+
+
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(suffix, orientation):
+    turns = Image.Transpose
+    undo = [None, turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.FLIP_TOP_BOTTOM, turns.TRANSPOSE, turns.ROTATE_90, turns.TRANSVERSE, turns.ROTATE_270]
+    image, exif = Image.fromarray(SCENE), Image.Exif()
+    exif[274] = orientation
+    stored = image if orientation == 1 else image.transpose(undo[orientation - 1])
+    assert np.abs(decode(encode(stored, suffix, exif=exif)).astype(int) - SCENE).mean() < 3
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"Exif\0\0XX", b"Exif\0\0MM\x00*\xff\xff\xff\xff rubbish", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\xff\xff\x7f\0\0"])
+def test_damaged_exif_is_no_reason_to_refuse(exif):
+    assert np.abs(decode(encode(Image.fromarray(SCENE), "JPEG", exif=exif)).astype(int) - SCENE).mean() < 3
+
+
+@pytest.mark.parametrize("mode,suffix,options", [
+    ("1", "PNG", {}), ("L", "PNG", {}), ("P", "BMP", {}), ("RGB", "JPEG", {"progressive": True}), ("CMYK", "JPEG", {}), ("YCbCr", "TIFF", {}),
+])
+def test_opaque_modes(mode, suffix, options):
+    assert np.abs(decode(encode(Image.fromarray(SCENE).convert(mode), suffix, **options)).astype(int) - SCENE).mean() < 3
+
+
+@pytest.mark.parametrize("suffix", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_frame_of_animations(suffix):
+    frames = [Image.new("RGB", (8, 8), (level,) * 3) for level in (10, 200)]
+    assert (decode(encode(frames[0], suffix, save_all=True, append_images=frames[1:])) == 10).all()
+
+
+def noise_bytes(suffix, **options):
+    return encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), suffix, **options)
+
+
+def huge():
+    """A picture of one pixel whose header says 60,000 x 60,000."""
+    data = encode(Image.new("L", (1, 1)), "BMP")
+    return data[:18] + (60_000).to_bytes(4, "little") * 2 + data[26:]
+
+
+@pytest.mark.parametrize("content,words", [
+    *[(data[: len(data) // 2], "") for data in (noise_bytes("PNG"), noise_bytes("JPEG"), noise_bytes("JPEG", progressive=True), noise_bytes("GIF"), noise_bytes("WEBP"))],
+    (b"no image", "cannot identify"), (b"", "cannot identify"), (huge(), "exceeds limit"),
+    (encode(Image.fromarray(np.zeros((8, 8), np.uint16))), "pixel mode I;16.*scale it"),
+    (encode(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"), "pixel mode F"),
+])
+def test_broken_images_are_named(tmp_path, content, words):
+    images = save_images(tmp_path, *np.zeros((2, 64, 64, 3), np.uint8))
+    images.files[1].write_bytes(content)
+    with pytest.raises(UserError, match=rf"list.txt, row 2: .*1\.png is not a readable 8-bit image: .*{words}"):
+        load_images(images, 64)
+
+
+def test_resize_must_be_positive(tmp_path):
+    with pytest.raises(UserError, match="at least 1"):
+        load_images(save_images(tmp_path, np.zeros((8, 8), np.uint8)), 0)
+
+
+def by_rows(points):
+    return points[np.lexsort(points.T)]
 
 
 def test_points_unit_sphere(tmp_path):
@@ -70,8 +162,8 @@ def test_points_unit_sphere(tmp_path):
     points = load_points(save_clouds(tmp_path, cloud))
     centred = cloud - cloud.mean(0)
     assert points.shape == (1, 40, 3) and points.dtype == np.float32
-    np.testing.assert_allclose(points[0], centred / np.sqrt((centred**2).sum(1).max()), atol=1e-6)
-    np.testing.assert_allclose(load_points(save_clouds(tmp_path, cloud), unit_sphere=False)[0], cloud, rtol=1e-6)
+    np.testing.assert_allclose(by_rows(points[0]), by_rows(centred / np.sqrt((centred**2).sum(1).max())), atol=1e-6)
+    np.testing.assert_allclose(by_rows(load_points(save_clouds(tmp_path, cloud), unit_sphere=False)[0]), by_rows(cloud), rtol=1e-6)
     assert load_points(save_clouds(tmp_path, np.ones((4, 3)))).tolist() == np.zeros((1, 4, 3)).tolist()
 
 
@@ -79,10 +171,30 @@ def test_short_clouds_repeat_and_long_ones_are_sampled(tmp_path):
     long, short = np.arange(30.0).reshape(10, 3), np.arange(9.0).reshape(3, 3)
     points = load_points(save_clouds(tmp_path, long, short), max_points=7, unit_sphere=False)
     assert points.shape == (2, 7, 3)
-    np.testing.assert_array_equal(points[1], short[[0, 1, 2, 0, 1, 2, 0]])
+    np.testing.assert_array_equal(points[1], points[1, [0, 1, 2, 0, 1, 2, 0]])
+    np.testing.assert_array_equal(by_rows(points[1, :3]), short)
     rows = points[0, :, 0].astype(int) // 3
     assert len(set(rows)) == 7  # without replacement
     np.testing.assert_array_equal(points[0], long[rows])
+
+
+@pytest.mark.parametrize("most", [5, 2048])
+def test_the_order_of_storage_means_nothing(tmp_path, most):
+    rng = np.random.default_rng(0)
+    cloud = rng.normal(size=(300, 3)).round(1)  # many equal coordinates
+    cloud[0, 0] = -0.0
+    orders = [np.arange(300), cloud[:, 2].argsort(), rng.permutation(300)]
+    loaded = []
+    for order in orders:
+        np.save(tmp_path / "cloud.npy", cloud[order])
+        loaded.append(load_points(as_list([tmp_path / "cloud.npy"], "PointCloud"), most).tobytes())
+    assert len(set(loaded)) == 1
+
+
+def test_a_beginning_of_a_cloud_is_a_random_part_of_it(tmp_path):
+    height = np.linspace(0, 1, 1000)
+    points = load_points(save_clouds(tmp_path, np.stack([height * 0, height * 0, height], axis=1)), unit_sphere=False)[0, :, 2]
+    assert abs(points[:200].mean() - 0.5) < 0.06 and np.abs(np.diff(points[:200])).mean() > 0.2
 
 
 def test_sampling_depends_on_the_object_not_on_the_row(tmp_path):
@@ -90,13 +202,15 @@ def test_sampling_depends_on_the_object_not_on_the_row(tmp_path):
     points, turned = load_points(samples, 5), load_points(as_list(samples.files[::-1], "PointCloud"), 5)
     np.testing.assert_array_equal(points, turned[::-1])
     assert (points != load_points(samples, 5, seed=1)).any()
+    same = load_points(save_clouds(tmp_path, *[np.arange(60.0).reshape(20, 3)] * 2), 5)
+    assert (same[0] != same[1]).any()
 
 
 @pytest.mark.parametrize(
     "bad",
     [
         np.array([[0, 0, np.nan]]), np.array([[0, np.inf, 0]]), np.zeros((0, 3)), np.zeros((5, 4)), np.zeros(3), np.zeros((2, 5, 3)),
-        np.array([["a", "b", "c"]]), np.zeros((5, 3), dtype=complex),
+        np.array([["a", "b", "c"]]), np.zeros((5, 3), dtype=complex), np.full((4, 3), 1e300),
     ],
 )
 def test_bad_clouds_are_named(tmp_path, bad):
@@ -108,20 +222,14 @@ def test_bad_clouds_are_named(tmp_path, bad):
 def test_pickles_archives_and_broken_files_are_refused(tmp_path):
     samples = save_clouds(tmp_path, np.zeros((5, 3)))
     np.save(samples.files[0], np.array([[{}, 1, 2]], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="row 1"):
-        load_points(samples)
+    contents = [samples.files[0].read_bytes(), b"", b"\x93NUMPY", b"text"]
+    for content in contents:
+        samples.files[0].write_bytes(content)
+        with pytest.raises(UserError, match="row 1: .*0.npy is not a readable .npy array"):
+            load_points(samples)
     with open(samples.files[0], "wb") as stream:
         np.savez(stream, a=np.zeros((5, 3)))
-    with pytest.raises(ValueError, match="row 1.*archive"):
+    with pytest.raises(UserError, match="row 1.*archive"):
         load_points(samples)
-    for content in (b"", b"\x93NUMPY", b"text"):
-        samples.files[0].write_bytes(content)
-        with pytest.raises(ValueError, match="row 1"):
-            load_points(samples)
-
-
-def test_coordinates_beyond_float32_are_refused(tmp_path):
-    np.save(tmp_path / "cloud_1.npy", np.full((4, 3), 1e300))
-    rows = SampleList(tmp_path / "list.txt", "PointCloud", ("cloud_1.npy",), (tmp_path / "cloud_1.npy",), ("1",))
-    with pytest.raises(ValueError, match="row 1.*finite float32"):
-        load_points(rows)
+    with pytest.raises(UserError, match="max_points"):
+        load_points(samples, 0)

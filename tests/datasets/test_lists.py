@@ -78,7 +78,9 @@ def test_own_instance_id(tmp_path):
         (["a_1.png 1.5"], {}, "row 1.*integer label"),
         (["a_1.png 2 1"], {}, "row 1.*more columns"),
         (["a_1.png 0", "b_2.png 5"], {"num_classes": 5}, r"row 2: label 5 is outside 0\.\.4"),
-        (["a_1.png -1"], {}, "row 1: label -1"),
+        (["a_1.png 0", "b_2.png -1"], {}, "row 2: label -1 is negative"),
+        (["a_1.png 9223372036854775808"], {}, "row 1: .*64 bits, found label '9223372036854775808'"),
+        (["a_1.png " + "9" * 5000], {}, "row 1: .*64 bits"),
         (["a_1.png 0", "b_2.png"], {}, "row 2.*all rows carry a label or none"),
         (["a_1.png 0", "", "a_1.png 0"], {}, "row 2: path .*row 1"),
         (["a_1.png 0", "c_1.png 0"], {}, "row 2: instance id '1' is already in row 1"),
@@ -103,10 +105,16 @@ def test_missing_things_are_named(tmp_path):
             read(default_list_path(tmp_path / "none", dataset, "RGBImg", "train"))
 
 
-def test_binary_file_is_not_a_list(tmp_path):
-    (tmp_path / "list.txt").write_bytes(b"\x93NUMPY\xff\xfe")
-    with pytest.raises(ValueError, match="UTF-8"):
+@pytest.mark.parametrize("content, row", [(b"\x93NUMPY\xff\xfe", 1), ("a_1.png 0\n\nb_2.png 0\n".encode("utf-16"), 1), (b"a_1.png 0\n\n\xe9_2.png 0\n", 2)])
+def test_other_encodings_are_named_with_their_row(tmp_path, content, row):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"list.txt, row {row}: expected UTF-8"):
         read(tmp_path / "list.txt")
+
+
+def test_any_label_that_fits_64_bits(tmp_path):
+    path = make(tmp_path, ["a_1.png 20231128123456", "b_2.png 9223372036854775807"], files=["a_1.png", "b_2.png"])
+    assert read(path, read_labelled_list)[1].tolist() == [20231128123456, 2**63 - 1]
 
 
 def sample_list(path, ids, tmp_path):
@@ -136,8 +144,3 @@ def test_default_path(tmp_path):
     assert default_list_path(tmp_path, "mnist3d", "GrayImg", "test") == tmp_path / "mnist3d_GrayImgs_test_list.txt"
     with pytest.raises(ValueError, match="split"):
         default_list_path(tmp_path, "mnist3d", "GrayImg", "valid")
-
-
-def test_label_that_fits_no_integer_type(tmp_path):
-    with pytest.raises(ValueError, match="row 1: expected `path label`.*999"):
-        read(make(tmp_path, ["a_1.png " + "9" * 25], files=["a_1.png"]))

@@ -96,7 +96,8 @@ def test_other_dataset_or_modality(written, samples):
         (lambda text: text.replace("train/c_3.png 1\n", ""), "cut short.*c_3"),
         (lambda text: text.replace("c_3.png 1", "c_3.png one"), "row 3.*integer"),
         (lambda text: text.replace("c_3.png 1", "c_3.png"), "row 3"),
-        (lambda text: text.replace("c_3.png 1", "c_3.png -1"), "outside"),
+        (lambda text: text.replace("c_3.png 1", "c_3.png -1"), r"row 3: pseudo-label -1 is outside 0\.\.2"),
+        (lambda text: text.replace("c_3.png 1", "c_3.png 20231128123456"), "row 3: pseudo-label 20231128123456 is outside"),
         (lambda text: text.replace("c_3.png 1", "c_3.png 1.0"), "row 3.*integer"),
         (lambda text: "", "cut short"),
     ],
@@ -150,7 +151,7 @@ def test_warnings_on_degenerate_clusters(tmp_path, samples):
         read_pseudo_labels(path, samples, dataset="own")
 
 
-@pytest.mark.parametrize("content, words", [(b"\xff\xfe\x80", "UTF-8"), (b"train/c_3.png " + b"9" * 30, "integer pseudo-label")])
+@pytest.mark.parametrize("content, words", [(b"\xff\xfe\x80", "row 1: expected UTF-8"), (b"train/c_3.png " + b"9" * 30, "integer pseudo-label")])
 def test_foreign_content_names_the_file(tmp_path, samples, content, words):
     path = tmp_path / "odd.txt"
     path.write_bytes(content)

@@ -52,6 +52,16 @@ def test_tsne(tmp_path, monkeypatch):
     assert sizes == [[10, 7]]
 
 
+def test_tsne_of_any_labels(tmp_path, monkeypatch):
+    """Timestamps, one class per object: colours by value, and no legend of hundreds of lines."""
+    monkeypatch.setattr(figures, "_project", lambda rows, seed: np.random.default_rng(0).normal(size=(sum(map(len, rows)), 2)))
+    labels = 20231128123456 + np.arange(300) * 10**9
+    plot_tsne({"RGBImg": np.ones((300, 2))}, {"RGBImg": labels}, tmp_path / "a.png")
+    image = pixels(tmp_path / "a.png")
+    assert image.shape[:2] == (1050, 1275) and len(np.unique(image[200:850, 100:800].reshape(-1, 3), axis=0)) > 100
+    assert (image[150:, -120:] == 255).all() and (image[:150, -120:] < 255).any()  # two lines of legend at the top
+
+
 def test_tsne_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"got \{'RGBImg': \(3, 2\)\} and \{'RGBImg': 4\}"):
         plot_tsne({"RGBImg": np.ones((3, 2))}, {"RGBImg": np.arange(4)}, tmp_path / "x.png")

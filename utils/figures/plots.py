@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_TSNE_ROWS = 1000
+MAX_LEGEND = 60  # classes by name
 MARKERS = "o^sDvP"
 RIGHT, WRONG = "#1a9850", "#d73027"
 STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False}
@@ -158,7 +159,8 @@ def plot_tsne(
         axis.set_axis_off()
         axis.set_title("t-SNE of the common space", loc="left")
         handles = [Line2D([], [], color="0.3", marker=marker, linestyle="", label=name) for marker, name in zip(MARKERS, shapes)]
-        handles += [Line2D([], [], color=color, marker="s", linestyle="", label=str(label)) for label, color in colors.items()]
+        shown = colors if len(colors) <= MAX_LEGEND else {f"{len(colors)} classes": "0.7"}
+        handles += [Line2D([], [], color=color, marker="s", linestyle="", label=str(label)) for label, color in shown.items()]
         columns = 1 + (len(handles) - 1) // 30
         figure.legend(handles=handles, loc="outside right upper", frameon=False, ncols=columns)
         save_figure(figure, path)

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils.modalities import MODALITIES
+from utils.modalities import FACE_CHANNELS, MODALITIES
 
 YAW, PITCH = np.deg2rad(20), np.deg2rad(12)
 CAMERA = np.array([  # rows: towards the camera, right, up; the camera looks along -x, z is up
@@ -15,7 +15,6 @@ LIGHT = np.array([1.0, 0.35, 0.35])  # in the camera's axes: from the viewer, a 
 FILL = 0.92  # share of the half side that the farthest point may reach
 BALL_RADIUS = 6 / 256  # of a point, as a share of the side
 SUPERSAMPLING = 4  # drawn this many times larger and averaged, which smooths the edges
-FACE_CHANNELS = 18
 
 
 def thumbnail(modality: str, sample: np.ndarray, side: int = 96) -> np.ndarray:

@@ -126,6 +126,17 @@ def test_classes_are_counted_per_list_where_the_modalities_differ(data, capsys):
     assert header.split() == ["class", "train", "test", "GrayImg", "test", "PointCloud"]
 
 
+@pytest.mark.parametrize("label, lines", [(lambda row: 20231128123456 + row % 3, 3), (lambda row: 10**18 + row, 21)])
+def test_labels_are_counted_by_value(data, capsys, monkeypatch, label, lines):
+    monkeypatch.setattr(inspect, "MAX_CLASSES", 20)
+    for split in ("train", "test"):
+        for token in ("GrayImgs", "PointCloud"):
+            edit(data, token, split, lambda rows: [f"{row.split()[0]} {label(number)}" for number, row in enumerate(rows)])
+    code, _, output = report(data, capsys, "data.num_classes=null", "pla.num_clusters=3")
+    table = output.split("\nclass ")[1].split("\n\n")[0].splitlines()[1:]
+    assert code == 0 and len(table) == lines and table[0].split()[0] == str(label(0))
+
+
 def test_training_lists_without_labels_are_fine(data, capsys):
     for token in ("GrayImgs", "PointCloud"):
         edit(data, token, "train", relabel(""))
