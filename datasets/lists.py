@@ -80,8 +80,7 @@ def read_training_list(
     Returns:
         The samples in list order; the object has no labels.
     Raises:
-        UserError: if the list, or a file named in it, does not exist.
-        UserError: on an empty list, a bad row or label, a repeated path or id, or an id that cannot be found.
+        UserError: on a missing or empty list, a missing file, a bad row or label, a repeated path or id, or one that is not found.
     """
     samples, _ = _read(Path(path), modality, Path(root), instance_id, num_classes, unique)
     return samples
@@ -93,9 +92,7 @@ def read_labelled_list(
 ) -> tuple[SampleList, np.ndarray]:
     """Read a list with its labels; for evaluation and data preparation alone.
 
-    Args, Raises: as `read_training_list`; a list without labels is a ValueError.
-    Returns:
-        The samples and their (N,) int64 labels.
+    Args, Raises: as `read_training_list`, and without labels. Returns: the samples and their (N,) int64 labels.
     """
     samples, labels = _read(Path(path), modality, Path(root), instance_id, num_classes, unique)
     if labels is None:
@@ -124,8 +121,7 @@ def check_paired(lists: Sequence[SampleList]) -> None:
 def check_same_length(lists: Sequence[SampleList]) -> None:
     """Check that all lists have as many rows as the first: what pairs of one class need, whose ids differ.
 
-    Raises:
-        UserError: naming both files and their lengths.
+    Raises: UserError naming both files and their lengths.
     """
     for other in lists[1:]:
         if len(other) != len(lists[0]):
@@ -160,24 +156,21 @@ def _read(
 ) -> tuple[SampleList, np.ndarray | None]:
     _check_modality(modality)
     pattern = _compile(instance_id)
-    names, files, labels = [], [], []
+    parsed: list[tuple] = []
     for row, text in enumerate(_rows(path), start=1):
         where = f"{path}, row {row}"
         name, label, file = _parse_row(text, root, where)
-        if label is not None and label < 0:
-            raise UserError(f"{where}: label {label} is negative; classes count from 0, samples of no class have no label column")
-        if label is not None and num_classes is not None and label >= num_classes:
-            raise UserError(f"{where}: label {label} is outside 0..{num_classes - 1} (data.num_classes: {num_classes})")
-        if labels and (label is None) != (labels[0] is None):
+        if label is not None and not 0 <= label < (num_classes or 2**63):
+            raise UserError(f"{where}: label {label} is outside 0..{num_classes - 1 if num_classes else '2^63'}; see data.num_classes")
+        if parsed and (label is None) != (parsed[0][1] is None):
             raise UserError(f"{where}: either all rows carry a label or none; row 1 and this row differ ({text!r})")
-        names.append(name)
-        files.append(file)
-        labels.append(label)
+        parsed.append((name, label, file))
+    names, labels, files = zip(*parsed, strict=True)
     ids = [_find_id(file, pattern, f"{path}, row {row}") for row, file in enumerate(files, start=1)]
     for what, values in (("path", files), ("instance id", ids)):
         if what in unique:
             _check_unique(values, what, path)
-    samples = SampleList(path, modality, tuple(names), tuple(files), tuple(ids))
+    samples = SampleList(path, modality, names, files, tuple(ids))
     return samples, None if labels[0] is None else np.array(labels, dtype=np.int64)
 
 
@@ -200,16 +193,13 @@ def text_rows(content: bytes, path: Path, columns: str) -> list[str]:
     Raises:
         UserError: naming the first row that is not UTF-8.
     """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = len(_stripped(content[: error.start].decode("utf-8", errors="replace") + "?"))
-        raise UserError(f"{path}, row {row}: expected UTF-8 text with rows `{columns}`, found other bytes ({error.reason})") from error
-    return _stripped(text)
-
-
-def _stripped(text: str) -> list[str]:
-    return [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    rows = [row for line in re.split(rb"\r\n|\r|\n", content.removeprefix(b"\xef\xbb\xbf")) if (row := line.strip())]
+    for number, row in enumerate(rows, start=1):
+        try:
+            rows[number - 1] = row.decode().strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, row {number}: expected UTF-8 text with rows `{columns}`, found other bytes ({error.reason})") from error
+    return rows
 
 
 def _parse_row(text: str, root: Path, where: str) -> tuple[str, int | None, Path]:

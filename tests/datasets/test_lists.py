@@ -78,7 +78,7 @@ def test_own_instance_id(tmp_path):
         (["a_1.png 1.5"], {}, "row 1.*integer label"),
         (["a_1.png 2 1"], {}, "row 1.*more columns"),
         (["a_1.png 0", "b_2.png 5"], {"num_classes": 5}, r"row 2: label 5 is outside 0\.\.4"),
-        (["a_1.png 0", "b_2.png -1"], {}, "row 2: label -1 is negative"),
+        (["a_1.png 0", "b_2.png -1"], {}, "row 2: label -1 is outside"),
         (["a_1.png 9223372036854775808"], {}, "row 1: .*64 bits, found label '9223372036854775808'"),
         (["a_1.png " + "9" * 5000], {}, "row 1: .*64 bits"),
         (["a_1.png 0", "b_2.png"], {}, "row 2.*all rows carry a label or none"),
