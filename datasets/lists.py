@@ -134,8 +134,7 @@ def check_same_length(lists: Sequence[SampleList]) -> None:
 def check_disjoint(train: SampleList, test: SampleList) -> None:
     """Check that no file is in both lists.
 
-    Raises:
-        UserError: naming the first shared file and its rows.
+    Raises: UserError naming the first shared file and its rows.
     """
     rows = {file.resolve(): row for row, file in enumerate(train.files, start=1)}
     for row, file in enumerate(test.files, start=1):
