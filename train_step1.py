@@ -75,7 +75,7 @@ class PLALearner(StageLearner):
             self.banks[name].fill(rows)
 
     def cluster(self, epoch: int) -> None:
-        """Fill the banks with the current embeddings and start the classifiers at their k-means centres (Sec. III-B)."""
+        """Fill the banks with the current embeddings and start the classifiers at their k-means centres (Sec. III-C)."""
         seed = derive_seed(self.config.run.seed, "k-means", epoch) % 2**32
         for name, rows in embed_samples(self.encoders, self.samples, self.config.data, self.device).items():
             self.banks[name].fill(rows)
@@ -87,7 +87,7 @@ class PLALearner(StageLearner):
 
     @torch.no_grad()
     def pseudo_labels(self) -> dict[str, Tensor]:
-        """Return z = argmax g(f(x)) of every training sample: modality -> (N,) int64 on the CPU."""
+        """Return z = argmax g(f(x)) (Sec. III-D) of every training sample: modality -> (N,) int64 on the CPU."""
         embeddings = embed_samples(self.encoders, self.samples, self.config.data, self.device)
         return {name: self.classifiers[name](rows).argmax(dim=1).cpu() for name, rows in embeddings.items()}
 
@@ -110,7 +110,7 @@ class PLALearner(StageLearner):
         }
 
     def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
-        """One step on Eq. 3, followed by the memory update of Eq. 6; on Eq. 14 alone in the first `pla.mlm_only_epochs`."""
+        """One step on Eq. 3, with the sum of Eq. 9, followed by the memory update of Eq. 6; on Eq. 14 alone in the first `pla.mlm_only_epochs`."""
         embeddings = self.embed(raw, generator)
         mlm = self.invariance(raw, embeddings, generator)
         if not self.annotating:

@@ -13,9 +13,9 @@ class SelfMatchingLoss(nn.Module):
     S = softmax(g(m))^(1 / tau_1), renormalised to sum 1; it equals softmax(g(m) / tau_1) and is a constant target.
     I = softmax(g(v)). Eq. 7-8 print sums over samples i, j = 1..N' and do not define the joint probability:
 
-    - "class", our choice: K x K, J = mean_b S_b (x) I_b, the joint of the two cluster ids of a sample. Its marginals are means
-      over the batch and the N' sampled memory rows, which stand for both views there and get no gradient; the loss is
-      - sum J log(J / (J_S J_I)). So N' steadies the weight log(J / (J_S J_I)) of each pair of clusters and leaves its size;
+    - "class", our choice: K x K, J = mean_b S_b (x) I_b, the joint of the two cluster ids of a sample. The marginals in
+      - sum J log(J / (J_S J_I)) are those of the batch and N' sampled memory rows together, J_I as the memory's own plus what
+      changed since on the batch, so that it does not lag. N' steadies the weight log(J / (J_S J_I)) and leaves its size;
     - "instance", the literal reading: (B + N') x B, J_ji = S_j . I_i / sum, the joint of a memory row and a current sample that
       fall into one cluster;
     - "hard": not a mutual information, but the self-label variant of the authors' release, the cross-entropy of I with
@@ -73,11 +73,23 @@ class SelfMatchingLoss(nn.Module):
             return -mutual_information(sharpened @ current.T)
         joint = sharpened[:batch].T @ current / batch  # (K, K)
         of_memory = sharpened.mean(dim=0)  # (K,)
-        of_current = torch.cat([current.detach(), F.softmax(memory_logits[batch:], dim=1)]).mean(dim=0)  # (K,)
+        of_current = _marginal(current.detach(), F.softmax(memory_logits, dim=1))  # (K,)
         if self.symmetric:
             joint = (joint + joint.T) / 2
             of_memory = of_current = (of_memory + of_current) / 2
         return -mutual_information(joint, of_memory, of_current)
+
+
+def _marginal(current: Tensor, remembered: Tensor) -> Tensor:
+    """Mean current prediction (K,) of all samples: that of the memory, (B + N', K), moved by the batch's change, (B, K).
+
+    At N' = 0 it is the mean of the batch. No cluster gets less than the batch's share in it, so the result is positive.
+    """
+    batch = len(current)
+    moved = remembered.mean(dim=0) + (current - remembered[:batch]).mean(dim=0)
+    floor = current.mean(dim=0) * batch / len(remembered)
+    marginal = torch.maximum(moved, floor)
+    return marginal / marginal.sum()
 
 
 def mutual_information(joint: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:

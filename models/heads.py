@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class LinearClassifier(nn.Module):
-    """Bias-free linear classifier g on unit-norm embeddings; its rows start at k-means centres (Sec. III-B).
+    """Bias-free linear classifier g on unit-norm embeddings; its rows start at k-means centres (Sec. III-C).
 
     Args:
         embedding_dim: D.

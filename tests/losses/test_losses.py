@@ -138,8 +138,11 @@ def slow_matching(logits, memory, tau, estimator, symmetric):
         return -slow_information([[sum(a * b for a, b in zip(s, i)) for i in current] for s in sharp])
     pairs = range(classes)
     joint = [[sum(s[k] * i[n] for s, i in zip(sharp, current)) / batch for n in pairs] for k in pairs]
-    views = sharp, current + [softmax(row) for row in memory.tolist()[batch:]]
-    rows, columns = ([sum(column) / len(memory) for column in zip(*view)] for view in views)
+    mean = lambda view: [sum(column) / len(view) for column in zip(*view)]
+    remembered = [softmax(row) for row in memory.tolist()]
+    moved = [m + c - b for m, c, b in zip(mean(remembered), mean(current), mean(remembered[:batch]))]
+    moved = [max(m, c * batch / len(memory)) for m, c in zip(moved, mean(current))]
+    rows, columns = mean(sharp), [m / sum(moved) for m in moved]
     if symmetric:
         joint = [[(joint[k][n] + joint[n][k]) / 2 for n in pairs] for k in pairs]
         rows = columns = [(r + c) / 2 for r, c in zip(rows, columns)]
@@ -187,6 +190,15 @@ def test_sampled_rows_do_not_shrink_the_gradient_of_the_encoders(estimator, symm
     most = 1.3 if estimator == "instance" else 1.2  # its B x B joint is a poor estimate: more rows make it steeper
     assert all(0.8 * sizes[0] < size < most * sizes[0] for size in sizes.values()), sizes
     assert not spread or spread[1024] < 0.6 * spread[0], spread  # what N' is for: the same sample among others
+
+
+def test_a_collapse_is_pushed_back_at_once_though_the_memory_is_still_even():
+    memory = 6 * torch.eye(4).repeat(100, 1)
+    logits = torch.zeros(12, 4)
+    logits[:, 0] = 3  # every sample is in cluster 0 now
+    for rows in (memory[:12], memory):
+        _, grad = value_and_gradient(SelfMatchingLoss(0.5), logits, rows)
+        assert (grad[memory[:12].argmax(1) != 0, 0] > 0).all() and float(grad[:, 0].sum()) > 0
 
 
 @pytest.mark.parametrize("estimator,symmetric", KINDS)

@@ -82,7 +82,7 @@ def _scikit_learn(x: Tensor, num_clusters: int, *, seed: int, num_init: int, max
 def joint_then_per_modality(
     banks: Sequence[Tensor], num_clusters: int, seed: int, *, num_init: int = 10, spherical: bool = True
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Cluster all modalities together, then each one from the joint centres (RoMo, Sec. III-B).
+    """Cluster all modalities together, then each one from the joint centres (RoMo, Sec. III-C).
 
     Args:
         banks: M tensors (N, D) of embeddings, one per modality; unit rows if `spherical`.

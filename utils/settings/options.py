@@ -65,7 +65,7 @@ class MLMConfig:
 
 @dataclass(frozen=True)
 class PLAConfig:
-    """Step 1, pseudo-label annotation (Eq. 3, 6-8, 13-14)."""
+    """Step 1, pseudo-label annotation (Eq. 3, 5-9, 13-14)."""
 
     num_clusters: int = option(20, "K, independent of the number of classes; more is over-clustering", min=2)
     lambda_1: float = option(0.25, "weight of self matching in Eq. 3; 1 - lambda_1 weights modality invariance", min=0, max=1)
@@ -92,7 +92,7 @@ class PLAConfig:
 
 @dataclass(frozen=True)
 class RDLConfig:
-    """Step 2, robust discriminative learning (Eq. 4, 11-12)."""
+    """Step 2, robust discriminative learning (Eq. 4, 10-14)."""
 
     loss: str = option("rcll", f"robust loss on the pseudo-labels (Tables IV, V): {' | '.join(ROBUST_LOSSES)} | module:Class")
     loss_scale: float = option(1.0, "factor on the robust loss, e.g. to give a steeper one RCLL's slope; 1 in the paper", above=0)
