@@ -110,7 +110,7 @@ class PLALearner(StageLearner):
         }
 
     def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
-        """One step on Eq. 3, with the sum of Eq. 9, followed by the memory update of Eq. 6; on Eq. 14 alone in the first `pla.mlm_only_epochs`."""
+        """One step on Eq. 3 and 9, then the memory update of Eq. 6; on Eq. 14 alone in the first `pla.mlm_only_epochs`."""
         embeddings = self.embed(raw, generator)
         mlm = self.invariance(raw, embeddings, generator)
         if not self.annotating:

@@ -217,6 +217,12 @@ def test_row_names_tell_what_a_reader_must_know(small_digits):
     assert name("data.num_views=3", "data.eval_view=mean").endswith("mean of views")
     assert name("rdl.loss=gce", step=2) == "step 2, RDL, gce instead of RCLL" and name("rdl.unclipped_epochs=2", step=2) == "step 2, RDL"
     assert name("rdl.unclipped_epochs=0", step=2) == "step 2, RDL, clipped from the start"
+    assert name("pla.renormalise=false", "mlm.self_term=true").endswith("Eq. 6 as printed, Eq. 13 as printed")
+    assert name("pla.symmetric_joint=true").endswith("symmetric joint") and name("mlm.self_term=on", step=2).endswith("Eq. 13 as printed")
+    before = to_dict(load_config(Step2Config, "configs/smoke/step2.yaml"))
+    before["rdl"] = {"lambda_2": 0.25, "warmup_epochs": 5}  # as recorded before the setting was renamed
+    del before["mlm"]
+    assert row_name(before) == "step 2, RDL"
     assert name("rdl.loss_scale=0.5", "rdl.loss=aue", step=2) == "step 2, RDL, aue instead of RCLL, robust loss times 0.5"
 
 

@@ -50,6 +50,8 @@ def row_name(config: Mapping[str, Any]) -> str:
     else:
         pla = config["pla"]
         name = f"step 1, PLA ({pla['estimator']} estimator)" if pla["lambda_1"] > 0 else "step 1, MLM alone (lambda_1 = 0)"
+        if pla.get("symmetric_joint"):
+            remarks.append("symmetric joint")
         if not pla.get("renormalise", True):
             remarks.append("Eq. 6 as printed")
         if pla.get("banks") is not None:
