@@ -1,50 +1,64 @@
-"""Reads OBJ meshes with trimesh, and refuses what trimesh reads wrongly without a word. Called by `datasets.prepare_mi3dor`."""
+"""Reads the geometry of OBJ meshes. Called by `datasets.prepare_mi3dor`.
 
-import io
+Our own, since trimesh 5.2 misreads without a word what exporters write: negative indices before the last vertex, indented lines, tabs,
+vertex 0, comments that end in a backslash, and faces wrapped by a backslash that other blanks follow.
+"""
+
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
-from datasets.prepare.readers.off import MeshError
-
-VERTEX_ZERO = re.compile(rb"^f .*(?<= )0(?:/| |$)", re.MULTILINE)
-SHORT_FACE = re.compile(rb"\nf(?: \S+){0,2}\n\Z")
-COUNTED_BACKWARDS = re.compile(rb"^f .*(?<= )-", re.MULTILINE)
+from datasets.prepare.readers.off import MeshError, fan
 
 
 def read_obj(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Parse the geometry of an OBJ file; materials, textures and normals are ignored, polygons become fans of triangles.
+    """Parse the vertices and faces of an OBJ file; everything else is passed over, polygons become fans of triangles.
 
     Args:
         data: bytes of the file.
     Returns:
         vertices (V, 3) float64 and triangles (T, 3) int64 into them.
     Raises:
-        MeshError: when it is no OBJ file, has no faces, names a vertex that does not exist, or counts vertices backwards
-            (negative indices) before the last of them is given.
-        ImportError: naming requirements-data.txt, without trimesh.
+        MeshError: when it is no OBJ file, has no faces, or names a vertex that does not exist.
     """
+    vertices, triangles, corners = [], [], [0, 0, 0]
     try:
-        import trimesh
-    except ImportError as error:
-        raise ImportError("OBJ meshes need trimesh: pip install -r requirements-data.txt") from error
-    lines = (b" ".join(line.split(b"#", 1)[0].split()) for line in data.removeprefix(b"\xef\xbb\xbf").splitlines())
-    text = b"\n" + b"\n".join(line for line in lines if line) + b"\n"  # trimesh overlooks indented lines and tabs
-    if VERTEX_ZERO.search(text):
-        raise MeshError("a face names vertex 0; they count from 1")
-    if COUNTED_BACKWARDS.search(text) and text.rfind(b"\nv ") > text.find(b"\nf "):
-        raise MeshError("faces count backwards (negative indices) before the last vertex is given; use positive indices")
-    if SHORT_FACE.search(text):
-        raise MeshError("the last face has fewer than three corners: the file is cut short")
-    try:
-        mesh = trimesh.load(
-            io.BytesIO(text), file_type="obj", force="mesh", process=False, skip_materials=True, group_material=False
-        )
-        vertices, triangles = np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces, dtype=np.int64)
-    except (ValueError, IndexError, KeyError, TypeError) as error:
+        for keyword, *fields in _statements(data):
+            if keyword == b"v":
+                vertices.append([float(field) for field in fields[:3]])
+            elif keyword == b"f":
+                corners = [_vertex(int(field.split(b"/")[0]), len(vertices)) for field in fields]
+                triangles += fan(corners)  # faces of one or two corners have no area and are passed over
+        table = np.array(vertices, dtype=np.float64)
+    except ValueError as error:
         raise MeshError(f"not a readable OBJ file: {error}") from error
-    if not triangles.size:
+    if len(corners) < 3:
+        raise MeshError("the last face has fewer than three corners: the file is cut short")
+    if not triangles:
         raise MeshError("an empty mesh: no face with three corners")
-    if vertices.shape[1:] != (3,) or triangles.shape[1:] != (3,) or not np.isfinite(vertices).all():
-        raise MeshError(f"expected vertices of three finite coordinates, found shape {vertices.shape} or NaN")
-    return vertices, triangles
+    if table.ndim != 2 or table.shape[1] != 3 or not np.isfinite(table).all():
+        raise MeshError(f"expected vertices of three finite coordinates, found shape {table.shape} or NaN")
+    if max(map(max, triangles)) >= len(table):
+        raise MeshError(f"a face names vertex {max(map(max, triangles)) + 1} of {len(table)}")
+    return table, np.array(triangles, dtype=np.int64)
+
+
+def _statements(data: bytes) -> Iterator[list[bytes]]:
+    """Yield the words of every line; a line that ends in a backslash goes on in the next one, comments do not count."""
+    wrapped: list[bytes] = []
+    for line in re.split(rb"\r\n|\r|\n", data.removeprefix(b"\xef\xbb\xbf")):
+        content = line.split(b"#", 1)[0].rstrip()
+        words = [*wrapped, *content.rstrip(b"\\").split()]
+        wrapped = words if content.endswith(b"\\") and words and words[0] in (b"v", b"f") else []
+        if words and not wrapped:
+            yield words
+    if wrapped:
+        yield wrapped
+
+
+def _vertex(index: int, given: int) -> int:
+    """Return the 0-based index of what a face names: from 1, or backwards from the last vertex given so far."""
+    if index == 0 or index < -given:
+        raise ValueError(f"a face names vertex {index}; there are {given} so far, and they count from 1")
+    return index - 1 if index > 0 else given + index

@@ -4,6 +4,7 @@ Stricter than the mesh libraries on purpose: a file cut short inside its face li
 """
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -82,6 +83,11 @@ def triangle_areas(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
     return np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
 
 
+def fan(corners: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Cut a polygon of k corners into k - 2 triangles around its first corner; none below three corners."""
+    return [(corners[0], second, third) for second, third in zip(corners[1:], corners[2:], strict=False)]
+
+
 def _content_lines(data: bytes) -> list[str]:
     """Return the lines that hold something; the first one holds the counts, whatever it was glued to."""
     text = data.decode("utf-8-sig", errors="replace")
@@ -118,7 +124,7 @@ def _triangles(lines: list[str]) -> np.ndarray:
         corners = [int(index) for index in indices[: int(size)]]
         if int(size) < 1 or len(corners) != int(size):
             raise UserError(f"expected `k i1 ... ik`, found {line[:40]!r}")
-        triangles += [(corners[0], second, third) for second, third in zip(corners[1:], corners[2:], strict=False)]
+        triangles += fan(corners)
     if not triangles:
         raise UserError("no face has three corners")  # faces of one or two corners have no area and are passed over
     return np.array(triangles, dtype=np.int64)

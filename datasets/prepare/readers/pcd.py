@@ -1,12 +1,13 @@
-"""Reads PCD files (Point Cloud Library) and lists folders of them laid out like ModelNet. Called by `datasets.prepare_modelnet`.
+"""Reads PCD files (Point Cloud Library) with pypcd4, and lists folders of them laid out like ModelNet. Called by `datasets.prepare_modelnet`.
 
-Stricter than the libraries on purpose: a file whose body does not hold what its header promises is an error here.
+pypcd4 returns what is left of a file that was cut short, and knows one spelling of a header only. So the header is written anew and
+compared with the size of the body first.
 """
 
 import hashlib
+import io
 import re
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +17,10 @@ from datasets.prepare.readers.off import MeshError
 from utils.errors import UserError
 
 KEYS = ("VERSION", "FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "VIEWPOINT", "POINTS", "DATA")
-SIZES = {"F": (4, 8), "I": (1, 2, 4, 8), "U": (1, 2, 4, 8)}
 ENCODINGS = ("ascii", "binary", "binary_compressed")
+MAX_COUNT = 4096  # values of one field; pypcd4 makes a column of each
+DAMAGES = (ValueError, KeyError, IndexError, TypeError, RuntimeError, struct.error)  # what pypcd4 raises on them
 _PLACE = re.compile(r"(?:(ModelNet(?:10|40))/)?(?P<object_class>[^/]+)/(train|test)/((?P=object_class)_\d+)\.pcd")
-
-
-@dataclass(frozen=True)
-class _Header:
-    """What the header says; the tuples are those of x, y and z. `body` is where it ends."""
-
-    points: int
-    encoding: str
-    body: int
-    formats: tuple[str, ...]
-    columns: tuple[int, ...]  # in a row of the ascii encoding, which has `width` of them
-    width: int
-    offsets: tuple[int, ...]  # bytes in a point of the binary encodings, which has `stride` of them
-    stride: int
 
 
 def read_pcd(data: bytes) -> tuple[np.ndarray, int]:
@@ -47,17 +35,31 @@ def read_pcd(data: bytes) -> tuple[np.ndarray, int]:
         which is how PCD marks a point that was not measured.
     Raises:
         MeshError: when it is no PCD file, has no x, y, z, header and body disagree, or no valid point is left.
-        ImportError: on a compressed file without the package that unpacks it.
+        UserError: without pypcd4.
     """
-    header = _header(data)
-    body = data[header.body :]
     try:
-        cloud = {"ascii": _ascii, "binary": _binary, "binary_compressed": _compressed}[header.encoding](header, body)
-    except (ValueError, struct.error) as error:
-        raise MeshError(f"not a readable {header.encoding} body: {error}") from error
+        from pypcd4 import MetaData, PointCloud
+    except ImportError as error:
+        raise UserError("PCD files need pypcd4: pip install -r requirements-data.txt") from error
+    lines, body = _split(data)
+    try:
+        meta = MetaData.parse_header([f"{key} {' '.join(words)}" for key, words in lines.items()])
+    except DAMAGES as error:
+        raise MeshError(f"not a readable PCD header: {' '.join(str(error).split())}") from error
+    if len({len(part) for part in (meta.fields, meta.size, meta.type, meta.count)}) > 1 or max(meta.count) > MAX_COUNT:
+        raise MeshError(f"FIELDS, SIZE, TYPE and COUNT (at most {MAX_COUNT}) of the PCD header do not fit together: {lines}")
+    if not meta.points == meta.width * meta.height > 0:
+        raise MeshError(f"expected POINTS >= 1 and equal to WIDTH x HEIGHT, found {meta.points}, {meta.width} and {meta.height}")
+    try:
+        body = _sized(body, meta.data.value, meta.points, meta.build_dtype().itemsize)
+        table = np.atleast_1d(PointCloud.from_fileobj(io.BytesIO(meta.compose_header().encode() + body)).pc_data)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            cloud = np.stack([table[axis].astype(np.float32) for axis in "xyz"], axis=1)
+    except DAMAGES as error:
+        raise MeshError(f"not a readable {meta.data.value} body of x, y, z: {error}") from error
     valid = np.isfinite(cloud).all(axis=1)
-    if not valid.any():
-        raise MeshError(f"none of the {len(cloud)} points is valid")
+    if len(cloud) != meta.points or not valid.any():
+        raise MeshError(f"none of the {meta.points} points is valid" if not valid.any() else f"{meta.points} points promised, {len(cloud)} found")
     return cloud[valid], int((~valid).sum())
 
 
@@ -91,7 +93,8 @@ def read_pcd_folder(folder: str | Path, up: str) -> Source:
     return Source((tops.pop() or ("ModelNet10" if small else "ModelNet40")).lower(), tuple(shapes), digest.hexdigest())
 
 
-def _header(data: bytes) -> _Header:
+def _split(data: bytes) -> tuple[dict[str, list[str]], bytes]:
+    """Return key -> words of the header, completed by what writers leave out, and the body."""
     lines, start = {}, 0
     while "DATA" not in lines:
         end = data.find(b"\n", start)
@@ -102,81 +105,30 @@ def _header(data: bytes) -> _Header:
             lines[words[0]] = words[1:]
         start = end + 1
     empty = next((key for key in ("FIELDS", "SIZE", "TYPE", *lines) if not lines.get(key)), None)
-    if empty is not None:
-        raise MeshError(f"the PCD header gives no {empty}")
-    try:
-        return _layout(lines, start)
-    except ValueError as error:
-        raise MeshError(f"not a readable PCD header: {error}") from error
+    if empty is not None or lines["DATA"][0] not in ENCODINGS:
+        raise MeshError(f"the PCD header gives no {empty or f'DATA of {ENCODINGS}'}")
+    lines.setdefault("COUNT", ["1"] * len(lines["FIELDS"]))
+    if "WIDTH" not in lines or "HEIGHT" not in lines:
+        lines.update(WIDTH=lines.get("POINTS", ["none"]), HEIGHT=["1"])
+    if "POINTS" not in lines and lines["WIDTH"][0].isdecimal() and lines["HEIGHT"][0].isdecimal():
+        lines["POINTS"] = [str(int(lines["WIDTH"][0]) * int(lines["HEIGHT"][0]))]
+    return {**lines, "VERSION": ["0.7"]}, data[start:]
 
 
-def _layout(lines: dict[str, list[str]], body: int) -> _Header:
-    """Check the lines of a header, and find x, y and z."""
-    fields, types = lines["FIELDS"], lines["TYPE"]
-    sizes = [int(size) for size in lines["SIZE"]]
-    counts = [int(count) for count in lines.get("COUNT", ["1"] * len(fields))]  # PCL too takes 1 without COUNT
-    if not len(fields) == len(types) == len(sizes) == len(counts) or min(counts) < 1:
-        numbers = f"{len(fields)} FIELDS, {len(types)} TYPE, {len(sizes)} SIZE, {len(counts)} COUNT"
-        raise UserError(f"expected as many of each and counts >= 1, found {numbers}, least count {min(counts)}")
-    if any(size not in SIZES.get(kind, ()) for kind, size in zip(types, sizes, strict=True)):
-        raise UserError(f"unknown combination of TYPE {' '.join(types)} and SIZE {' '.join(map(str, sizes))}")
-    grid = int(lines["WIDTH"][0]) * int(lines["HEIGHT"][0]) if "WIDTH" in lines and "HEIGHT" in lines else None
-    points = int(lines["POINTS"][0]) if "POINTS" in lines else grid
-    sides = [int(lines[key][0]) for key in ("WIDTH", "HEIGHT") if key in lines]
-    if points is None or min([points, *sides]) < 1 or grid not in (None, points):
-        raise UserError(f"expected POINTS >= 1 and equal to WIDTH x HEIGHT, found {points} and {grid}")
-    if lines["DATA"][0] not in ENCODINGS:
-        raise UserError(f"expected DATA {', '.join(ENCODINGS)}, found {lines['DATA'][0]!r}")
-    if any(fields.count(axis) != 1 or counts[fields.index(axis)] != 1 for axis in "xyz"):
-        raise UserError(f"expected one x, y and z each among FIELDS {' '.join(fields)}")
-    places = [fields.index(axis) for axis in "xyz"]
-    ends = np.cumsum([0, *(size * count for size, count in zip(sizes, counts, strict=True))]).tolist()
-    columns = np.cumsum([0, *counts]).tolist()
-    return _Header(
-        points, lines["DATA"][0], body, tuple(f"<{types[i].lower()}{sizes[i]}" for i in places),
-        tuple(columns[i] for i in places), columns[-1], tuple(ends[i] for i in places), ends[-1],
-    )
+def _sized(body: bytes, encoding: str, points: int, stride: int) -> bytes:
+    """Return the body as pypcd4 understands it.
 
-
-def _ascii(header: _Header, body: bytes) -> np.ndarray:
-    rows = [row for line in body.decode("ascii").splitlines() if (row := line.split())]
-    _expect(header, len(rows))
-    wrong = next((i for i, row in enumerate(rows) if len(row) != header.width), None)
-    if wrong is not None:
-        raise UserError(f"expected {header.width} values a point, point {wrong} has {len(rows[wrong])}")
-    return _to_cloud([np.array([float(row[column]) for row in rows]) for column in header.columns])
-
-
-def _binary(header: _Header, body: bytes) -> np.ndarray:
-    """One point after the other."""
-    _expect(header, len(body) // header.stride)
-    axes = np.dtype({"names": list("xyz"), "formats": header.formats, "offsets": header.offsets, "itemsize": header.stride})
-    points = np.frombuffer(body, axes, header.points)
-    return _to_cloud([points[axis] for axis in "xyz"])
-
-
-def _compressed(header: _Header, body: bytes) -> np.ndarray:
-    """Sizes before and after packing, then one field after the other, packed with LZF."""
-    try:
-        import lzf
-    except ImportError as error:
-        raise ImportError("binary_compressed PCD files need python-neo-lzf: pip install -r requirements-data.txt") from error
-    packed, size = struct.unpack_from("<II", body)
-    _expect(header, size / header.stride)
-    if len(body) < 8 + packed:
-        raise UserError(f"expected {packed} packed bytes, found {len(body) - 8}")
-    unpacked = lzf.decompress(body[8 : 8 + packed], size) or b""
-    _expect(header, len(unpacked) / header.stride)
-    starts = [offset * header.points for offset in header.offsets]
-    return _to_cloud([np.frombuffer(unpacked, *place) for place in zip(header.formats, [header.points] * 3, starts, strict=True)])
-
-
-def _expect(header: _Header, found: float) -> None:
-    if found != header.points:
-        raise UserError(f"the header promises {header.points} points, {found:.12g} follow")
-
-
-def _to_cloud(axes: list[np.ndarray]) -> np.ndarray:
-    """Stack x, y and z as (n, 3) float32; what float32 cannot hold becomes infinite."""
-    with np.errstate(over="ignore"):
-        return np.stack([axis.astype(np.float32) for axis in axes], axis=1)
+    Raises:
+        ValueError: when it does not hold `points` points of `stride` bytes.
+    """
+    if encoding == "ascii":
+        rows = [b" ".join(words) for line in body.splitlines() if (words := line.split())]
+        body, found = b"\n".join(rows), len(rows)
+    elif encoding == "binary":
+        found = len(body) // stride
+    else:
+        packed, size = struct.unpack_from("<II", body)
+        found = size / stride if len(body) >= 8 + packed else 0
+    if found != points:
+        raise ValueError(f"the header promises {points} points, {found:.12g} follow")
+    return body

@@ -22,7 +22,6 @@ from datasets import prepare_mi3dor
 from datasets.lists import default_list_path, read_labelled_list, read_training_list
 from datasets.prepare import mi3dor
 from datasets.prepare.mi3dor import Item, Release, by_name_hash, check_official, draw_of_same_class, read_release
-from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.readers.off import MeshError, clean_mesh, triangle_areas
 from utils.engine.session import run_command
 from utils.errors import UserError
@@ -260,40 +259,6 @@ def test_meshes(prepared, folder_release):
         assert entry["source_sha256"] == hashlib.sha256((folder_release / entry["name"]).read_bytes()).hexdigest()
 
 
-CORNERS = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 0 0 1\n"
-
-
-@pytest.mark.parametrize("faces,area", [
-    ("f 1 2 3\n", 0.5), ("f 1 2 3 4\nf 1 2 5\n", 1.5), ("vt 0 0\nvn 0 0 1\nf 1/1/1 2/1/1 3/1/1\nf 1//1 2//1 5//1", 1.0),
-    ("f -5 -4 -3 -2\n", 1.0), ("f 1 2 3 # comment\n", 0.5), ("f 1 2 \\\n3\n", 0.5),
-    ("g a\nusemtl x\nf 1 2 3\ng b\nusemtl y\nf 1 3 4\n", 1.0),
-    ("l 1 2\nf 1 2\nf 1 2 3\n", 0.5),
-])
-@pytest.mark.parametrize("write", [
-    str.encode, lambda text: text.replace("\n", "\r\n").encode(), lambda text: text.replace(" ", "\t").encode(),
-    lambda text: b"\xef\xbb\xbf# caf\xe9\nmtllib a.mtl\n" + text.encode(), lambda text: text.replace("\n", " \n  ").encode(),
-], ids=["plain", "crlf", "tabs", "bom-latin1", "indented"])
-def test_obj_forms(faces, area, write):
-    vertices, triangles = read_obj(write(CORNERS + faces))
-    assert vertices.dtype == np.float64 and triangles.dtype == np.int64
-    assert triangle_areas(*clean_mesh(vertices, triangles)).sum() == pytest.approx(area)
-
-
-@pytest.mark.parametrize("data,words", [
-    (b"", "an empty mesh"), (b"# nothing\n", "an empty mesh"), (CORNERS.encode(), "an empty mesh"),
-    (bytes(range(256)) * 9, "an empty mesh"),
-    (CORNERS.encode() + b"f 1 2\n", "cut short"), (CORNERS.encode() + b"f 1 2 9\n", "not a readable OBJ file"),
-    (CORNERS.encode() + b"f a b c\n", "not a readable"), (b"v 0 x 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not a readable"),
-    (CORNERS.encode() + b"f 2 0 1\n", "vertex 0"), (CORNERS.encode() + b"f 0/1 1/1 2/1\n", "vertex 0"),
-    (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "NaN"), (b"v 0 0\nv 1 0\nv 0 1\nf 1 2 3\n", "three finite coordinates"),
-    (CORNERS.encode() + b"f -3 -2 -1\nv 5 0 0\nv 6 0 0\nv 5 1 0\nf -3 -2 -1\n", "count backwards"),
-    (CORNERS.encode() + b"f -9 -2 -1\n", "not a readable"),
-])
-def test_obj_files_that_cannot_be_used(data, words):
-    with pytest.raises(MeshError, match=words):
-        read_obj(data)
-
-
 def test_large_meshes_are_simplified(tmp_path):
     trimesh = pytest.importorskip("trimesh")
     data = trimesh.creation.icosphere(subdivisions=3).export(file_type="obj")
@@ -529,9 +494,3 @@ def test_what_goes_to_the_workers_can_be_pickled():
     functions = (partial(prepare_mi3dor.make_mesh, "root", 500), partial(mi3dor._check_photograph, "root"))
     for thing in (*functions, task, Item("a", "train", 0, "a")):
         assert str(pickle.loads(pickle.dumps(thing))) == str(thing)
-
-
-@pytest.mark.parametrize("tail", [b"f 1 2", b"f 1", b"f"])
-def test_an_obj_cut_inside_its_last_face_is_left_out(tail):
-    with pytest.raises(MeshError, match="cut short"):
-        read_obj(b"v 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nf 1 2 3\n" + tail)
