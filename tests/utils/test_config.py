@@ -56,20 +56,13 @@ def test_file_then_overrides_in_order(tmp_path):
 
 def test_values_of_every_kind():
     config = step1(
-        "data.modalities=[GrayImg,PointCloud]",
-        "model.pretrained={GrayImg: none, PointCloud: pretrained/model.1024.t7}",
-        "optim.learning_rate=1e-4",
-        "optim.weight_decay=1",
-        "run.amp=true",
-        "run.threads=null",
-        "data.num_classes=10",
-        r"data.instance_id=(\d+)$",
-        "data.train_lists.GrayImg=a=b.txt",
+        "data.modalities=[GrayImg,PointCloud]", "model.pretrained={GrayImg: none, PointCloud: pretrained/model.1024.t7}",
+        "optim.learning_rate=1e-4", "optim.weight_decay=1", "run.threads=null", "data.num_classes=10",
+        r"data.instance_id=(\d+)$", "data.train_lists.GrayImg=a=b.txt",
     )
-    assert config.data.modalities == ("GrayImg", "PointCloud")
+    assert config.data.modalities == ("GrayImg", "PointCloud") and config.optim.learning_rate == 1e-4
     assert config.model.pretrained == {"GrayImg": "none", "PointCloud": "pretrained/model.1024.t7"}
-    assert config.optim.learning_rate == 1e-4 and type(config.optim.weight_decay) is float
-    assert config.run.amp is True and config.run.threads is None and config.data.num_classes == 10
+    assert type(config.optim.weight_decay) is float and config.run.threads is None and config.data.num_classes == 10
     assert config.data.instance_id == r"(\d+)$" and config.data.train_lists == {"GrayImg": "a=b.txt"}
 
 
@@ -169,6 +162,7 @@ def test_refused_override(override, message):
         ("extends: {a: b}", "step1.yaml: extends: expected a file or a list of files, got {'a': 'b'}"),
         ("extends: [[a.yaml]]", "step1.yaml: extends: expected a file or a list of files"),
         ("extends: gone.yaml", "gone.yaml, which "),
+        ("extends: ~nobody-has-this-name/a.yaml", "no configuration file"),
         ("extends: step1.yaml", "step1.yaml extends itself by way of"),
         ("data: {extends: step1.yaml}", "step1.yaml: data.extends: unknown key"),
     ],

@@ -71,7 +71,7 @@ def read_files(path: str, sources: Sources, users: tuple[Path, ...] = ()) -> dic
     Raises:
         UserError: if a file is missing, no YAML, no tree of sections, gives a key twice or extends itself; names the file.
     """
-    here = Path(path).expanduser()
+    here = Path(os.path.expanduser(path))
     if here.resolve() in users:
         raise UserError(f"{path} extends itself by way of {' and '.join(map(str, users[users.index(here.resolve()) :]))}")
     own = _read_yaml(here, users)
@@ -79,7 +79,7 @@ def read_files(path: str, sources: Sources, users: tuple[Path, ...] = ()) -> dic
     sources.files.append(path)
     tree: dict = {}
     for base in _extended(own, path):
-        tree = _merge(tree, read_files(str(here.parent / Path(base).expanduser()), sources, (*users, here.resolve())))
+        tree = _merge(tree, read_files(str(here.parent / os.path.expanduser(base)), sources, (*users, here.resolve())))
     for key in _leaves(own):
         sources.add(key, path)
     return _merge(tree, own)
