@@ -1,5 +1,4 @@
-"""models/mesh_encoder.py and mesh_convolution.py against slow loops and an explicit formulation in float64, their
-invariances, and the public checkpoint's names."""
+"""models/mesh_encoder.py and mesh_convolution.py against an explicit formulation in float64, and their invariances."""
 
 import math
 
@@ -9,8 +8,7 @@ from torch import nn
 
 from models.kernels import mesh_convolution
 from models.kernels.mesh_convolution import MeshConvolution, Neighbours, SharedMLP
-from models.mesh_encoder import FaceKernelCorrelation, FaceRotateConvolution, MeshNet
-from models.pretrained import load_meshnet_checkpoint
+from models.mesh_encoder import FaceKernelCorrelation, MeshNet
 from models.sync_batchnorm import SyncBatchNorm, synchronise
 from utils.engine import distributed
 
@@ -26,43 +24,23 @@ def meshes(batch=3, faces=FACES, seed=0):
     return torch.cat([continuous, neighbours], dim=2)
 
 
-def encoder(training, mask_ratio=0.0, width=8, seed=1):
+def norms(net):
+    return [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def make_net(training, scales=(0.5, 1.5), width=8, conv_width=5, mask_ratio=0.0, seed=1):
     """A float64 MeshNet whose BatchNorms are not trivial; their running statistics are those of a few random meshes."""
     torch.manual_seed(seed)
-    net = MeshNet(6, width=width, mask_ratio=0.0).double()
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 1.0
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.3)
+    net = MeshNet(6, width, 0.0, conv_width).double()
+    for module in norms(net):
+        module.momentum = 1.0
+        nn.init.uniform_(module.weight, *scales)
+        nn.init.normal_(module.bias, 0, 0.3)
     net(meshes(batch=8, seed=9))
+    for module in norms(net):
+        module.momentum = 0.1
     net.mask_ratio = mask_ratio
     return net.train(training)
-
-
-def normalised(bn, values):
-    """Evaluation-mode BatchNorm of a list of per-channel scalars, then ReLU."""
-    statistics = (t.tolist() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
-    return [max(0.0, (v - m) / math.sqrt(s + bn.eps) * w + b) for v, m, s, w, b in zip(values, *statistics, strict=True)]
-
-
-def dense(mlp, values):
-    """Evaluation-mode (convolution, BatchNorm, ReLU) triples applied to one vector, by loops."""
-    layers = list(mlp)
-    for conv, bn in zip(layers[0::3], layers[1::3]):
-        weight = conv.weight.flatten(1).tolist()
-        outputs = [sum(w * v for w, v in zip(row, values, strict=True)) + b for row, b in zip(weight, conv.bias.tolist())]
-        values = normalised(bn, outputs)
-    return values
-
-
-def randomise(module, seed=2):
-    torch.manual_seed(seed)
-    for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            child.running_mean.normal_()
-            child.running_var.uniform_(0.5, 2)
-    return module.double().eval()
 
 
 def test_number_of_parameters_up_to_the_feature():
@@ -95,7 +73,7 @@ def test_other_settings_are_refused(arguments):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_order_of_the_faces_does_not_matter(training):
-    faces, net = meshes(), encoder(training)
+    faces, net = meshes(), make_net(training)
     order = torch.stack([torch.randperm(FACES) for _ in faces])
     new_place = order.argsort(dim=1)
     moved = faces.gather(1, order[..., None].expand(-1, -1, 18)).clone()
@@ -108,7 +86,7 @@ def test_the_order_of_the_faces_does_not_matter(training):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_starting_corner_does_not_matter_but_the_orientation_does(training):
-    faces, net = meshes(), encoder(training)
+    faces, net = meshes(), make_net(training)
     turned = faces.clone()
     for mesh in range(len(faces)):
         for face in range(FACES):
@@ -122,7 +100,7 @@ def test_the_starting_corner_does_not_matter_but_the_orientation_does(training):
 
 
 def test_no_mesh_sees_another_one_of_the_batch():
-    faces, net = meshes(), encoder(training=False)
+    faces, net = meshes(), make_net(False)
     alone = torch.cat([net(mesh[None]) for mesh in faces])
     torch.testing.assert_close(net(faces), alone, rtol=0, atol=1e-10)
     faces.requires_grad_()
@@ -177,51 +155,6 @@ def test_kernel_correlation_by_hand():
     torch.testing.assert_close(layer.correlate(normals, neighbours).T, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-def test_kernel_correlation_by_loops():
-    layer, faces = randomise(FaceKernelCorrelation(num_kernels=5)), meshes(batch=2, faces=6)
-    normals, neighbours = faces[..., 12:15].flatten(0, 1), faces[..., 15:].long()
-    related = Neighbours.of(neighbours)
-    result, correlation = layer(normals, related).view(2, 6, 5), layer.correlate(normals, related).view(2, 6, 5)
-    for b in range(2):
-        for face in range(6):
-            around = [faces[b, f, 12:15].tolist() for f in (face, *neighbours[b, face].tolist())]
-            responses = []
-            for alpha, beta in zip(layer.weight_alpha[0].tolist(), layer.weight_beta[0].tolist()):
-                total = 0.0
-                for a, c in zip(alpha, beta):
-                    vector = (math.sin(a) * math.cos(c), math.sin(a) * math.sin(c), math.cos(a))
-                    total += sum(math.exp(-math.dist(n, vector) ** 2 / (2 * 0.2**2)) for n in around)
-                responses.append(total / 16)
-            assert correlation[b, face].tolist() == pytest.approx(responses, abs=1e-12)
-            assert result[b, face].tolist() == pytest.approx(normalised(layer.bn, responses), abs=1e-12)
-
-
-def test_rotate_convolution_by_loops():
-    layer, faces = randomise(FaceRotateConvolution()), meshes(batch=2, faces=4)
-    result = layer(faces[..., 3:12].flatten(0, 1)).view(2, 4, 64)
-    for b in range(2):
-        for face in range(4):
-            v1, v2, v3 = faces[b, face, 3:12].view(3, 3).tolist()
-            rotated = [dense(layer.rotate_mlp, pair) for pair in (v1 + v2, v2 + v3, v3 + v1)]
-            mean = [sum(values) / 3 for values in zip(*rotated)]
-            assert result[b, face].tolist() == pytest.approx(dense(layer.fusion_mlp, mean), abs=1e-12)
-
-
-def test_mesh_convolution_by_loops():
-    layer, faces = randomise(MeshConvolution(3, 4, 5, 6)), meshes(batch=2, faces=5)
-    spatial, structural, neighbours = faces[..., :3], faces[..., 3:7], faces[..., 15:].long()
-    outputs = layer(spatial.flatten(0, 1), structural.flatten(0, 1), Neighbours.of(neighbours))
-    combined, aggregated = (rows.unflatten(0, (2, 5)) for rows in outputs)
-    for b in range(2):
-        for face in range(5):
-            own = structural[b, face].tolist()
-            pairs = [dense(layer.concat_mlp, own + structural[b, f].tolist()) for f in neighbours[b, face].tolist()]
-            expected = dense(layer.aggregation_mlp, [max(values) for values in zip(*pairs)])
-            assert aggregated[b, face].tolist() == pytest.approx(expected, abs=1e-12)
-            expected = dense(layer.combination_mlp, spatial[b, face].tolist() + own)
-            assert combined[b, face].tolist() == pytest.approx(expected, abs=1e-12)
-
-
 # The explicit formulation, on (B, C, F) and with every pair built
 
 
@@ -260,18 +193,9 @@ def explicit(net, faces):
     return net.head(nn.Sequential(*net.concat_mlp)(torch.cat([spatial1, spatial2, fused], dim=1)).amax(dim=2))
 
 
-def twins(training, scales, width=8, conv_width=5):
+def twins(training, scales=(-1.0, 1.0), **sizes):
     """Two equal float64 encoders, BatchNorm scales of both signs or all of one."""
-    pair = []
-    for _ in range(2):
-        net = randomise(MeshNet(6, width, 0.0, conv_width), seed=4)
-        for module in net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                nn.init.uniform_(module.weight, *scales)
-                nn.init.normal_(module.bias, 0, 0.3)
-        pair.append(net.train(training))
-    pair[1].load_state_dict(pair[0].state_dict())
-    return pair
+    return make_net(training, scales, **sizes), make_net(training, scales, **sizes)
 
 
 def gradients_of(net, result):
@@ -305,7 +229,7 @@ def test_outputs_gradients_and_statistics_are_those_of_the_explicit_formulation(
 
 @pytest.mark.parametrize("training", [False, True])
 def test_repeated_faces_step_like_the_explicit_formulation(training):
-    net, plain_net = twins(training, (-1.0, 1.0))
+    net, plain_net = twins(training)
     faces = meshes(batch=4)
     padded = torch.cat([faces, faces[:, [3, 3, 0, FACES - 1]]], dim=1)
     padded[:, 2:6, 15] = FACES + 1  # two equal faces, of different rows, among the neighbours
@@ -315,25 +239,24 @@ def test_repeated_faces_step_like_the_explicit_formulation(training):
 
 @pytest.mark.parametrize("elements", [1, 3 * 2 * FACES * 131, 2**30])
 def test_the_size_of_the_blocks_does_not_matter(monkeypatch, elements):
-    net, plain_net = twins(True, (-1.0, 1.0))
+    net, plain_net = twins(True)
     faces = meshes(batch=5)
     monkeypatch.setattr(mesh_convolution, "BLOCK_ELEMENTS", elements)
     assert_same_step(net, faces, net(faces), plain_net, explicit(plain_net, faces))
 
 
 def test_published_widths_step_like_the_explicit_formulation():
-    net, plain_net = twins(True, (-1.0, 1.0), width=1024, conv_width=256)
+    net, plain_net = twins(True, width=1024, conv_width=256)
     faces = meshes(batch=2, faces=5)
     assert_same_step(net, faces, net(faces), plain_net, explicit(plain_net, faces))
 
 
 @pytest.mark.parametrize("momentum", [None, 0.3])
 def test_running_statistics_over_several_batches(momentum):
-    pair = twins(True, (-1.0, 1.0))
-    for net in pair:
-        for module in net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.momentum = momentum
+    pair = twins(True)
+    for module in norms(pair[0]) + norms(pair[1]):
+        module.reset_running_stats()
+        module.momentum = momentum
     for seed in range(3):
         pair[0](meshes(seed=seed))
         explicit(pair[1], meshes(seed=seed))
@@ -342,7 +265,7 @@ def test_running_statistics_over_several_batches(momentum):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_synchronised_statistics(monkeypatch, processes):
-    net, plain_net = twins(True, (-1.0, 1.0))
+    net, plain_net = twins(True)
     synchronise(net)
     assert isinstance(net.mesh_conv1.concat_mlp[1], SyncBatchNorm)
     monkeypatch.setattr(distributed, "world", lambda: processes)
@@ -367,7 +290,7 @@ def test_large_offsets_keep_the_statistics_of_the_pairs():
 
 
 def test_gradients_reach_every_parameter():
-    net = encoder(training=False)
+    net = make_net(False)
     net(meshes(batch=8)).square().sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().sum() == 0] == []
     assert all(p.grad.isfinite().all() for p in net.parameters())
@@ -388,7 +311,7 @@ def pooled(net, faces):
 
 @pytest.mark.parametrize("count,ratio,kept", [(100, 0.95, 5), (FACES, 0.5, 7), (4, 0.95, 1), (FACES, 0.0, FACES)])
 def test_training_takes_the_maximum_over_a_random_share(count, ratio, kept):
-    net, faces = encoder(training=True, mask_ratio=ratio), meshes(faces=count)
+    net, faces = make_net(True, mask_ratio=ratio), meshes(faces=count)
     torch.manual_seed(3)
     features, found = pooled(net, faces)
     torch.manual_seed(3)
@@ -398,7 +321,7 @@ def test_training_takes_the_maximum_over_a_random_share(count, ratio, kept):
 
 
 def test_evaluation_takes_the_maximum_over_all_faces_and_draws_nothing():
-    net = encoder(training=False, mask_ratio=0.95)
+    net = make_net(False, mask_ratio=0.95)
     faces, state = meshes(), torch.get_rng_state()
     features, found = pooled(net, faces)
     assert torch.equal(found, features.max(dim=1).values)
@@ -406,13 +329,13 @@ def test_evaluation_takes_the_maximum_over_all_faces_and_draws_nothing():
 
 
 def test_repeated_faces_change_nothing_in_evaluation():
-    net, faces = encoder(training=False), meshes()
+    net, faces = make_net(False), meshes()
     padded = torch.cat([faces, faces[:, [3, 3, 0, FACES - 1]]], dim=1)
     torch.testing.assert_close(net(padded), net(faces), rtol=0, atol=1e-10)
 
 
 def test_cpu_autocast_stays_close():
-    net, faces = encoder(training=False).float(), meshes().float()
+    net, faces = make_net(False, conv_width=256).float(), meshes().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = net(faces).float()
     assert half.isfinite().all()
@@ -420,80 +343,8 @@ def test_cpu_autocast_stays_close():
 
 
 def test_cpu_autocast_trains():
-    net, faces = encoder(training=True).float(), meshes().float()
+    net, faces = make_net(True).float(), meshes().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = net(faces).square().sum()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in net.parameters())
-
-
-# The public checkpoint
-
-BLOCKS = {
-    "spatial_descriptor.spatial_mlp": [(64, 3, 1), (64, 64, 1)],
-    "structural_descriptor.FRC.rotate_mlp": [(32, 6, 1), (32, 32, 1)],
-    "structural_descriptor.FRC.fusion_mlp": [(64, 32, 1), (64, 64, 1)],
-    "structural_descriptor.structural_mlp": [(131, 131, 1), (131, 131, 1)],
-    "mesh_conv1.combination_mlp": [(256, 195, 1)], "mesh_conv1.concat_mlp": [(131, 262, 1, 1)],
-    "mesh_conv1.aggregation_mlp": [(256, 131, 1)],
-    "mesh_conv2.combination_mlp": [(512, 512, 1)], "mesh_conv2.concat_mlp": [(256, 512, 1, 1)],
-    "mesh_conv2.aggregation_mlp": [(512, 256, 1)],
-    "fusion_mlp": [(1024, 1024, 1)], "concat_mlp": [(1024, 1792, 1)],
-}
-
-
-def checkpoint(prefix="module."):
-    """A state dict with the names and shapes of the public file, classifier included."""
-    state = {f"structural_descriptor.FKC.weight_{angle}": torch.rand(1, 64, 4) for angle in ("alpha", "beta")}
-    norms = {"structural_descriptor.FKC.bn": 64}
-    for block, shapes in BLOCKS.items():
-        for position, shape in enumerate(shapes):
-            state[f"{block}.{3 * position}.weight"] = torch.randn(shape)
-            state[f"{block}.{3 * position}.bias"] = torch.randn(shape[0])
-            norms[f"{block}.{3 * position + 1}"] = shape[0]
-    for norm, size in norms.items():
-        state |= {f"{norm}.{name}": torch.rand(size) for name in ("weight", "bias", "running_mean", "running_var")}
-        state[f"{norm}.num_batches_tracked"] = torch.tensor(7)
-    for layer, (c_out, c_in) in {0: (512, 1024), 3: (256, 512), 6: (40, 256)}.items():
-        state |= {f"classifier.{layer}.weight": torch.randn(c_out, c_in), f"classifier.{layer}.bias": torch.randn(c_out)}
-    return {prefix + key: value for key, value in state.items()}
-
-
-def save(state, path):
-    torch.save(state, path, _use_new_zipfile_serialization=False)
-    return path
-
-
-@pytest.mark.parametrize("prefix", ["module.", ""])
-def test_the_checkpoint_fills_everything_but_the_head(tmp_path, prefix):
-    state, net = checkpoint(prefix), MeshNet(6)
-    head = net.head[0].weight.clone()
-    report = load_meshnet_checkpoint(net, save(state, tmp_path / "MeshNet.pkl"))
-    own = net.state_dict()
-    assert all(torch.equal(own[key.removeprefix(prefix)], value) for key, value in state.items() if "classifier" not in key)
-    assert len(report.used) == len(state) - 6 and torch.equal(net.head[0].weight, head)
-    assert len(report.skipped) == 6 and all("classifier." in line and "not used" in line for line in report.skipped)
-    assert report.missing and all(name.startswith("head.") for name in report.missing)
-
-
-def test_a_narrow_encoder_leaves_the_last_layers_out_and_says_so(tmp_path):
-    net = MeshNet(6, width=64)
-    report = load_meshnet_checkpoint(net, save(checkpoint(), tmp_path / "MeshNet.pkl"))
-    assert any("fusion_mlp.0.weight: shape (1024, 1024, 1)" in line and "(64, 1024, 1)" in line for line in report.skipped)
-    assert {name.split(".")[0] for name in report.missing} == {"fusion_mlp", "concat_mlp", "head"}
-
-
-@pytest.mark.parametrize("lost", ["concat_mlp.0.weight", "structural_descriptor.FKC.weight_beta", "mesh_conv2.concat_mlp.1.bias"])
-def test_a_checkpoint_without_one_tensor_fails_and_changes_nothing(tmp_path, lost):
-    state, net = checkpoint(), MeshNet(6)
-    del state["module." + lost]
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(ValueError, match=f"part.pkl.*lacks {lost}"):
-        load_meshnet_checkpoint(net, save(state, tmp_path / "part.pkl"))
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-
-
-def test_foreign_keys_fail(tmp_path):
-    path = save({"module.conv1.0.weight": torch.zeros(64, 6, 1, 1), "classifier.0.weight": torch.zeros(2)}, tmp_path / "other.pkl")
-    with pytest.raises(ValueError, match="other.pkl.*matches no parameter"):
-        load_meshnet_checkpoint(MeshNet(6, width=8), path)

@@ -64,32 +64,27 @@ def test_first_update_stores_the_unit_embedding_and_nothing_else(momentum):
     assert not bank.memory[[0, 2, 3, 5]].any()
 
 
-def test_other_rows_stay_bit_for_bit():
-    bank = filled_bank()
-    before = bank.memory.clone()
-    bank.update(torch.tensor([6, 2]), draw(2, 5))
-    others = [0, 1, 3, 4, 5, 7]
-    assert torch.equal(bank.memory[others], before[others])
-    assert (bank.memory[[6, 2]] != before[[6, 2]]).any(dim=1).all()
-
-
-def test_rows_are_addressed_by_index_whatever_the_batch_order():
+def test_rows_are_addressed_by_index_whatever_the_batch_order_and_others_stay_bit_for_bit():
     order, embeddings = torch.tensor([5, 0, 3, 7, 1]), draw(5, 5)
     banks = filled_bank(), filled_bank(), filled_bank()
-    shuffle = torch.tensor([4, 2, 0, 3, 1])
+    before, shuffle = banks[0].memory.clone(), torch.tensor([4, 2, 0, 3, 1])
+    handed_out = banks[0](torch.arange(8))
     banks[0].update(order, embeddings)
     banks[1].update(order[shuffle], embeddings[shuffle])
     for row in range(5):
         banks[2].update(order[row:row + 1], embeddings[row:row + 1])
-    assert torch.equal(banks[0].memory, banks[1].memory)
+    assert torch.equal(banks[0].memory, banks[1].memory) and torch.equal(handed_out, before)  # rows handed out are copies
     assert torch.allclose(banks[0].memory, banks[2].memory, atol=1e-7)
-    assert torch.equal(banks[0](order), banks[0].memory[order])
+    assert torch.equal(banks[0](order), banks[0].memory[order]) and (banks[0].memory[order] != before[order]).any(dim=1).all()
+    assert torch.equal(banks[0].memory[[2, 4, 6]], before[[2, 4, 6]])
 
 
 def test_fill_is_row_by_row_and_normalised():
     bank, embeddings = MemoryBank(7, 3), draw(7, 3) * 50
     bank.fill(embeddings)
     assert torch.allclose(bank(torch.arange(7)), embeddings / embeddings.norm(dim=1, keepdim=True), atol=1e-6)
+    with pytest.raises(ValueError, match=r"\(7, 3\)"):
+        bank.fill(embeddings[:6])
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -100,25 +95,13 @@ def test_rows_stay_unit_and_finite_for_opposite_embeddings(momentum):
     assert torch.allclose(bank.memory.norm(dim=1), torch.ones(2), atol=1e-5)
 
 
-def test_no_gradient_enters_or_leaves_the_bank():
-    bank, embeddings = filled_bank(), draw(2, 5).requires_grad_()
+def test_the_bank_is_a_buffer_without_gradients():
+    bank, embeddings, other = filled_bank(), draw(2, 5).requires_grad_(), MemoryBank(8, 5)
     assert not list(bank.parameters())
     bank.update(torch.tensor([0, 1]), embeddings * 2)
     assert not bank.memory.requires_grad and bank.memory.grad_fn is None and not bank(torch.tensor([0])).requires_grad
     (bank(torch.tensor([0, 1])) * embeddings).sum().backward()
     assert torch.equal(embeddings.grad, bank.memory[:2])
-
-
-def test_rows_handed_out_are_copies_and_survive_the_next_update():
-    bank = filled_bank()
-    rows = bank(torch.arange(8))
-    before = rows.clone()
-    bank.update(torch.arange(8), draw(8, 5))
-    assert torch.equal(rows, before)
-
-
-def test_the_bank_travels_with_the_state_dict():
-    bank, other = filled_bank(), MemoryBank(8, 5)
     other.load_state_dict(bank.state_dict(), strict=True)
     assert torch.equal(other.memory, bank.memory) and len(other) == 8
 
@@ -147,11 +130,6 @@ def test_bank_rejects_updates_and_keeps_its_rows(index, shape, error):
     with pytest.raises(error):
         bank.update(torch.tensor(index), torch.ones(shape))
     assert torch.equal(bank.memory, before)
-
-
-def test_bank_rejects_a_wrong_fill():
-    with pytest.raises(ValueError, match=r"\(8, 5\)"):
-        filled_bank().fill(draw(7, 5))
 
 
 # Heads
@@ -214,12 +192,6 @@ def test_image_encoder_shapes_and_stages(stages, feature_dim):
     assert not any(name.startswith("backbone.fc") for name, _ in encoder.named_parameters())
 
 
-@pytest.mark.parametrize("stages", [0, 5])
-def test_image_encoder_rejects_stages(stages):
-    with pytest.raises(ValueError, match=f"found {stages}"):
-        ResNet18(12, stages)
-
-
 def test_stage_count_keeps_the_trunk_of_the_full_network():
     torch.manual_seed(0)
     full, short = ResNet18(4), ResNet18(4, 2)
@@ -231,6 +203,9 @@ def test_stage_count_keeps_the_trunk_of_the_full_network():
     x = draw(2, 3, 32, 32)
     full(x)
     assert torch.allclose(short.backbone(x), seen[0], atol=1e-5)
+    for stages in (0, 5):
+        with pytest.raises(ValueError, match=f"found {stages}"):
+            ResNet18(12, stages)
 
 
 @pytest.mark.parametrize("build,shape", [
@@ -273,7 +248,6 @@ def test_point_encoder_ignores_the_order_of_points(edge_conv):
 
 def test_point_encoder_implementations_agree():
     fused, reference = point_encoder(), point_encoder("reference")
-    reference.load_state_dict(fused.state_dict(), strict=True)
     x = draw(3, 30, 3)
     for mode in (False, True):
         assert torch.allclose(fused.train(mode)(x), reference.train(mode)(x), atol=1e-3)
@@ -291,19 +265,15 @@ def test_point_encoder_shapes_and_gradients():
     assert encoder.conv5.weight.shape == (8, 512, 1)
 
 
-def test_point_encoder_needs_as_many_points_as_neighbours():
-    encoder = point_encoder()
-    assert encoder(draw(2, 5, 3)).shape == (2, 16)
-    with pytest.raises(ValueError, match="k = 5.*N = 4"):
-        encoder(draw(2, 4, 3))
-
-
-def test_coinciding_points_stay_finite():
+def test_coinciding_points_stay_finite_and_too_few_are_refused():
     encoder = DGCNN(16, k=5, width=8)
     x = draw(3, 1, 3).expand(3, 12, 3).contiguous().requires_grad_()
     embeddings = encoder(x)
     embeddings.square().sum().backward()
     assert embeddings.isfinite().all() and x.grad.isfinite().all()
+    assert encoder(draw(2, 5, 3)).shape == (2, 16)
+    with pytest.raises(ValueError, match="k = 5.*N = 4"):
+        encoder(draw(2, 4, 3))
 
 
 @pytest.mark.parametrize("build,shape", [(lambda: ResNet18(8, 2), (2, 3, 32, 32)), (lambda: DGCNN(8, 4, 8), (2, 12, 3))],

@@ -12,21 +12,22 @@ import torch
 import torchvision
 from torch import nn
 
-from models import pretrained
-from models.kernels.edge_conv import EdgeConv
-from models.pretrained import load_dgcnn_checkpoint, load_imagenet_resnet18, load_matching, load_resnet18_weights
+from models import DGCNN, MeshNet, pretrained
+from models.pretrained import (
+    load_dgcnn_checkpoint,
+    load_imagenet_resnet18,
+    load_matching,
+    load_meshnet_checkpoint,
+    load_resnet18_weights,
+)
 from utils.errors import UserError
 
-CHANNELS = ((3, 64), (64, 64), (64, 128), (128, 256))
+STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
-def dgcnn(width):
-    """The names of the point encoder, at a given width of conv5."""
-    encoder = nn.Module()
-    encoder.edge_convs = nn.ModuleList(EdgeConv(c_in, c_out, 20) for c_in, c_out in CHANNELS)
-    encoder.conv5, encoder.bn5 = nn.Conv1d(512, width, 1, bias=False), nn.BatchNorm1d(width)
-    encoder.head = nn.Sequential(nn.Linear(2 * width, 32, bias=False), nn.BatchNorm1d(32))
-    return encoder
+def norm(name, size, counters=True):
+    state = {f"{name}.{key}": torch.rand(size) for key in STATISTICS}
+    return state | ({f"{name}.num_batches_tracked": torch.tensor(7)} if counters else {})
 
 
 def dgcnn_checkpoint(prefix="module.", counters=True):
@@ -35,18 +36,46 @@ def dgcnn_checkpoint(prefix="module.", counters=True):
     state = {}
     for number, shape in enumerate(shapes, start=1):
         state[f"conv{number}.0.weight"] = torch.randn(shape)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            tensor = torch.rand(shape[0])
-            state[f"bn{number}.{name}"] = tensor
-            state[f"conv{number}.1.{name}"] = tensor
-        if counters:
-            state[f"bn{number}.num_batches_tracked"] = torch.tensor(7)
-            state[f"conv{number}.1.num_batches_tracked"] = torch.tensor(7)
+        own = norm("", shape[0], counters)
+        state |= {f"{name}{key}": value for name in (f"bn{number}", f"conv{number}.1") for key, value in own.items()}
     state |= {"linear1.weight": torch.randn(512, 2048), "linear2.weight": torch.randn(256, 512),
               "linear2.bias": torch.randn(256), "linear3.weight": torch.randn(40, 256), "linear3.bias": torch.randn(40)}
-    state |= {f"bn{n}.{name}": torch.rand(size) for n, size in ((6, 512), (7, 256))
-              for name in ("weight", "bias", "running_mean", "running_var")}
+    state |= norm("bn6", 512, False) | norm("bn7", 256, False)
     return {prefix + key: value for key, value in state.items()}
+
+
+MESHNET_BLOCKS = {
+    "spatial_descriptor.spatial_mlp": [(64, 3, 1), (64, 64, 1)],
+    "structural_descriptor.FRC.rotate_mlp": [(32, 6, 1), (32, 32, 1)],
+    "structural_descriptor.FRC.fusion_mlp": [(64, 32, 1), (64, 64, 1)],
+    "structural_descriptor.structural_mlp": [(131, 131, 1), (131, 131, 1)],
+    "mesh_conv1.combination_mlp": [(256, 195, 1)], "mesh_conv1.concat_mlp": [(131, 262, 1, 1)],
+    "mesh_conv1.aggregation_mlp": [(256, 131, 1)],
+    "mesh_conv2.combination_mlp": [(512, 512, 1)], "mesh_conv2.concat_mlp": [(256, 512, 1, 1)],
+    "mesh_conv2.aggregation_mlp": [(512, 256, 1)],
+    "fusion_mlp": [(1024, 1024, 1)], "concat_mlp": [(1024, 1792, 1)],
+}
+
+
+def meshnet_checkpoint(prefix="module.", counters=True):
+    """A state dict with the names and shapes of the public file, classifier included."""
+    state = {f"structural_descriptor.FKC.weight_{angle}": torch.rand(1, 64, 4) for angle in ("alpha", "beta")}
+    state |= norm("structural_descriptor.FKC.bn", 64, counters)
+    for block, shapes in MESHNET_BLOCKS.items():
+        for place, shape in zip(range(0, 6, 3), shapes):
+            state |= {f"{block}.{place}.weight": torch.randn(shape), f"{block}.{place}.bias": torch.randn(shape[0])}
+            state |= norm(f"{block}.{place + 1}", shape[0], counters)
+    for layer, (c_out, c_in) in {0: (512, 1024), 3: (256, 512), 6: (40, 256)}.items():
+        state |= {f"classifier.{layer}.weight": torch.randn(c_out, c_in), f"classifier.{layer}.bias": torch.randn(c_out)}
+    return {prefix + key: value for key, value in state.items()}
+
+
+# Per network: the encoder of a width, the contents of its public file, and the loader
+NETWORKS = {
+    "dgcnn": (lambda width: DGCNN(16, k=4, width=width), dgcnn_checkpoint, load_dgcnn_checkpoint),
+    "meshnet": (lambda width: MeshNet(16, width), meshnet_checkpoint, load_meshnet_checkpoint),
+}
+networks = pytest.mark.parametrize("network", NETWORKS)
 
 
 def save(state, path):
@@ -62,87 +91,84 @@ def unchanged(module, action, error, match):
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+def own_name(network, key):
+    """The encoder's name of a key of the file, or None."""
+    if network == "meshnet":
+        return None if key.startswith("classifier.") else key
+    layer, part, name = key.split(".", 2) if key.startswith("conv") else ("", "", "")
+    if layer == "conv5":
+        return f"conv5.{name}" if part == "0" else f"bn5.{name}"
+    return f"edge_convs.{int(layer[4:]) - 1}.{'conv' if part == '0' else 'bn'}.{name}" if layer else None
+
+
+@networks
 @pytest.mark.parametrize("prefix", ["module.", ""])
 @pytest.mark.parametrize("counters", [True, False])
-def test_dgcnn_checkpoint_fills_the_trunk(tmp_path, prefix, counters):
-    state = dgcnn_checkpoint(prefix, counters)
-    encoder = dgcnn(1024)
+def test_a_checkpoint_fills_everything_but_the_head(tmp_path, network, prefix, counters):
+    build, checkpoint, load = NETWORKS[network]
+    state, encoder = checkpoint(prefix, counters), build(1024)
     head = encoder.head[0].weight.clone()
-    report = load_dgcnn_checkpoint(encoder, save(state, tmp_path / "model.1024.t7"))
-    for number in range(4):
-        layer = encoder.edge_convs[number]
-        assert torch.equal(layer.conv.weight, state[f"{prefix}conv{number + 1}.0.weight"])
-        assert torch.equal(layer.bn.running_var, state[f"{prefix}conv{number + 1}.1.running_var"])
-    assert torch.equal(encoder.conv5.weight, state[prefix + "conv5.0.weight"])
-    assert torch.equal(encoder.bn5.bias, state[prefix + "conv5.1.bias"])
+    report = load(encoder, save(state, tmp_path / "public.t7"))
+    names = {own_name(network, key.removeprefix(prefix)): value for key, value in state.items()}
+    names.pop(None)
+    own = encoder.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in names.items())
+    assert report.used == sorted(names) and len(report.used) + len(report.skipped) == len(state)
     assert torch.equal(encoder.head[0].weight, head)
-    assert len(report.used) == 5 * (6 if counters else 5)
-    assert len(report.used) + len(report.skipped) == len(state)
-    assert any(line.startswith(prefix + "linear1.weight") for line in report.skipped)
-    assert "head.0.weight" in report.missing
-    assert ("edge_convs.0.bn.num_batches_tracked" in report.missing) == (not counters)
+    assert all(name.startswith("head.") or (not counters and name.endswith("tracked")) for name in report.missing)
+    assert any("linear1.weight: not used" in line or "classifier.0.weight: not used" in line for line in report.skipped)
     assert f"{len(report.used)} tensors loaded" in report.summary()
 
 
-def test_dgcnn_of_another_width_leaves_conv5_out_and_says_so(tmp_path):
-    encoder = dgcnn(256)
-    report = load_dgcnn_checkpoint(encoder, save(dgcnn_checkpoint(), tmp_path / "model.1024.t7"))
-    assert "conv5.weight" in report.missing and "edge_convs.3.conv.weight" in report.used
-    assert any("conv5.0.weight: shape (1024, 512, 1)" in line and "(256, 512, 1)" in line for line in report.skipped)
+@pytest.mark.parametrize("network,missing,line", [
+    ("dgcnn", {"conv5", "bn5", "head"}, "conv5.0.weight: shape (1024, 512, 1), the encoder's conv5.weight has (64, 512, 1)"),
+    ("meshnet", {"fusion_mlp", "concat_mlp", "head"}, "fusion_mlp.0.weight: shape (1024, 1024, 1), the encoder's fusion_mlp.0.weight has (64, 1024, 1)"),
+])
+def test_a_narrow_encoder_leaves_the_last_layers_out_and_says_so(tmp_path, network, missing, line):
+    build, checkpoint, load = NETWORKS[network]
+    report = load(build(64), save(checkpoint(), tmp_path / "public.t7"))
+    assert any(found.endswith(line) for found in report.skipped)
+    assert {name.split(".")[0] for name in report.missing} == missing
 
 
-def test_the_real_encoder_takes_the_checkpoint(tmp_path):
-    models = pytest.importorskip("models")
-    encoder = models.DGCNN(16, k=4)
-    report = load_dgcnn_checkpoint(encoder, save(dgcnn_checkpoint(), tmp_path / "model.1024.t7"))
-    assert len(report.used) == 30 and all(name.startswith("head.") for name in report.missing)
-
-
-def test_foreign_keys_fail(tmp_path):
-    encoder = dgcnn(64)
-    path = save({"module.backbone.weight": torch.zeros(3)}, tmp_path / "other.t7")
-    unchanged(encoder, lambda: load_dgcnn_checkpoint(encoder, path), ValueError, "other.t7.*matches no parameter")
-
-
-def test_a_checkpoint_without_one_layer_fails_and_changes_nothing(tmp_path):
-    state = dgcnn_checkpoint()
-    del state["module.conv3.0.weight"]
-    encoder = dgcnn(1024)
+@pytest.mark.parametrize("network,lost,name", [
+    ("dgcnn", "conv3.0.weight", "edge_convs.2.conv.weight"), ("meshnet", "concat_mlp.0.weight", "concat_mlp.0.weight"),
+    ("meshnet", "structural_descriptor.FKC.weight_beta", "structural_descriptor.FKC.weight_beta"),
+    ("meshnet", "mesh_conv2.concat_mlp.1.bias", "mesh_conv2.concat_mlp.1.bias"),
+])
+def test_a_checkpoint_without_one_tensor_fails_and_changes_nothing(tmp_path, network, lost, name):
+    build, checkpoint, load = NETWORKS[network]
+    state, encoder = checkpoint(), build(1024)
+    del state["module." + lost]
     path = save(state, tmp_path / "part.t7")
-    unchanged(encoder, lambda: load_dgcnn_checkpoint(encoder, path), ValueError, r"lacks edge_convs\.2\.conv\.weight")
+    unchanged(encoder, lambda: load(encoder, path), UserError, f"part.t7.*lacks {name}")
 
 
-def test_a_layer_of_another_shape_fails(tmp_path):
-    state = dgcnn_checkpoint()
-    state["module.conv1.0.weight"] = torch.zeros(64, 12, 1, 1)
-    encoder = dgcnn(1024)
-    path = save(state, tmp_path / "normals.t7")
-    unchanged(encoder, lambda: load_dgcnn_checkpoint(encoder, path), ValueError, r"\(64, 12, 1, 1\)")
+@networks
+def test_foreign_and_odd_files_fail_and_change_nothing(tmp_path, network):
+    build, checkpoint, load = NETWORKS[network]
+    encoder, path = build(64), tmp_path / "odd.t7"
+    wrong_shape = checkpoint()
+    first = "module.conv1.0.weight" if network == "dgcnn" else "module.spatial_descriptor.spatial_mlp.0.weight"
+    wrong_shape[first] = torch.zeros(64, 12, 1, 1)
+    for content, message in (
+        ({"module.backbone.weight": torch.zeros(3), "classifier.0.weight": torch.zeros(2)}, "odd.t7.*matches no parameter"),
+        (wrong_shape, r"shape \(64, 12, 1, 1\)"), (torch.zeros(3), "expected a flat state dict"), ([1, 2], "expected a flat state dict"),
+        ({}, "expected a flat state dict"), ({"state_dict": {"a": torch.zeros(1)}}, "expected a flat state dict"),
+        ({"a": SimpleNamespace(x=1)}, "odd.t7 is not a readable"),  # its code is not run
+    ):
+        save(content, path)
+        unchanged(encoder, lambda: load(encoder, path), UserError, message)
+    with pytest.raises(UserError, match="nowhere.t7.*none"):
+        load(encoder, "nowhere.t7")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 1000, -1000])
 def test_truncated_file(tmp_path, keep):
     path = save(dgcnn_checkpoint(), tmp_path / "cut.t7")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="cut.t7 is not a readable PyTorch checkpoint"):
-        load_dgcnn_checkpoint(dgcnn(64), path)
-
-
-@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {}, {"state_dict": {"a": torch.zeros(1)}}])
-def test_not_a_state_dict(tmp_path, content):
-    with pytest.raises(ValueError, match="expected a flat state dict"):
-        load_dgcnn_checkpoint(dgcnn(64), save(content, tmp_path / "odd.t7"))
-
-
-def test_code_in_a_file_is_not_run(tmp_path):
-    path = save({"a": SimpleNamespace(x=1)}, tmp_path / "code.t7")
-    with pytest.raises(ValueError, match="not a readable"):
-        load_dgcnn_checkpoint(dgcnn(64), path)
-
-
-def test_absent_file():
-    with pytest.raises(UserError, match="nowhere.t7.*none"):
-        load_dgcnn_checkpoint(dgcnn(64), "nowhere.t7")
+    with pytest.raises(UserError, match="cut.t7 is not a readable PyTorch checkpoint"):
+        load_dgcnn_checkpoint(DGCNN(16, k=4, width=8), path)
 
 
 def test_load_matching_copies_in_place_and_reports():
