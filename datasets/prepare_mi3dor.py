@@ -16,11 +16,18 @@ import numpy as np
 
 from datasets.lists import default_list_path
 from datasets.mesh_faces import mesh_to_faces
-from datasets.prepare.mi3dor import Item, Release, by_name_hash, check_official, check_photographs, draw_of_same_class, read_release
+from datasets.prepare.mi3dor import (
+    Item,
+    Release,
+    by_name_hash,
+    check_official,
+    check_photographs,
+    draw_of_same_class,
+    read_release,
+)
 from datasets.prepare.object_writer import ObjectTask, object_file, package_versions, report, write_objects
 from datasets.prepare.readers.obj import read_obj
-from datasets.prepare.readers.off import MeshError, clean_mesh
-from datasets.prepare.shapes.mesh import simplify, to_unit_sphere
+from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise, simplify
 from datasets.prepare.writer import SPLITS
 from utils.engine.checkpoint import atomic_write_text
 from utils.engine.session import run_command
@@ -47,7 +54,7 @@ def make_mesh(root: str, max_faces: int, task: ObjectTask) -> tuple[dict[str, np
         raise MeshError("the release holds no OBJ file of this name")
     data = (Path(root) / task.member).read_bytes()
     vertices, triangles = clean_mesh(*read_obj(data))
-    small, record = simplify(to_unit_sphere(vertices), triangles, max_faces)
+    small, record = simplify(normalise(vertices), triangles, max_faces)
     try:
         faces = mesh_to_faces(*small)
     except ValueError as error:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from datasets.prepare.readers.authors import join_authors_lists
-from datasets.prepare.readers.digits import check_class_counts, download_mnist, read_kaggle, read_mnist
+from datasets.prepare.readers.hdf5 import read_kaggle
+from datasets.prepare.readers.idx import check_class_counts, download_mnist, read_mnist
 from datasets.prepare.writer import RGB_MODES, write_dataset
 from utils.engine.session import run_command
 

@@ -21,9 +21,9 @@ import numpy as np
 from datasets.mesh_faces import mesh_to_faces
 from datasets.prepare.modelnet import OFFICIAL, Source, check_official, make_tasks, read_archive, read_hdf5, read_npz, to_z_up
 from datasets.prepare.object_writer import JOURNAL, ObjectTask, package_versions, report, write_objects
-from datasets.prepare.readers.off import MeshError, clean_mesh, read_off
+from datasets.prepare.readers.off import read_off
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
-from datasets.prepare.shapes.mesh import farthest_points, sample_surface, simplify, to_unit_sphere
+from datasets.prepare.shapes.mesh import MeshError, clean_mesh, farthest_points, normalise, sample_surface, simplify
 from datasets.prepare.shapes.render import luminance, probe_renderer, render_views, ring_of_cameras, splat_views
 from utils.engine.session import run_command
 from utils.errors import UserError
@@ -70,10 +70,10 @@ def make_object(recipe: Recipe, archive: str | None, needs_cloud: bool, task: Ob
         raise MeshError("the folder of clouds has none of this object")
     cameras = ring_of_cameras(recipe.views, recipe.elevation)
     if archive is None:
-        images = splat_views(to_unit_sphere(task.cloud), cameras, recipe.size)
+        images = splat_views(normalise(task.cloud), cameras, recipe.size)
         return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": task.cloud}, {}
     vertices, triangles = clean_mesh(*read_off(_read_member(archive, task.member)))
-    vertices = to_unit_sphere(vertices)
+    vertices = normalise(vertices)
     small, record = simplify(vertices, triangles, recipe.max_faces)
     cloud = _sample(vertices, triangles, recipe, task.name) if task.cloud is None else task.cloud
     images = render_views(vertices, triangles, cameras, recipe.size)

@@ -25,7 +25,7 @@ def write_lists(root: Path, split: str, labels: list[int | None], dataset: str =
 def write_samples(root: Path, split: str, images: np.ndarray, seed: int) -> None:
     """Images (30 x 30), a cloud of 48 points on the digit's pixels and its extruded outline per 8 x 8 image."""
     from datasets.mesh_faces import mesh_to_faces
-    from datasets.prepare.shapes.digit_mesh import extrude_digit
+    from datasets.prepare.shapes.digit import extrude_digit
 
     generator = np.random.default_rng(seed)
     for folder, _, _ in FOLDERS.values():

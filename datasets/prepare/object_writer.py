@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.prepare.parallel import run_tasks
-from datasets.prepare.readers.off import MeshError
+from datasets.prepare.shapes.mesh import MeshError
 from datasets.prepare.writer import FOLDERS, MANIFEST, SPLITS
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import UserError

@@ -14,8 +14,7 @@ from PIL import Image
 from datasets.lists import default_list_path
 from datasets.mesh_faces import MAX_FACES, mesh_to_faces
 from datasets.prepare.parallel import run_tasks
-from datasets.prepare.shapes.digit_cloud import colourise, digit_to_point_cloud, gray_image, project_rgb
-from datasets.prepare.shapes.digit_mesh import extrude_digit
+from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, extrude_digit, gray_image, project_rgb
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import UserError
 from utils.modalities import MODALITIES

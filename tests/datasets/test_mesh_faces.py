@@ -1,4 +1,4 @@
-"""datasets/mesh_faces.py and datasets/prepare/shapes/digit_mesh.py: faces against slow loops, hostile meshes and files, transforms, digits."""
+"""datasets/mesh_faces.py and datasets/prepare/shapes/digit.py: faces against slow loops, hostile meshes and files, transforms, digits."""
 
 import functools
 import math
@@ -322,7 +322,7 @@ def distance_to_mesh(points, vertices, triangles):
 @pytest.fixture(scope="module")
 def extrude():
     pytest.importorskip("shapely", reason="meshes of digits need shapely (requirements-data.txt)")
-    from datasets.prepare.shapes.digit_mesh import extrude_digit
+    from datasets.prepare.shapes.digit import extrude_digit
 
     return extrude_digit
 
@@ -367,7 +367,7 @@ def test_real_digits_are_watertight_and_small(extrude):
 def test_the_surface_and_the_point_cloud_coincide(extrude, index):
     from scipy.spatial import cKDTree
 
-    from datasets.prepare.shapes.digit_cloud import digit_to_point_cloud
+    from datasets.prepare.shapes.digit import digit_to_point_cloud
 
     image = digit(index)
     vertices, triangles = extrude(image)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from datasets.mesh_faces import mesh_to_faces
-from datasets.prepare.shapes.digit_cloud import digit_to_point_cloud
-from datasets.prepare.shapes.digit_mesh import extrude_digit
+from datasets.prepare.shapes.digit import digit_to_point_cloud, extrude_digit
 from utils.figures.thumbnails import mesh_thumbnail, point_cloud_thumbnail, thumbnail
 
 CORNERS = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], dtype=float)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from datasets.prepare.readers.off import MeshError, fan
+from datasets.prepare.readers.off import fan
+from datasets.prepare.shapes.mesh import MeshError
 
 
 def read_obj(data: bytes) -> tuple[np.ndarray, np.ndarray]:

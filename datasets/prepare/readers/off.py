@@ -1,4 +1,4 @@
-"""Reads OFF meshes as they really occur in ModelNet, and cleans them. Called by the preparation commands.
+"""Reads OFF meshes as they really occur in ModelNet. Called by `datasets.prepare_modelnet`.
 
 Stricter than the mesh libraries on purpose: a file cut short inside its face list is an error here, not a smaller mesh.
 """
@@ -8,14 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from utils.errors import UserError
-
-WELD_TOLERANCE = 1e-6  # of the longest side of the bounding box
-SMALLEST_EXTENT = 1e-100  # its square must be a number, and so must that of its inverse
-
-
-class MeshError(ValueError):
-    """A mesh or cloud that cannot be used; the preparation leaves its object out of every modality and lists it."""
+from datasets.prepare.shapes.mesh import MeshError
 
 
 def read_off(data: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -48,41 +41,6 @@ def read_off(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     return vertices, triangles
 
 
-def clean_mesh(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weld coinciding vertices, drop triangles without area and repeated triangles, drop unused vertices.
-
-    Args:
-        vertices: (V, 3) float; triangles: (T, 3) int.
-    Returns:
-        Both, float64 and int64; triangles keep their order and winding.
-    Raises:
-        MeshError: when no triangle is left.
-    """
-    used, triangles = np.unique(triangles, return_inverse=True)  # first, so that a stray vertex does not set the scale
-    vertices, triangles = vertices[used].astype(np.float64), triangles.reshape(-1, 3)
-    extent = float(np.ptp(vertices, axis=0).max()) if len(vertices) else 0.0
-    if not extent > 0:
-        raise MeshError(f"the {len(vertices)} vertices are all in one place")
-    if not SMALLEST_EXTENT < extent < 1 / SMALLEST_EXTENT:
-        raise MeshError(f"the mesh measures {extent:.1e}, beyond what can be computed with; found in a damaged file")
-    cells = np.rint((vertices - vertices.min(axis=0)) / (extent * WELD_TOLERANCE)).astype(np.int64)
-    _, first, merged = np.unique(cells, axis=0, return_index=True, return_inverse=True)
-    vertices, triangles = vertices[first], merged.reshape(-1)[triangles]
-    _, kept = np.unique(np.sort(triangles, axis=1), axis=0, return_index=True)  # double-sided copies go as well
-    triangles = triangles[np.sort(kept)]
-    triangles = triangles[triangle_areas(vertices, triangles) > (extent * WELD_TOLERANCE) ** 2]
-    if not len(triangles):
-        raise MeshError("no triangle has an area")
-    used, triangles = np.unique(triangles, return_inverse=True)
-    return vertices[used], triangles.reshape(-1, 3)
-
-
-def triangle_areas(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
-    """Return the (T,) areas of triangles (T, 3) over vertices (V, 3)."""
-    corners = vertices[triangles]
-    return np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
-
-
 def fan(corners: Sequence[int]) -> list[tuple[int, int, int]]:
     """Cut a polygon of k corners into k - 2 triangles around its first corner; none below three corners."""
     return [(corners[0], second, third) for second, third in zip(corners[1:], corners[2:], strict=False)]
@@ -113,7 +71,7 @@ def _vertices(lines: list[str]) -> np.ndarray:
     table = [line.split() for line in lines]
     short = next((row for row in table if len(row) < 3), None)
     if short is not None:
-        raise UserError(f"expected three coordinates, found {' '.join(short)!r}")
+        raise ValueError(f"expected three coordinates, found {' '.join(short)!r}")
     return np.array([row[:3] for row in table], dtype=np.float64)
 
 
@@ -123,8 +81,8 @@ def _triangles(lines: list[str]) -> np.ndarray:
         size, *indices = line.split()
         corners = [int(index) for index in indices[: int(size)]]
         if int(size) < 1 or len(corners) != int(size):
-            raise UserError(f"expected `k i1 ... ik`, found {line[:40]!r}")
+            raise ValueError(f"expected `k i1 ... ik`, found {line[:40]!r}")
         triangles += fan(corners)
     if not triangles:
-        raise UserError("no face has three corners")  # faces of one or two corners have no area and are passed over
+        raise ValueError("no face has three corners")  # faces of one or two corners have no area and are passed over
     return np.array(triangles, dtype=np.int64)

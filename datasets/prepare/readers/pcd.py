@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.prepare.modelnet import MODELNET10, Shape, Source
-from datasets.prepare.readers.off import MeshError
+from datasets.prepare.shapes.mesh import MeshError
 from utils.errors import UserError
 
 KEYS = ("VERSION", "FIELDS", "SIZE", "TYPE", "COUNT", "WIDTH", "HEIGHT", "VIEWPOINT", "POINTS", "DATA")

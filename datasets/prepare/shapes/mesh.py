@@ -1,16 +1,18 @@
-"""Meshes -> unit sphere, surface points, at most 500 faces. Called by the preparation commands.
+"""Meshes -> cleaned, in the unit sphere, as surface points, with at most 500 faces. Called by the preparation commands.
 
 The simplification needs `requirements-data.txt`; everything else needs NumPy alone.
 """
 
 import numpy as np
 
-from datasets.prepare.readers.off import MeshError, clean_mesh, triangle_areas
+from datasets.arrays import box_centre, to_unit_sphere
 from utils.errors import UserError
 
 Seed = int | tuple[int, ...]
 Mesh = tuple[np.ndarray, np.ndarray]
 
+WELD_TOLERANCE = 1e-6  # of the longest side of the bounding box
+SMALLEST_EXTENT = 1e-100  # its square must be a number, and so must that of its inverse
 PRE_FACES = 4000  # VTK's decimation is slow above, fast-simplification is unsafe below
 PRE_AREA_CHANGE = 0.1
 MIN_AREA_RATIO = 0.7
@@ -20,8 +22,12 @@ SILHOUETTE_POINTS = 20_000
 LARGEST_GRID = 64
 
 
-def to_unit_sphere(points: np.ndarray) -> np.ndarray:
-    """Move the centre of the bounding box of (n, 3) points to the origin and scale the largest norm to 1.
+class MeshError(ValueError):
+    """A mesh or cloud that cannot be used; the preparation leaves its object out of every modality and lists it."""
+
+
+def normalise(points: np.ndarray) -> np.ndarray:
+    """Apply `datasets.arrays.to_unit_sphere` with the centre of the bounding box to (n, 3) points.
 
     Raises:
         MeshError: when a coordinate is not finite or all points coincide.
@@ -29,11 +35,45 @@ def to_unit_sphere(points: np.ndarray) -> np.ndarray:
     points = np.asarray(points, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not np.isfinite(points).all():
         raise MeshError(f"expected finite points of shape (n, 3), found shape {points.shape} or NaN")
-    points = points - (points.min(axis=0) + points.max(axis=0)) / 2
-    radius = np.linalg.norm(points, axis=1).max()
-    if not radius > 0:
+    points = to_unit_sphere(points, box_centre(points))
+    if not points.any():
         raise MeshError(f"the {len(points)} points are all in one place")
-    return points / radius
+    return points
+
+
+def clean_mesh(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weld coinciding vertices, drop triangles without area and repeated triangles, drop unused vertices.
+
+    Args:
+        vertices: (V, 3) float; triangles: (T, 3) int.
+    Returns:
+        Both, float64 and int64; triangles keep their order and winding.
+    Raises:
+        MeshError: when no triangle is left.
+    """
+    used, triangles = np.unique(triangles, return_inverse=True)  # first, so that a stray vertex does not set the scale
+    vertices, triangles = vertices[used].astype(np.float64), triangles.reshape(-1, 3)
+    extent = float(np.ptp(vertices, axis=0).max()) if len(vertices) else 0.0
+    if not extent > 0:
+        raise MeshError(f"the {len(vertices)} vertices are all in one place")
+    if not SMALLEST_EXTENT < extent < 1 / SMALLEST_EXTENT:
+        raise MeshError(f"the mesh measures {extent:.1e}, beyond what can be computed with; found in a damaged file")
+    cells = np.rint((vertices - vertices.min(axis=0)) / (extent * WELD_TOLERANCE)).astype(np.int64)
+    _, first, merged = np.unique(cells, axis=0, return_index=True, return_inverse=True)
+    vertices, triangles = vertices[first], merged.reshape(-1)[triangles]
+    _, kept = np.unique(np.sort(triangles, axis=1), axis=0, return_index=True)  # double-sided copies go as well
+    triangles = triangles[np.sort(kept)]
+    triangles = triangles[triangle_areas(vertices, triangles) > (extent * WELD_TOLERANCE) ** 2]
+    if not len(triangles):
+        raise MeshError("no triangle has an area")
+    used, triangles = np.unique(triangles, return_inverse=True)
+    return vertices[used], triangles.reshape(-1, 3)
+
+
+def triangle_areas(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
+    """Return the (T,) areas of triangles (T, 3) over vertices (V, 3)."""
+    corners = vertices[triangles]
+    return np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
 
 
 def sample_surface(vertices: np.ndarray, triangles: np.ndarray, count: int, seed: Seed) -> np.ndarray:
@@ -68,7 +108,7 @@ def farthest_points(points: np.ndarray, count: int, seed: Seed) -> np.ndarray:
         points: (n, 3) float.
         count: 1..n; seed: of the first point.
     Returns:
-        (count, 3) in the order picked, so that every beginning of it is well spread too.
+        (count, 3) in the order picked.
     Raises:
         UserError: when count is outside 1..n.
     """
@@ -98,7 +138,7 @@ def simplify(vertices: np.ndarray, triangles: np.ndarray, max_faces: int = 500) 
         silhouette (smallest overlap of the three axis views, 0..1), method, flagged (area or silhouette badly kept).
     Raises:
         MeshError: when the mesh is empty or nothing of it is left.
-        ImportError: naming requirements-data.txt, without the libraries.
+        UserError: naming requirements-data.txt, without the libraries.
     """
     original = clean_mesh(vertices, triangles)
     if len(original[1]) <= max_faces:
@@ -150,7 +190,7 @@ def _presimplify(original: Mesh) -> tuple[Mesh, list[str]]:
     try:
         import fast_simplification
     except ImportError as error:
-        raise ImportError("mesh simplification needs fast-simplification: pip install -r requirements-data.txt") from error
+        raise UserError("mesh simplification needs fast-simplification: pip install -r requirements-data.txt") from error
     vertices, triangles = fast_simplification.simplify(
         original[0].astype(np.float32), original[1].astype(np.int32), target_count=PRE_FACES
     )
@@ -168,7 +208,7 @@ def _decimate(vertices: np.ndarray, triangles: np.ndarray, max_faces: int) -> Me
     try:
         import pyvista
     except ImportError as error:
-        raise ImportError("mesh simplification needs pyvista: pip install -r requirements-data.txt") from error
+        raise UserError("mesh simplification needs pyvista: pip install -r requirements-data.txt") from error
     if len(triangles) <= max_faces:
         return vertices, triangles
     mesh = pyvista.PolyData.from_regular_faces(vertices, triangles)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import cKDTree
 
-from datasets.prepare.readers.off import MeshError
+from datasets.prepare.shapes.mesh import MeshError
 from utils.errors import UserError
 
 DISTANCE = 4.2  # frames the unit sphere fully at this view angle

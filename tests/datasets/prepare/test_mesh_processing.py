@@ -5,11 +5,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.prepare.readers.off import MeshError, clean_mesh, read_off, triangle_areas
+from datasets.prepare.readers.off import read_off
 from datasets.prepare.shapes import mesh as mesh_processing
 from datasets.prepare.shapes import render
-from datasets.prepare.shapes.mesh import farthest_points, sample_surface, silhouette_overlap, simplify, to_unit_sphere
-from datasets.prepare.shapes.render import Camera, estimate_surface, luminance, probe_renderer, render_views, ring_of_cameras, splat_views
+from datasets.prepare.shapes.mesh import (
+    MeshError,
+    clean_mesh,
+    farthest_points,
+    normalise,
+    sample_surface,
+    silhouette_overlap,
+    simplify,
+    triangle_areas,
+)
+from datasets.prepare.shapes.render import (
+    Camera,
+    estimate_surface,
+    luminance,
+    probe_renderer,
+    render_views,
+    ring_of_cameras,
+    splat_views,
+)
 from utils.errors import UserError
 
 SAMPLES = Path("../shared/data/modelnet_off_samples")
@@ -33,12 +50,12 @@ def sphere_points(count: int) -> np.ndarray:
 
 
 def test_unit_sphere():
-    points = to_unit_sphere(np.array([[10.0, 0, 0], [14, 0, 0], [10, 2, 0], [11, 1, 0]]))
+    points = normalise(np.array([[10.0, 0, 0], [14, 0, 0], [10, 2, 0], [11, 1, 0]]))
     assert np.linalg.norm(points, axis=1).max() == pytest.approx(1)
     np.testing.assert_allclose((points.min(axis=0) + points.max(axis=0)) / 2, 0, atol=1e-12)
     for bad in (np.zeros((4, 3)), np.full((4, 3), np.nan), np.zeros((0, 3)), np.zeros((4, 2))):
         with pytest.raises(MeshError):
-            to_unit_sphere(bad)
+            normalise(bad)
 
 
 def test_surface_points_follow_the_area():
@@ -213,7 +230,7 @@ def test_renderings_agree_with_splats(renderer):
     if not SAMPLES.is_dir():
         pytest.skip(f"{SAMPLES} is not there")
     vertices, triangles = clean_mesh(*read_off((SAMPLES / "bathtub_0002.off").read_bytes()))
-    vertices = to_unit_sphere(vertices)
+    vertices = normalise(vertices)
     cameras = [Camera(30, 30), Camera(100, 30), Camera(270, 10)]
     images = render_views(vertices, triangles, cameras, 56)
     assert images.shape == (3, 56, 56, 3) and images.dtype == np.uint8 and (images[:, 0, 0] == 255).all()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.prepare.shapes.digit_cloud import colourise, digit_to_point_cloud, gray_image, project_rgb
+from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, gray_image, project_rgb
 
 MNIST = Path(__file__).resolve().parents[4] / "shared" / "data" / "mnist"
 needs_mnist = pytest.mark.skipif(not MNIST.is_dir(), reason="the real MNIST idx files are not in ../shared/data/mnist")
@@ -129,11 +129,11 @@ def test_colourise_shows_the_strokes_only():
 
 @needs_mnist
 def test_published_counts():
-    from datasets.prepare.readers.digits import check_class_counts, read_mnist
+    from datasets.prepare.readers.idx import check_class_counts, read_mnist
 
     splits = read_mnist(MNIST)
     check_class_counts(splits)
-    count = lambda split, row: len(digit_to_point_cloud(splits[split].images[row])[0])  # noqa: E731
+    count = lambda split, row: len(digit_to_point_cloud(splits[split].images[row])[0])
     assert [count("train", row) for row in range(2)] == [25_700, 26_200]
     assert [count("test", row) for row in range(5)] == [19_000, 25_050, 11_900, 25_250, 21_600]
     assert (count("test", 918), count("test", 876)) == (9_700, 34_800)

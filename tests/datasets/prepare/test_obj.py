@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datasets.prepare.readers.obj import read_obj
-from datasets.prepare.readers.off import MeshError, clean_mesh, triangle_areas
+from datasets.prepare.shapes.mesh import MeshError, clean_mesh, triangle_areas
 
 CORNERS = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 0 0 1\n"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.prepare.readers.off import MeshError, clean_mesh, read_off, triangle_areas
+from datasets.prepare.readers.off import read_off
+from datasets.prepare.shapes.mesh import MeshError, clean_mesh, triangle_areas
 
 SAMPLES = Path("../shared/data/modelnet_off_samples")
 BOX = """0 0 0

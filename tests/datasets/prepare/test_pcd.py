@@ -11,8 +11,8 @@ from datasets import prepare_modelnet
 from datasets.lists import check_paired, default_list_path, read_labelled_list
 from datasets.prepare.modelnet import MODELNET10, MODELNET40
 from datasets.prepare.readers import pcd
-from datasets.prepare.readers.off import MeshError
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
+from datasets.prepare.shapes.mesh import MeshError
 from utils.errors import UserError
 
 NAN = float("nan")

@@ -13,9 +13,9 @@ from datasets.lists import check_paired, default_list_path, read_labelled_list, 
 from datasets.mesh_faces import mesh_to_faces
 from datasets.prepare import writer
 from datasets.prepare.readers.authors import join_authors_lists
-from datasets.prepare.readers.digits import check_class_counts, download_mnist, read_idx, read_kaggle, read_mnist
-from datasets.prepare.shapes.digit_cloud import digit_to_point_cloud, gray_image, project_rgb
-from datasets.prepare.shapes.digit_mesh import extrude_digit
+from datasets.prepare.readers.hdf5 import read_kaggle
+from datasets.prepare.readers.idx import check_class_counts, download_mnist, read_idx, read_mnist
+from datasets.prepare.shapes.digit import digit_to_point_cloud, extrude_digit, gray_image, project_rgb
 from datasets.prepare.writer import DigitSplit, write_dataset
 from datasets.prepare_digits import digits_splits, enlarge_digit
 from utils.errors import UserError

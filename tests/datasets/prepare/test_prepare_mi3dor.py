@@ -22,7 +22,6 @@ from datasets import prepare_mi3dor
 from datasets.lists import default_list_path, read_labelled_list, read_training_list
 from datasets.prepare import mi3dor
 from datasets.prepare.mi3dor import Item, Release, by_name_hash, check_official, draw_of_same_class, read_release
-from datasets.prepare.readers.off import MeshError, clean_mesh, triangle_areas
 from utils.engine.session import run_command
 from utils.errors import UserError
 

@@ -17,7 +17,7 @@ from datasets import prepare_modelnet
 from datasets.lists import check_paired, default_list_path, read_labelled_list
 from datasets.prepare import object_writer
 from datasets.prepare.modelnet import MODELNET10, MODELNET40, check_official, make_tasks, read_archive, read_hdf5, read_npz
-from datasets.prepare.readers.off import MeshError
+from datasets.prepare.shapes.mesh import MeshError
 from datasets.prepare.shapes.render import probe_renderer
 from utils.errors import UserError
 
