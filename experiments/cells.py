@@ -47,11 +47,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: its cells by seed and pair, and what stands beside them."""
+    """One row of a table: its cells by seed and letters of the modalities, and the settings they start from."""
 
     name: str
     cells: Mapping[int, Mapping[str, Cell]]
-    options: Mapping[str, Any] = field(default_factory=dict)  # paper, against, grid, value
+    setup: Mapping[str, Any] = field(default_factory=dict)  # of `describe_setup`
 
 
 def settings_of(stage: str, config: Path, overrides: Sequence[str]) -> dict:
@@ -96,10 +96,10 @@ def _identify(stage: str, seed: int, needs: Iterable[Cell], *content: Any) -> st
 def training_cell(
     stage: str, setup: Setup, pair: str, overrides: Sequence[str], seed: int, needs: tuple[Cell, ...] = ()
 ) -> Cell:
-    """Return the cell of a training stage on one pair, with settings on top of the configuration and the setup's own."""
-    first, second = modalities_of(pair)
-    own = [text.replace("{2D}", first).replace("{3D}", second) for text in overrides]
-    given = [*getattr(setup, stage), f"data.modalities=[{first},{second}]", *own]
+    """Return the cell of a training stage on some modalities, with settings on top of the configuration and the setup's own."""
+    names = modalities_of(pair)
+    own = [text.replace("{2D}", names[0]).replace("{3D}", names[-1]) for text in overrides]
+    given = [*getattr(setup, stage), f"data.modalities=[{','.join(names)}]", *own]
     identity = _identify(stage, seed, needs, settings_of(stage, setup.config, given))
     arguments = ("--config", str(setup.config / f"{stage}.yaml"), "--set", *given)
     inherited = [word for cell in needs for word in cell.name.split()[4:]]  # what the needed cells were given
@@ -134,6 +134,21 @@ def all_cells(rows: Iterable[Row]) -> list[Cell]:
     return list(ordered.values())
 
 
+def describe_setup(setup: Setup) -> dict[str, Any]:
+    """Return what a reader must know of the settings that all rows start from, for their records.
+
+    Returns:
+        The configuration folder, the settings that the paper states too, and a hash of all of them: tables show records of
+        one hash only.
+    """
+    first, second = (_load(stage, setup.config, getattr(setup, stage)) for stage in CONFIGS)
+    return {
+        "config": str(setup.config), "batch_size": first.optim.batch_size, "learning_rate": first.optim.learning_rate,
+        "lambda_1": first.pla.lambda_1, "lambda_2": second.rdl.lambda_2, "alpha": second.rdl.alpha,
+        "hash": _identify("setup", 0, (), [settings_of(stage, setup.config, getattr(setup, stage)) for stage in CONFIGS]),
+    }
+
+
 def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list[Row]:
     """Return the rows of a table on a data set.
 
@@ -142,29 +157,34 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
         setup: data set and scale.
         seeds: one run of every training cell each; figures and measurements without training take none.
     Returns:
-        The rows in the order of the protocol, those of grids first.
+        The rows in the order of the protocol, those of grids first; a row that only prints the paper's numbers has no cells.
     Raises:
         UserError: if a row's settings do not fit the configuration.
     """
-    kind = table.get("kind", "scores")
-    if kind in ("memory", "shapes"):
+    if table.get("kind", "scores") in ("memory", "shapes"):
         return _measured_rows(table, setup)
-    seeds, options_of = list(seeds), {**_grid_rows(table), **table.get("rows", {})}
+    seeds, options_of = list(seeds), rows_of(table)
     for other in {table.get("baseline"), *(options.get("against") for options in options_of.values())} - {None}:
         if other not in options_of:
             raise UserError(f"rows are to be compared with {other!r}, which the table lacks; its rows: {', '.join(options_of)}")
-    return [
-        Row(name, {seed: {pair: _row_cell(options, setup, pair, seed) for pair in setup.pairs} for seed in seeds}, options)
-        for name, options in options_of.items()
-    ]
+    rows = []
+    for name, options in options_of.items():
+        own = setup.as_printed if options.get("settings") == "as_printed" else setup
+        if own is None:
+            raise UserError(f"row {name!r}: no as_printed settings of {setup.dataset}, {setup.scale} scale; see experiments/protocol.yaml")
+        pairs = [options["modalities"]] if "modalities" in options else () if "numbers" in options else own.pairs
+        cells = {seed: {pair: _row_cell(options, own, pair, seed) for pair in pairs} for seed in seeds}
+        rows.append(Row(name, cells, describe_setup(own)))
+    return rows
 
 
-def _grid_rows(table: Mapping[str, Any]) -> dict[str, dict]:
-    """One row per grid and value, which also carries both for the figure."""
-    return {
+def rows_of(table: Mapping[str, Any]) -> dict[str, dict]:
+    """Return name -> options of every row: one per grid and value, which also carries both for the figure, and the others."""
+    grids = {
         f"{grid} = {value:g}": {stage: [f"{key}={value}"], "grid": grid, "value": value}
         for grid, keys in table.get("grids", {}).items() for stage, key in keys.items() for value in table["values"]
     }
+    return {**grids, **table.get("rows", {})}
 
 
 def _row_cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) -> Cell:
@@ -180,9 +200,12 @@ def _measured_rows(table: Mapping[str, Any], setup: Setup) -> list[Row]:
     config = _load("step1", setup.config, setup.step1)
     if table["kind"] == "shapes":
         arguments = ("--num-clusters", config.pla.num_clusters, "--alpha", *table["values"])
-        return [Row("losses", {0: {"": measuring_cell("loss_shapes", arguments)}})]
+        return [Row("losses", {0: {"": measuring_cell("loss_shapes", arguments)}}, describe_setup(setup))]
     dim, batch = config.model.embedding_dim, config.optim.batch_size
     if not setup.samples:
         raise UserError(f"no size of a bank of {setup.dataset}: give datasets.{setup.dataset}.samples in a --add file")
     arguments = ("--dim", dim, "--batch-size", batch, "--samples")
-    return [Row(f"{count} x {dim}", {0: {"": measuring_cell("memory_bank", (*arguments, count))}}) for count in setup.samples]
+    return [
+        Row(f"{count} x {dim}", {0: {"": measuring_cell("memory_bank", (*arguments, count))}}, describe_setup(setup))
+        for count in setup.samples
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import Cell
-from experiments.queue import Job
+from experiments.runner import Job
 from utils.engine.run_log import REPOSITORY, RunLog, environment
 from utils.errors import UserError
 
@@ -74,7 +74,10 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
     """
     record = {"id": cell.id, "stage": cell.stage, "name": cell.name, "seed": cell.seed, "needs": [need.id for need in cell.needs]}
     if cell.stage in TRAINING:
-        return record | _collect_training(cell, folder)
+        run = _run_folder(folder)
+        if run is None:
+            raise UserError(f"{cell.name} ended without a run folder, see {folder}")
+        return record | training_scores(run)
     path = folder / "metrics.json"
     if not path.is_file():
         raise UserError(f"{cell.name} ended without writing {path}")
@@ -85,17 +88,21 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
     return record | {"measured": metrics}
 
 
-def _collect_training(cell: Cell, folder: Path) -> dict[str, Any]:
-    run = _run_folder(folder)
-    epochs = RunLog.open(run).read_epochs() if run else []
-    metrics = run / "metrics.json" if run else folder
-    if not epochs or epochs[-1]["epoch"] != cell.epochs or not metrics.is_file():
-        raise UserError(f"{cell.name} ended after {len(epochs)} of {cell.epochs} epochs without its scores, see {folder}")
+def training_scores(folder: Path) -> dict[str, Any]:
+    """Return scores, training time and curves of a finished run folder.
+
+    Raises:
+        UserError: if not all its epochs are done, or its scores were not written.
+    """
+    run = RunLog.open(folder)
+    epochs, planned, metrics = run.read_epochs(), run.config()["optim"]["epochs"], folder / "metrics.json"
+    if not epochs or epochs[-1]["epoch"] != planned or not metrics.is_file():
+        raise UserError(f"{folder} is not finished: {len(epochs)} of {planned} epochs{'' if metrics.is_file() else ', no metrics.json'}")
     scores = {key: value for key, value in json.loads(metrics.read_text(encoding="utf-8")).items() if isinstance(value, float)}
     logged = {key: epochs[-1][key] for key in ("agreement", "cross_nmi", "clipped") if key in epochs[-1]}
     scored = [row for row in epochs if "map/avg" in row]
     return {
-        "scores": scores | logged, "train_seconds": round(sum(row["seconds/train"] for row in epochs), 1),
+        "epochs": planned, "scores": scores | logged, "train_seconds": round(sum(row["seconds/train"] for row in epochs), 1),
         "curve": {key: [row[key] for row in scored] for key in CURVES if scored and all(key in row for row in scored)},
     }
 

@@ -1,25 +1,24 @@
-"""Figures 3, 4 and 5 from the records of clean cells; each function returns False, and draws nothing, without any."""
+"""Figures 3, 4 and 5 from the records of clean runs; each function returns False, and draws nothing, without any."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import numpy as np
 
+from experiments.records import Table
 from experiments.statistics import estimate
-from experiments.summary import summarize
+from experiments.summary import summarize, trusted
 from utils.figures.plots import STYLE, new_figure, save_figure
 
 
-def draw_shapes(manifest: Mapping[str, Any], records: Mapping[str, dict], path: Path) -> bool:
+def draw_shapes(table: Table, path: Path) -> bool:
     """Draw loss and absolute slope against p (Figure 3), both on a logarithmic scale, since the losses' scales differ."""
     import matplotlib
 
-    record = records.get(manifest["rows"][0]["cells"]["0"][""])
-    if record is None:
+    records = trusted(table)
+    if not records:
         return False
-    found = record["measured"]
+    found = records[-1]["measured"]
     with matplotlib.rc_context(STYLE):
         figure = new_figure(11, 4.5)
         for axis, key, title in zip(figure.subplots(1, 2), ("loss", "slope"), ("loss L(p)", "|dL / dp|")):
@@ -35,16 +34,16 @@ def draw_shapes(manifest: Mapping[str, Any], records: Mapping[str, dict], path: 
     return True
 
 
-def draw_sensitivity(manifest: Mapping[str, Any], records: Mapping[str, dict], path: Path) -> bool:
+def draw_sensitivity(table: Table, path: Path) -> bool:
     """Draw mAP against the value of each grid (Figure 4), one panel per grid, bars for one standard deviation over seeds."""
     import matplotlib
 
     points: dict[str, list[tuple]] = {}
-    for row in manifest["rows"]:
-        scores = summarize(row, records).scores
-        for task, seeds in scores.items() if "grid" in row else ():
+    for entry in summarize(table):
+        options = entry.options
+        for task, seeds in entry.scores.items() if "grid" in options else ():
             found = estimate(list(seeds.values()))
-            points.setdefault(row["grid"], []).append((task, row["value"], 100 * found.mean, 100 * (found.std or 0)))
+            points.setdefault(options["grid"], []).append((task, options["value"], 100 * found.mean, 100 * (found.std or 0)))
     if not points:
         return False
     with matplotlib.rc_context(STYLE):
@@ -60,11 +59,11 @@ def draw_sensitivity(manifest: Mapping[str, Any], records: Mapping[str, dict], p
     return True
 
 
-def draw_curves(manifest: Mapping[str, Any], records: Mapping[str, dict], path: Path) -> bool:
+def draw_curves(table: Table, path: Path) -> bool:
     """Draw mAP over the epochs of step 2 (Figure 5): the mean over seeds and pairs, a band of one deviation over seeds."""
     import matplotlib
 
-    lines = {row["name"]: _mean_curve(row, records) for row in manifest["rows"]}
+    lines = {entry.name: _mean_curve(table, entry.name) for entry in summarize(table)}
     lines = {name: curve for name, curve in lines.items() if curve is not None}
     if not lines:
         return False
@@ -74,17 +73,19 @@ def draw_curves(manifest: Mapping[str, Any], records: Mapping[str, dict], path: 
         for name, (epochs, center, spread) in lines.items():
             (line,) = axis.plot(epochs, center, label=name, linestyle="-" if "=" in name else "--", linewidth=1.6)
             axis.fill_between(epochs, center - spread, center + spread, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set(title=manifest["title"], xlabel="epoch of step 2", ylabel="mAP@All (%)")
+        axis.set(title=table.options["title"], xlabel="epoch of step 2", ylabel="mAP@All (%)")
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=9)
         save_figure(figure, path)
     return True
 
 
-def _mean_curve(row: Mapping[str, Any], records: Mapping[str, dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _mean_curve(table: Table, row: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Epochs, mean and deviation over seeds in percent; a seed whose pairs are not all there is left out."""
-    found = [[records.get(cell) for cell in pairs.values()] for pairs in row["cells"].values()]
-    curves = [[record["curve"] for record in records_of] for records_of in found if None not in records_of]
+    clean, curves = trusted(table), []
+    for seed in sorted({seed for _, _, seed in table.shown}):
+        found = [table.shown.get((row, pair, seed)) for pair in table.pairs]
+        curves += [[record["curve"] for record in found]] if all(record in clean for record in found) else []
     if not curves:
         return None
     values = 100 * np.array([[mean(point) for point in zip(*(curve["map/avg"] for curve in seed))] for seed in curves])

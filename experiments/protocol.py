@@ -17,15 +17,23 @@ from utils.settings.options import Step1Config
 HERE = Path(__file__).resolve().parent
 SCALES = ("full", "small")
 KEYS = {
-    "datasets": {"paper", "samples", *SCALES}, "scale": {"config", "pairs", "step1", "step2"},
-    "tables": {"title", "kind", "paper", "baseline", "ranking", "notes", "rows", "grids", "values"},
-    "row": {"step1", "step2", "stage", "paper", "against", "variant"},
+    "datasets": {"paper", "samples", *SCALES}, "scale": {"config", "pairs", "step1", "step2", "as_printed"},
+    "tables": {"title", "kind", "paper", "baseline", "ranking", "logged", "notes", "rows", "grids", "values"},
+    "row": {"step1", "step2", "stage", "settings", "modalities", "paper", "numbers", "against", "variant"},
 }
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A data set at one scale: configuration folder, pairs of modalities, settings on top, the paper's name for it."""
+    """A data set at one scale.
+
+    Attributes:
+        dataset, scale: their names.
+        config: folder with step1.yaml and step2.yaml; step1, step2: settings on top.
+        pairs: letters of the modalities that are trained together, one training each.
+        paper: the paper's name for the data set; samples: training rows per memory bank.
+        as_printed: the same with the paper's settings.
+    """
 
     dataset: str
     scale: str
@@ -35,6 +43,7 @@ class Setup:
     step2: tuple[str, ...] = ()
     paper: str | None = None
     samples: tuple[int, ...] = ()
+    as_printed: "Setup | None" = None
 
 
 def load_protocol(added: Path | None = None) -> dict[str, dict]:
@@ -92,11 +101,15 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
         found = ", ".join(key for key in SCALES if key in entry)
         raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {found}")
     options = entry[scale]
-    step1, step2 = tuple(options.get("step1", ())), tuple(options.get("step2", ()))
-    config = Path(options["config"])
-    pairs = [pair_of(task) for task in tasks] or options.get("pairs") or [_configured_pair(config, step1)]
-    samples = tuple(entry.get("samples", ()))
-    return Setup(dataset, scale, config, tuple(dict.fromkeys(pairs)), step1, step2, entry.get("paper"), samples)
+    pairs = [pair_of(task) for task in tasks] or options.get("pairs") or [_configured_pair(options)]
+    common = {"dataset": dataset, "scale": scale, "pairs": tuple(dict.fromkeys(pairs)), "paper": entry.get("paper"),
+              "samples": tuple(entry.get("samples", ()))}
+    printed = Setup(**common, **_places(options["as_printed"])) if "as_printed" in options else None
+    return Setup(**common, **_places(options), as_printed=printed)
+
+
+def _places(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"config": Path(options["config"]), **{stage: tuple(options.get(stage, ())) for stage in ("step1", "step2")}}
 
 
 def _config_folder(protocol: Mapping[str, dict], dataset: str, scale: str) -> str:
@@ -109,8 +122,8 @@ def _config_folder(protocol: Mapping[str, dict], dataset: str, scale: str) -> st
     raise UserError(f"unknown data set {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}, and folders of configs/")
 
 
-def _configured_pair(config: Path, overrides: Sequence[str]) -> str:
-    names = load_config(Step1Config, str(REPOSITORY / config / "step1.yaml"), overrides).data.modalities
+def _configured_pair(options: Mapping[str, Any]) -> str:
+    names = load_config(Step1Config, str(REPOSITORY / options["config"] / "step1.yaml"), options.get("step1", ())).data.modalities
     return pair_of("".join(MODALITIES[name].letter for name in names))
 
 
@@ -123,7 +136,7 @@ def pair_of(task: str) -> str:
     return task if kinds[0] else task[::-1]
 
 
-def modalities_of(pair: str) -> tuple[str, str]:
-    """Return the names of a pair's modalities: "RP" -> ("RGBImg", "PointCloud")."""
+def modalities_of(letters: str) -> list[str]:
+    """Return the names of modalities by their letters: "RP" -> ["RGBImg", "PointCloud"]."""
     names = {entry.letter: name for name, entry in MODALITIES.items()}
-    return names[pair[0]], names[pair[1]]
+    return [names[letter] for letter in letters]

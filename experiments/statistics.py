@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from scipy.stats import t as student
+from scipy import stats
 
 from utils.errors import UserError
 
@@ -19,9 +19,9 @@ class Estimate:
 
     n: int
     mean: float
-    std: float | None
-    low: float | None
-    high: float | None
+    std: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Comparison:
 
     n: int
     verdict: str
-    difference: Estimate | None
+    difference: Estimate | None = None
 
 
-def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Return mean, standard deviation and the interval of Student's t of independent values.
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return mean, standard deviation and the 95 % interval of Student's t of independent values.
 
     Raises:
         UserError: without values, or if one is not finite.
@@ -42,25 +42,20 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
     if not values or not all(map(math.isfinite, values)):
         raise UserError(f"expected finite values, at least one, found {list(values)}")
     if len(values) == 1:
-        return Estimate(1, values[0], None, None, None)
+        return Estimate(1, values[0])
     center, spread = mean(values), stdev(values)
-    half = float(student.ppf((1 + level) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
     return Estimate(len(values), center, spread, center - half, center + half)
 
 
-def compare(ours: Mapping[int, float], others: Mapping[int, float], level: float = LEVEL) -> Comparison:
-    """Compare two rows on the seeds that both have, seed by seed.
+def compare(ours: Mapping[int, float], others: Mapping[int, float]) -> Comparison:
+    """Compare two rows (seed -> score) on the seeds that both have, seed by seed; the difference is ours - others.
 
-    Args:
-        ours, others: seed -> score.
-        level: of the confidence interval of the mean difference.
-    Returns:
-        The difference ours - others. An interval that contains 0 is "within noise", whatever the sign of the mean.
+    An interval that contains 0 is "within noise", whatever the sign of the mean.
     """
     shared = sorted(ours.keys() & others.keys())
     if len(shared) < MIN_PAIRS:
-        return Comparison(len(shared), "n/a", None)
-    difference = estimate([ours[seed] - others[seed] for seed in shared], level)
-    if difference.low <= 0 <= difference.high:
-        return Comparison(len(shared), "within noise", difference)
-    return Comparison(len(shared), "better" if difference.mean > 0 else "worse", difference)
+        return Comparison(len(shared), "n/a")
+    difference = estimate([ours[seed] - others[seed] for seed in shared])
+    verdict = "within noise" if difference.low <= 0 <= difference.high else "better" if difference.mean > 0 else "worse"
+    return Comparison(len(shared), verdict, difference)

@@ -1,19 +1,27 @@
-"""Gathers what a row's cells say: scores of clean cells by task and seed, what is missing, the paper's numbers, comparisons."""
+"""Gathers what a row's runs say: scores of clean runs by task and seed, what is missing, the paper's numbers, comparisons."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from statistics import mean
 from typing import Any
 
+from experiments.cells import rows_of
+from experiments.records import Table
 from experiments.statistics import Comparison, compare
 from utils.errors import UserError
+from utils.evaluation.tables import scored_tasks
+from utils.modalities import MODALITIES, task_name
 
 NOT_RUN, DIRTY = "not run", "dirty tree"
+_CROSS = sorted(scored_tasks(MODALITIES), key=lambda pair: not MODALITIES[pair[0]].is_2d)
+PAPER_TASKS = [task_name(*pair) for pair in _CROSS]  # one side 2D, the other 3D; 2D queries first
+TASKS = [*PAPER_TASKS, *(task_name(*pair) for pair in permutations(MODALITIES, 2) if pair not in _CROSS)]
 
 
 @dataclass
 class Summary:
-    """One row: task -> seed -> score (fraction) of clean cells, "avg" among the tasks; what is missing, and where it was run."""
+    """One row: task -> seed -> score (fraction) of clean runs, "avg" among the tasks; what is missing, and where it was run."""
 
     name: str
     options: Mapping[str, Any]
@@ -28,60 +36,67 @@ class Summary:
         return DIRTY if self.missing[DIRTY] else NOT_RUN
 
 
-def summarize(row: Mapping[str, Any], records: Mapping[str, dict]) -> Summary:
-    """Gather a row's clean cells; a seed counts as dirty if a run that its scores rest on was made from a dirty tree."""
-    summary = Summary(row["name"], row)
-    for seed, pairs in ((int(seed), pairs) for seed, pairs in row["cells"].items()):
-        chains = {pair: _chain(cell, records) for pair, cell in pairs.items()}
+def summarize(table: Table) -> list[Summary]:
+    """Return the rows of a table: those of the protocol in its order, then others in the order of their records."""
+    options, names = rows_of(table.options), dict.fromkeys(row for row, _, _ in table.shown)
+    seeds = sorted({seed for _, _, seed in table.shown})
+    found = []
+    for name in dict.fromkeys([*options, *names]):
+        own = dict.fromkeys(pair for row, pair, _ in table.shown if row == name and len(pair) > 2)
+        found.append(_summarize(table, Summary(name, options.get(name, {})), list(own) or table.pairs, seeds))
+    return found
+
+
+def _summarize(table: Table, summary: Summary, pairs: Sequence[str], seeds: Sequence[int]) -> Summary:
+    """Gather a row's clean runs; a seed counts as dirty if a run that its scores rest on was made from a dirty tree."""
+    for seed in seeds:
+        chains = {pair: chain_of(table, table.shown.get((summary.name, pair, seed))) for pair in pairs}
         states = {pair: NOT_RUN if None in chain else DIRTY if any(entry["dirty"] for entry in chain) else ""
                   for pair, chain in chains.items()}
-        for pair in (pair for pair, state in states.items() if not state):
-            for task in dict.fromkeys((pair, pair[::-1])):
-                summary.scores.setdefault(task, {})[seed] = chains[pair][0]["scores"][f"map/{task}"]
-            summary.records += chains[pair]
-        worst = DIRTY if DIRTY in states.values() else NOT_RUN if NOT_RUN in states.values() else ""
-        if worst:
-            summary.missing[worst].append(seed)
-        else:
-            tasks = [task for pair in pairs for task in dict.fromkeys((pair, pair[::-1]))]
-            summary.scores.setdefault("avg", {})[seed] = mean(summary.scores[task][seed] for task in tasks)
-            summary.seconds.append(sum(entry["seconds"] for chain in chains.values() for entry in chain))
+        scores: dict[str, float] = {}
+        for chain in (chains[pair] for pair, state in states.items() if not state):
+            scores |= {key[4:]: value for key, value in chain[0].get("scores", {}).items() if key[4:] in TASKS and key[:4] == "map/"}
+            summary.records += chain
+        for task, score in scores.items():
+            summary.scores.setdefault(task, {})[seed] = score
+        if any(states.values()):
+            summary.missing[DIRTY if DIRTY in states.values() else NOT_RUN].append(seed)
+        elif scores:
+            own = [score for task, score in scores.items() if task in PAPER_TASKS] or list(scores.values())
+            summary.scores.setdefault("avg", {})[seed] = mean(own)
+            summary.seconds.append(sum(entry.get("seconds", entry.get("train_seconds")) for chain in chains.values() for entry in chain))
     return summary
 
 
-def _chain(cell: str, records: Mapping[str, dict]) -> list[dict | None]:
-    """The record of a cell and of all it needs; None for one that was not run."""
-    record = records.get(cell)
-    return [record] + [entry for need in (record["needs"] if record else []) for entry in _chain(need, records)]
+def chain_of(table: Table, record: dict | None) -> list[dict | None]:
+    """Return a record and all that it needs; None for one that was not run."""
+    return [record] + [entry for need in (record["needs"] if record else []) for entry in chain_of(table, table.records.get(need))]
 
 
-def clean(records: Mapping[str, dict]) -> dict[str, dict]:
-    """Return the records whose whole chain was run from a clean tree."""
-    return {cell: record for cell, record in records.items()
-            if all(entry is not None and not entry["dirty"] for entry in _chain(cell, records))}
+def trusted(table: Table) -> list[dict]:
+    """Return the shown records whose whole chain was run from a clean tree."""
+    return [record for record in table.shown.values()
+            if all(entry is not None and not entry["dirty"] for entry in chain_of(table, record))]
 
 
-def paper_score(manifest: Mapping[str, Any], row: Mapping[str, Any], task: str, tasks: Sequence[str]) -> float | None:
+def tasks_of(table: Table, summaries: Sequence[Summary]) -> list[str]:
+    """Return the tasks of a table, the paper's first, 2D queries before 3D queries."""
+    return [task for task in TASKS if {task, task[::-1]} & set(table.pairs) or any(task in entry.scores for entry in summaries)]
+
+
+def paper_score(table: Table, options: Mapping[str, Any], task: str, tasks: Sequence[str]) -> float | None:
     """Return the paper's number of a row on a task; "avg" is printed, or the mean over the tasks shown."""
-    numbers = manifest["paper"]
-    find = lambda name: numbers.get(name, {}).get(row.get("paper"))  # noqa: E731
+    row = options.get("numbers", options.get("paper"))
+    find = lambda name: table.paper.get(name, {}).get(row)  # noqa: E731
     if task == "avg" and find("avg") is None:
         parts = [find(name) for name in tasks]
         return mean(parts) if parts and None not in parts else None
     return find(task)
 
 
-def tasks_of(manifest: Mapping[str, Any]) -> list[str]:
-    """Return the tasks of a table, 2D queries first."""
-    pairs = next(iter(manifest["rows"][0]["cells"].values()))
-    return [*pairs, *(pair[::-1] for pair in pairs)]
-
-
-def comparison(
-    summary: Summary, summaries: Sequence[Summary], manifest: Mapping[str, Any]
-) -> tuple[str | None, Comparison | None]:
+def comparison(summary: Summary, summaries: Sequence[Summary], table: Table) -> tuple[str | None, Comparison | None]:
     """Return the row that this one is compared with, and the paired comparison of the averages; None for the baseline itself."""
-    other = summary.options.get("against", manifest.get("baseline"))
+    other = summary.options.get("against", table.options.get("baseline"))
     if other in (None, summary.name):
         return None, None
     found = {entry.name: entry for entry in summaries}

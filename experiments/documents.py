@@ -1,0 +1,68 @@
+"""Tables of README.md and docs/*.md: what stands between `<!-- table: NAME -->` and `<!-- end -->` is made of results/.
+
+`table: NAME` takes results/NAME.jsonl, `benchmark: NAME` every results/benchmarks/NAME-*.json.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.records import load_table
+from experiments.tables import table_lines
+from utils.engine.checkpoint import atomic_write_text
+
+BENCHMARK_FACTS = ("speedup", "memory_ratio", "largest_relative_difference", "difference", "differences", "seconds_per_epoch",
+                   "extrapolated_seconds", "mean_seconds", "modelnet40_hours_extrapolated")
+
+
+def rewrite(root: Path, results: Path, protocol: Mapping[str, dict]) -> list[Path]:
+    """Replace every marked table of the documents below a folder; return the documents."""
+    makers = {
+        "table": lambda name: "\n".join(table_lines(load_table(results / f"{name}.jsonl", protocol))),
+        "benchmark": lambda name: benchmark(results / "benchmarks", name),
+    }
+    documents = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    for document in documents:
+        text = re.sub(
+            r"(<!-- (table|benchmark): ([\w-]+) -->\n).*?(<!-- end -->)",
+            lambda match: f"{match[1]}{makers[match[2]](match[3])}\n{match[4]}", document.read_text(encoding="utf-8"), flags=re.DOTALL,
+        )
+        atomic_write_text(document, text)
+    return documents
+
+
+def benchmark(folder: Path, name: str) -> str:
+    """Return a Markdown table of every NAME-*.json of a folder, one per device: times beside their two floors."""
+    parts = []
+    for path in sorted(folder.glob(f"{name}-*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
+        parts.append(f"`{report['command']}`, {report['device']}, {threads}, torch {report['torch']}, `{report['commit'][:7]}`:\n")
+        rows = list(_times(report))
+        if rows:
+            parts += ["| | seconds | FLOP floor, s | byte floor, s | of matmul rate |", "| --- | --- | --- | --- | --- |"]
+            parts += [
+                f"| {title} | {row['seconds']:.3g} | {row['flop_floor_seconds']:.3g} | {row['byte_floor_seconds']:.3g} | "
+                f"{row['share_of_matmul_rate']:.1%} |" for title, row in rows
+            ]
+            parts.append("")
+        facts = [f"{key.replace('_', ' ')} {_rounded(report[key])}" for key in BENCHMARK_FACTS if report.get(key) is not None]
+        parts += ["; ".join(facts), ""] if facts else []
+    return "\n".join(parts).rstrip() or "not run"
+
+
+def _times(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict]]:
+    """Yield (name, figures) of every measured time in a report, depth first."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            if "flop_floor_seconds" in value and "seconds" in value:
+                yield f"{prefix}{key}", value
+            yield from _times(value, f"{prefix}{key}: ")
+
+
+def _rounded(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_rounded(entry)}" for key, entry in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,130 @@
+"""Files results/TABLE-DATASET-SCALE.jsonl: one record per line and run, each with its row, seed, command, commit and device."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.cells import Row, describe_setup
+from experiments.jobs import training_scores
+from experiments.protocol import HERE, SCALES, Setup, find_setup
+from experiments.runner import MARKER, Job
+from utils.engine.checkpoint import atomic_write_text
+from utils.engine.run_log import RunLog
+from utils.errors import UserError
+from utils.evaluation.report import row_name
+from utils.modalities import MODALITIES
+
+
+@dataclass(frozen=True)
+class Table:
+    """What rendering needs.
+
+    Attributes:
+        name, dataset, scale: of the file's name; the last two are empty for a table that the protocol does not know.
+        options: of the protocol; empty for such a table.
+        paper_dataset, paper: the paper's name of the data set, and task -> row -> its printed number.
+        records: id -> record of every run, also those that others rest on.
+        shown: (row, letters of the modalities, seed) -> the record that counts.
+        pairs: of modalities, that every row is run on unless it names its own.
+    """
+
+    name: str
+    dataset: str = ""
+    scale: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    paper_dataset: str | None = None
+    paper: Mapping[str, Any] = field(default_factory=dict)
+    records: Mapping[str, dict] = field(default_factory=dict)
+    shown: Mapping[tuple[str, str, int], dict] = field(default_factory=dict)
+    pairs: tuple[str, ...] = ()
+
+
+def read_records(path: Path) -> list[dict]:
+    """Return the records of a table's file; none if it does not exist."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def add_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add records at the end of a table's file, in place of older ones of the same run and row; nothing else is dropped."""
+    key = lambda record: (record["id"], record["row"], record["pair"])  # noqa: E731
+    added = {key(record): record for record in records}
+    lines = [*(record for record in read_records(path) if key(record) not in added), *added.values()]
+    if lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in lines))
+
+
+def publish(path: Path, rows: Iterable[Row], jobs: Iterable[Job], command: str) -> None:
+    """Add the records of a table's finished cells, and of those they need, to its file."""
+    done = {job.id: json.loads((job.folder / MARKER).read_text(encoding="utf-8")) for job in jobs if job.done}
+    shown, needed = [], {}
+    for row in rows:
+        for cell, pair in ((cell, pair) for pairs in row.cells.values() for pair, cell in pairs.items()):
+            place = {"pair": pair, "setup": row.setup, "call": command}
+            needed |= {need.id: {"row": None, **place, **done[need.id]} for need in cell.needs if need.id in done}
+            shown += [{"row": row.name, **place, **done[cell.id]}] if cell.id in done else []
+    add_records(path, [*needed.values(), *shown])
+
+
+def record_run(path: Path, folder: Path, row: str | None = None) -> None:
+    """Add a finished run folder to a table's file.
+
+    Args:
+        path: of the file.
+        folder: run folder with all its epochs done.
+        row: its name in the table, default: what was trained.
+    Raises:
+        UserError: if the run is not finished, was made from uncommitted code, or its place holds the run of another command.
+    """
+    run = RunLog.open(folder)
+    config, environment = run.config(), json.loads((folder / "env.json").read_text(encoding="utf-8"))
+    if environment["git_dirty"] is not False:
+        raise UserError(f"{folder} was made from uncommitted code, its commit would not repeat it: commit, and run it again")
+    command = ["python", *environment["command"]]
+    if "--config" not in command:
+        raise UserError(f"{folder} was started without --config, so its record could not name its settings: start it with one")
+    setup = Setup(config["data"]["dataset"], "full", Path(command[command.index("--config") + 1]).parent, ())
+    letters = "".join(MODALITIES[name].letter for name in config["data"]["modalities"])
+    record = {
+        "row": row or row_name(config), "pair": letters, "setup": describe_setup(setup), "id": run.run_id,
+        "stage": "step2" if "rdl" in config else "step1", "seed": config["run"]["seed"], "needs": [], **training_scores(folder),
+        "commit": environment["git_sha"], "dirty": False, "device": environment["gpu"] or environment["cpu"],
+        "threads": environment["threads"], "torch": environment["torch"], "command": " ".join(command),
+    }
+    before = read_records(path)
+    place = lambda entry: (entry["row"], entry["pair"], entry["seed"])  # noqa: E731
+    others = [entry["command"] for entry in before if place(entry) == place(record) and entry["command"] != record["command"]]
+    if others:
+        raise UserError(f"{path} holds a run of another command in its place ({others[-1]}): give another table, or --row NAME")
+    same = [entry["setup"] for entry in before if entry["setup"]["config"] == record["setup"]["config"]]
+    add_records(path, [{**record, "setup": same[-1] if same else record["setup"]}])
+
+
+def load_table(path: Path, protocol: Mapping[str, dict]) -> Table:
+    """Read a table's file and what the protocol says of it.
+
+    Of every configuration only records of the newest line's settings are shown, and of those the last one per row, modalities
+    and seed: a table never joins runs of different settings. Older lines stay in the file.
+    """
+    records = read_records(path)
+    newest = {record["setup"]["config"]: record["setup"] for record in records}
+    shown = {(record["row"], record["pair"], record["seed"]): record for record in records
+             if record["row"] is not None and record["setup"] == newest[record["setup"]["config"]]}
+    by_id = {record["id"]: record for record in records}
+    pairs = tuple(dict.fromkeys(pair for _, pair, _ in shown if len(pair) == 2))
+    name, dataset, scale = [*path.stem.rsplit("-", 2), "", ""][:3]
+    if name not in protocol["tables"] or scale not in SCALES:
+        return Table(path.stem, records=by_id, shown=shown, pairs=pairs)
+    options, setup = protocol["tables"][name], find_setup(protocol, dataset, scale)
+    numbers = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))
+    paper = numbers.get(options.get("paper"), {}).get(setup.paper, {})
+    return Table(name, dataset, scale, options, setup.paper, paper, by_id, shown, pairs or setup.pairs)
+
+
+def table_path(folder: Path, name: str, setup: Setup) -> Path:
+    """Return where the records of a table lie; the rendered files have the same name and other endings."""
+    return folder / f"{name}-{setup.dataset}-{setup.scale}.jsonl"
