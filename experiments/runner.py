@@ -11,14 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from utils.engine.checkpoint import atomic_write_json
+from utils.engine.progress import progress
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 
@@ -83,16 +84,13 @@ def hold(root: Path) -> Iterator[int]:
         UserError: if another command, or a process that outlived one, holds it.
     """
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT)
-    try:
+    with open(root / "lock", "w") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another reproduce.py, or a run that one started, works in {root}: wait until it ends, or stop it; "
                             "--list shows its state") from None
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        yield file.fileno()
 
 
 def run_jobs(
@@ -118,42 +116,39 @@ def run_jobs(
     if broken and not resume:
         raise UserError("these cells were begun and not finished, go on with --resume:\n" + "\n".join(broken))
     runner = _Runner(lock, describe, math.inf if budget is None else time.time() + budget)
-    waiting, free, running = [job for job in jobs if not job.done], list(devices), {}
-    bar = tqdm(total=sum(job.units for job in jobs), unit="epoch", smoothing=0, mininterval=0.5 if sys.stderr.isatty() else 60)
-    with bar, ThreadPoolExecutor(len(devices)) as pool:
-        try:
-            while True:
-                ready = [job for job in waiting if all(entry.done for entry in jobs if entry.id in job.needs)]
-                for job in ready[: len(free)] if time.time() < runner.deadline else ():
-                    waiting.remove(job)
-                    device = free.pop(0)
-                    running[pool.submit(runner.execute, job, device)] = device
-                if not running:
-                    break
-                for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
-                    free.append(running.pop(future))
-                    future.result()
-                _show(bar, jobs, running)
-        finally:
-            runner.stop.set()
+    for _ in progress(runner.run(jobs, list(devices)), sum(job.units for job in jobs), "epochs"):
+        pass
     return states(jobs)
-
-
-def _show(bar: tqdm, jobs: Sequence[Job], running: Mapping[Future, str]) -> None:
-    bar.set_postfix_str(f"{sum(job.done for job in jobs)}/{len(jobs)} cells, {len(running)} running", refresh=False)
-    bar.update(sum(job.units if job.done else min(job.progress(), job.units) for job in jobs) - bar.n)
 
 
 @dataclass
 class _Runner:
-    """Runs one job at a time per calling thread, until `stop` is set."""
-
     lock: int
     describe: Callable[[str], Mapping[str, Any]]
     deadline: float
+    stop: threading.Event = field(default_factory=threading.Event)
 
-    def __post_init__(self) -> None:
-        self.stop = threading.Event()
+    def run(self, jobs: Sequence[Job], free: list[str]) -> Iterator[None]:
+        """Run every job whose needs are done on a free device; yield once per unit of work that is done."""
+        waiting, running, shown = [job for job in jobs if not job.done], {}, 0
+        with ThreadPoolExecutor(len(free)) as pool:
+            try:
+                while True:
+                    ready = [job for job in waiting if all(entry.done for entry in jobs if entry.id in job.needs)]
+                    for job in ready[: len(free)] if time.time() < self.deadline else ():
+                        waiting.remove(job)
+                        device = free.pop(0)
+                        running[pool.submit(self.execute, job, device)] = device
+                    if not running:
+                        break
+                    for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
+                        free.append(running.pop(future))
+                        future.result()
+                    done = sum(job.units if job.done else min(job.progress(), job.units) for job in jobs)
+                    yield from [None] * (done - shown)
+                    shown = max(done, shown)
+            finally:
+                self.stop.set()
 
     def execute(self, job: Job, device: str) -> None:
         """Run a job to its end; the state file says how it ended, and the marker is written last."""
@@ -163,11 +158,10 @@ class _Runner:
         keep = lambda status, **more: atomic_write_json(job.folder / STATE, {"status": status, "attempts": attempts, **more})  # noqa: E731
         keep(RUNNING)  # before the start: whatever kills us then, the next call knows of it
         begun = time.monotonic()
-        variables = {**os.environ, **({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})}
         with open(log_path, "ab") as log:
             process = subprocess.Popen(
                 line, cwd=REPOSITORY, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                pass_fds=[self.lock], env=variables,
+                pass_fds=[self.lock], env={**os.environ, **({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})},
             )
         stopped = self._watch(job, process)
         attempts[-1]["seconds"] = round(time.monotonic() - begun, 3)
