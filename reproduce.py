@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     option("--tasks", nargs="+", default=[], metavar="TASK", help="e.g. RP GM; a pair of modalities trains both directions")
     option("--device", default="auto", help="auto (every GPU, else the CPU), cpu, cuda or cuda:N")
-    option("--workers", type=int, metavar="W", help="processes at a time per device, default: 2 on the CPU, one thread each; 1 per GPU")
+    option("--workers", type=int, metavar="W", help="processes at a time per device, default: 2 on the CPU, 1 per GPU")
     option("--budget", type=float, metavar="MINUTES", help="then start nothing more, and stop running cells at a checkpoint")
     option("--resume", action="store_true", help="go on with cells that were interrupted or failed")
     option("--list", action="store_true", help="print the cells and their state, run nothing")

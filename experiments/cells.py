@@ -143,7 +143,7 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
     for name, options in options_of.items():
         own = setup.as_printed if options.get("settings") == "as_printed" else setup
         if own is None:
-            raise UserError(f"row {name!r}: no as_printed settings of {setup.dataset}, {setup.scale} scale; see experiments/protocol.yaml")
+            raise UserError(f"row {name!r} needs as_printed of {setup.dataset}, {setup.scale} scale, in the protocol")
         pairs = [options["modalities"]] if "modalities" in options else () if "numbers" in options else own.pairs
         cells = {seed: {pair: _row_cell(options, own, pair, seed) for pair in pairs} for seed in seeds}
         rows.append(Row(name, cells, describe_setup(own)))

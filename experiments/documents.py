@@ -23,13 +23,11 @@ def rewrite(root: Path, results: Path, protocol: Mapping[str, dict]) -> list[Pat
         "table": lambda name: "\n".join(table_lines(load_table(results / f"{name}.jsonl", protocol))),
         "benchmark": lambda name: benchmark(results / "benchmarks", name),
     }
+    marked = re.compile(r"(<!-- (table|benchmark): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
     documents = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
     for document in documents:
-        text = re.sub(
-            r"(<!-- (table|benchmark): ([\w-]+) -->\n).*?(<!-- end -->)",
-            lambda match: f"{match[1]}{makers[match[2]](match[3])}\n{match[4]}", document.read_text(encoding="utf-8"), flags=re.DOTALL,
-        )
-        atomic_write_text(document, text)
+        made = lambda match: f"{match[1]}{makers[match[2]](match[3])}\n{match[4]}"
+        atomic_write_text(document, marked.sub(made, document.read_text(encoding="utf-8")))
     return documents
 
 
@@ -39,9 +37,9 @@ def benchmark(folder: Path, name: str) -> str:
     for path in sorted(folder.glob(f"{name}-*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
-        parts.append(f"`{report['command']}`, {report['device']}, {threads}, torch {report['torch']}, `{report['commit'][:7]}`:\n")
-        rows = list(_times(report))
-        if rows:
+        machine = f"{report['device']}, {threads}, torch {report['torch']}, `{report['commit'][:7]}`"
+        parts.append(f"`{report['command']}`, {machine}:\n")
+        if rows := list(_times(report)):
             parts += ["| | seconds | FLOP floor, s | byte floor, s | of matmul rate |", "| --- | --- | --- | --- | --- |"]
             parts += [
                 f"| {title} | {row['seconds']:.3g} | {row['flop_floor_seconds']:.3g} | {row['byte_floor_seconds']:.3g} | "

@@ -97,7 +97,8 @@ def training_scores(folder: Path) -> dict[str, Any]:
     run = RunLog.open(folder)
     epochs, planned, metrics = run.read_epochs(), run.config()["optim"]["epochs"], folder / "metrics.json"
     if not epochs or epochs[-1]["epoch"] != planned or not metrics.is_file():
-        raise UserError(f"{folder} is not finished: {len(epochs)} of {planned} epochs{'' if metrics.is_file() else ', no metrics.json'}")
+        lacking = "" if metrics.is_file() else ", no metrics.json"
+        raise UserError(f"{folder} is not finished: {len(epochs)} of {planned} epochs{lacking}")
     scores = {key: value for key, value in json.loads(metrics.read_text(encoding="utf-8")).items() if isinstance(value, float)}
     logged = {key: epochs[-1][key] for key in ("agreement", "cross_nmi", "clipped") if key in epochs[-1]}
     scored = [row for row in epochs if "map/avg" in row]

@@ -50,7 +50,7 @@ def read_records(path: Path) -> list[dict]:
 
 def add_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Add records at the end of a table's file, in place of older ones of the same run and row; nothing else is dropped."""
-    key = lambda record: (record["id"], record["row"], record["pair"])  # noqa: E731
+    key = lambda record: (record["id"], record["row"], record["pair"])
     added = {key(record): record for record in records}
     lines = [*(record for record in read_records(path) if key(record) not in added), *added.values()]
     if lines:
@@ -96,7 +96,7 @@ def record_run(path: Path, folder: Path, row: str | None = None) -> None:
         "threads": environment["threads"], "torch": environment["torch"], "command": " ".join(command),
     }
     before = read_records(path)
-    place = lambda entry: (entry["row"], entry["pair"], entry["seed"])  # noqa: E731
+    place = lambda entry: (entry["row"], entry["pair"], entry["seed"])
     others = [entry["command"] for entry in before if place(entry) == place(record) and entry["command"] != record["command"]]
     if others:
         raise UserError(f"{path} holds a run of another command in its place ({others[-1]}): give another table, or --row NAME")

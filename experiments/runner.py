@@ -155,7 +155,7 @@ class _Runner:
         job.folder.mkdir(parents=True, exist_ok=True)
         line, log_path = job.command(device), job.folder / "output.log"
         attempts = [*job.state()["attempts"], {**self.describe(device), "command": _shown(line), "seconds": None}]
-        keep = lambda status, **more: atomic_write_json(job.folder / STATE, {"status": status, "attempts": attempts, **more})  # noqa: E731
+        keep = lambda status, **more: atomic_write_json(job.folder / STATE, {"status": status, "attempts": attempts, **more})
         keep(RUNNING)  # before the start: whatever kills us then, the next call knows of it
         begun = time.monotonic()
         with open(log_path, "ab") as log:

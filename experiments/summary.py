@@ -55,7 +55,8 @@ def _summarize(table: Table, summary: Summary, pairs: Sequence[str], seeds: Sequ
                   for pair, chain in chains.items()}
         scores: dict[str, float] = {}
         for chain in (chains[pair] for pair, state in states.items() if not state):
-            scores |= {key[4:]: value for key, value in chain[0].get("scores", {}).items() if key[4:] in TASKS and key[:4] == "map/"}
+            found = chain[0].get("scores", {})
+            scores |= {task: found[f"map/{task}"] for task in TASKS if f"map/{task}" in found}
             summary.records += chain
         for task, score in scores.items():
             summary.scores.setdefault(task, {})[seed] = score
@@ -64,13 +65,15 @@ def _summarize(table: Table, summary: Summary, pairs: Sequence[str], seeds: Sequ
         elif scores:
             own = [score for task, score in scores.items() if task in PAPER_TASKS] or list(scores.values())
             summary.scores.setdefault("avg", {})[seed] = mean(own)
-            summary.seconds.append(sum(entry.get("seconds", entry.get("train_seconds")) for chain in chains.values() for entry in chain))
+            spent = (entry.get("seconds", entry.get("train_seconds")) for chain in chains.values() for entry in chain)
+            summary.seconds.append(sum(spent))
     return summary
 
 
 def chain_of(table: Table, record: dict | None) -> list[dict | None]:
     """Return a record and all that it needs; None for one that was not run."""
-    return [record] + [entry for need in (record["needs"] if record else []) for entry in chain_of(table, table.records.get(need))]
+    needs = record["needs"] if record else []
+    return [record, *(entry for need in needs for entry in chain_of(table, table.records.get(need)))]
 
 
 def trusted(table: Table) -> list[dict]:
@@ -87,7 +90,7 @@ def tasks_of(table: Table, summaries: Sequence[Summary]) -> list[str]:
 def paper_score(table: Table, options: Mapping[str, Any], task: str, tasks: Sequence[str]) -> float | None:
     """Return the paper's number of a row on a task; "avg" is printed, or the mean over the tasks shown."""
     row = options.get("numbers", options.get("paper"))
-    find = lambda name: table.paper.get(name, {}).get(row)  # noqa: E731
+    find = lambda name: table.paper.get(name, {}).get(row)
     if task == "avg" and find("avg") is None:
         parts = [find(name) for name in tasks]
         return mean(parts) if parts and None not in parts else None

@@ -66,7 +66,8 @@ def score_lines(table: Table) -> list[str]:
     logged = [key for key in table.options.get("logged", ()) if len(table.pairs) == 1 and any(map(key_values(key), summaries))]
     compared = ["avg, difference"] if "baseline" in table.options else []
     heads = [head for task in columns for head in [f"{task}, paper ({table.paper_dataset})"] * (task in known) + [task]]
-    chances = [record["scores"]["map/chance"] for entry in summaries for record in entry.records if "map/chance" in record["scores"]]
+    scores = [record["scores"] for entry in summaries for record in entry.records]
+    chances = [found["map/chance"] for found in scores if "map/chance" in found]
     chance = [f"{100 * mean(chances):.1f}" if head in columns else "" for head in heads] if chances else []
     rows = [["row", *heads, *compared, *logged, "seeds", "wall time", "device", "commit"]]
     rows += [["chance", *chance, *[""] * (len(rows[0]) - 1 - len(chance))]] if chances else []
@@ -98,10 +99,10 @@ def memory_lines(table: Table) -> list[str]:
     """Return Table IX: exact bytes of every bank, seconds with and without it, and the paper's."""
     paper, clean, beside = table.paper, trusted(table), f"paper ({table.paper_dataset})"
     heads = ["bytes", "MiB", f"MiB, {beside}", "seconds per epoch, with", f"with, {beside}", "without", f"without, {beside}"]
-    printed = lambda key, style: format(paper[key], style) if key in paper else ""  # noqa: E731
+    printed = lambda key, style: format(paper[key], style) if key in paper else ""
     lines = [["bank", *heads, "device", "commit"]]
     for (name, _, _), record in table.shown.items():
-        show = lambda key, style: format(record["measured"][key], style) if record in clean else DIRTY  # noqa: B023, E731
+        show = lambda key, style: format(record["measured"][key], style) if record in clean else DIRTY  # noqa: B023
         lines.append([
             name, show("bytes", ","), show("mib", ".3f"), printed("mib", ""), show("update_seconds", ".2e"),
             printed("time_with_bank_s", ".1e"), show("fill_seconds", ".2e"), printed("time_without_bank_s", ".1e"),
@@ -121,7 +122,7 @@ def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -
     printed = {entry.options.get("paper"): paper_score(table, entry.options, "avg", tasks) for entry in summaries}
     names = {entry.options.get("paper"): entry.name for entry in reversed(summaries)}
     paper = {names[key]: score for key, score in printed.items() if score is not None}
-    order = lambda scores: " > ".join(sorted(scores, key=lambda name: -scores[name])) or NOT_RUN  # noqa: E731
+    order = lambda scores: " > ".join(sorted(scores, key=lambda name: -scores[name])) or NOT_RUN
     verdicts: dict[str, list[str]] = {}
     for entry in summaries:
         found = comparison(entry, summaries, table)[1]
@@ -160,8 +161,8 @@ def _origin(entry: Summary) -> list[str]:
     seeds = [", ".join(map(str, sorted(entry.scores.get("avg", {}))))]
     seeds += [f"{state}: {', '.join(map(str, sorted(found)))}" for state, found in entry.missing.items() if found]
     time = f"{mean(entry.seconds) / 60:.1f} min" if entry.seconds else ""
-    threads = {None: "", 1: ", 1 thread"}
-    devices = sorted({record["device"] + threads.get(record["threads"], f", {record['threads']} threads") for record in entry.records})
+    threads = lambda count: "" if count is None else f", {count} thread{'s' * (count > 1)}"
+    devices = sorted({record["device"] + threads(record["threads"]) for record in entry.records})
     return ["; ".join(filter(None, seeds)), time, "; ".join(devices), _commits(entry.records)]
 
 

@@ -20,8 +20,8 @@ import yaml
 
 import reproduce
 from benchmarks import loss_shapes, memory_bank
-from experiments import jobs as jobs_module
 from experiments import documents, runner
+from experiments import jobs as jobs_module
 from experiments.cells import all_cells, expand
 from experiments.protocol import HERE, Setup, find_setup, load_protocol, pair_of
 from experiments.records import add_records, load_table, read_records, record_run
@@ -69,7 +69,7 @@ def test_every_table_expands_on_every_data_set():
         "headline": 3, "stages": 3, "clip": 3, "estimators": 3, "tasks": 6, "table2-romo": 2, "table4": 10, "table6": 15, "table8": 8,
         "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 8,
     }
-    with pytest.raises(UserError, match="no as_printed settings of digits"):
+    with pytest.raises(UserError, match="needs as_printed of digits"):
         rows_of("headline")
     (cell,) = rows_of("tasks")[5].cells[0].values()
     assert "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]" in cell.arguments
@@ -374,8 +374,8 @@ def rendered(folder, table, lines, protocol=PROTOCOL, stem="{}-digits-small"):
 def test_a_table_with_clean_dirty_and_missing_cells(tmp_path):
     level = {"RCLL": 0.78, "CE": 0.70, "MAE": 0.781, "GCE": 0.79, "AUE": 0.6}
     bumps = {"MAE": (0.03, -0.03, 0.0), "GCE": (0.001, 0.0, 0.002)}
-    score = lambda name, seed: level.get(name, 0.5) + 0.01 * seed + bumps.get(name, (0, 0, 0))[seed]  # noqa: E731
-    dirty = lambda name, cell: cell.stage == "step2" and (name == "AUE" or (name == "CE" and cell.seed == 2))  # noqa: E731
+    score = lambda name, seed: level.get(name, 0.5) + 0.01 * seed + bumps.get(name, (0, 0, 0))[seed]
+    dirty = lambda name, cell: cell.stage == "step2" and (name == "AUE" or (name == "CE" and cell.seed == 2))
     text, found = rendered(tmp_path, "table4", lines_of(rows_of("table4", seeds=(0, 1, 2)), score, dirty, absent=("NCE+AGCE",)))
     assert found["RCLL"]["GP"] == "79.0 ± 1.0 [76.5, 81.5]" and found["RCLL"]["GP, paper (3D MNIST)"] == "84.3"
     assert found["RCLL"]["avg"] == "80.0 ± 1.0 [77.5, 82.5]" and found["RCLL"]["avg, paper (3D MNIST)"] == "84.1"
@@ -415,7 +415,7 @@ def test_a_dirty_or_missing_step_1_makes_its_step_2_dirty_or_missing(tmp_path):
 
 def test_tasks_of_several_pairs_and_of_more_modalities(tmp_path):
     both = rows_of("table2-romo", dataclasses.replace(SMOKE, pairs=("RP", "GP")))
-    score = lambda name, seed: 0.6  # noqa: E731
+    score = lambda name, seed: 0.6
     lines = lines_of(both[:1], score, letters="RP") + lines_of(both, score, letters="GP")
     text, found = rendered(tmp_path, "table2-romo", lines, stem="{}-smoke-small")
     assert "paper" not in text.splitlines()[4] and "smoke, small scale" in text
