@@ -17,6 +17,7 @@ from datasets.prepare.checks import Listed, Lists, prepared_modalities, read_lis
 from datasets.prepare.writer import SPLITS
 from utils.engine.session import run_command
 from utils.errors import UserError
+from utils.evaluation.tables import align
 from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
 from utils.figures.thumbnails import thumbnail
 from utils.modalities import MODALITIES
@@ -53,19 +54,12 @@ def _class_title(label: int, names: Sequence[str]) -> str:
     return f"{label} {names[label]}" if label < len(names) else str(label)
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return aligned lines of text: the first column to the left, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
-
-
 def count_rows(lists: Lists, modalities: Sequence[str]) -> str:
     """Return the table of rows per modality and split; `-` for a list that could not be read."""
     rows = [
         [name, *(len(lists[split, name].samples) if (split, name) in lists else "-" for split in SPLITS)] for name in modalities
     ]
-    return format_table(["rows", *SPLITS], rows)
+    return align([["rows", *SPLITS], *rows])
 
 
 def count_classes(lists: Lists, names: Sequence[str]) -> str:
@@ -85,7 +79,7 @@ def count_classes(lists: Lists, names: Sequence[str]) -> str:
     if len(rows) > MAX_CLASSES:
         rows = [*rows[:MAX_CLASSES], [f"... {len(rows)} in all", *("" for _ in columns)]]
     without = [f"{split} {name}" for (split, name) in lists if (split, name) not in labels]
-    return format_table(["class", *columns], rows) + (f"\nwithout labels: {', '.join(without)}" if without else "")
+    return align([["class", *columns], *rows]) + (f"\nwithout labels: {', '.join(without)}" if without else "")
 
 
 def make_block(data: DataConfig, lists: Lists, split: str, count: int, names: Sequence[str]) -> Block | None:

@@ -66,6 +66,13 @@ def scored_tasks(modalities: Iterable[str]) -> list[tuple[str, str]]:
     return [pair for pair in pairs if MODALITIES[pair[0]].is_2d != MODALITIES[pair[1]].is_2d] or pairs
 
 
+def align(rows: Sequence[Sequence[object]]) -> str:
+    """Return rows of cells as lines of text: the first column to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+
+
 def format_matrix(scores: Mapping[str, float], modalities: Sequence[str]) -> str:
     """Return the M x M table of mAP@All in percent of one run: a line per query modality, a column per gallery modality.
 
@@ -73,13 +80,11 @@ def format_matrix(scores: Mapping[str, float], modalities: Sequence[str]) -> str
         scores: of `retrieval_table`; a task that is not there is shown as "-".
         modalities: in the order wanted.
     """
-    width = max(len("query \\ gallery"), *(len(name) for name in modalities)) + 2
-    lines = ["query \\ gallery".ljust(width) + "".join(name.rjust(16) for name in modalities)]
+    rows = [["query \\ gallery", *modalities]]
     for query in modalities:
         tasks = [task_name(query, gallery) for gallery in modalities]
-        cells = (f"{task} {100 * scores[f'map/{task}']:.1f}" if f"map/{task}" in scores else "-" for task in tasks)
-        lines.append(query.ljust(width) + "".join(cell.rjust(16) for cell in cells))
-    return "\n".join(lines)
+        rows.append([query, *(f"{task} {100 * scores[f'map/{task}']:.1f}" if f"map/{task}" in scores else "-" for task in tasks)])
+    return align(rows)
 
 
 def format_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
@@ -89,9 +94,7 @@ def format_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     columns = [*(key for key in keys if key not in ("map/avg", "map/chance")), "map/avg"]
     levels = list(dict.fromkeys(scores["map/chance"] for _, scores in rows))  # test sets differ: one line each
     chances = [("chance", {key: level for key in columns if any(key in s and s["map/chance"] == level for _, s in rows)}) for level in levels]
-    width = max(len(name) for name, _ in [*rows, ("chance", {})])
-    lines = ["mAP@All [%]".ljust(width) + "".join(key.removeprefix("map/").rjust(8) for key in columns)]
+    lines = [["mAP@All [%]", *(key.removeprefix("map/") for key in columns)]]
     for name, scores in [*chances, *rows]:
-        cells = (f"{100 * scores[key]:.1f}" if key in scores else "-" for key in columns)
-        lines.append(name.ljust(width) + "".join(cell.rjust(8) for cell in cells))
-    return "\n".join(lines)
+        lines.append([name, *(f"{100 * scores[key]:.1f}" if key in scores else "-" for key in columns)])
+    return align(lines)

@@ -14,10 +14,11 @@ from conftest import TEST, TRAIN
 from PIL import Image
 
 from datasets import inspect
-from datasets.inspect import format_table, load_data_config, make_block
+from datasets.inspect import load_data_config, make_block
 from datasets.prepare.checks import read_lists
 from utils.engine.session import run_command
 from utils.errors import UserError
+from utils.evaluation.tables import align
 from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -332,7 +333,7 @@ def test_both_stages_and_overrides_are_read(tmp_path):
 
 
 def test_tables_are_aligned():
-    assert format_table(["a", "bb"], [["xyz", 1], ["q", 1000]]) == "a      bb\nxyz     1\nq    1000"
+    assert align([["a", "bb"], ["xyz", 1], ["q", 1000]]) == "a      bb\nxyz     1\nq    1000"
 
 
 def test_the_command_ends_with_1_on_a_failed_check_and_2_on_a_bad_call(data, tmp_path, monkeypatch, capsys):
