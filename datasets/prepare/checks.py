@@ -1,7 +1,6 @@
 """The checks of `datasets.inspect`: each reports all it finds and none stops another. Training never imports this module."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from datasets.lists import (
     read_labelled_list,
     read_training_list,
 )
-from datasets.prepare.writer import MANIFEST, SPLITS
+from datasets.prepare.ownership import MANIFEST, SPLITS, read_manifest
 from datasets.samples import UNIQUE, list_path
 from utils.errors import MissingFileError, UserError
 from utils.modalities import MODALITIES
@@ -171,7 +170,7 @@ def _check_labels(data: DataConfig, lists: Lists) -> Check:
 
 
 def _compare_labels(check: Check, first: Listed, other: Listed, by_id: bool) -> None:
-    keys = lambda listed: listed.samples.instance_ids if by_id else range(len(listed.samples))  # noqa: E731
+    keys = lambda listed: listed.samples.instance_ids if by_id else range(len(listed.samples))
     rows = {key: row for row, key in enumerate(keys(first))}
     common = [(rows[key], row) for row, key in enumerate(keys(other)) if key in rows]
     different = [(mine, row) for mine, row in common if first.labels[mine] != other.labels[row]]
@@ -200,7 +199,7 @@ def _check_splits(data: DataConfig, lists: Lists) -> Check:
 
 def _copies(train: tuple[Path, ...], test: tuple[Path, ...]) -> list[tuple[Path, Path]]:
     """Return (training file, test file) of equal content, for test files that are not themselves in the training list."""
-    digest = lambda file: hashlib.sha256(file.read_bytes()).digest()  # noqa: E731
+    digest = lambda file: hashlib.sha256(file.read_bytes()).digest()
     same_file, same_content = {file.resolve() for file in train}, {digest(file): file for file in train}
     fresh = [(digest(file), file) for file in test if file.resolve() not in same_file]
     return [(same_content[key], file) for key, file in fresh if key in same_content]
@@ -213,29 +212,20 @@ def _check_files(data: DataConfig, lists: Lists) -> Check:
     return check
 
 
-def read_manifest(data: DataConfig) -> dict:
+def manifest_of(data: DataConfig) -> dict:
     """Return the manifest of the data root, completed by that of the lists `{dataset}_pairs.json`; empty if there is none.
 
     Raises:
         UserError: if one of them is no JSON object.
     """
-    manifest = {}
-    for path in (Path(data.root) / MANIFEST, Path(data.root) / f"{data.dataset}_pairs.json"):
-        if path.is_file():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path} is not valid JSON ({error})") from error
-            if not isinstance(content, dict):
-                raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
-            manifest.update(content)
-    return manifest
+    paths = (Path(data.root) / MANIFEST, Path(data.root) / f"{data.dataset}_pairs.json")
+    return {key: value for path in paths for key, value in read_manifest(path).items()}
 
 
 def _check_manifest(data: DataConfig, lists: Lists) -> Check:
     """Only for lists under the data root; where rows are not paired by object, only counts given per modality say anything."""
     check = Check("lists are as long as the manifest says")
-    manifest = check.attempt("prepare the data again", read_manifest, data)
+    manifest = check.attempt("", manifest_of, data)
     counts = (manifest or {}).get("counts")
     if not isinstance(counts, dict):
         check.notes.append(f"no manifest with counts in {data.root}: nothing to compare")

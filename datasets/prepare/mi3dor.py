@@ -1,244 +1,177 @@
-"""MI3DOR: reads both layouts of its release, checks its photographs, pairs by class. Called by `datasets.prepare_mi3dor`."""
+"""Make MI3DOR, photographs and meshes of 21 classes without instance pairs, from its official release.
 
+python -m datasets.prepare_mi3dor --root DIR [--output dataset/mi3dor] [--pairing class|none]
+"""
+
+import argparse
 import hashlib
-import io
-import re
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from datasets.images import read_image
-from datasets.prepare.parallel import run_tasks
-from datasets.prepare.writer import SPLITS
+from datasets.lists import default_list_path
+from datasets.mesh_faces import mesh_to_faces
+from datasets.prepare.ownership import SPLITS, check_manifest, check_root, package_versions
+from datasets.prepare.parallel import add_writer_options, user_path
+from datasets.prepare.readers.mi3dor import (
+    Item,
+    Release,
+    by_name_hash,
+    check_official,
+    check_photographs,
+    draw_of_same_class,
+    read_release,
+)
+from datasets.prepare.readers.obj import read_obj
+from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise, simplify
+from datasets.prepare.writer import ObjectTask, object_file, report, write_dataset
+from utils.engine.checkpoint import atomic_write_text
 from utils.errors import UserError
 
-NUM_CLASSES, IMAGES_PER_CLASS, VIEWS_PER_MODEL = 21, 500, 12
-OFFICIAL_MODELS = {"train": 3842, "test": 3848}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-LAYOUTS = {
-    "folder": tuple(f"{kind}/{split}" for kind in ("image", "model") for split in SPLITS),
-    "track": tuple(f"split/shrec2019_{kind}_{split}.txt" for kind in ("Image", "View") for split in SPLITS),
-}
+DATASETS = {"none": "mi3dor", "class": "mi3dor_class"}  # pairing -> prefix of the lists
+MODALITIES = ("RGBImg", "GrayImg", "Mesh")
+MESH_PACKAGES = ("fast-simplification", "pyvista", "trimesh", "vtk")
+GENERATOR = "datasets.prepare_mi3dor"
 
 
-@dataclass(frozen=True)
-class Item:
-    """A photograph or a model.
-
-    Attributes:
-        name: path below the folder of the release, unique: of the photograph, of the model's OBJ file or, in the track
-            release, of the folder of the model's views.
-        split: "train" or "test"; label: 0-based.
-        file: path of the photograph or OBJ file below the folder of the release; None for a model without any.
-    """
-
-    name: str
-    split: str
-    label: int
-    file: str | None
-
-
-@dataclass(frozen=True)
-class Release:
-    """What a folder holds; `class_to_index` is None in the track release, which has no class names."""
-
-    layout: str
-    images: tuple[Item, ...]
-    models: tuple[Item, ...]
-    class_to_index: dict[str, int] | None
-
-
-def read_release(root: str | Path) -> Release:
-    """List the photographs and models of the official release, in either of its layouts.
+def make_mesh(root: Path, max_faces: int, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    """Make the Mesh of one model.
 
     Args:
-        root: holds image/{train,test}/CLASS and model/{train,test}/CLASS (folder release), or data/ and
-            split/shrec2019_{Image,View}_{train,test}.txt (track release).
-    Raises:
-        FileNotFoundError: when neither layout is there, a listed photograph is missing, or no model has an OBJ file.
-        UserError: when both layouts are there, on a broken list, or on a photograph or model that occurs twice.
-    """
-    root = Path(root)
-    missing = {layout: [path for path in paths if not (root / path).exists()] for layout, paths in LAYOUTS.items()}
-    complete = [layout for layout, paths in missing.items() if not paths]
-    if not complete:
-        lacking = "; ".join(f"for the {layout} release it lacks {', '.join(paths)}" for layout, paths in missing.items())
-        raise UserError(f"{root} is not the folder of an unpacked MI3DOR release: {lacking}")
-    if len(complete) == 2:
-        raise UserError(f"{root} holds both layouts, image/ and model/ as well as the lists in split/; move one of them away")
-    release = _read_folders(root) if complete == ["folder"] else _read_track(root)
-    files = [model.file for model in release.models if model.file]
-    for names in ([image.name for image in release.images], [model.name for model in release.models], files):
-        repeated = [name for name, count in Counter(names).items() if count > 1]
-        if repeated:
-            raise UserError(f"{root}: {repeated[0]} is listed more than once ({len(repeated)} such names); expected each once")
-    if {image.split for image in release.images} != set(SPLITS):
-        raise UserError(f"{root}: expected photographs ({' '.join(IMAGE_SUFFIXES)}) of both splits; unpack them as well")
-    if not files:
-        raise UserError(f"{root}: found no OBJ file of any of the {len(release.models)} models; unpack them as well")
-    return release
-
-
-def check_official(release: Release) -> dict[str, str | None]:
-    """Compare with the official 10,500 / 10,500 images, 500 per class, and 3,842 / 3,848 models of 21 classes.
-
+        root: folder of the release; max_faces: of the simplified mesh.
+        task: the model; `member` is its OBJ file below `root`, or None.
     Returns:
-        "images" and "models" -> None, or one line on the difference.
-    """
-    images, models = (Counter((item.split, item.label) for item in items) for items in (release.images, release.models))
-    per_image_class = {images[split, label] for split in SPLITS for label in range(NUM_CLASSES)}
-    official = {
-        "images": per_image_class == {IMAGES_PER_CLASS} and len(images) == 2 * NUM_CLASSES,
-        "models": _totals(models) == OFFICIAL_MODELS and {label for _, label in models} == set(range(NUM_CLASSES)),
-    }
-    total = NUM_CLASSES * IMAGES_PER_CLASS
-    expected = {
-        "images": f"{total} / {total} images, {IMAGES_PER_CLASS} of each of {NUM_CLASSES} classes",
-        "models": f"{OFFICIAL_MODELS['train']} / {OFFICIAL_MODELS['test']} models of {NUM_CLASSES} classes",
-    }
-    return {
-        kind: None if official[kind] else
-        f"expected {expected[kind]}, found {' / '.join(map(str, _totals(counts).values()))} of "
-        f"{len({label for _, label in counts})}, {min(counts.values(), default=0)} to {max(counts.values(), default=0)} of each"
-        for kind, counts in (("images", images), ("models", models))
-    }
-
-
-def check_photographs(root: str | Path, images: Sequence[Item], workers: int) -> dict[str, str]:
-    """Read every photograph to its end.
-
-    Args:
-        root: folder of the release; images: its photographs; workers: processes.
-    Returns:
-        name -> sha256 of the file.
+        "Mesh" -> (F, 18) float32, in the unit sphere; the sha256 of the OBJ file with the record of the simplification.
     Raises:
-        UserError: naming photographs that are no complete 8-bit pictures.
+        MeshError: when the model cannot be used.
     """
-    hashes, broken = {}, []
-    for name, digest, error in run_tasks(partial(_check_photograph, str(root)), images, workers):
-        hashes[name] = digest
-        broken += [f"{name} ({error})"] if error else []
-    if broken:
-        raise UserError(
-            f"{root}: {len(broken)} of {len(images)} photographs cannot be read: {', '.join(sorted(broken)[:4])}; fetch them "
-            "again, or take them out of the release and use --any-counts"
-        )
-    return hashes
-
-
-def by_name_hash(items: Iterable[Item]) -> list[Item]:
-    """Sort by the sha256 of the name: an order that tells nothing about the class."""
-    return sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())
-
-
-def draw_of_same_class(images: Sequence[Item], labels: Sequence[int], seed: int) -> list[Item]:
-    """Draw one photograph of each label: without replacement within a class, shuffled and started again when it is used up.
-
-    Args:
-        images: the photographs to draw from, in any order.
-        labels: of the models to be paired.
-        seed: of the draw.
-    Returns:
-        One photograph per label.
-    Raises:
-        UserError: when a label has no photograph.
-    """
-    drawn = {}
-    for label, count in Counter(labels).items():
-        pool = by_name_hash(image for image in images if image.label == label)
-        if not pool:
-            raise UserError(f"class {label} has {count} training models but no training photograph to pair them with")
-        rng = np.random.default_rng([seed, label])
-        rounds = [rng.permutation(len(pool)) for _ in range(-(-count // len(pool)))]
-        drawn[label] = iter([pool[row] for row in np.concatenate(rounds)])
-    return [next(drawn[label]) for label in labels]
-
-
-def _totals(counts: Counter) -> dict[str, int]:
-    return {split: sum(count for (part, _), count in counts.items() if part == split) for split in SPLITS}
-
-
-def _check_photograph(root: str, image: Item) -> tuple[str, str, str | None]:
-    """Return name, sha256, and what is wrong with it, if anything."""
-    data = (Path(root) / image.file).read_bytes()
-    error = None
+    if task.member is None:
+        raise MeshError("the release holds no OBJ file of this name")
+    data = (root / task.member).read_bytes()
+    vertices, triangles = clean_mesh(*read_obj(data))
+    small, record = simplify(normalise(vertices), triangles, max_faces)
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.verify()  # checksums of PNG
-        read_image(io.BytesIO(data))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
-        error = str(failure)
-    return image.name, hashlib.sha256(data).hexdigest(), error
+        faces = mesh_to_faces(*small)
+    except ValueError as error:
+        raise MeshError(f"no mesh is left after simplification: {error}") from error
+    return {"Mesh": faces}, {"source_sha256": hashlib.sha256(data).hexdigest(), **record}
 
 
-def _read_folders(root: Path) -> Release:
-    folders = [path for part in LAYOUTS["folder"] for path in (root / part).iterdir() if path.is_dir()]
-    classes = sorted({path.name for path in folders if not path.name.startswith(".")})
-    labels = {name: label for label, name in enumerate(classes)}
-    found = {
-        kind: tuple(
-            Item(path.relative_to(root).as_posix(), split, label, path.relative_to(root).as_posix())
-            for split in SPLITS for name, label in labels.items() for path in _files(root / kind / split / name, suffixes)
-        )
-        for kind, suffixes in (("image", IMAGE_SUFFIXES), ("model", (".obj",)))
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=user_path, required=True, metavar="DIR", help="the unpacked release, which is only read")
+    parser.add_argument(
+        "--output", type=user_path, default="dataset/mi3dor", help="where meshes and lists go; one folder serves both pairings"
+    )
+    parser.add_argument(
+        "--pairing", choices=tuple(DATASETS), default="none",
+        help="none: unrelated training lists (data set mi3dor); class: rows of one class, made with labels (mi3dor_class)",
+    )
+    parser.add_argument("--max-faces", type=int, default=500, help="of the simplified mesh")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of --pairing class")
+    add_writer_options(parser)
+    parser.add_argument("--any-counts", action="store_true", help="accept other than the official counts; noted in the manifests")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` default to those of the process."""
+    options = _parser().parse_args(arguments)
+    for key, least in (("max_faces", 4), ("seed", 0), ("workers", 1)):
+        if getattr(options, key) < least:
+            raise UserError(f"--{key.replace('_', '-')} must be at least {least}, found {getattr(options, key)}")
+    packages = package_versions(MESH_PACKAGES)
+    release = read_release(options.root)
+    differences = check_official(release)
+    if any(differences.values()) and not options.any_counts:
+        found = "; ".join(line for line in differences.values() if line)
+        raise UserError(f"{options.root}: {found}; fetch the complete release, or accept it as it is with --any-counts")
+    tasks = [ObjectTask(number, m.name, m.split, m.label, m.file) for number, m in enumerate(by_name_hash(release.models))]
+    settings = {
+        "format": 1, "dataset": DATASETS["none"], "generator": GENERATOR, "modalities": ["Mesh"], "layout": release.layout,
+        "official_counts": differences["models"] is None, "class_to_index": release.class_to_index,
+        "input_sha256": _models_hash(options.root, tasks), "max_faces": options.max_faces, "packages": packages,
     }
-    return Release("folder", found["image"], found["model"], labels)
+    check_root(options.output, settings, options.overwrite)
+    print(f"checking {len(release.images)} photographs, then making {len(release.models)} meshes")
+    hashes = check_photographs(options.root, release.images, options.workers)
+    make = partial(make_mesh, options.root, options.max_faces)
+    made, meshes = write_dataset(
+        options.output, settings, tasks, make, workers=options.workers, overwrite=options.overwrite,
+        dependents=[path for dataset in DATASETS.values() for path in _paths(options.output, dataset).values()],
+    )
+    report(options.output, made, meshes)
+    left_out = {entry["name"] for entry in meshes["left_out"]}
+    kept = [task for task in tasks if task.name not in left_out]
+    photographs = _choose(release, kept, options.pairing, options.seed)
+    _publish(options, differences, photographs, kept, hashes, meshes)
 
 
-def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
+def _models_hash(root: Path, tasks: list[ObjectTask]) -> str:
+    """Return the sha256 of names, labels and sizes; the content of every OBJ file is hashed in the journal."""
+    sizes = {task.number: (root / task.member).stat().st_size if task.member else None for task in tasks}
+    return hashlib.sha256("".join(f"{task.name} {task.label} {sizes[task.number]}\n" for task in tasks).encode()).hexdigest()
 
 
-def _read_track(root: Path) -> Release:
-    meshes: dict[str, list[PurePosixPath]] = {}
-    for path in _files(root, (".obj",)):
-        meshes.setdefault(path.stem, []).append(PurePosixPath(path.relative_to(root).as_posix()))
-    images, models = [], []
-    for split in SPLITS:
-        for where, name, label in _rows(root, "Image", split):
-            file = next((base + name for base in ("", "data/") if (root / (base + name)).is_file()), None)
-            if file is None:
-                raise UserError(f"{where}: {name} does not exist, neither below {root} nor below {root / 'data'}")
-            images.append(Item(file, split, label, file))
-        for folder, rows in groupby(_rows(root, "View", split), key=lambda row: PurePosixPath(row[1]).parent):
-            models.append(_track_model(folder, list(rows), meshes, split))
-    return Release("track", tuple(images), tuple(models), None)
+def _paths(output: Path, dataset: str) -> dict[tuple[str, str] | str, Path]:
+    """Return the lists of one pairing by (modality, split) and, last, its "manifest"."""
+    lists = {(name, split): default_list_path(output, dataset, name, split) for split in SPLITS for name in MODALITIES}
+    return {**lists, "manifest": output / f"{dataset}_pairs.json"}
 
 
-def _rows(root: Path, kind: str, split: str) -> list[tuple[str, str, int]]:
-    """Return (place for messages, path, label) of the rows of one list; labels are 0..20."""
-    path, rows = root / f"split/shrec2019_{kind}_{split}.txt", []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        name, *label = line.strip().rsplit(maxsplit=1)
-        if not (label and re.fullmatch(r"[0-9]{1,2}", label[0]) and int(label[0]) < NUM_CLASSES):
-            raise UserError(
-                f"{path}, row {number}: expected `path label` with a label in 0..{NUM_CLASSES - 1}, found {line.strip()!r}; the "
-                "lists of the contest, which have no test labels, cannot be used"
-            )
-        rows.append((f"{path}, row {number}", PurePosixPath(name).as_posix(), int(label[0])))
-    return rows
+def _choose(release: Release, models: list[ObjectTask], pairing: str, seed: int) -> dict[str, list[Item]]:
+    """Return split -> photographs in the order of the lists."""
+    chosen = {split: by_name_hash(image for image in release.images if image.split == split) for split in SPLITS}
+    if pairing == "class":
+        chosen["train"] = draw_of_same_class(chosen["train"], [task.label for task in models if task.split == "train"], seed)
+    return chosen
 
 
-def _track_model(folder: PurePosixPath, rows: list, meshes: dict[str, list[PurePosixPath]], split: str) -> Item:
-    """Return one model from the rows of its views; its OBJ file is called like their folder, in the most alike branch."""
-    where, _, label = rows[0]
-    if len(rows) != VIEWS_PER_MODEL or len({row[2] for row in rows}) != 1:
-        raise UserError(
-            f"{where}: expected {VIEWS_PER_MODEL} consecutive views of {folder} with one label, found {len(rows)} with labels "
-            f"{sorted({row[2] for row in rows})}; fetch the list again"
-        )
-    others = set(SPLITS) - {split}  # an OBJ file below a folder of the other split is another model's
-    candidates = [file for file in meshes.get(folder.name, []) if split in file.parts or not others & set(file.parts)]
-    shared = {file: len(set(file.parts) & set(folder.parts)) for file in candidates}
-    best = [file for file, count in shared.items() if count == max(shared.values())]
-    if len(best) > 1:
-        raise UserError(f"{where}: both {best[0]} and {best[1]} may be the mesh of {folder}; remove one of them")
-    return Item(folder.as_posix(), split, label, best[0].as_posix() if best else None)
+def _publish(
+    options: argparse.Namespace, differences: dict, photographs: dict[str, list[Item]], models: list[ObjectTask],
+    hashes: dict[str, str], meshes: dict,
+) -> None:
+    """Write the lists of one pairing and then its manifest, unless they are there already."""
+    dataset, root = DATASETS[options.pairing], options.root.resolve()
+    texts, content = {}, {}
+    for split, images in photographs.items():
+        pictures = "".join(f"{root / image.file} {image.label}\n" for image in images)
+        faces = "".join(f"{object_file('Mesh', split, task.number)} {task.label}\n" for task in models if task.split == split)
+        texts |= {("RGBImg", split): pictures, ("GrayImg", split): pictures, ("Mesh", split): faces}
+        digest = hashlib.sha256("".join(f"{image.name} {hashes[image.name]}\n" for image in images).encode()).hexdigest()
+        content[split] = {"RGBImg": digest, "GrayImg": digest, **meshes["content_sha256"][split]}
+    manifest = {
+        "format": 1, "dataset": dataset, "generator": GENERATOR, "layout": meshes["layout"], "pairing": options.pairing,
+        "uses_labels_for_training_pairs": options.pairing == "class",
+        "seed": options.seed if options.pairing == "class" else None,
+        "official_counts": {kind: line is None for kind, line in differences.items()},
+        "class_to_index": meshes["class_to_index"],
+        "counts": {split: {name: texts[name, split].count("\n") for name in MODALITIES} for split in SPLITS},
+        **_overlaps(photographs, hashes), "content_sha256": content,
+    }
+    texts["manifest"] = json.dumps(manifest, indent=2) + "\n"
+    paths = _paths(options.output, dataset)
+    check_manifest(paths["manifest"], manifest, options.overwrite)
+    files = {path: texts[key] for key, path in paths.items()}
+    done = all(path.is_file() and path.read_bytes() == text.encode() for path, text in files.items())
+    if not done:
+        for path in files:
+            path.unlink(missing_ok=True)
+        for path, text in files.items():  # the manifest is the last
+            atomic_write_text(path, text)
+    print(f"{dataset}: lists {'already there' if done else 'written'}; rows {manifest['counts']}")
+    if options.pairing == "class":
+        print("--pairing class read the class labels to build the training pairs: results on mi3dor_class are not unsupervised")
+
+
+def _overlaps(photographs: dict[str, list[Item]], hashes: dict[str, str]) -> dict[str, int]:
+    """Count how often training shows one photograph at most, and the test photographs whose bytes are in training too."""
+    shown = Counter(image.name for image in photographs["train"])
+    training = {hashes[name] for name in shown}
+    return {
+        "distinct_training_photographs": len(shown), "largest_use_of_one_photograph": max(shown.values()),
+        "test_photographs_also_in_training": sum(hashes[image.name] in training for image in photographs["test"]),
+    }

@@ -1,219 +1,198 @@
-"""ModelNet10 and ModelNet40: official classes and counts, and the readers of their archives. Called by `datasets.prepare_modelnet`."""
+"""Make ModelNet10 or ModelNet40 in every modality from its meshes, or, without Mesh, from point clouds alone.
 
-import hashlib
-import json
-import re
-import zipfile
-from collections import Counter
-from dataclasses import dataclass
+python -m datasets.prepare_modelnet --archive ModelNet10.zip|ModelNet40.zip [--points HDF5_DIR]
+python -m datasets.prepare_modelnet --npz modelnet10_points.npz|modelnet40_points.npz
+python -m datasets.prepare_modelnet --points HDF5_DIR
+python -m datasets.prepare_modelnet --pcd DIR
+"""
+
+import argparse
+import zlib
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from datasets.prepare.object_writer import ObjectTask
+from datasets.mesh_faces import mesh_to_faces
+from datasets.prepare.ownership import package_versions, read_journal
+from datasets.prepare.parallel import add_writer_options, user_path
+from datasets.prepare.readers.archives import read_member
+from datasets.prepare.readers.modelnet import (
+    OFFICIAL,
+    Source,
+    check_official,
+    make_tasks,
+    read_archive,
+    read_hdf5,
+    read_npz,
+    to_z_up,
+)
+from datasets.prepare.readers.off import read_off
+from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
+from datasets.prepare.shapes.mesh import (
+    MeshError,
+    clean_mesh,
+    farthest_points,
+    normalise,
+    sample_surface,
+    simplify,
+)
+from datasets.prepare.shapes.render import luminance, probe_renderer, render_views, ring_of_cameras, splat_views
+from datasets.prepare.writer import ObjectTask, report, write_dataset
 from utils.errors import UserError
 
-# Alphabetical, as in the HDF5 point clouds; the position is the label. (train, test) objects.
-MODELNET40 = {
-    "airplane": (626, 100), "bathtub": (106, 50), "bed": (515, 100), "bench": (173, 20), "bookshelf": (572, 100),
-    "bottle": (335, 100), "bowl": (64, 20), "car": (197, 100), "chair": (889, 100), "cone": (167, 20), "cup": (79, 20),
-    "curtain": (138, 20), "desk": (200, 86), "door": (109, 20), "dresser": (200, 86), "flower_pot": (149, 20),
-    "glass_box": (171, 100), "guitar": (155, 100), "keyboard": (145, 20), "lamp": (124, 20), "laptop": (149, 20),
-    "mantel": (284, 100), "monitor": (465, 100), "night_stand": (200, 86), "person": (88, 20), "piano": (231, 100),
-    "plant": (240, 100), "radio": (104, 20), "range_hood": (115, 100), "sink": (128, 20), "sofa": (680, 100),
-    "stairs": (124, 20), "stool": (90, 20), "table": (392, 100), "tent": (163, 20), "toilet": (344, 100),
-    "tv_stand": (267, 100), "vase": (475, 100), "wardrobe": (87, 20), "xbox": (103, 20),
-}
-MODELNET10 = {
-    name: MODELNET40[name]
-    for name in ("bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet")
-}
-OFFICIAL = {"modelnet10": MODELNET10, "modelnet40": MODELNET40}
-# What modelnet40_ply_hdf5_2048 lacks: 9,840 training clouds instead of 9,843.
-HDF5_TRAINING_CLOUDS = 9840
-_MEMBER = re.compile(r"(?:.*/)?ModelNet(10|40)/(?P<object_class>[^/]+)/(train|test)/((?P=object_class)_\d+)\.off")
-_HDF5 = re.compile(r"(ply_data_)?(train|test)_?(\d+)\.h5")
+CANDIDATES = 4  # surface points drawn per point kept by farthest-point sampling
+SAMPLINGS = ("farthest", "surface")
+MESH_SIZE, SPLAT_SIZE = 224, 112  # pixels; a thousand points do not fill more
+MESH_PACKAGES = ("fast-simplification", "pyvista", "vtk")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One object of a source; `name` is its instance id, e.g. night_stand_0001.
+class Recipe:
+    """What decides the content of the files, apart from the source; passed to the worker processes."""
 
-    Its shape is `member`, a mesh inside the archive or the path of a PCD file, or `cloud`, (n, 3) float32 with z up.
-    """
+    size: int
+    views: int
+    elevation: float
+    num_points: int | None
+    sampling: str | None
+    max_faces: int | None
+    seed: int
 
-    name: str
-    split: str
-    member: str | None = None
-    cloud: np.ndarray | None = None
-
-    @property
-    def object_class(self) -> str:
-        """The class, which is the name without the number at its right end."""
-        return self.name.rsplit("_", 1)[0]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The objects of one archive; `sha256` identifies its content."""
-
-    dataset: str
-    shapes: tuple[Shape, ...]
-    sha256: str
+    def __post_init__(self) -> None:
+        ring_of_cameras(self.views, self.elevation)  # refuses bad values before anything is read
+        for key, least in (("size", 8), ("num_points", 1), ("max_faces", 4), ("seed", 0)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise UserError(f"--{key.replace('_', '-')} must be at least {least}, found {value}")
 
 
-def read_archive(path: str | Path) -> Source:
-    """List the meshes of ModelNet10.zip or ModelNet40.zip; other files in it (macOS metadata, README) are ignored.
-
-    The hash covers names, sizes and checksums of the meshes as the archive states them.
-
-    Raises:
-        UserError: when it is missing, no zip file, or holds no or two data sets.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} not found: expected ModelNet10.zip or ModelNet40.zip of the Princeton ModelNet project")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = sorted(archive.infolist(), key=lambda entry: entry.filename)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is not a complete zip file ({error}); fetch it again") from error
-    found = [(match, entry) for entry in entries if "__MACOSX" not in entry.filename and (match := _MEMBER.fullmatch(entry.filename))]
-    datasets = {f"modelnet{match[1]}" for match, _ in found}
-    if len(datasets) != 1:
-        raise UserError(f"{path}: expected members ModelNet10/CLASS/train/CLASS_0001.off (or ModelNet40), found {sorted(datasets) or 'none'}")
-    listing = "".join(f"{entry.filename} {entry.file_size} {entry.CRC}\n" for _, entry in found)
-    shapes = tuple(Shape(match[4], match[3], member=entry.filename) for match, entry in found)
-    return Source(datasets.pop(), shapes, hashlib.sha256(listing.encode()).hexdigest())
-
-
-def read_hdf5(folder: str | Path, up: str) -> Source:
-    """Read HDF5 clouds with their id2file lists: modelnet40_ply_hdf5_2048, or the sets in antao97's naming.
+def make_object(recipe: Recipe, archive: Path | None, needs_cloud: bool, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    """Make all modalities of one object.
 
     Args:
-        folder: holds `ply_data_train0.h5` and `ply_data_train_0_id2file.json` (or `train0.h5`, `train0_id2file.json`), ...
-        up: "y" (as these sets are stored) or "z", the vertical axis of the clouds; the result has z up.
-    Raises:
-        UserError: on missing files or lists that do not fit; ImportError: without h5py.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("--points needs h5py: pip install -r requirements-data.txt") from error
-    folder = Path(folder)
-    parts = sorted((int(match[3]), path, match) for path in folder.glob("*.h5") if (match := _HDF5.fullmatch(path.name)))
-    if not parts:
-        raise UserError(f"{folder}: expected ply_data_train0.h5 ... ply_data_test1.h5 (or train0.h5 ...), found none")
-    shapes = []
-    for number, path, match in parts:
-        names = _id2file(folder / f"{match[1] or ''}{match[2]}{'_' if match[1] else ''}{number}_id2file.json")
-        try:
-            with h5py.File(path, "r") as file:
-                clouds = file["data"][()]
-        except (OSError, KeyError) as error:
-            raise UserError(f"{path}: not a readable HDF5 file with `data` ({error}); fetch it again") from error
-        if clouds.ndim != 3 or clouds.shape[2] != 3 or len(clouds) != len(names):
-            raise UserError(f"{path}: expected data of shape ({len(names)}, n, 3) as its id2file.json lists, found {clouds.shape}")
-        clouds = to_z_up(clouds, up)
-        shapes += [Shape(name, match[2], cloud=cloud.astype(np.float32)) for name, cloud in zip(names, clouds, strict=True)]
-    classes = {shape.object_class for shape in shapes}
-    return _cloud_source("modelnet10" if classes <= set(MODELNET10) else "modelnet40", shapes)
-
-
-def read_npz(path: str | Path) -> Source:
-    """Read modelnet10_points.npz: `points` (N, n, 3) int16 in units of 1/32767, `instance_id`, `split`, `classes`, `label`.
-
-    The clouds stay in the unit sphere, z up.
-
-    Raises:
-        UserError: when it is missing, damaged, of another shape, or label and name disagree.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} not found: expected modelnet10_points.npz")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            points, ids, splits = archive["points"], archive["instance_id"].tolist(), archive["split"].tolist()
-            classes = archive["classes"][archive["label"]].tolist()
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable archive with points, instance_id, split, classes and label ({error})") from error
-    if points.dtype != np.int16 or points.ndim != 3 or points.shape[2] != 3 or not len(points) == len(ids) == len(splits) == len(classes):
-        raise UserError(f"{path}: expected int16 points (N, n, 3) and N ids, splits and labels, found {points.dtype} {points.shape}")
-    shapes = [Shape(*row, cloud=cloud.astype(np.float32) / 32767) for *row, cloud in zip(ids, splits, points, strict=True)]
-    wrong = next((shape.name for shape, name in zip(shapes, classes, strict=True) if shape.object_class != name), None)
-    if wrong is not None or not set(splits) <= {"train", "test"}:
-        raise UserError(f"{path}: expected splits train and test and labels as in the names, found {sorted(set(splits))}, {wrong}")
-    return _cloud_source("modelnet10", shapes)
-
-
-def to_z_up(points: np.ndarray, up: str) -> np.ndarray:
-    """Turn points (..., 3) whose vertical axis is `up`, "y" or "z", to z up."""
-    return points if up == "z" else np.stack([points[..., 0], -points[..., 2], points[..., 1]], axis=-1)
-
-
-def check_official(source: Source, clouds_only: bool) -> str | None:
-    """Compare a source with the official classes and counts.
-
-    Args:
-        source: what was read.
-        clouds_only: the 9,840 training clouds of modelnet40_ply_hdf5_2048 count as official.
+        recipe: sizes and counts; archive: zip file of `task.member`; task: the object.
+        needs_cloud: leave the object out if it brings no cloud.
     Returns:
-        None, or one line on the first differences.
+        RGBImg (views, S, S, 3) and GrayImg (views, S, S) uint8, PointCloud (n, 3) float32, Mesh (F, 18) float32 if there is
+        one; and the record of the simplification.
+    Raises:
+        MeshError: when the object cannot be used.
     """
-    official = OFFICIAL[source.dataset]
-    found = Counter((shape.object_class, shape.split) for shape in source.shapes)
-    expected = Counter({(name, split): n for name, counts in official.items() for split, n in zip(("train", "test"), counts, strict=True)})
-    missing = expected - found
-    if found == expected or (
-        clouds_only and source.dataset == "modelnet40" and not found - expected and sum(missing.values()) == 9843 - HDF5_TRAINING_CLOUDS
-        and all(split == "train" for _, split in missing)
-    ):
-        return None
-    differing = sorted(key for key in expected | found if expected[key] != found[key])
-    examples = ", ".join(f"{name}/{split}: {found[name, split]} instead of {expected[name, split]}" for name, split in differing[:4])
-    total = {split: sum(n for (_, part), n in found.items() if part == split) for split in ("train", "test")}
-    return f"{source.dataset}: found {total['train']} / {total['test']} objects, {len(differing)} counts differ ({examples})"
+    if needs_cloud and task.cloud is None:
+        raise MeshError("the folder of clouds has none of this object")
+    cameras = ring_of_cameras(recipe.views, recipe.elevation)
+    if archive is None:
+        images = splat_views(normalise(task.cloud), cameras, recipe.size)
+        return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": task.cloud}, {}
+    vertices, triangles = clean_mesh(*read_off(read_member(archive, task.member)))
+    vertices = normalise(vertices)
+    small, record = simplify(vertices, triangles, recipe.max_faces)
+    cloud = _sample(vertices, triangles, recipe, task.name) if task.cloud is None else task.cloud
+    images = render_views(vertices, triangles, cameras, recipe.size)
+    try:
+        faces = mesh_to_faces(*small)
+    except ValueError as error:
+        raise MeshError(f"no mesh is left after simplification: {error}") from error
+    return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": cloud, "Mesh": faces}, record
 
 
-def make_tasks(source: Source, clouds: dict[str, np.ndarray] | None = None) -> list[ObjectTask]:
-    """Number the objects and label them by the official class order.
-
-    Numbers follow the hash of the name: they, and so the file names and the order of the lists, tell nothing about the class.
+def make_from_pcd(recipe: Recipe, up: str, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    """Make the modalities of one object from the PCD file `task.member`, see `make_object`.
 
     Args:
-        source: what was read.
-        clouds: name -> cloud to use instead of sampling the mesh; names without one keep None.
+        recipe: sizes and counts; up: "y" or "z", the vertical axis of the file; task: the object.
+    Returns:
+        The arrays, and `dropped_points`, how many points of the file were not valid.
     Raises:
-        UserError: on an unknown class or a name that occurs twice.
+        MeshError: when the file cannot be used.
     """
-    labels = {name: label for label, name in enumerate(OFFICIAL[source.dataset])}
-    names = Counter(shape.name for shape in source.shapes)
-    wrong = [shape.name for shape in source.shapes if shape.object_class not in labels or names[shape.name] > 1]
-    if wrong:
-        raise UserError(f"{source.dataset}: object {wrong[0]} occurs twice or is of no class of {', '.join(labels)}")
-    ordered = sorted(source.shapes, key=lambda shape: hashlib.sha256(shape.name.encode()).digest())
-    return [
-        ObjectTask(
-            number, shape.name, shape.split, labels[shape.object_class], shape.member,
-            shape.cloud if clouds is None else clouds.get(shape.name),
-        )
-        for number, shape in enumerate(ordered)
-    ]
+    cloud, dropped = read_pcd(Path(task.member).read_bytes())
+    arrays, facts = make_object(recipe, None, False, replace(task, cloud=to_z_up(cloud, up)))
+    return arrays, {**facts, "dropped_points": dropped}
 
 
-def _id2file(path: Path) -> list[str]:
-    """Return the instance ids of one part, from strings such as airplane/airplane_0001.ply."""
-    if not path.is_file():
-        raise UserError(f"{path} not found; it alone says which object each cloud is")
-    try:
-        return [Path(name).stem for name in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: expected a JSON list of file names ({error})") from error
+def _sample(vertices: np.ndarray, triangles: np.ndarray, recipe: Recipe, name: str) -> np.ndarray:
+    seed = (recipe.seed, zlib.crc32(name.encode()))
+    if recipe.sampling == "surface":
+        return sample_surface(vertices, triangles, recipe.num_points, seed).astype(np.float32)
+    candidates = sample_surface(vertices, triangles, CANDIDATES * recipe.num_points, seed)
+    return farthest_points(candidates, recipe.num_points, seed).astype(np.float32)
 
 
-def _cloud_source(dataset: str, shapes: list[Shape]) -> Source:
-    digest = hashlib.sha256()
-    for shape in shapes:
-        digest.update(f"{shape.split} {shape.name} {shape.cloud.shape}\n".encode())
-        digest.update(np.ascontiguousarray(shape.cloud).tobytes())
-    return Source(dataset, tuple(shapes), digest.hexdigest())
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archive", metavar="ZIP", type=user_path, help="ModelNet10.zip or ModelNet40.zip: all four modalities")
+    parser.add_argument("--points", metavar="HDF5_DIR", type=user_path, help="clouds to take; alone: clouds and splats")
+    parser.add_argument("--npz", metavar="FILE", type=user_path, help="modelnet10_points.npz or ...40_...: clouds and splats")
+    parser.add_argument("--pcd", metavar="DIR", type=user_path, help="DIR/CLASS/{train,test}/CLASS_0001.pcd: clouds and splats")
+    parser.add_argument("--root", type=user_path, help="where it goes; default dataset/modelnet10, modelnet40 or ..._splat")
+    parser.add_argument("--size", type=int, help=f"side of the pictures; default {MESH_SIZE}, from points {SPLAT_SIZE}")
+    parser.add_argument("--views", type=int, default=12, help="cameras around the object")
+    parser.add_argument("--elevation", type=float, default=30.0, help="of the cameras, degrees")
+    parser.add_argument("--num-points", type=int, default=2048, help="points drawn from each mesh")
+    parser.add_argument("--sampling", choices=SAMPLINGS, default="farthest", help="farthest: any beginning is well spread")
+    parser.add_argument("--max-faces", type=int, default=500, help="of the simplified mesh")
+    parser.add_argument("--up", choices=("y", "z"), help="vertical axis of the clouds; default y in --points, z in --pcd")
+    parser.add_argument("--seed", type=int, default=0, help="of the surface points")
+    parser.add_argument("--any-counts", action="store_true", help="accept other than the official counts; noted in the manifest")
+    add_writer_options(parser)
+    return parser
+
+
+def _read_sources(options: argparse.Namespace) -> tuple[Source, Source | None]:
+    """Return the source of the objects and, if the clouds come from elsewhere, theirs."""
+    if bool(options.npz) + bool(options.pcd) + bool(options.archive or options.points) != 1:
+        raise UserError("expected --archive ZIP, --archive ZIP --points HDF5_DIR, --points HDF5_DIR, --npz FILE, or --pcd DIR")
+    if options.npz:
+        return read_npz(options.npz), None
+    if options.pcd:
+        return read_pcd_folder(options.pcd, options.up or "z"), None
+    clouds = read_hdf5(options.points, options.up or "y") if options.points else None
+    return (read_archive(options.archive), clouds) if options.archive else (clouds, None)
+
+
+def _report_dropped(root: Path) -> None:
+    """Say how many points of PCD files were not valid; the journal has the number of each object."""
+    dropped = [entry["dropped_points"] for entry in read_journal(root)[1].values() if entry.get("dropped_points")]
+    if dropped:
+        print(f"{sum(dropped)} invalid points dropped from {len(dropped)} clouds (`dropped_points` in objects.jsonl)")
+
+
+def _settings(recipe: Recipe, source: Source, clouds: Source | None, official: bool) -> dict:
+    meshes = recipe.max_faces is not None
+    return {
+        "format": 1, "dataset": source.dataset if meshes else f"{source.dataset}_splat", "generator": "datasets.prepare_modelnet",
+        "pictures": "mesh" if meshes else "splat",
+        "modalities": ["RGBImg", "GrayImg", "PointCloud", *(["Mesh"] if meshes else [])], "official_counts": official,
+        "classes": list(OFFICIAL[source.dataset]),
+        "input_sha256": {"objects": source.sha256, **({"clouds": clouds.sha256} if clouds else {})}, **asdict(recipe),
+        "packages": package_versions(MESH_PACKAGES if meshes else ()),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` default to those of the process."""
+    options = _parser().parse_args(arguments)
+    source, clouds = _read_sources(options)
+    difference = check_official(source, hdf5=bool(options.points and not options.archive))
+    if difference and not options.any_counts:
+        raise UserError(f"{difference}; fetch the complete set, or accept it as it is with --any-counts")
+    meshes, sampled = bool(options.archive), bool(options.archive and not clouds)
+    recipe = Recipe(
+        size=options.size or (MESH_SIZE if meshes else SPLAT_SIZE), views=options.views, elevation=options.elevation,
+        num_points=options.num_points if sampled else None, sampling=options.sampling if sampled else None,
+        max_faces=options.max_faces if meshes else None, seed=options.seed,
+    )
+    settings = _settings(recipe, source, clouds, difference is None)
+    if meshes:
+        probe_renderer()
+    tasks = make_tasks(source, {shape.name: shape.cloud for shape in clouds.shapes} if clouds else None)
+    root = options.root or Path("dataset") / settings["dataset"]
+    make = partial(make_object, recipe, options.archive, bool(clouds))
+    if options.pcd:
+        make = partial(make_from_pcd, recipe, options.up or "z")
+    made, manifest = write_dataset(root, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
+    report(root, made, manifest)
+    _report_dropped(root)

@@ -1,29 +1,43 @@
-"""Runs one function over many tasks in several processes. Called by `datasets.prepare.object_writer`."""
+"""Runs one function over many tasks in several processes, and the options of the commands that do. Called by the preparation."""
 
+import argparse
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
+
+from utils.engine.progress import progress
+from utils.errors import UserError
 
 
-def run_tasks(produce: Callable[[Any], Any], todo: Sequence, workers: int) -> Iterator:
-    """Yield produce(task) of all tasks in the order they are ready, with one progress bar.
+def user_path(text: str) -> Path:
+    """Turn a path as people write it, with ~ for their home, into one."""
+    return Path(os.path.expanduser(text))
+
+
+def add_writer_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that writes a data set has: --workers and --overwrite."""
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings or package versions")
+
+
+def run_tasks(produce: Callable[[Any], Any], todo: Sequence, workers: int, title: str = "objects") -> Iterator:
+    """Yield produce(task) of all tasks in the order they are ready, and show the progress.
 
     Args:
         produce: picklable, if there are several workers.
         todo: tasks; each has a `name`, for messages.
         workers: processes; 1 works in this one.
+        title: what the tasks are, for the progress.
     Raises:
-        RuntimeError: when a worker process dies, naming the tasks in flight. Whatever `produce` raises is raised here.
+        UserError: when a worker process dies, naming the tasks in flight. Whatever `produce` raises is raised here.
     """
-    with tqdm(total=len(todo), desc="objects", unit="object") as bar:
-        for result in map(produce, todo) if workers == 1 else _run_parallel(produce, todo, workers):
-            bar.update()
-            yield result
+    yield from progress(map(produce, todo) if workers == 1 else _run_parallel(produce, todo, workers), len(todo), title)
 
 
 def _run_parallel(produce: Callable[[Any], Any], todo: Sequence, workers: int) -> Iterator:
@@ -39,7 +53,7 @@ def _run_parallel(produce: Callable[[Any], Any], todo: Sequence, workers: int) -
             yield from _collect(pending)
     except BrokenProcessPool as error:
         names = ", ".join(sorted(task.name for task in pending.values()))
-        raise RuntimeError(
+        raise UserError(
             f"a worker process died (killed, out of memory, or a crash in a library) while one of these was made: {names}. "
             "Finished objects are kept: run the same command again, with fewer --workers if memory is short"
         ) from error

@@ -1,9 +1,16 @@
-"""Writes a prepared data set of digits, in parallel: files, list files and a manifest. Called by the preparation commands."""
+"""The one writer of prepared data sets: files, list files and a manifest, object by object and in parallel.
+
+A data set is built in `root/.preparing` and moved into `root` when it is complete, so what was there before stays readable until
+then, and a run that was cut off goes on where it stopped. `objects.jsonl` is the journal: the settings, then one line per object
+with the hashes of its files. Files that no journal names are never touched.
+"""
 
 import hashlib
+import io
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,201 +19,220 @@ import numpy as np
 from PIL import Image
 
 from datasets.lists import default_list_path
-from datasets.mesh_faces import MAX_FACES, mesh_to_faces
+from datasets.prepare.ownership import JOURNAL, MANIFEST, SPLITS, STAGING, check_root, is_same, read_journal
 from datasets.prepare.parallel import run_tasks
-from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, extrude_digit, gray_image, project_rgb
+from datasets.prepare.shapes.mesh import MeshError
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
-FOLDERS = {name: MODALITIES[name].folder for name in ("RGBImg", "GrayImg", "PointCloud", "Mesh")}  # what `make_sample` makes
-SPLITS = ("train", "test")
-RGB_MODES = ("projection", "colourised")
-MANIFEST = "manifest.json"
-STAGING = ".partial"
-
 
 @dataclass(frozen=True)
-class DigitSplit:
-    """Digits of one split: images (N, 28, 28) uint8, labels (N,) int64 for the list files, ids (N,) int64, unique."""
+class ObjectTask:
+    """One object to prepare: its number in file names, its name in the source, and where its content comes from.
 
-    images: np.ndarray
-    labels: np.ndarray
-    ids: np.ndarray
+    Attributes:
+        number: unique in its split; name: for messages; split: "train" or "test"; label: for the list files.
+        member: file of its shape, in an archive or a folder, or None.
+        cloud: (n, 3) float32 points, z up, or None.
+        image: (28, 28) uint8 digit, or None.
+    """
 
-    def __post_init__(self) -> None:
-        if not len(self.images) == len(self.labels) == len(self.ids) == len(set(self.ids.tolist())):
-            raise UserError(
-                f"images, labels and distinct ids must be equally many, found {len(self.images)}, {len(self.labels)} and "
-                f"{len(set(self.ids.tolist()))}"
-            )
-
-    def sha256(self) -> str:
-        """Return the hash of everything this split is made from."""
-        parts = (self.images.astype(np.uint8), self.labels.astype(np.int64), self.ids.astype(np.int64))
-        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
-
-
-@dataclass(frozen=True)
-class DigitTask:
-    """One digit to write: image (28, 28) uint8, seed of its point subset, and its name for messages."""
-
+    number: int
     name: str
     split: str
-    sample_id: int
-    image: np.ndarray
-    seed: tuple[int, ...]
+    label: int
+    member: str | None = None
+    cloud: np.ndarray | None = None
+    image: np.ndarray | None = None
 
 
-def sample_name(modality: str, split: str, sample_id: int) -> str:
-    """Return the path of one file relative to the data root; it carries no class."""
-    suffix = "png" if MODALITIES[modality].kind == "image" else "npy"
-    return f"{split}/{FOLDERS[modality]}/{modality}_{split}_{sample_id:06d}.{suffix}"
+Make = Callable[[ObjectTask], tuple[dict[str, np.ndarray], dict]]
+Records = dict[tuple[str, int], dict]
 
 
-def make_sample(image: np.ndarray, num_points: int, rgb: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Make the four modalities of one digit.
-
-    Args:
-        image: (28, 28) uint8.
-        num_points: points to keep, drawn without replacement and in random order; 0 keeps all, shuffled.
-        rgb: "projection" (of the full cloud) or "colourised" (digit).
-        rng: source of the draw.
-    Returns:
-        "RGBImg" (30, 30, 3) uint8, "GrayImg" (30, 30) uint8, "PointCloud" (n, 3) float32, "Mesh" (F, 18) float32.
-    """
-    points, _ = digit_to_point_cloud(image)
-    keep = min(num_points or len(points), len(points))
-    return {
-        "RGBImg": project_rgb(points) if rgb == "projection" else colourise(image),
-        "GrayImg": gray_image(image),
-        "PointCloud": points[rng.permutation(len(points))[:keep]].astype(np.float32),
-        "Mesh": mesh_to_faces(*extrude_digit(image, MAX_FACES)),
-    }
+def object_file(modality: str, split: str, number: int, view: int = 0) -> str:
+    """Return the path of one file relative to the data root; it carries no class. Views after the first have own folders."""
+    entry = MODALITIES[modality]
+    folder = f"{split}/{entry.folder}" + (f"/view_{view:02d}" if view else "")
+    return f"{folder}/{modality}_{split}_{number:06d}.{'png' if entry.kind == 'image' else 'npy'}"
 
 
 def write_dataset(
-    root: str | Path, dataset: str, splits: dict[str, DigitSplit], *, num_points: int, rgb: str = "projection", seed: int = 0,
-    source: str, workers: int = 1,
-) -> bool:
-    """Write all files of a data set; the lists and then the manifest come last, so that a broken run is never read.
-
-    Everything is first made in `root/.partial` and then moved. A run that was cut off goes on with the digits that are not
-    there yet.
+    root: str | Path, settings: dict, tasks: Sequence[ObjectTask], make: Make, *, workers: int = 1, overwrite: bool = False,
+    dependents: Sequence[Path] = (),
+) -> tuple[bool, dict]:
+    """Make, finish or repair a data set.
 
     Args:
         root: data folder, made if need be.
-        dataset: prefix of the list files.
-        splits: "train" and "test".
-        num_points, rgb: see `make_sample`.
-        seed: of the point subsets; source: one line on the origin, for the manifest; workers: processes.
+        settings: everything that decides the content (JSON values), with "dataset" and "modalities". "packages", versions by
+            name, are recorded only: a data set made with other versions is left as it is, unless `overwrite`.
+        tasks: all objects.
+        make: task -> modality -> array (images (views, S, S[, 3]) uint8, others as stored), and facts for the journal;
+            picklable; a MeshError leaves the object out of every modality.
+        workers: processes; 1 works in this one.
+        overwrite: replace data made with other settings once the new ones are complete.
+        dependents: files the caller makes from the finished objects; removed when these change.
     Returns:
-        False if the same data were there already and nothing was done.
+        Whether anything was done, and the manifest.
     Raises:
-        UserError: on a bad option, or if `root` holds train/ or test/ folders that no preparation made.
+        UserError: on repeated numbers, a folder of other data or other settings, a split without any usable object, or when
+            a file cannot be written or does not read back as written.
     """
-    root = Path(root)
-    if num_points < 0 or rgb not in RGB_MODES:
-        raise UserError(f"expected num_points >= 0 and rgb one of {RGB_MODES}, found {num_points} and {rgb!r}")
-    settings = {
-        "format": 2, "dataset": dataset, "generator": "datasets.prepare.writer", "source": source, "num_points": num_points, "rgb": rgb,
-        "max_faces": MAX_FACES, "seed": seed, "input_sha256": {name: split.sha256() for name, split in splits.items()},
-        "counts": {name: len(split.ids) for name, split in splits.items()},
-    }
-    if _is_complete(root, dataset, settings):
-        return False
-    _check_root(root)
+    root, settings = Path(root), json.loads(json.dumps(settings))
+    if not tasks or len({(task.split, task.number) for task in tasks}) != len(tasks) or workers < 1:
+        raise UserError(f"expected objects with distinct numbers and at least one worker, found {len(tasks)} and {workers}")
+    try:
+        return _write(root, settings, tasks, make, workers, overwrite, dependents)
+    except OSError as error:
+        raise UserError(f"{root} could not be made: {error}; what is finished is kept, run the same command again") from error
+
+
+def report(root: str | Path, made: bool, manifest: dict) -> None:
+    """Print what `write_dataset` did."""
+    print(f"{root}: {'written' if made else 'already prepared, nothing to do'}; objects {manifest['counts']}")
+    for entry in manifest["left_out"]:
+        print(f"left out of every modality: {entry['split']} {entry['name']}: {entry['left_out']}")
+    if manifest["flagged"]:
+        print(f"{len(manifest['flagged'])} simplified meshes lost much of their area or silhouette (`flagged` in the manifest)")
+
+
+def _write(
+    root: Path, settings: dict, tasks: Sequence[ObjectTask], make: Make, workers: int, overwrite: bool, dependents: Sequence[Path]
+) -> tuple[bool, dict]:
     staging = root / STAGING
-    _open_staging(staging, settings)
-    todo = [
-        DigitTask(f"{name} digit with id {sample_id}", name, sample_id, image, (seed, number, sample_id))
-        for number, (name, split) in enumerate(splits.items())
-        for sample_id, image in zip(split.ids.tolist(), split.images, strict=True)
-        if not all((staging / sample_name(modality, name, sample_id)).is_file() for modality in FOLDERS)
-    ]
-    for _ in run_tasks(partial(_write_sample, staging, num_points, rgb), todo, workers):
-        pass
-    content = {name: _content_hashes(staging, name, split.ids.tolist()) for name, split in splits.items()}
-    _publish(root, dataset, splits)
-    atomic_write_json(root / MANIFEST, {**settings, "content_sha256": content})
-    shutil.rmtree(staging, ignore_errors=True)
+    if (staging / MANIFEST).is_file():  # killed while moving
+        _publish(root, dependents)
+    check_root(root, settings, overwrite)
+    (found, old), (started, new) = read_journal(root), read_journal(staging)
+    if not is_same(found, settings) or (overwrite and found.get("packages") != settings.get("packages")):
+        found, old = {}, {}
+    if not is_same(started, settings):
+        new = {}
+    records = {key: record for key, record in {**old, **new}.items() if _is_intact(root, record)}
+    todo = [task for task in tasks if (task.split, task.number) not in records]
+    if not todo and found and all(path.is_file() for path in (root / MANIFEST, *_lists(root, settings).values())):
+        return False, json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    check_root(staging, settings, overwrite)
+    if started and not new:
+        _discard(staging)
+    if "packages" in settings:
+        settings["packages"] = _merge(*(header.get("packages", {}) for header in (found, started if new else {}, settings)))
+    _write_journal(staging, settings, records)
+    with open(staging / JOURNAL, "a", encoding="utf-8") as journal:
+        for record in run_tasks(partial(_produce, make, str(staging)), todo, workers):
+            records[record["split"], record["number"]] = record
+            journal.write(json.dumps(record) + "\n")
+            journal.flush()
+    _finish(root, settings, records, [records[task.split, task.number] for task in todo])
+    return True, _publish(root, dependents)
+
+
+def _merge(*versions: Mapping[str, str]) -> dict[str, str]:
+    """Join package -> version; one that changed between two runs keeps all its versions."""
+    found = {name: {part for v in versions for part in v.get(name, "").split(", ") if part} for v in versions for name in v}
+    return {name: ", ".join(sorted(parts)) for name, parts in sorted(found.items())}
+
+
+def _produce(make: Make, folder: str, task: ObjectTask) -> dict:
+    """Make the files of one object and return its journal entry."""
+    record = {"number": task.number, "name": task.name, "split": task.split, "label": task.label}
+    try:
+        arrays, facts = make(task)
+    except MeshError as error:
+        return {**record, "left_out": str(error)}
+    files = {}
+    for modality, array in arrays.items():
+        for view, content in enumerate(array if MODALITIES[modality].kind == "image" else array[None]):
+            name = object_file(modality, task.split, task.number, view)
+            data, path = _encode(content, name), Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            files[name] = hashlib.sha256(data).hexdigest()
+    return {**record, **facts, "files": files}
+
+
+def _encode(array: np.ndarray, name: str) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG") if name.endswith(".png") else np.save(stream, array)
+    return stream.getvalue()
+
+
+def _is_intact(root: Path, record: dict) -> bool:
+    """Whether every file of a record is, as recorded, among the half-built or the finished ones."""
+    for name, digest in record.get("files", {}).items():
+        places = [path for path in (root / STAGING / name, root / name) if path.is_file()]
+        if not any(hashlib.sha256(path.read_bytes()).hexdigest() == digest for path in places):
+            return False
     return True
 
 
-def _open_staging(staging: Path, settings: dict) -> None:
-    """Keep what an interrupted run with the same settings has left, else start with empty folders."""
-    note = staging / MANIFEST
-    if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != settings:
-        shutil.rmtree(staging, ignore_errors=True)
-    for split in settings["counts"]:
-        for folder in FOLDERS.values():
-            (staging / split / folder).mkdir(parents=True, exist_ok=True)
-    atomic_write_json(note, settings)
+def _finish(root: Path, settings: dict, records: Records, fresh: list[dict]) -> None:
+    """Check what was written, then complete the journal and write the manifest, which marks the half-built folder as whole."""
+    damaged = next((record["name"] for record in fresh if not _is_intact(root, record)), None)
+    if damaged is not None:
+        raise OSError(f"the files of {damaged} do not read back as written; check the disk")
+    records = dict(sorted(records.items(), key=lambda item: (item[0][1], item[0][0])))
+    kept = [record for record in records.values() if "files" in record]
+    _write_journal(root / STAGING, settings, records)
+    for split in SPLITS:
+        if not any(record["split"] == split for record in kept):
+            raise UserError(f"no usable object in the {split} split; see {root / STAGING / JOURNAL} for the reasons")
+    atomic_write_json(root / STAGING / MANIFEST, {
+        **settings,
+        "counts": {split: sum(record["split"] == split for record in kept) for split in SPLITS},
+        "left_out": [{key: r[key] for key in ("name", "split", "left_out")} for r in records.values() if "files" not in r],
+        "flagged": [record["name"] for record in kept if record.get("flagged")],
+        "content_sha256": {split: _content_hashes(settings, kept, split) for split in SPLITS},
+    })
 
 
-def _write_sample(staging: Path, num_points: int, rgb: str, task: DigitTask) -> None:
-    """Write the files of one digit; each appears complete or not at all."""
-    try:
-        sample = make_sample(task.image, num_points, rgb, np.random.default_rng(task.seed))
-    except ValueError as error:
-        raise UserError(f"{task.name}: {error}") from error
-    for modality, array in sample.items():
-        path = staging / sample_name(modality, task.split, task.sample_id)
-        unfinished = staging / f"{path.name}.tmp"
-        with open(unfinished, "wb") as file:
-            np.save(file, array) if path.suffix == ".npy" else Image.fromarray(array).save(file, "PNG")
-        os.replace(unfinished, path)
+def _content_hashes(settings: dict, kept: list[dict], split: str) -> dict[str, str]:
+    """Return modality -> sha256 of the lines `path sha256` of its files, in the order of the numbers."""
+    hashes = {modality: hashlib.sha256() for modality in settings["modalities"]}
+    for name, digest in [item for record in kept if record["split"] == split for item in record["files"].items()]:
+        hashes[Path(name).name.split("_")[0]].update(f"{name} {digest}\n".encode())
+    return {modality: value.hexdigest() for modality, value in hashes.items()}
 
 
-def _content_hashes(staging: Path, split: str, ids: list[int]) -> dict[str, str]:
-    """Read all files back; return modality -> sha256 of the arrays in order."""
-    hashes = {}
-    for modality in FOLDERS:
-        digest = hashlib.sha256()
-        for sample_id in ids:
-            path = staging / sample_name(modality, split, sample_id)
-            array = np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
-            digest.update(array.tobytes())
-        hashes[modality] = digest.hexdigest()
-    return hashes
-
-
-def _publish(root: Path, dataset: str, splits: dict[str, DigitSplit]) -> None:
-    """Move the staged folders into place and write the lists; without lists the folder is unreadable meanwhile."""
-    (root / MANIFEST).unlink(missing_ok=True)
-    lists = {(split, modality): default_list_path(root, dataset, modality, split) for split in splits for modality in FOLDERS}
-    for path in lists.values():
+def _publish(root: Path, dependents: Sequence[Path]) -> dict:
+    """Move a complete half-built data set into place and return its manifest; may be cut off and repeated at any point."""
+    staging = root / STAGING
+    manifest = json.loads((staging / MANIFEST).read_text(encoding="utf-8"))
+    (settings, records), (found, old) = read_journal(staging), read_journal(root)
+    files, replaced = ({name for record in part.values() for name in record.get("files", {})} for part in (records, old))
+    outdated = list(_lists(root, found).values()) if found else []
+    for path in (root / MANIFEST, *outdated, *(dependents if records != old else ())):
         path.unlink(missing_ok=True)
-    for name in splits:
-        if (root / name).exists():
-            shutil.rmtree(root / name)
-        os.replace(root / STAGING / name, root / name)
-    for (name, modality), path in lists.items():
-        pairs = zip(splits[name].ids.tolist(), splits[name].labels.tolist(), strict=True)
-        atomic_write_text(path, "".join(f"{sample_name(modality, name, i)} {label}\n" for i, label in pairs))
+    for name in replaced - files:
+        (root / name).unlink(missing_ok=True)
+    for name in files:
+        if (staging / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / name, root / name)
+    for (modality, split), path in _lists(root, settings).items():
+        kept = [record for record in records.values() if record["split"] == split and "files" in record]
+        atomic_write_text(path, "".join(f"{object_file(modality, split, r['number'])} {r['label']}\n" for r in kept))
+    _write_journal(root, settings, records)
+    atomic_write_json(root / MANIFEST, manifest)
+    _discard(staging)
+    return manifest
 
 
-def _is_complete(root: Path, dataset: str, settings: dict) -> bool:
-    if not (root / MANIFEST).is_file():
-        return False
-    try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    same = isinstance(manifest, dict) and all(manifest.get(key) == value for key, value in settings.items())
-    folders = [(split, modality) for split in settings["counts"] for modality in FOLDERS]
-    return same and all(
-        default_list_path(root, dataset, modality, split).is_file()
-        and sum(1 for _ in (root / split / FOLDERS[modality]).glob("*")) == settings["counts"][split]
-        for split, modality in folders
-    )
+def _discard(staging: Path) -> None:
+    """Remove a half-built data set: first what says it is whole, last what says it is ours."""
+    (staging / MANIFEST).unlink(missing_ok=True)
+    for path in (path for path in staging.glob("*") if path.name != JOURNAL):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_root(root: Path) -> None:
-    ours = (root / MANIFEST).exists() or (root / STAGING).exists()
-    for name in SPLITS:
-        if (root / name).exists() and not ours:
-            raise UserError(
-                f"{root / name} exists, but {root} has no {MANIFEST}: it was not made by a preparation command and would be "
-                "replaced; choose another --root or move it away"
-            )
+def _lists(root: Path, settings: dict) -> dict[tuple[str, str], Path]:
+    names = settings["modalities"]
+    return {(name, split): default_list_path(root, settings["dataset"], name, split) for name in names for split in SPLITS}
+
+
+def _write_journal(folder: Path, settings: dict, records: Records) -> None:
+    lines = [{"settings": settings}, *records.values()]
+    atomic_write_text(folder / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines))

@@ -264,7 +264,7 @@ def scanned():
 
 
 def digit(index):
-    from datasets.prepare_digits import enlarge_digit
+    from datasets.prepare.digits import enlarge_digit
 
     return enlarge_digit(scanned()[index])
 

@@ -119,7 +119,7 @@ def test_a_mesh_ignores_position_scale_and_the_side_of_its_normals():
 def test_the_cloud_and_the_mesh_of_a_digit_look_alike(seed):
     from sklearn.datasets import load_digits
 
-    from datasets.prepare_digits import enlarge_digit
+    from datasets.prepare.digits import enlarge_digit
 
     digits = load_digits().images
     clouds, meshes = [], []

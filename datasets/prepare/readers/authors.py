@@ -1,13 +1,14 @@
-"""Reads the authors' processed 3D MNIST through its list files and pairs it on object ids. Called by `datasets.prepare_mnist3d`."""
+"""Reads the authors' processed 3D MNIST through its list files and pairs it on object ids, for `datasets.prepare.mnist3d`."""
 
 from pathlib import Path
 
 import numpy as np
 
 from datasets.lists import SampleList, default_list_path, read_labelled_list
-from datasets.prepare.writer import FOLDERS, MANIFEST, SPLITS
+from datasets.prepare.ownership import MANIFEST, SPLITS, check_root
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import MissingFileError, UserError
+from utils.modalities import MODALITIES
 
 DATASET = "mnist3d"
 
@@ -21,13 +22,15 @@ def join_authors_lists(folder: str | Path, root: str | Path) -> list[str]:
     Returns:
         One line per split and modality on the rows that were mispaired.
     Raises:
-        UserError: on missing lists or files, different ids or labels among the modalities, or a `root`
-            that holds the lists to be read.
+        UserError: on missing lists or files, different ids or labels among the modalities, or a `root` that holds the lists to
+            be read or other data.
     """
     source, root = _list_folder(Path(folder)), Path(root)
     if root.resolve() == source.resolve():
         raise UserError(f"--root {root} holds the authors' own lists, which would be overwritten; choose another --root")
-    modalities = [name for name in FOLDERS if default_list_path(source, DATASET, name, "train").is_file()]
+    settings = {"format": 1, "dataset": DATASET, "generator": "datasets.prepare.readers.authors"}
+    check_root(root, settings, overwrite=False)
+    modalities = [name for name in MODALITIES if default_list_path(source, DATASET, name, "train").is_file()]
     if "PointCloud" not in modalities or len(modalities) < 2:
         raise UserError(f"{source}: expected the training lists of the point clouds and of images, found {modalities}")
     joined, report = {}, []
@@ -41,7 +44,7 @@ def join_authors_lists(folder: str | Path, root: str | Path) -> list[str]:
         for name, text in rows.items():
             atomic_write_text(default_list_path(root, DATASET, name, split), text)
     counts = {split: len(next(iter(rows.values())).splitlines()) for split, rows in joined.items()}
-    atomic_write_json(root / MANIFEST, {"format": 1, "dataset": DATASET, "generator": "datasets.prepare.readers.authors", "counts": counts, "pairing": report})
+    atomic_write_json(root / MANIFEST, {**settings, "counts": counts, "pairing": report})
     return report
 
 
@@ -49,7 +52,8 @@ def _list_folder(folder: Path) -> Path:
     for candidate in (folder, folder / "dataset"):
         if default_list_path(candidate, DATASET, "PointCloud", "train").is_file():
             return candidate
-    raise UserError(f"{folder}: expected the authors' lists, e.g. {default_list_path(folder, DATASET, 'PointCloud', 'train').name}")
+    name = default_list_path(folder, DATASET, "PointCloud", "train").name
+    raise UserError(f"{folder}: expected the authors' lists, e.g. {name}")
 
 
 def _read(source: Path, name: str, split: str) -> tuple[SampleList, np.ndarray]:
@@ -86,5 +90,6 @@ def _report(read: dict[str, tuple[SampleList, np.ndarray]], split: str) -> list[
         if name != "PointCloud":
             wrong = sum(a != b for a, b in zip(rows.instance_ids, clouds.instance_ids, strict=True))
             classes = int((labels != other).sum())
-            lines.append(f"{split} {name}-PointCloud: {wrong} of {len(rows)} rows were mispaired, {classes} of them across classes; joined on id")
+            found = f"{wrong} of {len(rows)} rows were mispaired, {classes} of them across classes"
+            lines.append(f"{split} {name}-PointCloud: {found}; joined on id")
     return lines

@@ -1,11 +1,11 @@
-"""Reads the digits of the Kaggle archive of 3D MNIST from its HDF5 files. Called by `datasets.prepare_mnist3d`."""
+"""Reads the digits of the Kaggle archive of 3D MNIST from its HDF5 files. Called by `datasets.prepare.mnist3d`."""
 
 from pathlib import Path
 
 import numpy as np
 
+from datasets.prepare.digits import DigitSplit
 from datasets.prepare.shapes.digit import FRAME_SIZE, digit_to_point_cloud
-from datasets.prepare.writer import DigitSplit
 from utils.errors import UserError
 
 KAGGLE_FILES = {"train": "train_point_clouds.h5", "test": "test_point_clouds.h5"}

@@ -1,4 +1,4 @@
-"""MNIST: its idx files, their download, and whether they are the digits of 3D MNIST. Called by `datasets.prepare_mnist3d`."""
+"""MNIST: its idx files, their download, and whether they are the digits of 3D MNIST. Called by `datasets.prepare.mnist3d`."""
 
 import gzip
 import warnings
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.prepare.digits import DigitSplit
 from datasets.prepare.shapes.digit import DIGIT_SIZE
-from datasets.prepare.writer import DigitSplit
 from utils.errors import UserError
 
 SPLIT_SIZES = {"train": 5000, "test": 1000}

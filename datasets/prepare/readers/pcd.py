@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.prepare.modelnet import MODELNET10, Shape, Source
+from datasets.prepare.readers.modelnet import MODELNET10, Shape, Source
 from datasets.prepare.shapes.mesh import MeshError
 from utils.errors import UserError
 

@@ -229,21 +229,22 @@ def _shade(normals: np.ndarray) -> np.ndarray:
     return ALBEDO * np.minimum(light, 1.0)
 
 
-def _compose(places: np.ndarray, depth: np.ndarray, weight: np.ndarray, light: np.ndarray, disc: np.ndarray, size: int) -> np.ndarray:
+def _compose(
+    places: np.ndarray, depth: np.ndarray, weight: np.ndarray, light: np.ndarray, disc: np.ndarray, size: int
+) -> np.ndarray:
     """Blend, in each pixel, the fragments close behind the nearest one; darken with depth; put white elsewhere.
 
     Args:
         places: (m,) flat pixel numbers; depth: (m,); weight: (m,) > 0; disc: (m,) rows of light (n, 3) in 0..1.
     """
-    nearest = np.full(size * size, np.inf)
+    nearest = np.full(size**2, np.inf)
     np.minimum.at(nearest, places, depth)
     front = np.flatnonzero(depth <= nearest[places] + BLEND_DEPTH)
     places, weight, disc = places[front], weight[front], disc[front]
     fade = 1 - DEPTH_SHADE * np.clip((depth[front] - (DISTANCE - 1)) / 2, 0, 1)
-    total = np.bincount(places, weight, size * size)
-    drawn = total > 0
-    canvas = np.ones((size * size, 3))
+    total = np.bincount(places, weight, size**2)
+    drawn, canvas = total > 0, np.ones((size**2, 3))
     for channel in range(3):
-        shade = np.bincount(places, weight * (light[disc, channel] * fade), size * size)
+        shade = np.bincount(places, weight * (light[disc, channel] * fade), size**2)
         canvas[drawn, channel] = shade[drawn] / total[drawn]
     return np.rint(canvas * 255).astype(np.uint8).reshape(size, size, 3)

@@ -13,9 +13,9 @@ import pytest
 from conftest import TEST, TRAIN
 from PIL import Image
 
-from datasets import inspect
-from datasets.inspect import load_data_config, make_block
+from datasets.prepare import inspect
 from datasets.prepare.checks import read_lists
+from datasets.prepare.inspect import load_data_config, make_block
 from utils.engine.session import run_command
 from utils.errors import UserError
 from utils.evaluation.tables import align

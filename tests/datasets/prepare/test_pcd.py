@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets import prepare_modelnet
 from datasets.lists import check_paired, default_list_path, read_labelled_list
-from datasets.prepare.modelnet import MODELNET10, MODELNET40
+from datasets.prepare import modelnet as prepare_modelnet
 from datasets.prepare.readers import pcd
+from datasets.prepare.readers.modelnet import MODELNET10, MODELNET40
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
 from datasets.prepare.shapes.mesh import MeshError
 from utils.errors import UserError
@@ -223,7 +223,7 @@ def test_up_and_a_folder_in_between(tmp_path):
             np.testing.assert_array_equal(stored_cloud(tmp_path / root, entries[name]), points @ np.array(turn, np.float32))
     same = tmp_path / "same"  # another axis is another data set, not something already prepared
     run("--pcd", tmp_path / "in", "--root", same)
-    run("--pcd", tmp_path / "in", "--root", same, "--up", "y")
+    run("--pcd", tmp_path / "in", "--root", same, "--up", "y", "--overwrite")
     assert snapshot(same) == snapshot(tmp_path / "y") != snapshot(tmp_path / "z")
 
 
@@ -276,7 +276,9 @@ def test_killed_and_repeated(tmp_path, monkeypatch):
     assert len(read) == 10
     changed = tmp_path / "in/bed/test/bed_0003.pcd"
     changed.write_bytes(write_pcd((clouds["bed_0003"] * 2).tolist()))
-    run("--pcd", tmp_path / "in", "--root", root)
+    with pytest.raises(UserError, match="input_sha256.*--overwrite"):
+        run("--pcd", tmp_path / "in", "--root", root)
+    run("--pcd", tmp_path / "in", "--root", root, "--overwrite")
     assert len(read) == 19 and np.array_equal(stored_cloud(root, prepared(root)[1]["bed_0003"]), clouds["bed_0003"] * 2)
 
 
@@ -318,10 +320,10 @@ def test_folders_that_do_not_fit(tmp_path):
 
 def test_refusals_of_the_command(tmp_path):
     write_folder(tmp_path / "in")
-    with pytest.raises(SystemExit, match="modelnet10: found 6 / 3 objects.*--any-counts"):
+    with pytest.raises(UserError, match="modelnet10: found 6 / 3 objects.*--any-counts"):
         prepare_modelnet.main(["--pcd", str(tmp_path / "in"), "--root", str(tmp_path / "out")])
     for other in (["--npz", "a.npz"], ["--archive", "a.zip"], ["--points", "h"]):
-        with pytest.raises(SystemExit, match="expected --archive.*or --pcd DIR"):
+        with pytest.raises(UserError, match="expected --archive.*or --pcd DIR"):
             run("--pcd", tmp_path / "in", *other)
     write_folder(tmp_path / "both/ModelNet10", ("bed", "sofa", "car"))
     with pytest.raises(ValueError, match="car_000. occurs twice or is of no class"):

@@ -1,11 +1,6 @@
 """Preparation of ModelNet through its command: miniature archives, interruption, objects that cannot be used, the real clouds."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -13,15 +8,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import prepare_modelnet
 from datasets.lists import check_paired, default_list_path, read_labelled_list
-from datasets.prepare import object_writer
-from datasets.prepare.modelnet import MODELNET10, MODELNET40, check_official, make_tasks, read_archive, read_hdf5, read_npz
+from datasets.prepare import modelnet
+from datasets.prepare.readers.archives import read_member
+from datasets.prepare.readers.modelnet import (
+    MODELNET10,
+    MODELNET40,
+    Source,
+    check_official,
+    make_tasks,
+    read_archive,
+    read_hdf5,
+    read_npz,
+)
 from datasets.prepare.shapes.mesh import MeshError
 from datasets.prepare.shapes.render import probe_renderer
 from utils.errors import UserError
 
-NPZ = Path("../shared/data/modelnet10_points/modelnet10_points.npz")
+REAL = [(f"modelnet{n}", Path(f"../shared/data/modelnet{n}_points/modelnet{n}_points.npz"), counts) for n, counts in ((10, [3991, 908]), (40, [9843, 2468]))]
 BOX = "OFF8 6 0\n0 0 0\n{0} 0 0\n{0} 1 0\n0 1 0\n0 0 1\n{0} 0 1\n{0} 1 1\n0 1 1\n4 0 3 2 1\n4 4 5 6 7\n4 0 1 5 4\n4 1 2 6 5\n4 2 3 7 6\n4 3 0 4 7\n"
 NAMES = ["bathtub_0001", "bed_0001", "night_stand_0001", "night_stand_0002", "table_0001"]
 SPLATS = ["--any-counts", "--workers", "1", "--views", "2", "--size", "24"]
@@ -42,12 +46,8 @@ def write_npz(path: Path, count: int = 6, **changes) -> Path:
     return path
 
 
-def snapshot(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
 def run(*arguments: str | Path) -> None:
-    prepare_modelnet.main([*map(str, arguments), *SPLATS])
+    modelnet.main([*map(str, arguments), *SPLATS])
 
 
 def test_official_counts():
@@ -56,19 +56,24 @@ def test_official_counts():
     assert len(MODELNET10) == 10 and [sum(n[i] for n in MODELNET10.values()) for i in (0, 1)] == [3991, 908]
 
 
-def test_the_real_clouds():
-    if not NPZ.is_file():
-        pytest.skip(f"{NPZ} is not there")
-    source = read_npz(NPZ)
-    assert source.dataset == "modelnet10" and check_official(source, clouds_only=True) is None
+@pytest.mark.parametrize("dataset,path,counts", REAL, ids=["10", "40"])
+def test_the_real_clouds(dataset, path, counts):
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    source = read_npz(path)
+    assert source.dataset == dataset and check_official(source, hdf5=False) is None
     tasks = make_tasks(source)
-    assert [sum(task.split == split for task in tasks) for split in ("train", "test")] == [3991, 908]
-    with np.load(NPZ) as archive:
+    assert [sum(task.split == split for task in tasks) for split in ("train", "test")] == counts
+    with np.load(path) as archive:
         row = archive["instance_id"].tolist().index(tasks[0].name)
         assert tasks[0].label == archive["label"][row] and tasks[0].split == archive["split"][row]
         np.testing.assert_array_equal(np.rint(tasks[0].cloud * 32767), archive["points"][row])
     labels = np.array([task.label for task in tasks])
     assert (labels[1:] != labels[:-1]).mean() > 0.7  # the order tells nothing about the class
+    training = next(i for i, shape in enumerate(source.shapes) if shape.split == "train")
+    fewer = Source(dataset, source.shapes[:training] + source.shapes[training + 3 :], "")
+    assert "counts differ" in check_official(fewer, hdf5=False)
+    assert (check_official(fewer, hdf5=True) is None) == (dataset == "modelnet40")  # only the HDF5 set lacks three
 
 
 def test_splats_end_to_end(tmp_path):
@@ -97,8 +102,8 @@ def test_splats_end_to_end(tmp_path):
 
 
 def test_counts_are_asserted(tmp_path):
-    with pytest.raises(SystemExit, match="modelnet10: found 4 / 2 objects.*bathtub/test: 1 instead of 50.*--any-counts"):
-        prepare_modelnet.main(["--npz", str(write_npz(tmp_path / "a.npz")), "--root", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="modelnet10: found 4 / 2 objects.*bathtub/test: 1 instead of 50.*--any-counts"):
+        modelnet.main(["--npz", str(write_npz(tmp_path / "a.npz")), "--root", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -107,7 +112,7 @@ def test_counts_are_asserted(tmp_path):
     ({"points": np.zeros((5, 40, 3), np.int16)}, "expected int16 points"),
     ({"label": np.zeros(6, np.int8)}, "labels as in the names"),
     ({"split": np.array(["valid"] * 6)}, "expected splits train and test"),
-    ({"label": np.full(6, 77, np.int8)}, "not a readable archive"),
+    ({"label": np.full(6, 77, np.int8)}, "positions in classes"),
     ({"instance_id": np.array(["bed_0001"] * 6), "label": np.full(6, 1, np.int8)}, "occurs twice"),
 ])
 def test_bad_npz(tmp_path, changes, words):
@@ -125,10 +130,10 @@ def test_wrong_sources(tmp_path):
         read_archive(tmp_path / "cut.zip")
     for bad in (["--size", "4"], ["--seed", "-1"], ["--views", "0"], ["--elevation", "90"]):
         with pytest.raises(ValueError, match="at least"):
-            prepare_modelnet.main(["--npz", str(write_npz(tmp_path / "a.npz")), "--any-counts", *bad])
+            modelnet.main(["--npz", str(write_npz(tmp_path / "a.npz")), "--any-counts", *bad])
     for arguments in ([], ["--npz", "x", "--archive", "y"]):
-        with pytest.raises(SystemExit, match="expected --archive"):
-            prepare_modelnet.main(arguments)
+        with pytest.raises(UserError, match="expected --archive"):
+            modelnet.main(arguments)
 
 
 def test_unusable_clouds_are_left_out_of_everything(tmp_path):
@@ -139,77 +144,6 @@ def test_unusable_clouds_are_left_out_of_everything(tmp_path):
     assert manifest["counts"] == {"train": 3, "test": 2}
     assert [e["name"] for e in manifest["left_out"]] == ["bed_0001"] and "one place" in manifest["left_out"][0]["left_out"]
     assert sum(1 for _ in (tmp_path / "out/train").rglob("*.npy")) == 3 and sum(1 for _ in (tmp_path / "out/train").rglob("*.png")) == 12
-
-
-def test_interrupted_then_damaged_then_other_settings(tmp_path, monkeypatch):
-    npz = write_npz(tmp_path / "a.npz")
-    run("--npz", npz, "--root", tmp_path / "whole")
-    whole = snapshot(tmp_path / "whole")
-    root, made = tmp_path / "cut", []
-
-    def dies(recipe, archive, needs_cloud, task):
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        made.append(task.name)
-        return original(recipe, archive, needs_cloud, task)
-
-    original = prepare_modelnet.make_object
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_modelnet, "make_object", dies)
-        with pytest.raises(KeyboardInterrupt):
-            run("--npz", npz, "--root", root)
-    assert not (root / "manifest.json").exists() and not list(root.glob("*_list.txt"))
-    with open(root / "objects.jsonl", "a") as journal:
-        journal.write('{"number": 5, "na')  # the line a killed run was writing
-    (root / "train/rgb_imgs/RGBImg_train_000099.png").write_bytes(b"left behind")
-
-    def counted(recipe, archive, needs_cloud, task):
-        made.append(task.name)
-        return original(recipe, archive, needs_cloud, task)
-
-    monkeypatch.setattr(prepare_modelnet, "make_object", counted)
-    run("--npz", npz, "--root", root)
-    assert snapshot(root) == whole and len(made) == 6  # three before, three after
-    run("--npz", npz, "--root", root)
-    assert len(made) == 6
-    victim = next((root / "test/gray_imgs").rglob("*.png"))
-    victim.write_bytes(victim.read_bytes()[:-1])
-    run("--npz", npz, "--root", root)
-    assert snapshot(root) == whole and len(made) == 7  # only the damaged object was made again
-    run("--npz", npz, "--root", root, "--elevation", "10")
-    assert len(made) == 13 and json.loads((root / "manifest.json").read_text())["elevation"] == 10
-
-
-def test_two_processes_give_the_same_files(tmp_path):
-    """The only test that starts workers, in a killed command: `kill -9` half-way, then again."""
-    npz = write_npz(tmp_path / "a.npz", 40)
-    run("--npz", npz, "--root", tmp_path / "whole")
-    command = [sys.executable, "-m", "datasets.prepare_modelnet", "--npz", npz, "--root", tmp_path / "cut", *SPLATS, "--workers", "2"]
-    child = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    journal, deadline = tmp_path / "cut/objects.jsonl", time.time() + 300
-    while time.time() < deadline and not (journal.is_file() and len(journal.read_bytes().splitlines()) > 2):
-        time.sleep(0.02)
-    os.killpg(child.pid, signal.SIGKILL)
-    assert child.wait() in (0, -signal.SIGKILL)
-    if not journal.is_file():
-        pytest.skip("this machine did not start the command within 300 s")
-    run("--npz", npz, "--root", tmp_path / "cut")
-    assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
-
-
-def test_foreign_folders_are_refused(tmp_path):
-    (tmp_path / "out/train").mkdir(parents=True)
-    with pytest.raises(ValueError, match="would be replaced"):
-        run("--npz", write_npz(tmp_path / "a.npz"), "--root", tmp_path / "out")
-
-
-def test_a_disk_that_loses_files_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(object_writer, "_encode", lambda array, name: b"x" if name.endswith("view_01") else b"y")
-    original = Path.write_bytes
-    monkeypatch.setattr(Path, "write_bytes", lambda self, data: original(self, data[:0] if "PointCloud" in self.name else data))
-    with pytest.raises(OSError, match="do not read back"):
-        run("--npz", write_npz(tmp_path / "a.npz"), "--root", tmp_path / "out")
-    assert not (tmp_path / "out/manifest.json").exists()
 
 
 def write_hdf5(folder: Path, plain: bool = False) -> None:
@@ -269,14 +203,69 @@ def test_archive_listing(tmp_path):
         read_archive(tmp_path / "ModelNet10.zip")
 
 
+MEMBER = "ModelNet10/bathtub/train/bathtub_0001.off"
+
+
+def patched(path: Path, offset: int, value: bytes, signatures=(b"PK\x03\x04", b"PK\x01\x02"), name: str = MEMBER) -> Path:
+    """Overwrite two bytes of the headers of one member: 6 its flags, 8 its method, both as in the local header."""
+    data = bytearray(path.read_bytes())
+    for signature, length, shift in ((b"PK\x03\x04", 30, 0), (b"PK\x01\x02", 46, 2)):
+        place = data.find(signature)
+        while place >= 0 and data[place + length : place + length + len(name)] != name.encode():
+            place = data.find(signature, place + 1)
+        if signature in signatures:
+            data[place + offset + shift : place + offset + shift + 2] = value
+    path.write_bytes(bytes(data))
+    return path
+
+
+@pytest.mark.parametrize("offset,value,words", [
+    (8, b"\x09\x00", "Deflate64 .9."), (8, b"\x5d\x00", "Zstandard"), (8, b"\x63\x00", "AES"), (8, b"\x4d\x00", "an unknown method"),
+    (6, b"\x01\x00", "encryption"),
+])
+def test_members_that_python_cannot_read_are_one_message(tmp_path, offset, value, words):
+    path = patched(write_archive(tmp_path / "a.zip"), offset, value)
+    with pytest.raises(UserError, match=rf"{path}, member {MEMBER}: packed with {words}.*pack the folder again as a plain zip"):
+        run("--archive", path, "--root", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_split_and_cut_archives_are_one_message(tmp_path):
+    path = write_archive(tmp_path / "a.zip")
+    whole = path.read_bytes()
+    patched(path, 32, b"\x01\x00", signatures=(b"PK\x01\x02",))  # with the shift: the number of the part it starts in
+    for data, words in ((path.read_bytes(), "last part of several"), (whole[:-30], "not a zip"), (whole[300:], ""), (b"PK\x03\x04 cut", "not a zip")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"not a complete zip file .*{words}.*join them first") if words else pytest.raises((UserError, MeshError)):
+            [read_member(path, shape.member) for shape in read_archive(path).shapes]
+        modelnet.read_member.__globals__["_open"].cache_clear()
+
+
 def test_damaged_members_are_left_out(tmp_path):
     path = write_archive(tmp_path / "a.zip")
-    data = bytearray(path.read_bytes())
-    place = data.index(b"bathtub_0001.off") + 20
-    data[place : place + 8] = b"\xff" * 8
-    path.write_bytes(bytes(data))
-    with pytest.raises(MeshError, match="damaged in the archive"):
-        prepare_modelnet._read_member(str(path), "ModelNet10/bathtub/train/bathtub_0001.off")
+    whole, place = path.read_bytes(), path.read_bytes().index(b"bathtub_0001.off") + 20
+    wrong_sum = patched(path, 14, b"\x00\x00", signatures=(b"PK\x01\x02",)).read_bytes()
+    for damaged in (whole[:place] + b"\xff" * 8 + whole[place + 8 :], wrong_sum):
+        path.write_bytes(damaged)
+        with pytest.raises(MeshError, match=f"{path}, member {MEMBER}: damaged or missing .*fetch the archive again"):
+            read_member(path, MEMBER)
+        modelnet.read_member.__globals__["_open"].cache_clear()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"text", lambda data: data[:200] + b"\xff" * 60 + data[260:],
+])
+def test_damaged_npz_files_are_one_message(tmp_path, damage):
+    path = write_npz(tmp_path / "a.npz")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=f"{path}, member points.npy: .*fetch the archive again"):
+        read_npz(path)
+    patched(write_npz(path), 8, b"\x09\x00", name="points.npy")
+    with pytest.raises(UserError, match="member points.npy: cannot be read.*pack the folder again"):
+        read_npz(path)
+    np.savez(path, points=np.zeros(3))
+    with pytest.raises(UserError, match="member instance_id.npy"):
+        read_npz(path)
 
 
 def test_meshes_end_to_end(tmp_path, monkeypatch):
@@ -286,7 +275,7 @@ def test_meshes_end_to_end(tmp_path, monkeypatch):
         probe_renderer()
     except UserError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(prepare_modelnet, "probe_renderer", lambda: None)  # done just now; it takes seconds
+    monkeypatch.setattr(modelnet, "probe_renderer", lambda: None)  # done just now; it takes seconds
     write_hdf5(tmp_path / "h")
     for root, extra in (("sampled", []), ("given", ["--points", tmp_path / "h"])):
         run("--archive", write_archive(tmp_path / "ModelNet10.zip"), "--root", tmp_path / root, "--num-points", "64", *extra)

@@ -1,4 +1,4 @@
-"""Preparation: readers of MNIST, Kaggle and the authors' folder, and the writer with its interruption rules."""
+"""Preparation of digits: readers of MNIST, Kaggle and the authors' folder, and what is written of a digit."""
 
 import gzip
 import json
@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from datasets.lists import check_paired, default_list_path, read_labelled_list, read_training_list
+from datasets.lists import check_paired, default_list_path, read_labelled_list
 from datasets.mesh_faces import mesh_to_faces
-from datasets.prepare import writer
+from datasets.prepare import digits as prepare_digits
+from datasets.prepare import mnist3d
+from datasets.prepare.digits import DigitSplit, digits_splits, enlarge_digit, write_digits
 from datasets.prepare.readers.authors import join_authors_lists
 from datasets.prepare.readers.hdf5 import read_kaggle
 from datasets.prepare.readers.idx import check_class_counts, download_mnist, read_idx, read_mnist
-from datasets.prepare.shapes.digit import digit_to_point_cloud, extrude_digit, gray_image, project_rgb
-from datasets.prepare.writer import DigitSplit, write_dataset
-from datasets.prepare_digits import digits_splits, enlarge_digit
+from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, extrude_digit, gray_image, project_rgb
 from utils.errors import UserError
 
 SIZES = {"train": 4, "test": 2}
@@ -164,12 +164,8 @@ def test_bad_kaggle_files_are_refused(tmp_path):
         read_kaggle(tmp_path)
 
 
-def snapshot(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def test_written_dataset(tmp_path):
-    assert write_dataset(tmp_path, "own", splits(), num_points=50, source="test")
+def test_written_digits(tmp_path):
+    assert write_digits(tmp_path, "own", splits(), num_points=50, source="test")
     lists = {}
     for modality in ("RGBImg", "GrayImg", "PointCloud", "Mesh"):
         lists[modality], labels = read_labelled_list(
@@ -183,96 +179,47 @@ def test_written_dataset(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(lists["GrayImg"].files[3])), gray_image(image))
     np.testing.assert_array_equal(np.asarray(Image.open(lists["RGBImg"].files[3])), project_rgb(full))
     points = np.load(lists["PointCloud"].files[3])
-    assert points.shape == (50, 3) and points.dtype == np.float32
-    assert {tuple(p) for p in points} <= {tuple(p) for p in full.astype(np.float32)}
+    kept = np.random.default_rng((0, 0, 6)).permutation(len(full))[:50]
+    np.testing.assert_array_equal(points, full[kept].astype(np.float32))
     np.testing.assert_array_equal(np.load(lists["Mesh"].files[3]), mesh_to_faces(*extrude_digit(image)))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["counts"] == SIZES and set(manifest["content_sha256"]["test"]) == set(lists)
+    assert not write_digits(tmp_path, "own", splits(), num_points=50, source="test")
+    assert write_digits(tmp_path, "own", splits(), num_points=50, rgb="colourised", source="test", overwrite=True)
+    np.testing.assert_array_equal(np.asarray(Image.open(lists["RGBImg"].files[3])), colourise(image))
 
 
 def test_full_clouds_are_shuffled_but_complete(tmp_path):
-    write_dataset(tmp_path, "own", splits(), num_points=0, source="test")
+    write_digits(tmp_path, "own", splits(), num_points=0, source="test")
     full = digit_to_point_cloud(splits()["train"].images[0])[0].astype(np.float32)
     points = np.load(tmp_path / "train/point_cloud/PointCloud_train_000000.npy")
     assert (points != full).any()
     np.testing.assert_array_equal(points[np.lexsort(points.T)], full[np.lexsort(full.T)])
 
 
-def test_repeatable_and_not_repeated(tmp_path):
-    for name in ("a", "b"):
-        assert write_dataset(tmp_path / name, "own", splits(), num_points=50, source="test")
-    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
-    assert not write_dataset(tmp_path / "a", "own", splits(), num_points=50, source="test")
-    assert write_dataset(tmp_path / "a", "own", splits(), num_points=50, rgb="colourised", source="test")
-    (tmp_path / "b/train/rgb_imgs/RGBImg_train_000002.png").unlink()
-    assert write_dataset(tmp_path / "b", "own", splits(), num_points=50, source="test")  # a lost file is noticed
-
-
-@pytest.mark.parametrize("step", ["make_sample", "os.replace", "atomic_write_text", "atomic_write_json"])
-def test_interruption_is_never_read_and_a_rerun_repairs(tmp_path, monkeypatch, step):
-    write_dataset(tmp_path / "whole", "own", splits(), num_points=50, source="test")
-    calls = []
-    original = writer.os.replace if step == "os.replace" else getattr(writer, step)
-
-    def dies_at_second_call(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(f"datasets.prepare.writer.{step}", dies_at_second_call)
-        with pytest.raises(KeyboardInterrupt):
-            write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
-    assert not (tmp_path / "cut" / "manifest.json").exists()
-    if step != "atomic_write_json":  # the last list, Mesh_test, is only there when everything else is
-        with pytest.raises(UserError):
-            read_training_list(default_list_path(tmp_path / "cut", "own", "Mesh", "test"), modality="Mesh", root=tmp_path)
-    assert write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
-    assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
-
-
-def test_interrupted_run_goes_on_where_it_stopped_and_parallel_equals_serial(tmp_path, monkeypatch):
-    write_dataset(tmp_path / "whole", "own", splits(), num_points=50, source="test", workers=2)
-    original, made = writer.make_sample, []
-
-    def dies_at_third_call(*args):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(1)
-        return original(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("datasets.prepare.writer.make_sample", dies_at_third_call)
-        write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
-    monkeypatch.setattr("datasets.prepare.writer.make_sample", lambda *args: made.append(1) or original(*args))
-    write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
-    assert len(made) == sum(SIZES.values())  # none twice
-    assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
-
-
-def test_leftovers_of_other_settings_are_not_used(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("datasets.prepare.writer._publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        write_dataset(tmp_path / "cut", "own", splits(), num_points=40, source="test")
-    write_dataset(tmp_path / "cut", "own", splits(), num_points=50, source="test")
-    assert np.load(tmp_path / "cut/train/point_cloud/PointCloud_train_000000.npy").shape == (50, 3)
-
-
-def test_foreign_folders_and_bad_options_are_refused(tmp_path):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "precious.txt").touch()
-    with pytest.raises(ValueError, match="would be replaced"):
-        write_dataset(tmp_path, "own", splits(), num_points=50, source="test")
-    assert (tmp_path / "train" / "precious.txt").exists()
+def test_bad_options_and_digits_are_refused(tmp_path):
     for options in ({"num_points": -1}, {"num_points": 5, "rgb": "photo"}):
-        with pytest.raises(ValueError, match="expected num_points"):
-            write_dataset(tmp_path / "x", "own", splits(), source="test", **options)
+        with pytest.raises(UserError, match="expected num_points"):
+            write_digits(tmp_path / "x", "own", splits(), source="test", **options)
     empty = {"train": DigitSplit(np.zeros((1, 28, 28), np.uint8), np.zeros(1, int), np.array([7]))}
-    with pytest.raises(ValueError, match="id 7.*no lit pixel"):
-        write_dataset(tmp_path / "x", "own", empty, num_points=5, source="test")
-    with pytest.raises(ValueError, match="distinct ids"):
+    with pytest.raises(UserError, match="id 7.*no lit pixel"):
+        write_digits(tmp_path / "x", "own", empty, num_points=5, source="test")
+    with pytest.raises(UserError, match="distinct ids"):
         DigitSplit(digits(2, 0), np.zeros(2), np.zeros(2))
+
+
+def test_the_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_digits, "digits_splits", splits)
+    for _ in range(2):
+        prepare_digits.main(["--root", str(tmp_path / "d"), "--points", "9", "--workers", "1"])
+    assert [line.split(": ")[1].split(";")[0] for line in capsys.readouterr().out.splitlines()] == ["written", "already prepared, nothing to do"]
+    write_mnist(tmp_path)
+    with pytest.raises(UserError, match="of the data set 'digits', not 'mnist3d'"):
+        mnist3d.main(["--root", str(tmp_path / "d")])  # before anything is downloaded into it
+    assert not (tmp_path / "d/raw").exists()
+    with pytest.warns(UserWarning, match="not the 5000"):
+        mnist3d.main(["--mnist", str(tmp_path), "--root", str(tmp_path / "m"), "--points", "9", "--workers", "1"])
+    assert json.loads((tmp_path / "m/manifest.json").read_text())["num_points"] == 9
 
 
 def write_authors(folder):
@@ -310,6 +257,9 @@ def test_authors_errors(tmp_path):
     write_authors(tmp_path)
     with pytest.raises(ValueError, match="overwritten"):
         join_authors_lists(tmp_path / "dataset", tmp_path / "dataset")
+    write_digits(tmp_path / "made", "mnist3d", splits(), num_points=9, source="test")
+    with pytest.raises(UserError, match="other settings or input"):
+        join_authors_lists(tmp_path, tmp_path / "made")
     path = tmp_path / "dataset/mnist3d_PointCloud_train_list.txt"
     rows = path.read_text().split("\n")
     path.write_text("\n".join(rows[:-1]))

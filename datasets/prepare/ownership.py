@@ -1,0 +1,114 @@
+"""Whose a data folder is: which data set with which settings a preparation made there, and what it may replace."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+SPLITS = ("train", "test")
+MANIFEST, JOURNAL, STAGING = "manifest.json", "objects.jsonl", ".preparing"
+
+
+def package_versions(names: Sequence[str]) -> dict[str, str]:
+    """Return package -> version of what meshes are made with.
+
+    Raises:
+        UserError: naming requirements-data.txt, when one is not installed.
+    """
+    try:
+        return {name: version(name) for name in names}
+    except PackageNotFoundError as error:
+        raise UserError(f"meshes need the package {error.name}: pip install -r requirements-data.txt") from error
+
+
+def read_journal(folder: Path) -> tuple[dict, dict[tuple[str, int], dict]]:
+    """Return the settings in a folder's journal and its entries by (split, number); both are empty without a journal."""
+    entries = []
+    if (folder / JOURNAL).is_file():
+        for line in (folder / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break  # the line a killed run was writing
+    settings = entries[0].get("settings", {}) if entries and isinstance(entries[0], dict) else {}
+    return settings, {(entry["split"], entry["number"]): entry for entry in entries[1:]}
+
+
+def is_same(found: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether data made with the settings `found` are what `settings` would make; versions of packages do not count."""
+    return bool(found) and not _differences(found, settings)
+
+
+def check_root(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuse a folder that is not ours to write to.
+
+    Args:
+        folder: of finished or half-built data; it need not exist.
+        settings: of the data to be made; "dataset" alone asks whether it is another data set's folder.
+        overwrite: whether data of the same data set made with other settings may be replaced.
+    Raises:
+        UserError: when it is no folder, holds another data set, an unreadable manifest, data that no preparation made, or,
+            without `overwrite`, data of other settings.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; expected the folder of a data set: choose another one")
+    found = read_journal(folder)[0] or read_manifest(folder / MANIFEST)
+    if found:
+        _check_settings(folder, found, settings, overwrite)
+        return
+    foreign = [path for pattern in (*SPLITS, f"{settings['dataset']}_*_list.txt") for path in folder.glob(pattern)]
+    if foreign:
+        raise UserError(
+            f"{foreign[0]} exists, but {folder} has no {MANIFEST}: no preparation command made it; "
+            "choose another folder or move it away"
+        )
+
+
+def check_manifest(path: Path, manifest: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuse, without `overwrite`, to replace lists whose manifest says something else than the new one.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    found = read_manifest(path)
+    if found:
+        _check_settings(path, found, manifest, overwrite)
+
+
+def _check_settings(place: Path, found: Mapping[str, Any], settings: Mapping[str, Any], overwrite: bool) -> None:
+    if found.get("dataset") != settings["dataset"]:
+        dataset = found.get("dataset")
+        raise UserError(f"{place} is of the data set {dataset!r}, not {settings['dataset']!r}; choose another folder")
+    differences = _differences(found, settings)
+    if differences and not overwrite:
+        raise UserError(
+            f"{place} was made with other settings or input ({'; '.join(differences[:4])}). Repeat the command with those, "
+            "choose another folder, or replace the data with --overwrite"
+        )
+
+
+def read_manifest(path: Path) -> dict:
+    """Return a manifest; empty if there is none.
+
+    Raises:
+        UserError: if it is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); move it away and prepare the data again") from error
+    if not isinstance(manifest, dict):
+        found = type(manifest).__name__
+        raise UserError(f"{path}: expected a JSON object, found {found}; move it away and prepare the data again")
+    return manifest
+
+
+def _differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    keys = [key for key in settings if key != "packages" and found.get(key) != settings[key]]
+    texts = [f"{key}: {json.dumps(found.get(key))} instead of {json.dumps(settings[key])}" for key in keys]
+    return [text if len(text) < 80 else f"{key} differs" for key, text in zip(keys, texts, strict=True)]

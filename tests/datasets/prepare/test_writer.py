@@ -1,0 +1,298 @@
+"""The writer, with toy objects: what it makes, what it keeps when cut off anywhere, and what it refuses to touch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.lists import check_paired, default_list_path, read_labelled_list
+from datasets.prepare import ownership, parallel, writer
+from datasets.prepare.shapes.mesh import MeshError
+from datasets.prepare.writer import ObjectTask, report, write_dataset
+from utils.engine.session import run_command
+from utils.errors import UserError
+
+SETTINGS = {"dataset": "own", "modalities": ["RGBImg", "PointCloud"], "size": 4, "packages": {"vtk": "1"}}
+TASKS = [ObjectTask(n // 2, f"thing {n}", ("train", "test")[n % 2], n % 3) for n in range(10)]
+FILES = 3 * len(TASKS)  # two views and a cloud of each
+
+
+def make(size: int, made: list | None, stop: int, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    """Two pictures and a cloud; interrupts at the task after `stop`, unless it is negative."""
+    if made is not None:
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        made.append(task.name)
+    value = 10 * task.number + (task.split == "test")
+    return {"RGBImg": np.full((2, size, size, 3), value, np.uint8), "PointCloud": np.full((size, 3), value, np.float32)}, {"fact": size}
+
+
+def write(root: Path, made: list | None = None, stop: int = -1, size: int = 4, tasks=TASKS, workers: int = 1, **more) -> bool:
+    settings = {**SETTINGS, "size": size, **{key: more.pop(key) for key in ("dataset", "packages") if key in more}}
+    return write_dataset(root, settings, tasks, partial(make, size, made, stop), workers=workers, **more)[0]
+
+
+def slow(task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    time.sleep(0.2)
+    return make(4, None, -1, task)
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, bytes]:
+    root = tmp_path_factory.mktemp("writer") / "whole"
+    write(root)
+    return snapshot(root)
+
+
+def test_what_is_written(tmp_path):
+    assert write(tmp_path)
+    lists = {}
+    for name in SETTINGS["modalities"]:
+        lists[name], labels = read_labelled_list(default_list_path(tmp_path, "own", name, "train"), modality=name, root=tmp_path)
+        assert labels.tolist() == [task.label for task in TASKS if task.split == "train"]
+    check_paired(list(lists.values()))
+    picture = lists["RGBImg"].files[3]
+    assert lists["RGBImg"].names[3] == "train/rgb_imgs/RGBImg_train_000003.png" and (np.asarray(Image.open(picture)) == 30).all()
+    assert (picture.parent / "view_01" / picture.name).is_file() and np.load(lists["PointCloud"].files[3]).dtype == np.float32
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["counts"] == {"train": 5, "test": 5} and manifest["left_out"] == [] and manifest["packages"] == {"vtk": "1"}
+    assert len(snapshot(tmp_path)) == FILES + 4 + 2 and not (tmp_path / ".preparing").exists()
+
+
+def test_the_second_time_there_is_nothing_to_do(tmp_path, whole, capsys):
+    write(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    made, manifest = write_dataset(tmp_path, SETTINGS, TASKS, partial(make, 4, None, -1))
+    report(tmp_path, made, manifest)
+    assert "already prepared, nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times and snapshot(tmp_path) == whole
+
+
+def test_parallel_equals_serial(tmp_path, whole):
+    write(tmp_path, workers=2)
+    assert snapshot(tmp_path) == whole
+
+
+STEPS = ["produce", "write_journal", "atomic_write_json", "atomic_write_text", "os.replace", "discard"]
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "replacing"])
+@pytest.mark.parametrize("call", [1, 2, 3, 20])
+@pytest.mark.parametrize("step", STEPS)
+def test_cut_off_anywhere_nothing_is_lost_and_the_next_run_ends_the_same(tmp_path, monkeypatch, whole, step, call, before):
+    if before:
+        write(tmp_path, size=6)
+        (tmp_path / "train/rgb_imgs/notes.txt").write_text("mine")
+    old = snapshot(tmp_path)
+    place = {"os.replace": "os.replace"}.get(step, step if step.startswith("atomic") else f"_{step}")
+    original, calls = writer.os.replace if step == "os.replace" else getattr(writer, place), []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"datasets.prepare.writer.{place}", dies)
+        try:
+            write(tmp_path, overwrite=before)
+        except KeyboardInterrupt:
+            moving = (tmp_path / ".preparing/manifest.json").is_file()
+            assert moving or (tmp_path / "manifest.json").is_file() == before or step == "discard"
+            assert moving or step == "discard" or all((tmp_path / name).read_bytes() == data for name, data in old.items())
+    write(tmp_path, overwrite=before)
+    found = snapshot(tmp_path)
+    assert (found.pop("train/rgb_imgs/notes.txt", None) == b"mine") == before and found == whole
+    assert not (tmp_path / ".preparing").exists()
+
+
+def test_no_object_is_made_twice(tmp_path, whole):
+    made = []
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, made, stop=4)
+    assert not list(tmp_path.glob("*")) or [path.name for path in tmp_path.glob("*")] == [".preparing"]
+    with open(tmp_path / ".preparing/objects.jsonl", "a") as journal:
+        journal.write('{"number": 4, "na')  # the line a killed run was writing
+    (tmp_path / ".preparing/train/rgb_imgs/RGBImg_train_000099.png").write_bytes(b"left behind")
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, made, stop=7)
+    write(tmp_path, made)
+    assert made == [task.name for task in TASKS] and snapshot(tmp_path) == whole
+
+
+def test_a_damaged_or_lost_file_is_made_again_and_no_other(tmp_path, whole):
+    write(tmp_path)
+    made = []
+    (tmp_path / "train/rgb_imgs/view_01/RGBImg_train_000002.png").write_bytes(b"x")
+    (tmp_path / "test/point_cloud/PointCloud_test_000001.npy").unlink()
+    assert write(tmp_path, made) and made == ["thing 3", "thing 4"] and snapshot(tmp_path) == whole
+    (tmp_path / "own_RGBImgs_test_list.txt").unlink()
+    assert write(tmp_path, made) and len(made) == 2 and snapshot(tmp_path) == whole
+
+
+def test_killed(tmp_path, whole):
+    """`kill -9` of a run with two workers after its first objects, then again."""
+    code = "from test_writer import *; write_dataset(sys.argv[1], SETTINGS, TASKS, slow, workers=2)"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])])
+    command = [sys.executable, "-c", code, tmp_path / "cut"]
+    child = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
+    journal, deadline = tmp_path / "cut/.preparing/objects.jsonl", time.time() + 300
+    while time.time() < deadline and child.poll() is None and not (journal.is_file() and len(journal.read_bytes().splitlines()) > 2):
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL and not (tmp_path / "cut/manifest.json").exists()
+    made = []
+    write(tmp_path / "cut", made)
+    assert snapshot(tmp_path / "cut") == whole and len(made) < len(TASKS)
+
+
+def test_other_settings_need_overwrite_and_a_failure_leaves_the_data(tmp_path, whole):
+    write(tmp_path)
+    with pytest.raises(UserError, match="other settings or input .size: 4 instead of 6.*--overwrite"):
+        write(tmp_path, size=6)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, [], stop=3, size=6, overwrite=True)
+    assert whole.items() <= snapshot(tmp_path).items()
+    assert not write(tmp_path)  # the finished data are still those of the first settings
+    with pytest.raises(UserError, match="size: 6 instead of 8"):  # nor is a half-built set thrown away
+        _half_built(tmp_path / "new")
+    made = []
+    assert write(tmp_path, made, size=6, overwrite=True) and len(made) == 7  # three were there already
+    assert np.load(tmp_path / "train/point_cloud/PointCloud_train_000000.npy").shape == (6, 3)
+
+
+def _half_built(root: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write(root, [], stop=3, size=6)
+    write(root, size=8)
+
+
+def test_fewer_objects_leave_no_files_of_the_others(tmp_path):
+    write(tmp_path, size=6)
+    write(tmp_path, tasks=TASKS[:4], overwrite=True)
+    assert len(list((tmp_path / "train").rglob("*.*"))) == 6
+
+
+def test_other_package_versions_change_nothing_but_are_recorded(tmp_path, whole):
+    write(tmp_path)
+    assert not write(tmp_path, packages={"vtk": "2"}) and snapshot(tmp_path) == whole
+    (tmp_path / "test/point_cloud/PointCloud_test_000001.npy").unlink()
+    assert write(tmp_path, packages={"vtk": "2"})
+    assert json.loads((tmp_path / "manifest.json").read_text())["packages"] == {"vtk": "1, 2"}
+    made = []
+    assert write(tmp_path, made, packages={"vtk": "2"}, overwrite=True) and len(made) == len(TASKS)
+    assert json.loads((tmp_path / "manifest.json").read_text())["packages"] == {"vtk": "2"}
+
+
+@pytest.mark.parametrize("name", ["train/rgb_imgs/.DS_Store", "train/rgb_imgs/notes.txt", "test/Thumbs.db", "raw/mnist.gz", "my_list.txt"])
+def test_files_of_others_stay(tmp_path, name):
+    write(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"mine")
+    assert not write(tmp_path)
+    assert write(tmp_path, size=6, overwrite=True) and (tmp_path / name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["train/precious.txt", "test/.DS_Store", "own_RGBImgs_train_list.txt", ".preparing/train/x.png"])
+def test_data_that_no_preparation_made_are_refused(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="no preparation command made it"):
+            write(tmp_path, overwrite=overwrite)
+    assert snapshot(tmp_path) == {name: b"mine"}
+
+
+def test_the_folder_of_another_data_set_is_refused(tmp_path, whole):
+    write(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="of the data set 'own', not 'other'"):
+            write(tmp_path, dataset="other", overwrite=overwrite)
+    (tmp_path / "objects.jsonl").unlink()  # the manifest says it too
+    with pytest.raises(UserError, match="of the data set 'own', not 'other'"):
+        write(tmp_path, dataset="other")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        write(tmp_path)
+    assert whole.items() >= {k: v for k, v in snapshot(tmp_path).items() if k[0] == "t"}.items()
+
+
+def test_dependents_go_when_the_objects_change(tmp_path):
+    write(tmp_path)
+    pairs = tmp_path / "own_pairs.json"
+    pairs.write_text("{}")
+    (tmp_path / "test/point_cloud/PointCloud_test_000001.npy").unlink()
+    assert write(tmp_path, dependents=[pairs]) and pairs.exists()  # made again as it was
+    assert write(tmp_path, size=6, overwrite=True, dependents=[pairs]) and not pairs.exists()
+
+
+def test_unusable_objects_are_left_out_of_everything(tmp_path, capsys):
+    def broken(task):
+        if task.name == "thing 4" or (task.split == "test" and task.label == 9):
+            raise MeshError("no good")
+        return make(4, None, -1, task)
+
+    made, manifest = write_dataset(tmp_path, SETTINGS, TASKS, broken)
+    report(tmp_path, made, manifest)
+    assert "left out of every modality: train thing 4: no good" in capsys.readouterr().out
+    assert manifest["counts"] == {"train": 4, "test": 5} and manifest["left_out"][0]["name"] == "thing 4"
+    assert not list(tmp_path.rglob("*_000002.*"))[3:] and not write_dataset(tmp_path, SETTINGS, TASKS, broken)[0]
+    tasks = [ObjectTask(0, "a", "train", 0), ObjectTask(0, "b", "test", 9)]
+    with pytest.raises(UserError, match="no usable object in the test split"):
+        write_dataset(tmp_path / "new", SETTINGS, tasks, broken)
+    assert not (tmp_path / "new/manifest.json").exists()
+
+
+def test_bad_calls_and_disks_are_one_message(tmp_path, monkeypatch, capsys):
+    for tasks, workers in (([], 1), (TASKS[:1] * 2, 1), (TASKS, 0)):
+        with pytest.raises(UserError, match="distinct numbers and at least one worker"):
+            write(tmp_path, tasks=tasks, workers=workers)
+    (tmp_path / "file").touch()
+    for root in ("file", "file/below"):
+        assert run_command(lambda root=root: write(tmp_path / root)) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    original = Path.write_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lambda self, data: original(self, data[:0] if "PointCloud" in self.name else data))
+        with pytest.raises(UserError, match="thing 0 do not read back.*run the same command again"):
+            write(tmp_path / "lossy")
+    assert not (tmp_path / "lossy/manifest.json").exists()
+
+    def full(self, data):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write(tmp_path / "full")
+
+
+def dies(task: ObjectTask):
+    os._exit(9)
+
+
+def test_a_dead_worker_is_one_message(tmp_path):
+    with pytest.raises(UserError, match="a worker process died.*thing 0.*fewer --workers"):
+        write_dataset(tmp_path, SETTINGS, TASKS[:2], dies, workers=2)
+
+
+def test_progress_in_a_file_is_a_line_per_tenth(tmp_path, capsys):
+    write(tmp_path, tasks=[ObjectTask(n // 2, str(n), ("train", "test")[n % 2], 0) for n in range(40)])
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 10 and "\r" not in err and err.splitlines()[-1].startswith("objects: 40 of 40")
+
+
+def test_home_is_understood():
+    assert parallel.user_path("~/data") == Path.home() / "data" and ownership.STAGING.startswith(".")
