@@ -5,7 +5,7 @@ from torch import Tensor
 
 from models.kernels import neighbour_ops
 
-KNN_BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**26}  # of the distances at a time; near the cache of a CPU
 
 
 @torch.no_grad()
@@ -19,8 +19,8 @@ def knn(x: Tensor, k: int) -> Tensor:
         x: (B, N, C) float points or features; half precisions are ranked in float32.
         k: neighbours per point, 1 <= k <= N.
     Returns:
-        (B, N, k) int64 indices into the N points of the same cloud, nearest first. Among neighbours at exactly equal
-        distance the order, and at the k-th place the choice, is arbitrary.
+        (B, N, k) int64 indices into the N points of the same cloud, nearest first. Of neighbours at exactly equal
+        distance the lower index comes first on a CPU with Numba; elsewhere their order and the choice at the k-th place are free.
     Raises:
         ValueError: if x is not (B, N, C) or k is outside 1..N.
     """
@@ -31,8 +31,8 @@ def knn(x: Tensor, k: int) -> Tensor:
         raise ValueError(f"knn needs 1 <= k <= N, found k = {k} with clouds of N = {points} points; lower k")
     x = x if x.dtype == torch.float64 else x.float()
     index = torch.empty(batch, points, k, dtype=torch.long, device=x.device)
-    rows = max(1, min(points, KNN_BLOCK_BYTES // (points * x.element_size())))
-    clouds = max(1, KNN_BLOCK_BYTES // (points * points * x.element_size()))
+    block = BLOCK_BYTES.get(x.device.type, BLOCK_BYTES["cuda"]) // x.element_size()
+    rows, clouds = max(1, min(points, block // points)), max(1, block // points**2)
     with torch.autocast(x.device.type, enabled=False):
         for b in range(0, batch, clouds):
             centred = x[b:b + clouds] - x[b:b + clouds].mean(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The reductions of `models/kernels/neighbour_ops.py`, and the selection of `models/kernels/knn.py`, compiled for the CPU by Numba.
+"""The reductions of `models/kernels/neighbour_ops.py` and the selection of `models/kernels/knn.py`, compiled for CPUs by Numba.
 
 Each kernel works on a range of clouds and releases the interpreter, so that `torch.get_num_threads()` threads share the clouds;
 a cloud is always summed in one order, so results do not depend on the number of threads.
