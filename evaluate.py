@@ -1,23 +1,24 @@
 """Evaluation of trained runs: mAP@All of every task in one table; writes metrics.json into each run folder."""
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from datasets.label_runs import exported_folder
 from datasets.lists import read_labelled_list
-from datasets.pseudo_labels import pseudo_label_origin, pseudo_label_path, read_pseudo_labels
+from datasets.pseudo_labels import pseudo_label_path, read_origin, read_pseudo_labels
 from datasets.samples import UNIQUE, embed_samples, list_path, load_test_samples
 from models.build import build_encoders
-from utils.engine.checkpoint import atomic_write_json, load_checkpoint
+from utils.engine.checkpoint import atomic_write_json, load_checkpoint, read_json
 from utils.engine.device import select_device
-from utils.engine.run_log import RunLog
+from utils.engine.run_log import RunLog, check_same_config
 from utils.engine.session import LAST, run_command
 from utils.errors import UserError
 from utils.evaluation.clustering import clustering_accuracy, nmi, purity
-from utils.evaluation.report import row_name
+from utils.evaluation.report import label_note, row_name
 from utils.evaluation.tables import format_matrix, format_table, retrieval_table
 from utils.modalities import MODALITIES, task_name
 from utils.settings.config import load_config, to_dict
@@ -26,12 +27,13 @@ from utils.settings.options import Step1Config, Step2Config
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 
 
-def evaluate_checkpoint(checkpoint: Path, device: torch.device) -> tuple[str, dict[str, float]]:
+def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()) -> tuple[str, dict[str, float]]:
     """Score one checkpoint on the test set of its run's configuration, and write metrics.json beside it.
 
     Args:
         checkpoint: .pt file in a run folder, beside its config.yaml.
         device: where the encoders run.
+        overrides: "section.key=value" texts of where things lie, see `utils.engine.run_log.RESULT_NEUTRAL`.
     Returns:
         Name of the table row, and the scores of `retrieval_table`.
     Raises:
@@ -39,53 +41,60 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device) -> tuple[str, di
     """
     run = RunLog.open(checkpoint.parent)
     state = load_checkpoint(checkpoint, map_location=device)
-    if not {"stage", "epoch", "learner"} <= state.keys():
+    if not {"stage", "epoch", "learner"} <= state.keys() or state["stage"] not in CONFIGS:
         raise UserError(f"{checkpoint} is not a checkpoint of a training stage: it holds {sorted(state)}")
-    config = load_config(CONFIGS[state["stage"]], str(run.folder / "config.yaml"))
+    config = load_config(CONFIGS[state["stage"]], str(run.folder / "config.yaml"), overrides)
+    check_same_config(run.config(), to_dict(config))
     encoders = build_encoders(config.data.modalities, config.model).to(device)
-    encoders.load_state_dict(state["learner"]["encoders"])
+    try:
+        encoders.load_state_dict(state["learner"]["encoders"])
+    except (LookupError, RuntimeError) as error:
+        raise UserError(f"{checkpoint} does not fit {run.folder / 'config.yaml'}: {error}") from error
     test, labels = load_test_samples(config.data, device)
     scores = retrieval_table(embed_samples(encoders, test, config.data, device), labels, within=True)
     if state["stage"] == "step1":
-        scores.update(pseudo_label_quality(config, run.run_id))
+        scores.update(pseudo_label_quality(config, run))
     _write_metrics(run, scores, state["epoch"], config.optim.epochs)
     return _row_name(config, state), scores
 
 
 def _write_metrics(run: RunLog, scores: dict[str, float], epoch: int, epochs: int) -> None:
-    """Write metrics.json, keeping the oracle entry that the training script may have put there."""
+    """Write metrics.json, keeping the oracle entry that the training script may have put there; a folder may be read-only."""
     path = run.folder / "metrics.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    oracle = {key: before[key] for key in ("oracle",) if key in before}
     selection = "last epoch" if epoch == epochs else f"epoch {epoch} of {epochs}, unfinished"
-    atomic_write_json(path, {**scores, "epoch": epoch, "selection": selection, **oracle})
+    try:
+        before = read_json(path) if path.exists() else {}
+        oracle = {key: before[key] for key in ("oracle",) if key in before}
+        atomic_write_json(path, {**scores, "epoch": epoch, "selection": selection, **oracle, **label_note(run)})
+    except (OSError, UserError) as error:
+        print(f"scores of {run.folder} are not kept: {error}", file=sys.stderr)
 
 
-def pseudo_label_quality(config: Step1Config, run_id: str) -> dict[str, float]:
+def pseudo_label_quality(config: Step1Config, run: RunLog) -> dict[str, float]:
     """Compare the pseudo-labels of a run with the labels of the training lists, where both are at hand.
 
     Args:
         config: settings of the run.
-        run_id: only files that this very run wrote are compared.
+        run: only files that this very run wrote are compared.
     Returns:
         "acc/<modality>" (Hungarian), "purity/<modality>" and "nmi/<modality>", or nothing. A diagnostic: it never
-        reaches training.
+        reaches training, and no table waits for it.
     """
     quality, data = {}, config.data
+    folder = exported_folder(run, config.run.pseudo_labels)
     for name in data.modalities:
-        path = pseudo_label_path(config.run.pseudo_labels, data.dataset, name)
-        if pseudo_label_origin(path, "run_id") != run_id:
-            return {}
+        path = pseudo_label_path(folder, data.dataset, name)
         try:
+            if config.run.pseudo_labels and read_origin(path).get("run_id") != run.run_id:
+                return {}
             rows, labels = read_labelled_list(
                 list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id,
                 unique=UNIQUE["train"][data.pairing],
             )
-        except ValueError as error:
-            if "without a label" not in str(error):
-                raise
-            return {}  # training lists may come without labels
-        pseudo_labels, _ = read_pseudo_labels(path, rows, dataset=data.dataset)
+            pseudo_labels, _ = read_pseudo_labels(path, rows, dataset=data.dataset)
+        except UserError as reason:
+            print(f"no comparison of the pseudo-labels of {run.folder} with labels: {reason}", file=sys.stderr)
+            return {}
         for key, score in (("acc", clustering_accuracy), ("purity", purity), ("nmi", nmi)):
             quality[f"{key}/{name}"] = score(pseudo_labels, labels)
     return quality
@@ -101,13 +110,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", nargs="+", default=[], metavar="RUN", help="run folders; their last.pt is evaluated")
     parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE", help="checkpoints inside run folders")
+    parser.add_argument(
+        "--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
+        help="where things lie now, e.g. --set data.root=DIR",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     arguments = parser.parse_args(argv)
     checkpoints = [Path(run) / LAST for run in arguments.run] + [Path(path) for path in arguments.checkpoint]
     if not checkpoints:
         parser.error("give at least one run folder (--run RUN) or checkpoint (--checkpoint FILE)")
     device = select_device(arguments.device)
-    rows = [evaluate_checkpoint(path, device) for path in checkpoints]
+    rows = [evaluate_checkpoint(path, device, arguments.overrides) for path in checkpoints]
     print(format_table(rows))
     for name, scores in rows:
         modalities = [name for name in MODALITIES if f"map/{task_name(name, name)}" in scores]

@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets.batches import BatchSource
-from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
-from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
+from datasets.label_runs import exported_folder
+from datasets.pseudo_labels import pseudo_label_path, read_origin, write_pseudo_labels
+from datasets.samples import PairedSamples, embed_samples
 from losses import ModalityInvarianceLoss, SelfMatchingLoss
 from models import LinearClassifier, MemoryBank
-from models.build import build_encoders, load_pretrained
+from models.build import build_encoders
+from training import run_stage
 from utils.engine import distributed
 from utils.engine.learner import StageLearner
 from utils.engine.run_log import environment
 from utils.engine.seed import BatchGenerator, derive_seed
-from utils.engine.session import Session, fit, open_session, parse_arguments, run_command
+from utils.engine.session import Session, open_session, run_command, stage_parser
 from utils.errors import UserError
 from utils.evaluation.clustering import joint_then_per_modality, nmi
-from utils.evaluation.report import finish, report_pretrained
-from utils.evaluation.tables import Evaluator
 from utils.settings.config import config_hash
 from utils.settings.options import Step1Config
 
@@ -136,6 +136,7 @@ class PLALearner(StageLearner):
 def export(session: Session, learner: PLALearner) -> None:
     """Write one pseudo-label file per modality: the hand-over to step 2. All processes must call it, the main one writes."""
     config, run = session.config, session.run
+    folder = exported_folder(run, config.run.pseudo_labels)
     provenance = {
         "run_id": run.run_id, "epoch": config.optim.epochs, "config_hash": config_hash(config),
         "git_sha": environment(config.run.seed)["git_sha"], "seed": config.run.seed,
@@ -144,27 +145,19 @@ def export(session: Session, learner: PLALearner) -> None:
     for name, labels in learner.pseudo_labels().items():
         if not run.writes:
             continue
-        path = pseudo_label_path(config.run.pseudo_labels, config.data.dataset, name)
+        path = pseudo_label_path(folder, config.data.dataset, name)
+        replaced = read_origin(path).get("run_id", "an unknown run") if path.exists() else run.run_id
         write_pseudo_labels(
             path, learner.samples.lists[name], labels.numpy(), dataset=config.data.dataset,
             num_clusters=config.pla.num_clusters, provenance=provenance,
         )
-        run.log(f"wrote {path}")
+        run.log(f"wrote {path}" + (f", replacing that of {replaced}" if replaced != run.run_id else ""))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train step 1, write the pseudo-labels, and report the test scores of the last epoch."""
-    session = open_session(Step1Config, "step1", parse_arguments(__doc__, argv), DEFAULT_CONFIG)
-    config = session.config
-    samples = load_training_samples(config.data, session.device)
-    test, labels = load_test_samples(config.data, session.device, samples)
-    learner = PLALearner(config, samples, session.device)
-    if session.checkpoint is None:
-        report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
-    evaluator = Evaluator(lambda: embed_samples(learner.encoders, test, config.data, session.device), labels)
-    fit(session, learner, evaluator, "step1")
-    export(session, learner)
-    finish(session.run, evaluator, test.arrays, config.run.figures)
+    session = open_session(Step1Config, "step1", stage_parser(__doc__).parse_args(argv), DEFAULT_CONFIG)
+    run_stage(session, lambda samples: PLALearner(session.config, samples, session.device), export)
 
 
 if __name__ == "__main__":

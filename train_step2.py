@@ -1,22 +1,28 @@
 """Step 2, robust discriminative learning (RDL): trains fresh encoders on the noisy pseudo-labels that step 1 wrote."""
 
+import dataclasses
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from datasets.batches import BatchSource
-from datasets.pseudo_labels import pseudo_label_origin, pseudo_label_path, read_pseudo_labels
-from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
+from datasets.label_runs import labels_of_run, newest_labels
+from datasets.pseudo_labels import file_hash, pseudo_label_path, read_origin, read_pseudo_labels
+from datasets.samples import PairedSamples
 from losses import ModalityInvarianceLoss, RobustConcentratingLoss, build_robust_loss
 from models import MLPClassifier
-from models.build import build_encoders, load_pretrained
+from models.build import build_encoders
+from training import run_stage
+from utils.engine.checkpoint import atomic_write_json
 from utils.engine.learner import StageLearner
 from utils.engine.seed import BatchGenerator
-from utils.engine.session import fit, open_session, parse_arguments, run_command
+from utils.engine.session import Session, open_session, run_command, stage_parser
 from utils.errors import UserError
-from utils.evaluation.report import finish, report_pretrained
-from utils.evaluation.tables import Evaluator
+from utils.evaluation.report import LABEL_NOTE
 from utils.settings.options import Step2Config
 
 DEFAULT_CONFIG = "configs/mnist3d/step2.yaml"
@@ -70,51 +76,91 @@ class RDLLearner(StageLearner):
         return {f"loss/{self.config.rdl.loss}": robust.detach(), "loss/mlm": mlm.detach(), "clipped": clipped}
 
 
-def load_pseudo_labels(
-    config: Step2Config, samples: PairedSamples, device: torch.device
-) -> tuple[dict[str, Tensor], int]:
-    """Read the pseudo-label file of every modality; return modality -> (N,) int64 on the device, and K.
+def choose_pseudo_labels(config: Step2Config, source: str | None) -> Step2Config:
+    """Return the settings with the folder of pseudo-labels filled in.
 
+    Args:
+        config: settings; its `rdl.pseudo_labels`, if given, stays.
+        source: run folder of step 1; by default the newest finished one of the data set below `run.output`.
     Raises:
-        UserError: as `read_pseudo_labels`, and if the files disagree on K or come from different runs.
+        UserError: if both are given, or there is no finished run.
     """
-    labels, counts, runs = {}, {}, {}
-    for name, rows in samples.lists.items():
-        path = pseudo_label_path(config.rdl.pseudo_labels, config.data.dataset, name)
-        values, counts[name] = read_pseudo_labels(
-            path, rows, dataset=config.data.dataset, num_clusters=config.rdl.num_clusters
-        )
-        labels[name] = torch.from_numpy(values).to(device)
-        runs[name] = pseudo_label_origin(path, "run_id")
-        made_with = pseudo_label_origin(path, "pairing") or config.data.pairing
-        if made_with != config.data.pairing:
-            raise UserError(
-                f"{path} was made with data.pairing: {made_with}, this run has {config.data.pairing}; what the labels of one run "
-                "taught must not pass as another: use the same pairing in both steps"
-            )
+    data, given = config.data, config.rdl.pseudo_labels
+    if source and given:
+        raise UserError(f"two places of pseudo-labels: --from {source} and rdl.pseudo_labels={given}; give one of them")
+    if given:
+        return config
+    folder = labels_of_run(source, data) if source else newest_labels(Path(config.run.output) / data.dataset / "step1", data)
+    return dataclasses.replace(config, rdl=dataclasses.replace(config.rdl, pseudo_labels=str(folder)))
+
+
+def load_pseudo_labels(session: Session, samples: PairedSamples) -> tuple[dict[str, Tensor], int]:
+    """Read the pseudo-label file of every modality, and note in the run folder and its log whose they are.
+
+    Args:
+        session: its settings name the folder.
+        samples: the training set.
+    Returns:
+        Modality -> (N,) int64 on the device, and K.
+    Raises:
+        UserError: as `read_pseudo_labels`, and if the files disagree on K, come from different runs, or were made with
+            another pairing.
+    """
+    data, folder = session.config.data, session.config.rdl.pseudo_labels
+    paths = {name: pseudo_label_path(folder, data.dataset, name) for name in samples.lists}
+    read = {
+        name: read_pseudo_labels(path, samples.lists[name], dataset=data.dataset, num_clusters=session.config.rdl.num_clusters)
+        for name, path in paths.items()
+    }
+    counts = {name: count for name, (_, count) in read.items()}
     if len(set(counts.values())) != 1:
-        raise UserError(f"the pseudo-label files in {config.rdl.pseudo_labels} disagree on the number of clusters: {counts}")
+        raise UserError(f"the pseudo-label files in {folder} disagree on the number of clusters: {counts}")
+    origins = {name: read_origin(path) for name, path in paths.items()}
+    runs = {name: origin.get("run_id") for name, origin in origins.items()}
     if len(set(runs.values())) != 1:  # step 1 was cut off between two files: cluster ids would not mean the same
         raise UserError(
-            f"the pseudo-label files in {config.rdl.pseudo_labels} come from different runs of step 1: {runs}; repeat "
-            "python train_step1.py, or its --resume"
+            f"the pseudo-label files in {folder} come from different runs of step 1: {runs}; repeat python train_step1.py, or "
+            "its --resume"
         )
-    return labels, next(iter(counts.values()))
+    origin, num_clusters = next(iter(origins.values())), next(iter(counts.values()))
+    pairing = origin.get("pairing", data.pairing)
+    if pairing != data.pairing:
+        raise UserError(
+            f"the labels in {folder} were made with data.pairing: {pairing}, this run has {data.pairing}; what the labels of one "
+            "run taught must not pass as another: use the same pairing in both steps"
+        )
+    _note_origin(session, paths, origin, num_clusters)
+    return {name: torch.from_numpy(labels).to(session.device) for name, (labels, _) in read.items()}, num_clusters
+
+
+def _note_origin(session: Session, paths: Mapping[str, Path], origin: Mapping[str, Any], num_clusters: int) -> None:
+    """Write pseudo_labels.json: the run that made the labels, its commit and seed, K, and the hash of every file."""
+    run = session.run
+    note = {
+        "folder": str(session.config.rdl.pseudo_labels), "num_clusters": num_clusters,
+        **{key: origin.get(key) for key in ("run_id", "git_sha", "seed")},
+        "sha256": {name: file_hash(path) for name, path in paths.items()},
+    }
+    made_by = f"step-1 run {note['run_id']} (commit {note['git_sha']})" if note["run_id"] else "an unknown run"
+    run.log(f"pseudo-labels of {made_by}, K = {num_clusters}, from {note['folder']}")
+    if run.writes and not (run.folder / LABEL_NOTE).is_file():  # on resume, the first one stays
+        atomic_write_json(run.folder / LABEL_NOTE, note)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train step 2 on the pseudo-labels and report the test scores of the last epoch."""
-    session = open_session(Step2Config, "step2", parse_arguments(__doc__, argv), DEFAULT_CONFIG)
-    config = session.config
-    samples = load_training_samples(config.data, session.device)
-    pseudo_labels, num_clusters = load_pseudo_labels(config, samples, session.device)
-    test, labels = load_test_samples(config.data, session.device, samples)
-    learner = RDLLearner(config, samples, pseudo_labels, num_clusters, session.device)
-    if session.checkpoint is None:
-        report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
-    evaluator = Evaluator(lambda: embed_samples(learner.encoders, test, config.data, session.device), labels)
-    fit(session, learner, evaluator, "step2")
-    finish(session.run, evaluator, test.arrays, config.run.figures)
+    parser = stage_parser(__doc__)
+    parser.add_argument("--from", dest="source", metavar="RUN", help="run folder of step 1 whose pseudo-labels to learn; default: the newest")
+    arguments = parser.parse_args(argv)
+    if arguments.source and arguments.resume:
+        parser.error("--from beside --resume: a run keeps its pseudo-labels")
+    choose = lambda config: choose_pseudo_labels(config, arguments.source)  # noqa: E731
+    session = open_session(Step2Config, "step2", arguments, DEFAULT_CONFIG, choose)
+
+    def build(samples: PairedSamples) -> RDLLearner:
+        return RDLLearner(session.config, samples, *load_pseudo_labels(session, samples), session.device)
+
+    run_stage(session, build)
 
 
 if __name__ == "__main__":

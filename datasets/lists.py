@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import MissingFileError, UserError
+from utils.errors import MissingFileError, MissingLabelsError, UserError
 from utils.modalities import MODALITIES
 
 PREPARATION = {
@@ -92,11 +92,11 @@ def read_labelled_list(
 ) -> tuple[SampleList, np.ndarray]:
     """Read a list with its labels; for evaluation and data preparation alone.
 
-    Args, Raises: as `read_training_list`, and without labels. Returns: the samples and their (N,) int64 labels.
+    Args, Raises: as `read_training_list`, and MissingLabelsError without labels. Returns: the samples and their (N,) int64 labels.
     """
     samples, labels = _read(Path(path), modality, Path(root), instance_id, num_classes, unique)
     if labels is None:
-        raise UserError(f"{path}, row 1: expected `path label`, found {samples.names[0]!r} without a label; evaluation needs labels")
+        raise MissingLabelsError(f"{path}, row 1: expected `path label`, found {samples.names[0]!r} without a label; evaluation needs labels")
     return samples, labels
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.lists import SampleList, default_list_path, text_rows
-from utils.engine.checkpoint import atomic_write_json, atomic_write_text
+from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_json
 from utils.errors import UserError
 
 COMMAND = "python train_step1.py"
@@ -97,10 +97,19 @@ def read_pseudo_labels(
     return labels, num_clusters
 
 
-def pseudo_label_origin(path: str | Path, key: str) -> str | None:
-    """Return one fact of the run that wrote a file ("run_id", "pairing"), None if there is no meta file or it does not say."""
+def read_origin(path: str | Path) -> dict:
+    """Return what a file's meta file says of the run that wrote it ("run_id", "pairing" ...); nothing if there is none.
+
+    Raises:
+        UserError: if the meta file is damaged.
+    """
     meta = _meta_path(Path(path))
-    return json.loads(meta.read_text(encoding="utf-8")).get("provenance", {}).get(key) if meta.is_file() else None
+    return dict(read_json(meta).get("provenance", {})) if meta.is_file() else {}
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return _sha256(path.read_bytes())
 
 
 def _read_meta(path: Path, content: bytes) -> dict | None:

@@ -20,7 +20,7 @@ from datasets.lists import (
     read_labelled_list,
     read_training_list,
 )
-from utils.errors import UserError
+from utils.errors import MissingLabelsError, UserError
 from utils.evaluation.features import extract_embeddings
 from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
@@ -85,13 +85,17 @@ def load_test_samples(
     Returns:
         The samples, and modality -> (N,) int64 labels on the CPU.
     Raises:
-        UserError: as `load_training_samples`, and if labels are missing, out of range, differ between
-            the modalities of one object, or a file is in both splits.
+        MissingLabelsError: if there is no test list at the default place, or a list has no labels.
+        UserError: as `load_training_samples`, and if labels are out of range, differ between the modalities of one
+            object, or a file is in both splits.
     """
     lists, labels = {}, {}
     for name in data.modalities:
+        path = list_path(data, name, "test")
+        if name not in data.test_lists and not path.is_file():
+            raise MissingLabelsError(f"test list {path} not found; evaluation needs it, see docs/data.md (data.root, data.test_lists)")
         lists[name], labels[name] = read_labelled_list(
-            list_path(data, name, "test"), modality=name, root=data.root, instance_id=data.instance_id,
+            path, modality=name, root=data.root, instance_id=data.instance_id,
             num_classes=data.num_classes, unique=UNIQUE["test"][data.pairing],
         )
         if train is not None:
@@ -120,6 +124,9 @@ def embed_samples(
     """Return modality -> (N, D) unit-norm embeddings of all samples, in eval mode and without augmentation, on the device.
 
     Each is the embedding of the first view or, with `data.eval_view: mean`, the normalised mean over the views.
+
+    Raises:
+        UserError: if some are not of unit norm: too large numbers inside the encoder, as a diverged training leaves.
     """
     embeddings = {}
     for name, encoder in encoders.items():
@@ -127,6 +134,12 @@ def embed_samples(
         shown = array.shape[1] if data.eval_view == "mean" else 1
         inputs = lambda index: [prepare(array[index, view].to(device), data) for view in range(shown)]  # noqa: B023, E731
         embeddings[name] = extract_embeddings(encoder, inputs, len(array), array.device)
+        wrong = int((~(torch.linalg.vector_norm(embeddings[name], dim=1) > 0.5)).sum())  # NaN is no number above 0.5 either
+        if wrong:
+            raise UserError(
+                f"{wrong} of {len(array)} embeddings of {name} are not finite unit vectors: training diverged; lower "
+                "optim.learning_rate or check the data"
+            )
     return embeddings
 
 

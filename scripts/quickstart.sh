@@ -4,7 +4,6 @@
 source "$(dirname "$0")/environment.sh"
 SEED="${SEED:-0}"
 RUNS="runs/quickstart-$(date -u +%Y%m%dT%H%M%SZ)-seed$SEED"
-LABELS="$RUNS/pseudo_labels"
 mkdir -p "$RUNS"
 started=$SECONDS
 
@@ -13,17 +12,17 @@ started=$SECONDS
 # One thread each: the baseline runs beside step 1 on the second core.
 echo "== Step 1: pseudo-label annotation; beside it, its baseline with lambda_1 = 0 (modality-invariance loss alone)"
 "$PYTHON_BIN" train_step1.py --config configs/digits/step1.yaml --set run.seed="$SEED" run.threads=1 run.device=cpu \
-    run.output="$RUNS/mlm_alone" run.pseudo_labels="$RUNS/mlm_alone" pla.lambda_1=0 run.figures=false \
+    run.output="$RUNS/mlm_alone" pla.lambda_1=0 run.figures=false \
     > "$RUNS/mlm_alone.log" 2>&1 &
 baseline=$!
 trap 'kill "$baseline" 2>/dev/null || true' EXIT
 "$PYTHON_BIN" train_step1.py --config configs/digits/step1.yaml --set run.seed="$SEED" run.threads=1 run.device=cpu \
-    run.output="$RUNS" run.pseudo_labels="$LABELS"
+    run.output="$RUNS"
 wait "$baseline" || { cat "$RUNS/mlm_alone.log"; exit 1; }
 
 echo "== Step 2: robust learning from the pseudo-labels"
 "$PYTHON_BIN" train_step2.py --config configs/digits/step2.yaml --set run.seed="$SEED" run.device=cpu \
-    run.output="$RUNS" rdl.pseudo_labels="$LABELS"
+    run.output="$RUNS"
 
 echo "== Evaluation: test scores of the last epochs, label-free training"
 "$PYTHON_BIN" evaluate.py --device cpu --run "$RUNS"/mlm_alone/digits/step1/* "$RUNS"/digits/step1/* "$RUNS"/digits/step2/*

@@ -13,14 +13,18 @@ PSEUDO_LABELS = ["digits_GrayImgs_train_list_pseudo_labelling.txt", "digits_Poin
 
 def settings(root: Path, out: Path, step: int, *more: str) -> list[str]:
     """Arguments of one stage on the small digits, with every output under `out`."""
-    labels = f"run.pseudo_labels={out / 'pseudo_labels'}" if step == 1 else f"rdl.pseudo_labels={out / 'pseudo_labels'}"
     config = REPOSITORY / f"configs/smoke/step{step}.yaml"
-    return ["--config", str(config), "--set", f"data.root={root}", f"run.output={out / 'runs'}", labels, *more]
+    return ["--config", str(config), "--set", f"data.root={root}", f"run.output={out / 'runs'}", *more]
 
 
 def only_run(out: Path, step: int) -> Path:
     (run,) = (out / "runs" / "digits" / f"step{step}").iterdir()
     return run
+
+
+def labels_of(out: Path) -> Path:
+    """Folder of the pseudo-labels of the only run of step 1."""
+    return only_run(out, 1) / "pseudo_labels"
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -44,7 +48,7 @@ def assert_same_result(first: Path, second: Path, step: int) -> None:
     assert all(torch.equal(one[key], two[key]) for key in one)
     if step == 1:
         for name in PSEUDO_LABELS:
-            assert (first / "pseudo_labels" / name).read_bytes() == (second / "pseudo_labels" / name).read_bytes()
+            assert (labels_of(first) / name).read_bytes() == (labels_of(second) / name).read_bytes()
 
 
 def log_lines(run: Path) -> list[dict]:

@@ -11,3 +11,7 @@ class UserError(ValueError):
 
 class MissingFileError(UserError):
     """A file that a list or a setting names is not there."""
+
+
+class MissingLabelsError(UserError):
+    """A data set has no test lists, or lists without a label column: it can be trained on, not evaluated."""

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,15 @@ from baselines.release_protocol.labels import class_count, training_labels
 from baselines.release_protocol.learners import ReleasePLA, ReleaseRDL
 from baselines.release_protocol.pairs import pair_by_class, pair_shares
 from baselines.release_protocol.variants import Departures, departures_of
+from datasets.label_runs import exported_folder
 from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
-from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
-from models.build import load_pretrained
+from datasets.samples import PairedSamples
 from train_step2 import load_pseudo_labels
-from utils.engine.checkpoint import atomic_write_json
-from utils.engine.learner import StageLearner
+from training import run_stage
+from utils.engine.checkpoint import atomic_write_json, read_json
 from utils.engine.run_log import RunLog
-from utils.engine.session import Session, fit, open_session
+from utils.engine.session import Session, open_session
 from utils.errors import UserError
-from utils.evaluation.report import report_pretrained
 from utils.evaluation.tables import Evaluator, format_table
 from utils.settings.options import Step1Config, Step2Config
 
@@ -60,12 +60,12 @@ def run_variant(request: Request, output: Path, command: str) -> dict[str, Any]:
     Returns:
         The content of metrics.json.
     Raises:
-        ValueError, FileNotFoundError: on bad settings or data, or if the folder belongs to another request.
+        UserError: on bad settings or data, or if the folder belongs to another request.
     """
     departures = departures_of(request.variant)
     _claim(output, request)
     first, details = _train_step1(request, departures, output)
-    second = _train_step2(request, departures, output)
+    second = _train_step2(request, departures, output, exported_folder(first, None))
     metrics = {"variant": request.variant, "seed": request.seed, **_scores(second, departures), "details": details}
     metrics |= {"command": command, **_origin([first, second])}
     atomic_write_json(output / "metrics.json", metrics)
@@ -78,7 +78,7 @@ def _claim(output: Path, request: Request) -> None:
     if not path.is_file():
         atomic_write_json(path, wanted)
         return
-    noted = json.loads(path.read_text(encoding="utf-8"))
+    noted = read_json(path)
     differing = [f"{key}: {noted.get(key)!r} there, {value!r} now" for key, value in wanted.items() if noted.get(key) != value]
     if differing:
         raise UserError(f"{output} holds another run ({'; '.join(differing)}): give another --output")
@@ -86,9 +86,8 @@ def _claim(output: Path, request: Request) -> None:
 
 def _open(request: Request, stage: str, output: Path, *extra: str) -> Session:
     """Open a stage's newest run folder below the output, or a new one."""
-    given, labels = (request.set1, "run") if stage == "step1" else (request.set2, "rdl")
-    overrides = [*given, *extra, f"run.seed={request.seed}", f"run.device={request.device}"]
-    overrides += [f"run.output={output / 'runs'}", f"{labels}.pseudo_labels={output / 'pseudo_labels'}"]
+    given = request.set1 if stage == "step1" else request.set2
+    overrides = [*given, *extra, f"run.seed={request.seed}", f"run.device={request.device}", f"run.output={output / 'runs'}"]
     overrides += [] if request.threads is None else [f"run.threads={request.threads}"]
     begun = sorted((output / "runs").glob(f"*/{stage}/*/config.yaml"), key=lambda path: path.stat().st_mtime)
     config = str(Path(request.config_dir) / f"{stage}.yaml")
@@ -100,61 +99,69 @@ def _open(request: Request, stage: str, output: Path, *extra: str) -> Session:
     return session
 
 
-def _training_data(session: Session, departures: Departures) -> tuple[PairedSamples, dict[str, Tensor]]:
+def _with_departures(
+    session: Session, samples: PairedSamples, departures: Departures
+) -> tuple[PairedSamples, dict[str, Tensor]]:
     """Return the training samples and, for the departures that read it, the ground truth; else an empty dictionary."""
-    samples = load_training_samples(session.config.data, session.device)
     labels = training_labels(session.config.data, samples) if departures.reads_labels else {}
     return pair_by_class(samples, labels, session.config.run.seed) if departures.class_pairs else (samples, labels)
 
 
-def _train(session: Session, learner: StageLearner, samples: PairedSamples, stage: str, name: str) -> None:
-    """Train a stage to its last epoch and log its test scores.
+def _report(name: str) -> Callable[..., None]:
+    """Return a report that logs the test scores of the last epoch alone.
 
     The run folder gets no metrics.json, so that no run of a variant can pass as one of the real trainers.
     """
-    config, device = session.config, session.device
-    test, labels = load_test_samples(config.data, device, samples)
-    if session.checkpoint is None:
-        report_pretrained(session.run, load_pretrained(learner.encoders, config.model.pretrained))
-    evaluator = Evaluator(lambda: embed_samples(learner.encoders, test, config.data, device), labels)
-    last = fit(session, learner, evaluator, stage)[-1]
-    session.run.log(format_table([(name, last)]))
+    def report(run: RunLog, evaluator: Evaluator | None, *_: Any) -> None:
+        if evaluator is None:
+            raise UserError("the variants are compared by their test scores: give test lists with labels")
+        run.log(format_table([(name, run.read_epochs()[-1])]))
+
+    return report
 
 
 def _train_step1(request: Request, departures: Departures, output: Path) -> tuple[RunLog, dict[str, Any]]:
     """Train step 1 and export its pseudo-labels; return its log and what is worth noting about pairs and pseudo-labels."""
-    session = _open(request, "step1", output)
-    samples, labels = _training_data(session, departures)
-    learner = ReleasePLA(session.config, samples, session.device, departures, labels)
-    _train(session, learner, samples, "step1", f"{request.variant}, step 1")
-    details: dict[str, Any] = {"pairs": pair_shares(samples, labels)} if departures.class_pairs else {}
-    num_clusters = session.config.pla.num_clusters
-    if departures.oracle_labels:
-        num_clusters = class_count(session.config.data, labels)
-        details["pseudo_label_accuracy"] = float(learner.kept.accuracy)
-    _export(learner, session, request.variant, num_clusters, output / "pseudo_labels")
+    session, details = _open(request, "step1", output), {}
+
+    def build(samples: PairedSamples) -> ReleasePLA:
+        samples, labels = _with_departures(session, samples, departures)
+        details.update({"pairs": pair_shares(samples, labels)} if departures.class_pairs else {})
+        return ReleasePLA(session.config, samples, session.device, departures, labels)
+
+    def export(session: Session, learner: ReleasePLA) -> None:
+        num_clusters = session.config.pla.num_clusters
+        if departures.oracle_labels:
+            num_clusters = class_count(session.config.data, learner.labels)
+            details["pseudo_label_accuracy"] = float(learner.kept.accuracy)
+        _export(learner, session, request.variant, num_clusters)
+
+    run_stage(session, build, export, _report(f"{request.variant}, step 1"))
     return session.run, details
 
 
-def _export(learner: ReleasePLA, session: Session, variant: str, num_clusters: int, folder: Path) -> None:
+def _export(learner: ReleasePLA, session: Session, variant: str, num_clusters: int) -> None:
     """Write one pseudo-label file per modality that names the variant it comes from."""
     dataset = session.config.data.dataset
     provenance = {"run_id": session.run.run_id, "seed": session.config.run.seed}
     provenance["variant"] = f"baselines.release_protocol: {variant}"
     for name, labels in learner.pseudo_labels().items():
         write_pseudo_labels(
-            pseudo_label_path(folder, dataset, name), learner.samples.lists[name], labels.numpy(), dataset=dataset,
+            pseudo_label_path(exported_folder(session.run, None), dataset, name), learner.samples.lists[name], labels.numpy(), dataset=dataset,
             num_clusters=num_clusters, provenance=provenance,
         )
 
 
-def _train_step2(request: Request, departures: Departures, output: Path) -> RunLog:
-    """Train step 2 on the exported pseudo-labels and return its log."""
-    session = _open(request, "step2", output, *(["run.eval_every=1"] if departures.test_selection else []))
-    samples, _ = _training_data(session, departures)
-    pseudo_labels, num_clusters = load_pseudo_labels(session.config, samples, session.device)
-    learner = ReleaseRDL(session.config, samples, pseudo_labels, num_clusters, session.device, departures)
-    _train(session, learner, samples, "step2", f"{request.variant}, step 2")
+def _train_step2(request: Request, departures: Departures, output: Path, labels: Path) -> RunLog:
+    """Train step 2 on the pseudo-labels exported to a folder and return its log."""
+    every_epoch = ["run.eval_every=1"] if departures.test_selection else []
+    session = _open(request, "step2", output, f"rdl.pseudo_labels={labels}", *every_epoch)
+
+    def build(samples: PairedSamples) -> ReleaseRDL:
+        samples, _ = _with_departures(session, samples, departures)
+        return ReleaseRDL(session.config, samples, *load_pseudo_labels(session, samples), session.device, departures)
+
+    run_stage(session, build, report=_report(f"{request.variant}, step 2"))
     return session.run
 
 
@@ -171,7 +178,7 @@ def _scores(run: RunLog, departures: Departures) -> dict[str, Any]:
 
 def _origin(runs: list[RunLog]) -> dict[str, Any]:
     """Return commit, device and training time of both stages; a change of commit between them counts as uncommitted code."""
-    notes = [json.loads((run.folder / "env.json").read_text(encoding="utf-8")) for run in runs]
+    notes = [read_json(run.folder / "env.json") for run in runs]
     seconds = sum(row["seconds/train"] for run in runs for row in run.read_epochs())
     changed = notes[0]["git_sha"] != notes[1]["git_sha"]
     return {

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAIN, write_lists
-from stage_runs import REPOSITORY, assert_same_result, log_lines, only_run, settings, weights
+from stage_runs import REPOSITORY, assert_same_result, labels_of, log_lines, only_run, settings, weights
 from torch.nn import functional as F
 
 import train_step1
 import train_step2
+import training
 from baselines.release_protocol import protocol
 from baselines.release_protocol.__main__ import main
 from baselines.release_protocol.labels import class_count, farthest_labels, training_labels
@@ -72,8 +73,8 @@ class Trained:
             real = getattr(protocol, name)
             patch.setattr(protocol, name, lambda config, samples, *more, real=real: (
                 self.trained_on[variant].append(samples) or real(config, samples, *more)))
-        load = protocol.load_test_samples
-        patch.setattr(protocol, "load_test_samples", lambda *given: (
+        load = training.load_test_samples
+        patch.setattr(training, "load_test_samples", lambda *given: (
             self.tested_on[variant].append(load(*given)) or self.tested_on[variant][-1]))
 
     def _stop_between_the_stages(self) -> None:
@@ -147,7 +148,7 @@ def test_the_variants_made_of_labels_need_them(small_digits, tmp_path, variant):
 def test_no_run_of_a_variant_can_pass_as_one_of_the_real_trainers(trained):
     for variant in VARIANTS:
         assert not list(trained(variant).glob("runs/**/metrics.json"))
-        (meta, _) = sorted((trained(variant) / "pseudo_labels").glob("*.meta.json"))
+        (meta, _) = sorted(labels_of(trained(variant)).glob("*.meta.json"))
         assert json.loads(meta.read_text())["provenance"]["variant"] == f"baselines.release_protocol: {variant}"
 
 
@@ -200,7 +201,7 @@ def test_oracle_labels_are_classes_and_step_2_uses_their_number(trained, small_d
     folder = trained("oracle_labels")
     _, samples, labels = step1(small_digits)
     for name, token in (("GrayImg", "GrayImgs"), ("PointCloud", "PointCloud")):
-        path = folder / "pseudo_labels" / f"digits_{token}_train_list_pseudo_labelling.txt"
+        path = labels_of(folder) / f"digits_{token}_train_list_pseudo_labelling.txt"
         values, num_clusters = read_pseudo_labels(path, samples.lists[name], dataset="digits")
         assert num_clusters == 10 and set(values) <= set(labels[name].tolist())
     assert weights(only_run(folder, 2))[".classifiers.GrayImg.3.bias"].shape == (10,)

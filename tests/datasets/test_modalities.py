@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TRAIN, write_lists
 from PIL import Image
-from stage_runs import only_run, settings
+from stage_runs import labels_of, only_run, settings
 
 import evaluate
 import train_step1
@@ -55,7 +55,7 @@ def test_four_modalities_at_once(small_digits, tmp_path, capsys):
         assert {"map/RG", "map/GR", "map/PM", "map/MP"} <= scores.keys()
     figures = {path.name for path in (only_run(tmp_path, 2) / "figures").iterdir()}
     assert {"retrieval_RM.png", "retrieval_PG.png", "tsne.png"} <= figures and "retrieval_PM.png" not in figures
-    labels = sorted(path.name for path in (tmp_path / "pseudo_labels").glob("*.txt"))
+    labels = sorted(path.name for path in labels_of(tmp_path).glob("*.txt"))
     assert len(labels) == 4
     evaluate.main(["--run", str(only_run(tmp_path, 2)), "--device", "cpu"])
     printed = capsys.readouterr().out

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from stage_runs import PSEUDO_LABELS, REPOSITORY, assert_same_result, log_lines, only_run, settings, weights
+from stage_runs import PSEUDO_LABELS, REPOSITORY, assert_same_result, labels_of, log_lines, only_run, settings, weights
 
 import evaluate
 import train_step1
 import train_step2
+from utils.engine import epoch as epochs
 from utils.engine import session as trainer
 from utils.errors import UserError
 from utils.evaluation.tables import format_table
@@ -24,11 +25,11 @@ from utils.evaluation.tables import format_table
 
 def test_files_of_both_stages(finished, small_digits):
     for name in PSEUDO_LABELS:
-        rows = (finished / "pseudo_labels" / name).read_text().splitlines()
+        rows = (labels_of(finished) / name).read_text().splitlines()
         source = (small_digits / name.replace("_pseudo_labelling", "")).read_text().splitlines()
         assert [row.split()[0] for row in rows] == [row.split()[0] for row in source]
         assert all(0 <= int(row.split()[1]) < 6 and len(row.split()) == 2 for row in rows)
-        assert json.loads((finished / "pseudo_labels" / f"{name}.meta.json").read_text())["num_clusters"] == 6
+        assert json.loads((labels_of(finished) / f"{name}.meta.json").read_text())["num_clusters"] == 6
     for step in (1, 2):
         run = only_run(finished, step)
         assert {"config.yaml", "env.json", "log.txt", "metrics.jsonl", "last.pt", "metrics.json"} <= set(os.listdir(run))
@@ -51,7 +52,7 @@ def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small
 
 
 def test_figures(finished, small_digits, tmp_path):
-    train_step2.main(settings(small_digits, tmp_path, 2, f"rdl.pseudo_labels={finished / 'pseudo_labels'}",
+    train_step2.main(settings(small_digits, tmp_path, 2, f"rdl.pseudo_labels={labels_of(finished)}",
                               "run.figures=true", "optim.epochs=1"))
     figures = {path.name for path in (only_run(tmp_path, 2) / "figures").iterdir()}
     assert figures == {"curves.png", "tsne.png", "retrieval_GP.png", "retrieval_PG.png"}
@@ -74,7 +75,7 @@ def test_stopped_around_a_checkpoint_and_resumed_equals_uninterrupted(
     finished, small_digits, tmp_path, monkeypatch, step, moment
 ):
     module = train_step1 if step == 1 else train_step2
-    more = [] if step == 1 else [f"rdl.pseudo_labels={finished / 'pseudo_labels'}"]
+    more = [] if step == 1 else [f"rdl.pseudo_labels={labels_of(finished)}"]
     save = trainer.save_checkpoint
 
     def interrupted(path, state):
@@ -154,28 +155,28 @@ def test_command_line_prints_one_line_instead_of_a_traceback(tmp_path):
 
 def test_non_finite_loss_stops_with_epoch_and_step():
     with pytest.raises(UserError, match="step1 epoch 4, step 2"):
-        trainer.run_batches([torch.arange(2)] * 3, lambda index: {"loss/mlm": torch.tensor(float("nan"))},
+        epochs.run_batches([torch.arange(2)] * 3, lambda index: {"loss/mlm": torch.tensor(float("nan"))},
                             title="step1 epoch 4", log_interval=2)
 
 
 def test_step_2_refuses_pseudo_label_files_of_two_runs(finished, small_digits, tmp_path):
     train_step1.main(settings(small_digits, tmp_path, 1, "run.seed=1"))
-    for path in (finished / "pseudo_labels").glob("*GrayImgs*"):  # as if step 1 had been cut off before the second file
-        shutil.copy(path, tmp_path / "pseudo_labels")
+    for path in labels_of(finished).glob("*GrayImgs*"):  # as if step 1 had been cut off before the second file
+        shutil.copy(path, labels_of(tmp_path))
     with pytest.raises(ValueError, match="different runs.*train_step1.py"):
         train_step2.main(settings(small_digits, tmp_path, 2))
 
 
 @pytest.mark.parametrize("step, changed", [(1, "GrayImg, PointCloud"), (2, "pseudo-labels of GrayImg")])
 def test_resume_refuses_changed_inputs(finished, small_digits, tmp_path, step, changed):
-    shutil.copytree(finished / "pseudo_labels", tmp_path / "pseudo_labels")
+    shutil.copytree(labels_of(finished), tmp_path / "labels")
     module = train_step1 if step == 1 else train_step2
-    module.main(settings(small_digits, tmp_path, step))
+    module.main(settings(small_digits, tmp_path, step, *([f"rdl.pseudo_labels={tmp_path / 'labels'}"] if step == 2 else [])))
     if step == 1:
         for path in small_digits.glob("*train_list.txt"):
             path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     else:
-        write_other_pseudo_labels(tmp_path / "pseudo_labels" / PSEUDO_LABELS[0])
+        write_other_pseudo_labels(tmp_path / "labels" / PSEUDO_LABELS[0])
     with pytest.raises(ValueError, match=f"{changed} changed"):
         module.main(["--resume", str(only_run(tmp_path, step))])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from stage_runs import only_run, settings, weights
+from stage_runs import labels_of, only_run, settings, weights
 from torch import nn
 
 import train_step1
@@ -132,8 +132,8 @@ def test_torchrun_with_two_processes_equals_one_process(small_digits, tmp_path):
         if ".encoders" in key and ours[key].is_floating_point():
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-2, atol=2e-3, msg=key)
     for name in ("digits_GrayImgs_train_list_pseudo_labelling.txt", "digits_PointCloud_train_list_pseudo_labelling.txt"):
-        assert (one / "pseudo_labels" / name).read_text() == (two / "pseudo_labels" / name).read_text()
-    labels = f"rdl.pseudo_labels={one / 'pseudo_labels'}"
+        assert (labels_of(one) / name).read_text() == (labels_of(two) / name).read_text()
+    labels = f"rdl.pseudo_labels={labels_of(one)}"
     train_step2.main(settings(small_digits, one, 2, *more))
     torchrun("train_step2.py", settings(small_digits, two, 2, labels, *more))
     torch.testing.assert_close(losses(only_run(two, 2)), losses(only_run(one, 2)), rtol=1e-3, atol=1e-3)

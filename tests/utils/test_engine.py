@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stage_runs import assert_same_result, log_lines, only_run, settings
+from stage_runs import assert_same_result, labels_of, log_lines, only_run, settings
 
 import train_step1
 import train_step2
@@ -63,7 +63,7 @@ def test_bfloat16_losses_track_float32(finished, small_digits, tmp_path):
 
 @pytest.mark.parametrize("loss", ["ce", "mae", "gce", "aue", "nce_agce"])
 def test_step_2_trains_with_every_robust_loss(finished, small_digits, tmp_path, loss):
-    labels = f"rdl.pseudo_labels={finished / 'pseudo_labels'}"
+    labels = f"rdl.pseudo_labels={labels_of(finished)}"
     train_step2.main(settings(small_digits, tmp_path, 2, labels, f"rdl.loss={loss}", "optim.epochs=1"))
     (line,) = log_lines(only_run(tmp_path, 2))
     assert line[f"loss/{loss}"] > 0 and "loss/rcll" not in line and 0 <= line["clipped"] <= 1
@@ -73,7 +73,7 @@ def test_equation_4_with_the_losses_scale(finished, small_digits, tmp_path, monk
     totals = []
     optimise = train_step2.RDLLearner.optimise
     monkeypatch.setattr(train_step2.RDLLearner, "optimise", lambda self, loss: (totals.append(float(loss.detach())), optimise(self, loss)))
-    more = [f"rdl.pseudo_labels={finished / 'pseudo_labels'}", "rdl.loss_scale=0.1", "rdl.lambda_2=0.6", "optim.epochs=1"]
+    more = [f"rdl.pseudo_labels={labels_of(finished)}", "rdl.loss_scale=0.1", "rdl.lambda_2=0.6", "optim.epochs=1"]
     train_step2.main(settings(small_digits, tmp_path, 2, *more))
     (line,) = log_lines(only_run(tmp_path, 2))
     assert sum(totals) / len(totals) == pytest.approx(0.6 * 0.1 * line["loss/rcll"] + 0.4 * line["loss/mlm"], rel=1e-5)

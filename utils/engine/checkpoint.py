@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import MissingFileError, UserError
 
 FORMAT_VERSION = 1
 _UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError)
@@ -87,6 +87,23 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
         UserError: if the value holds NaN or infinity, which JSON does not know.
     """
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        UserError: if the file is missing, damaged or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} not found: was the folder copied as a whole?") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: expected a JSON object ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: expected a JSON object, found a {type(value).__name__}")
+    return value
 
 
 def _check_plain(value: Any, where: str) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.engine import distributed
+from utils.engine.epoch import learning_rate, run_batches
 from utils.engine.seed import BatchGenerator, derive_seed, generator_for
-from utils.engine.session import learning_rate, run_batches
 from utils.errors import UserError
 
 
@@ -84,7 +84,17 @@ class StageLearner:
             title=f"{self.stage} epoch {epoch}", log_interval=self.config.run.log_interval,
         )
         distributed.copy_from_main([*self.encoders.buffers(), *self.classifiers.parameters(), *self.classifiers.buffers()])
+        self._check_finite(f"{self.stage} epoch {epoch}")
         return means
+
+    def _check_finite(self, title: str) -> None:
+        """Refuse weights and running statistics that the last step of an epoch has made infinite: no loss has shown it yet."""
+        tensors = [values for module in (self.encoders, self.classifiers) for values in module.state_dict().values()]
+        if not torch.stack([values.isfinite().all() for values in tensors]).all():
+            raise UserError(
+                f"{title}: weights or running statistics are not finite after the last step; the last checkpoint is from the "
+                "epoch before. Lower optim.learning_rate or check the data"
+            )
 
     def embed(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]:
         """Return the embeddings (B, D) of the whole batch, not normalised, of one augmented view per modality."""
@@ -115,12 +125,15 @@ class StageLearner:
         return {"inputs": self.inputs, **{part: getattr(self, part).state_dict() for part in self.parts}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned, strictly; ValueError if the run was started on other data."""
-        changed = [name for name in self.inputs if state["inputs"].get(name) != self.inputs[name]]
+        """Restore what `state_dict` returned, strictly; UserError if the run was started on other data or with another model."""
+        changed = [name for name in self.inputs if state.get("inputs", {}).get(name) != self.inputs[name]]
         if changed:
             raise UserError(f"cannot resume {self.stage}: {', '.join(changed)} changed since the run was started; start a new run")
-        for part in self.parts:
-            getattr(self, part).load_state_dict(state[part])
+        try:
+            for part in self.parts:
+                getattr(self, part).load_state_dict(state[part])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"cannot resume {self.stage}: the checkpoint does not fit the run's settings: {error}") from error
 
 
 def _fast_forward(encoder: nn.Module, mode: str, device: torch.device) -> nn.Module:

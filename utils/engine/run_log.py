@@ -5,7 +5,9 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RESULT_NEUTRAL = ("run.output", "run.figures", "run.log_interval")
+# Where things lie and how fast they go; what training reads is guarded by the hashes in the checkpoint
+RESULT_NEUTRAL = (
+    "data.root", "data.train_lists", "data.test_lists", "data.placement", "data.workers", "run.device", "run.threads", "run.output",
+    "run.pseudo_labels", "run.eval_every", "run.figures", "run.log_interval", "rdl.pseudo_labels",
+)
 
 
 def _git(*arguments: str) -> str | None:
@@ -73,42 +79,45 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_config(saved: dict, new: dict, ignore: Iterable[str] = RESULT_NEUTRAL) -> None:
-    """Refuse to resume a run under settings that would change its result.
+def check_same_config(saved: dict, new: dict) -> list[str]:
+    """Refuse settings that would change the result of a run that was started with others.
 
     Args:
         saved: configuration of the run folder, as nested plain dictionaries.
         new: configuration of this call.
-        ignore: dotted keys (or sections) that may differ.
+    Returns:
+        One line per setting of `RESULT_NEUTRAL` that differs.
     Raises:
-        UserError: lists every differing key with both values.
+        UserError: lists every other differing setting with both values.
     """
     old, now = _flatten(saved), _flatten(new)
-    ignored = tuple(ignore)
-    differing = [
-        key
-        for key in sorted(old.keys() | now.keys())
-        if (key not in old or key not in now or old[key] != now[key])
-        and not any(key == name or key.startswith(f"{name}.") for name in ignored)
-    ]
-    if differing:
-        values = ((key, old.get(key, "(absent)"), now.get(key, "(absent)")) for key in differing)
-        rows = "\n".join(f"  {key}: {before!r} in the run, {after!r} now" for key, before, after in values)
-        raise UserError(f"cannot resume, settings differ from the run's:\n{rows}\nDrop them, or start a new run.")
+    neutral, refused = [], []
+    for key in sorted(old.keys() | now.keys()):
+        before, after = old.get(key, "(absent)"), now.get(key, "(absent)")
+        if before != after:
+            chosen = neutral if any(f"{key}.".startswith(f"{name}.") for name in RESULT_NEUTRAL) else refused
+            chosen.append(f"{key}: {before!r} in the run, {after!r} now")
+    if refused:
+        rows = "\n  ".join(refused)
+        raise UserError(f"settings differ from the run's:\n  {rows}\nDrop them, or start a new run.")
+    return neutral
 
 
-def _plain_number(key: str, value: Any) -> Any:
-    """Turn tensor and NumPy scalars into Python numbers; refuse NaN and infinity."""
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"metric {key!r} is {value}: metrics.jsonl holds finite numbers only")
-    return value
+def plain_row(values: dict[str, Any]) -> dict[str, Any]:
+    """Return an epoch's metrics with tensor and NumPy scalars as Python numbers.
+
+    Raises:
+        ValueError: if a number is not finite.
+    """
+    row = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+    for key, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"metric {key!r} is {value}: metrics.jsonl holds finite numbers only")
+    return row
 
 
 class RunLog:
     """One run folder `<output>/<dataset>/<stage>/<run-id>/`.
-
-    Write an epoch's line before its checkpoint: on resume `truncate_after` drops lines that no checkpoint backs.
 
     Attributes:
         folder: the run folder.
@@ -161,35 +170,58 @@ class RunLog:
         return cls(folder)
 
     def config(self) -> dict:
-        """Return the resolved configuration the run was started with."""
-        return yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        """Return the resolved configuration the run was started with.
+
+        Raises:
+            UserError: if config.yaml is damaged.
+        """
+        path = self.folder / "config.yaml"
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        if not isinstance(tree, dict):
+            raise UserError(f"{path} is damaged: expected the settings that the run was started with, found {tree!r:.80}")
+        return tree
 
     def log(self, text: str) -> None:
         """Print a line without tearing progress bars, and append it to log.txt with the UTC time."""
         if not self.writes:
             return
         tqdm.write(text)
+        self._append(text)
+
+    def _append(self, text: str) -> None:
         with open(self.folder / "log.txt", "a", encoding="utf-8") as stream:
             stream.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} {text}\n")
 
-    def write_epoch(self, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl; the file is replaced as a whole, so no line is ever torn.
+    @contextmanager
+    def failures_logged(self) -> Iterator[None]:
+        """Append what ends the block to log.txt: the message of a failure that a user can mend, the traceback of any other.
+
+        Every process writes, since a fault may show in one of them alone. The failure itself goes on.
+        """
+        try:
+            yield
+        except BaseException as error:
+            text = f"error: {error}" if isinstance(error, UserError) else traceback.format_exc().rstrip()
+            with suppress(OSError):  # the log may be what cannot be written
+                self._append(text if distributed.world() == 1 else f"process {distributed.rank()}: {text}")
+            raise
+
+    def write_epochs(self, rows: list[dict[str, Any]]) -> None:
+        """Replace metrics.jsonl by these rows, one line per epoch; atomic, so no line is ever torn.
 
         Args:
-            values: must hold the integer `epoch`, larger than that of the last line; numbers (tensor and NumPy
-                scalars too), strings or None.
-        Raises:
-            UserError: if the epoch is missing or does not grow, or a number is not finite.
+            rows: of `plain_row`, in the order of the epochs.
         """
-        if not self.writes:
-            return
-        epochs = self.read_epochs()
-        epoch = values.get("epoch")
-        if isinstance(epoch, bool) or not isinstance(epoch, int):
-            raise UserError(f"an epoch's metrics need the integer key 'epoch', got {epoch!r}")
-        if epochs and epoch <= epochs[-1]["epoch"]:
-            raise UserError(f"{self._metrics} already ends with epoch {epochs[-1]['epoch']}, cannot append epoch {epoch}")
-        self._replace([*epochs, {key: _plain_number(key, value) for key, value in values.items()}])
+        if self.writes:
+            atomic_write_text(self._metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+    @property
+    def has_record(self) -> bool:
+        """Whether the folder holds metrics of a training."""
+        return (self.folder / "metrics.json").exists() or self._metrics.exists() and self._metrics.stat().st_size > 0
 
     def read_epochs(self) -> list[dict]:
         """Return the lines of metrics.jsonl; a torn last line (no line end, no valid JSON) is left out.
@@ -203,22 +235,15 @@ class RunLog:
         epochs = []
         for row, line in enumerate(lines, start=1):
             try:
-                epochs.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                entry = json.loads(line)
+                int(entry["epoch"])
+                epochs.append(entry)
+            except (ValueError, TypeError, LookupError) as error:
                 if row == len(lines):
                     break
-                raise UserError(f"{self._metrics}, row {row}: not a JSON object: {line[:80]!r}") from error
+                raise UserError(f"{self._metrics}, row {row}: not a JSON object of an epoch: {line[:80]!r}") from error
         return epochs
-
-    def truncate_after(self, epoch: int) -> None:
-        """Drop the lines of epochs later than `epoch`, atomically; call it when a run resumes from that epoch."""
-        if self.writes:
-            self._replace([entry for entry in self.read_epochs() if entry["epoch"] <= epoch])
 
     @property
     def _metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
-
-    def _replace(self, epochs: list[dict]) -> None:
-        text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in epochs)
-        atomic_write_text(self._metrics, text)

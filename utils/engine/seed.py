@@ -1,10 +1,9 @@
-"""Seeding of every random generator, derived generators, and RNG states that fit into a checkpoint."""
+"""Seeding of every random generator, and generators derived from a seed and a use."""
 
 import hashlib
 import json
 import os
 import random
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,45 +105,3 @@ class BatchGenerator:
 
     def _keep(self, values: torch.Tensor) -> torch.Tensor:
         return values if self.rows is None else values[self.rows]
-
-
-def rng_state() -> dict:
-    """Return the state of all global generators as tensors and plain containers (loads with weights_only=True)."""
-    version, internal, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": {
-            "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
-            "pos": int(numpy_state["state"]["pos"]),
-            "has_gauss": int(numpy_state["has_gauss"]),
-            "gauss": float(numpy_state["gauss"]),
-        },
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict) -> None:
-    """Restore what `rng_state` returned.
-
-    Args:
-        state: dictionary with the keys python, numpy, torch, cuda. CUDA states are skipped with a warning when this
-            machine has another number of CUDA devices: the resumed run is then not bit-identical.
-    """
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    saved = state["numpy"]
-    key = saved["key"].cpu().numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, saved["pos"], saved["has_gauss"], saved["gauss"]))
-    torch.set_rng_state(state["torch"].cpu())
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(state["cuda"]) == devices:
-        for index, device_state in enumerate(state["cuda"]):
-            torch.cuda.set_rng_state(device_state.cpu(), index)
-    else:
-        warnings.warn(
-            f"the saved run had {len(state['cuda'])} CUDA devices, this machine has {devices}: CUDA generators are not "
-            "restored, so the resumed run will differ from an uninterrupted one",
-            stacklevel=2,
-        )

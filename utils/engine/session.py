@@ -1,33 +1,45 @@
-"""What both stages share: command line, run folder, resume, epoch loop with checkpoints, and the loop over batches."""
+"""What both stages share: command line, run folder, resume, the loop over epochs with checkpoints, and exit messages."""
 
 import argparse
-import math
+import errno
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from utils.engine import distributed
 from utils.engine.checkpoint import load_checkpoint, save_checkpoint
 from utils.engine.device import select_device, set_threads
-from utils.engine.run_log import RunLog, check_same_config
-from utils.engine.seed import rng_state, seed_everything, set_deterministic, set_rng_state
+from utils.engine.run_log import RunLog, check_same_config, plain_row
+from utils.engine.seed import seed_everything, set_deterministic
 from utils.errors import UserError
 from utils.settings.config import add_config_arguments, load_config, to_dict
 
 LAST = "last.pt"
+# Failures of the file system; other OSErrors come from libraries and are no user's to mend
+MENDABLE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.ESTALE,
+}
 
 
 @dataclass
 class Session:
-    """One invocation of a training script: settings, device, run folder, and the checkpoint to continue from, if any."""
+    """One invocation of a training script.
 
+    Attributes:
+        stage: "step1" or "step2".
+        config: its settings.
+        device: where it trains.
+        run: its run folder.
+        checkpoint: what to continue from, if anything; `fit` loads it and lets it go.
+    """
+
+    stage: str
     config: Any
     device: torch.device
     run: RunLog
@@ -44,25 +56,30 @@ class Learner(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
-def parse_arguments(description: str, argv: list[str] | None) -> argparse.Namespace:
-    """Parse --config, --set and --resume; argv None means the command line."""
+def stage_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of --config, --set and --resume."""
     parser = argparse.ArgumentParser(description=description)
     add_config_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
-def open_session(config_class: type, stage: str, arguments: argparse.Namespace, default_config: str) -> Session:
+def open_session(
+    config_class: type, stage: str, arguments: argparse.Namespace, default_config: str,
+    complete: Callable[[Any], Any] = lambda config: config,
+) -> Session:
     """Load the settings, choose the device, seed everything and make or reopen the run folder.
 
     Args:
         config_class: utils.settings.options.Step1Config or Step2Config.
         stage: "step1" or "step2".
-        arguments: from `parse_arguments`.
+        arguments: of `stage_parser`.
         default_config: used when neither --config nor --resume is given; such a bare call needs a GPU.
+        complete: fills in the settings of a new run that depend on what lies on the disk.
     Returns:
-        The session. With --resume, the settings are the run's own; --config or --set beside it must agree with them.
+        The session. With --resume, the settings are the run's own; of --config or --set beside it, only places and speed
+        may differ (`utils.engine.run_log.RESULT_NEUTRAL`).
     Raises:
-        ValueError, FileNotFoundError: on bad settings or a run folder that cannot be continued.
+        UserError: on bad settings or a run folder that cannot be continued.
     """
     distributed.start()
     run = RunLog.open(arguments.resume) if arguments.resume else None
@@ -71,18 +88,34 @@ def open_session(config_class: type, stage: str, arguments: argparse.Namespace, 
     device = select_device(config.run.device)
     if not (arguments.config or run) and device.type == "cpu" and config.run.device == "auto":
         raise UserError(_cpu_advice(stage, default_config))
-    if run:
-        check_same_config(run.config(), to_dict(config))
+    changed = check_same_config(run.config(), to_dict(config)) if run else []
+    checkpoint = _load_last(run, stage) if run else None
     set_threads(config.run.threads)
     set_deterministic(config.run.deterministic)
     seed_everything(config.run.seed)
     if run is None:
+        config = distributed.from_main(lambda: complete(config))
         create = lambda: RunLog.create(config.run.output, config.data.dataset, stage, to_dict(config), config.run.seed)  # noqa: E731
         run = RunLog.open(distributed.from_main(lambda: create().folder))
+    run.log("\n  ".join([f"{stage} on {device}, run folder {run.folder}", *changed]))
+    return Session(stage, config, device, run, checkpoint)
+
+
+def _load_last(run: RunLog, stage: str) -> dict | None:
+    """Return the checkpoint to go on from; None if the run was stopped before its first one."""
     last = run.folder / LAST
-    run.log(f"{stage} on {device}, run folder {run.folder}")
-    checkpoint = load_checkpoint(last) if last.is_file() else None
-    return Session(config, device, run, checkpoint)
+    if not last.is_file() and run.has_record:
+        raise UserError(
+            f"cannot resume {run.folder}: {LAST} is gone, though metrics of its epochs are there. Nothing was changed; put {LAST} "
+            f"back, or train anew into another folder: python train_{stage}.py --config {run.folder / 'config.yaml'}"
+        )
+    if not last.is_file():
+        return None
+    checkpoint = load_checkpoint(last)
+    if checkpoint.get("stage") != stage or not {"epoch", "learner", "rows"} <= checkpoint.keys():
+        found = f"it is of {checkpoint.get('stage')!r} and holds {', '.join(sorted(map(str, checkpoint)))}"
+        raise UserError(f"{last} is no checkpoint of {stage} that this version can continue: {found}")
+    return checkpoint
 
 
 def _cpu_advice(stage: str, default_config: str) -> str:
@@ -94,43 +127,40 @@ def _cpu_advice(stage: str, default_config: str) -> str:
     )
 
 
-def fit(
-    session: Session, learner: Learner, evaluate: Callable[[], Mapping[str, float]], stage: str
-) -> list[dict[str, Any]]:
-    """Train to the last epoch, one line of metrics and one checkpoint per epoch, continuing where the session says.
+def fit(session: Session, learner: Learner, evaluate: Callable[[], Mapping[str, float]] | None) -> list[dict[str, Any]]:
+    """Train to the last epoch, one checkpoint and one line of metrics per epoch, continuing where the session says.
 
-    The metrics line is written before the checkpoint that backs it; on resume, lines without a checkpoint are dropped, so
-    a process killed anywhere continues to the same result.
+    The checkpoint carries the lines of all epochs so far, and metrics.jsonl is written from it: a process killed anywhere
+    continues to the same result and the same record.
 
     Args:
         session: settings, run folder and checkpoint.
         learner: trains one epoch at a time and gives its state.
-        evaluate: scores on the test set, for the log alone; nothing is selected by them.
-        stage: name for messages.
+        evaluate: scores on the test set, for the log alone; nothing is selected by them. None skips them.
     Returns:
         The metrics of all epochs.
     """
     config, run = session.config, session.run
-    done = 0
+    done, rows = 0, []
     if session.checkpoint is not None:
         learner.load_state_dict(session.checkpoint["learner"])
-        set_rng_state(session.checkpoint["rng"])
-        done = session.checkpoint["epoch"]
+        done, rows = session.checkpoint["epoch"], session.checkpoint["rows"]
+        session.checkpoint = None  # as large as the weights
         run.log(f"resumed after epoch {done} of {config.optim.epochs}")
-    run.truncate_after(done)
+    run.write_epochs(rows)
     for epoch in range(done + 1, config.optim.epochs + 1):
         start = time.perf_counter()
-        row = {"epoch": epoch, "stage": stage, **learner.train_epoch(epoch)}
+        row = {"epoch": epoch, "stage": session.stage, **learner.train_epoch(epoch)}
         row["seconds/train"] = round(time.perf_counter() - start, 3)
-        if epoch == config.optim.epochs or (config.run.eval_every and epoch % config.run.eval_every == 0):
+        if evaluate and (epoch == config.optim.epochs or (config.run.eval_every and epoch % config.run.eval_every == 0)):
             row.update(evaluate())
-        run.write_epoch(row)
+        rows.append(plain_row(row))
         if run.writes:
-            save_checkpoint(
-                run.folder / LAST, {"stage": stage, "epoch": epoch, "learner": learner.state_dict(), "rng": rng_state()}
-            )
+            state = {"stage": session.stage, "epoch": epoch, "learner": learner.state_dict(), "rows": rows}
+            save_checkpoint(run.folder / LAST, state)
+        run.write_epochs(rows)
         run.log(_summary(row, config.optim.epochs))
-    return run.read_epochs()
+    return rows
 
 
 def _summary(row: Mapping[str, Any], epochs: int) -> str:
@@ -138,63 +168,23 @@ def _summary(row: Mapping[str, Any], epochs: int) -> str:
     return f"epoch {row['epoch']}/{epochs}: " + ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
 
 
-def run_batches(
-    batches: Iterable[Any], step: Callable[[Any], Mapping[str, Tensor]], *, title: str, log_interval: int
-) -> dict[str, float]:
-    """Run one optimisation step per batch and average what the steps return.
-
-    Sums stay on the device; they are read back once per `log_interval` steps, for the progress bar and the check that
-    every component is finite.
-
-    Args:
-        batches: what `step` takes.
-        step: trains on one batch, returns detached scalars.
-        title: for the progress bar and errors, e.g. "step1 epoch 3".
-        log_interval: steps between two read-backs.
-    Returns:
-        Mean of every scalar over the steps.
-    Raises:
-        UserError: if there is no batch. UserError: if a component is not finite.
-    """
-    totals: dict[str, Tensor] = {}
-    count = 0
-    with tqdm(batches, desc=title, leave=False, disable=not (sys.stderr.isatty() and distributed.is_main())) as progress:
-        for batch in progress:
-            for key, value in step(batch).items():
-                totals[key] = totals[key] + value if key in totals else value
-            count += 1
-            if count % log_interval == 0:
-                progress.set_postfix({key: f"{value:.4f}" for key, value in _means(totals, count, title).items()})
-    if count == 0:
-        raise UserError(f"{title}: no batch to train on; lower optim.batch_size or add samples")
-    return _means(totals, count, title)
-
-
-def _means(totals: Mapping[str, Tensor], count: int, title: str) -> dict[str, float]:
-    means = {key: float(value) / count for key, value in totals.items()}
-    if not all(math.isfinite(value) for value in means.values()):
-        raise UserError(
-            f"{title}, step {count}: a loss is not finite, means so far {means}; the last checkpoint is from the epoch "
-            "before. Lower optim.learning_rate or check the data"
-        )
-    return means
-
-
-def learning_rate(config: Any, epoch: int) -> float:
-    """Return the rate of an epoch (1-based): constant, or a half cosine from the initial rate towards zero."""
-    if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / config.epochs))
-
-
 def run_command(main: Callable[[], None]) -> int:
-    """Run a script's main function; turn the errors that a user can mend into one message instead of a traceback."""
+    """Run a script's main function; turn failures that a user can mend into one message, and leave bugs their traceback.
+
+    Returns:
+        Exit status: 0, 2 after such a message, 3 where another process of several has failed, 130 when interrupted.
+    """
     try:
         main()
-    except UserError as error:
+    except (UserError, MemoryError, torch.OutOfMemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in MENDABLE:
+            raise
         who = "" if distributed.is_main() else f" (process {distributed.rank()})"
-        print(f"error{who}: {error}", file=sys.stderr)
+        print(f"error{who}: {_message(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; a training goes on with --resume RUN", file=sys.stderr)
+        return 130
     except RuntimeError as error:
         if distributed.world() == 1 or not re.search("gloo|NCCL|Connection closed", str(error)):
             raise
@@ -203,3 +193,14 @@ def run_command(main: Callable[[], None]) -> int:
     finally:
         distributed.stop()
     return 0
+
+
+def _message(error: Exception) -> str:
+    """Say what a user can do about it; a UserError says it itself."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check that path, its permissions and the space on its disk"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, UserError):
+        return str(error)
+    return f"out of memory ({error}); lower optim.batch_size, or keep the samples on the host with data.placement=host"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from utils.engine.checkpoint import atomic_write_json
+from utils.engine.checkpoint import atomic_write_json, read_json
 from utils.engine.run_log import RunLog
 from utils.evaluation.tables import Evaluator, format_table, scored_tasks
 from utils.figures.plots import plot_curves, plot_retrieval, plot_tsne
@@ -14,6 +14,7 @@ from utils.figures.thumbnails import thumbnail
 from utils.modalities import MODALITIES, task_name
 
 PANEL_QUERIES, PANEL_RANKS = 8, 5
+LABEL_NOTE = "pseudo_labels.json"  # in a run folder of step 2: whose labels it learned from
 
 
 def report_pretrained(run: RunLog, reports: Mapping[str, Any]) -> None:
@@ -71,46 +72,61 @@ def row_name(config: Mapping[str, Any]) -> str:
     return ", ".join([name, *remarks])
 
 
-def finish(run: RunLog, evaluator: Evaluator, arrays: Mapping[str, Tensor], figures: bool) -> None:
+def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor], figures: bool) -> None:
     """Print the scores and draw the figures of a finished run, in the main process; all processes must call it.
 
     Args:
         run: run folder.
-        evaluator: of the test set; arrays: its samples, for thumbnails.
+        evaluator: of the test set, None without one; arrays: its samples, for thumbnails.
         figures: whether to draw.
     """
-    embeddings = evaluator.embeddings if figures else {}
+    embeddings = evaluator.embeddings if figures and evaluator else {}
+    epochs = run.read_epochs()
     if not run.writes:
         return
-    print_scores(run)
+    if not epochs:
+        run.log(f"metrics.jsonl of {run.folder} is gone; scores: python evaluate.py --run {run.folder}")
+        return
+    write_scores(run, epochs)
     if figures:
-        draw_figures(run, embeddings, evaluator.labels, arrays)
+        plot_curves(epochs, run.folder / "figures" / "curves.png", chance=epochs[-1].get("map/chance"))
+        if evaluator:
+            draw_figures(run, embeddings, evaluator.labels, arrays)
+        run.log(f"figures in {run.folder / 'figures'}")
 
 
-def print_scores(run: RunLog) -> None:
-    """Print the last epoch's table and write it to metrics.json; the best epoch by test score appears as `oracle` only.
+def write_scores(run: RunLog, epochs: list[dict[str, Any]]) -> None:
+    """Print the last epoch's table, if it has scores, and write metrics.json.
 
     Args:
-        run: its metrics.jsonl ends with the scores of the last epoch; its settings name the row.
+        run: run folder; its settings name the row.
+        epochs: lines of metrics.jsonl. The best one by test score appears as `oracle` only.
     """
-    epochs = run.read_epochs()
-    scored = [row for row in epochs if "map/avg" in row]
-    last, best = scored[-1], max(scored, key=lambda row: row["map/avg"])
-    name = row_name(run.config())
-    run.log(format_table([(name, last)]))
-    run.log(
-        f"oracle, not a result (best epoch chosen with test labels, as in the authors' release): "
-        f"{100 * best['map/avg']:.1f} at epoch {best['epoch']}"
-    )
+    last, scored = epochs[-1], [row for row in epochs if "map/avg" in row]
+    name, oracle = row_name(run.config()), {}
+    if "map/avg" in last:
+        best = max(scored, key=lambda row: row["map/avg"])
+        run.log(format_table([(name, last)]))
+        run.log(
+            f"oracle, not a result (best epoch chosen with test labels, as in the authors' release): "
+            f"{100 * best['map/avg']:.1f} at epoch {best['epoch']}"
+        )
+        oracle = {"oracle": {"map/avg": best["map/avg"], "epoch": best["epoch"]}}
     scores = {key: value for key, value in last.items() if not key.startswith(("loss/", "seconds/"))}
-    oracle = {"map/avg": best["map/avg"], "epoch": best["epoch"]}
-    atomic_write_json(run.folder / "metrics.json", {**scores, "row": name, "selection": "last epoch", "oracle": oracle})
+    facts = {"row": name, "selection": "last epoch", **oracle, **label_note(run)}
+    atomic_write_json(run.folder / "metrics.json", {**scores, **facts})
+
+
+def label_note(run: RunLog) -> dict[str, Any]:
+    """Return what the run folder says of the pseudo-labels it learned from, for metrics.json; nothing for step 1."""
+    path = run.folder / LABEL_NOTE
+    return {"pseudo_labels": read_json(path)} if path.is_file() else {}
 
 
 def draw_figures(
     run: RunLog, embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
 ) -> None:
-    """Write curves.png, tsne.png and one retrieval_<task>.png per task of `scored_tasks` into RUN/figures.
+    """Write tsne.png and one retrieval_<task>.png per task of `scored_tasks` into RUN/figures.
 
     Args:
         run: run folder.
@@ -119,15 +135,12 @@ def draw_figures(
         arrays: modality -> (N, V, ...), as in `datasets.samples`, for thumbnails.
     """
     folder = run.folder / "figures"
-    epochs = run.read_epochs()
-    plot_curves(epochs, folder / "curves.png", chance=epochs[-1]["map/chance"])
     labels = {name: values.numpy() for name, values in labels.items()}
     if min(map(len, labels.values())) > 1:
         plot_tsne({name: rows.cpu().numpy() for name, rows in embeddings.items()}, labels, folder / "tsne.png")
     for query, gallery in scored_tasks(embeddings):
         path = folder / f"retrieval_{task_name(query, gallery)}.png"
         _draw_panel(query, gallery, embeddings, labels, arrays, path)
-    run.log(f"figures in {folder}")
 
 
 def _draw_panel(query: str, gallery: str, embeddings, labels: Mapping[str, np.ndarray], arrays, path) -> None:

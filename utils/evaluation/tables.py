@@ -5,6 +5,7 @@ from itertools import permutations
 
 from torch import Tensor
 
+from utils.engine import distributed
 from utils.evaluation.metrics import chance_map, retrieval_metrics
 from utils.modalities import MODALITIES, task_name
 
@@ -48,9 +49,9 @@ class Evaluator:
         self._embeddings: dict[str, Tensor] | None = None
 
     def __call__(self) -> dict[str, float]:
-        """Embed the test set and return `retrieval_table`."""
+        """Embed the test set, in all processes together, and return `retrieval_table`, which the main one works out."""
         self._embeddings = self.embed()
-        return retrieval_table(self._embeddings, self.labels)
+        return distributed.from_main(lambda: retrieval_table(self._embeddings, self.labels))
 
     @property
     def embeddings(self) -> dict[str, Tensor]:

@@ -103,7 +103,9 @@ class RDLConfig:
         5, "first epochs with RCLL not clipped at p = 1/K (ours; 0 in the paper)", min=0, formerly="warmup_epochs"
     )
     num_clusters: int | None = option(None, "K; default: read from the pseudo-labels' .meta.json", min=2)
-    pseudo_labels: str = option("pseudo_labels", "folder that step 1 wrote", path=True)
+    pseudo_labels: str | None = option(
+        None, "folder of pseudo-labels; default: those of the newest finished run of step 1, see --from", path=True
+    )
 
     def __post_init__(self) -> None:
         if ":" not in self.loss and self.loss not in ROBUST_LOSSES:
@@ -122,7 +124,7 @@ class RunConfig:
     sync_batchnorm: bool = option(True, "several processes: batch statistics of the global batch, as one process would have")
     threads: int | None = option(None, "CPU threads; default: torch's choice", min=1)
     output: str = option("runs", "folder of the run folders", path=True)
-    pseudo_labels: str = option("pseudo_labels", "folder that step 1 writes", path=True)
+    pseudo_labels: str | None = option(None, "folder that step 1 writes; default: pseudo_labels in its run folder", path=True)
     eval_every: int = option(1, "epochs between evaluations; 0 only after the last", min=0)
     log_interval: int = option(10, "steps between progress updates", min=1)
     deterministic: bool = option(True, "deterministic kernels where they exist")
