@@ -76,6 +76,8 @@ def _convert(hint: Any, value: Any, key: str, sources: Sources) -> Any:
 
 def _expand(value: Any, key: str, sources: Sources) -> Any:
     """Return a path, or the paths of a dictionary, with a leading ~ replaced by the home folder."""
+    if value is None:
+        return None
     if isinstance(value, dict):
         return {name: _expand(entry, f"{key}.{name}", sources) for name, entry in value.items()}
     path = os.path.expanduser(value)
