@@ -85,7 +85,7 @@ def download_mnist(folder: str | Path) -> Path:
     """Download MNIST with torchvision and return the folder of its idx files.
 
     Raises:
-        FileNotFoundError: when it cannot be had, with what to fetch and where to put it.
+        UserError: when it cannot be had, with what to fetch and where to put it.
     """
     import torchvision
 
@@ -94,7 +94,7 @@ def download_mnist(folder: str | Path) -> Path:
             torchvision.datasets.MNIST(str(folder), train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"MNIST could not be downloaded ({error}). Fetch train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
+            f"MNIST could not be downloaded ({' '.join(str(error).split())}). Fetch train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
             "t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz by hand, put them into one folder and run "
             "python -m datasets.prepare_mnist3d --mnist FOLDER"
         ) from error

@@ -9,7 +9,6 @@ import pytest
 
 from datasets.lists import check_paired, default_list_path, read_labelled_list
 from datasets.prepare import modelnet as prepare_modelnet
-from datasets.prepare.readers import pcd
 from datasets.prepare.readers.modelnet import MODELNET10, MODELNET40
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
 from datasets.prepare.shapes.mesh import MeshError
@@ -249,37 +248,6 @@ def test_invalid_points_and_broken_files(tmp_path, capsys):
     assert "2 invalid points dropped from 1 clouds" in printed and printed.count("left out of every modality") == 3
     for modality in ("rgb_imgs", "gray_imgs", "point_cloud"):
         assert len([p for p in (tmp_path / "out/train" / modality).iterdir() if p.is_file()]) == 3
-
-
-def test_killed_and_repeated(tmp_path, monkeypatch):
-    clouds = write_folder(tmp_path / "in")
-    points = clouds["bathtub_0002"].copy()
-    points[5] = NAN
-    (tmp_path / "in/bathtub/train/bathtub_0002.pcd").write_bytes(write_pcd(points.tolist()))
-    (tmp_path / "in/bed/train/bed_0001.pcd").write_bytes(b"cut")
-    run("--pcd", tmp_path / "in", "--root", tmp_path / "whole")
-    root, read, original = tmp_path / "cut", [], pcd.read_pcd
-
-    def dies(data):
-        read.append(len(data))
-        if len(read) == 5:
-            raise KeyboardInterrupt
-        return original(data)
-
-    monkeypatch.setattr(prepare_modelnet, "read_pcd", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run("--pcd", tmp_path / "in", "--root", root)
-    assert not (root / "manifest.json").exists() and not list(root.glob("*_list.txt"))
-    run("--pcd", tmp_path / "in", "--root", root)
-    assert snapshot(root) == snapshot(tmp_path / "whole") and len(read) == 10  # four before, the one that died, the other five
-    run("--pcd", tmp_path / "in", "--root", root)
-    assert len(read) == 10
-    changed = tmp_path / "in/bed/test/bed_0003.pcd"
-    changed.write_bytes(write_pcd((clouds["bed_0003"] * 2).tolist()))
-    with pytest.raises(UserError, match="input_sha256.*--overwrite"):
-        run("--pcd", tmp_path / "in", "--root", root)
-    run("--pcd", tmp_path / "in", "--root", root, "--overwrite")
-    assert len(read) == 19 and np.array_equal(stored_cloud(root, prepared(root)[1]["bed_0003"]), clouds["bed_0003"] * 2)
 
 
 def test_the_hash_follows_content_and_names_but_not_the_place(tmp_path):
