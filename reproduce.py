@@ -19,7 +19,7 @@ import torch
 
 from experiments.cells import all_cells, expand
 from experiments.documents import rewrite
-from experiments.jobs import code_state, make_jobs
+from experiments.jobs import code_state, make_job
 from experiments.protocol import SCALES, find_setup, load_protocol
 from experiments.records import publish, record_run, table_path
 from experiments.runner import DONE, FAILED, SKIPPED, Job, hold, run_jobs, states
@@ -73,21 +73,14 @@ def command_of(arguments: argparse.Namespace) -> str:
 
 
 def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
-    """Run and render one table; return the exit status.
-
-    Args:
-        arguments: of the command line.
-        protocol: of `load_protocol`.
-    Raises:
-        UserError: on a wrong call, or cells that cannot be worked on now.
-    """
+    """Run and render one table of the protocol; return the exit status."""
     if arguments.table not in protocol["tables"]:
         names = [*protocol["tables"], "record", "render"]
         raise UserError(f"unknown table {arguments.table!r}{nearest(arguments.table, names)}; known: {', '.join(names)}")
     setup = find_setup(protocol, arguments.dataset, arguments.scale, arguments.tasks)
     rows = expand(protocol["tables"][arguments.table], setup, range(arguments.seeds))
     root = arguments.runs / f"{setup.dataset}-{setup.scale}"
-    jobs = make_jobs(all_cells(rows), root)
+    jobs = [make_job(cell, root) for cell in all_cells(rows)]
     if arguments.list:
         print_state(jobs, states(jobs))
         return COMPLETE
@@ -122,18 +115,13 @@ def print_state(jobs: list[Job], found: dict[str, dict]) -> None:
 
 def report(jobs: list[Job], found: dict[str, dict], written: list[Path], stopped: bool) -> int:
     """Say what was written, what failed and what is left; return the exit status."""
-    for path in written:
-        print(f"wrote {path}")
-    troubled, left = [], []
-    for job in jobs:
-        state = found[job.id]
-        if state["status"] in (FAILED, SKIPPED):
-            troubled.append(f"{state['status']}: {job.name}: {state['reason']}")
-        elif state["status"] != DONE:
-            left.append(f"{state['status']}: {job.name}")
+    print("".join(f"wrote {path}\n" for path in written), end="")
+    lines = [(found[job.id]["status"], job.name, f": {found[job.id].get('reason')}") for job in jobs]
+    troubled = [f"{status}: {name}{reason}" for status, name, reason in lines if status in (FAILED, SKIPPED)]
+    left = [f"{status}: {name}" for status, name, _ in lines if status not in (DONE, FAILED, SKIPPED)]
     for title, entries in (("not done", troubled), ("left, go on with the same command and --resume", left)):
+        more = [f"... and {len(entries) - SHOWN} more, see --list"] if len(entries) > SHOWN else []
         if entries:
-            more = [f"... and {len(entries) - SHOWN} more, see --list"] if len(entries) > SHOWN else []
             print("\n  ".join([f"{len(entries)} of {len(jobs)} cells {title}:", *entries[:SHOWN], *more]))
     return STOPPED if stopped else LEFT if left else SOME_FAILED if troubled else COMPLETE
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,12 @@ CURVES = ("epoch", "map/avg", "clipped")
 HARMLESS = (":(exclude)results", ":(exclude,glob)**/*.md", ":(exclude,glob)*.yaml")
 
 
-def make_jobs(cells: Iterable[Cell], root: Path) -> list[Job]:
-    """Return a job per cell with its folder below {root}/cells; `root` is taken from the repository's root."""
-    return [_make_job(cell, root) for cell in cells]
-
-
-def _make_job(cell: Cell, root: Path) -> Job:
-    folder = root / "cells" / cell.id
+def make_job(cell: Cell, root: Path) -> Job:
+    """Return the job of a cell with its folder below {root}/cells; `root` is taken from the repository's root."""
+    folder, place = root / "cells" / cell.id, REPOSITORY / root / "cells" / cell.id
     return Job(
-        id=cell.id, name=cell.name, folder=REPOSITORY / folder, needs=tuple(need.id for need in cell.needs), units=cell.epochs,
-        command=lambda device: [sys.executable, *command(cell, folder, device)],
-        collect=lambda: collect(cell, REPOSITORY / folder),
-        progress=lambda: _epochs_done(REPOSITORY / folder),
-        checkpoint=lambda: _checkpoint_time(REPOSITORY / folder),
+        cell.id, cell.name, place, lambda device: [sys.executable, *command(cell, folder, device)], lambda: collect(cell, place),
+        tuple(need.id for need in cell.needs), cell.epochs, lambda: _epochs_done(place), lambda: _checkpoint_time(place),
     )
 
 

@@ -1,5 +1,7 @@
 """Figures 3, 4 and 5 from the records of clean runs; each function returns False, and draws nothing, without any."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
@@ -11,73 +13,64 @@ from experiments.summary import summarize, trusted
 from utils.figures.plots import STYLE, new_figure, save_figure
 
 
-def draw_shapes(table: Table, path: Path) -> bool:
-    """Draw loss and absolute slope against p (Figure 3), both on a logarithmic scale, since the losses' scales differ."""
+@contextlib.contextmanager
+def _panels(path: Path, count: int, width: float, height: float, **options: object) -> Iterator[np.ndarray]:
+    """Axes side by side, with grid and legend; saved at the end."""
     import matplotlib
 
-    records = trusted(table)
-    if not records:
-        return False
-    found = records[-1]["measured"]
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(11, 4.5)
-        for axis, key, title in zip(figure.subplots(1, 2), ("loss", "slope"), ("loss L(p)", "|dL / dp|")):
-            for name, curve in found["curves"].items():
-                values = np.abs(curve[key])
-                shown = np.where(values > 0, values, np.nan)  # no slope at all below RCLL's clip level: a gap
-                axis.plot(found["p"], shown, label=name, linewidth=2.4 if name.startswith("RCLL") else 1.3)
-            axis.axvline(1 / found["num_clusters"], color="0.5", linestyle=":", linewidth=1)
-            axis.set(title=title, xlabel="p, probability of the pseudo-label (dotted: 1/K)", yscale="log", ylim=(1e-2, 1e2))
+        figure = new_figure(width, height)
+        axes = np.atleast_1d(figure.subplots(1, count, **options))
+        yield axes
+        for axis in axes:
             axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=9)
+            axis.legend(frameon=False, fontsize=9)
         save_figure(figure, path)
-    return True
+
+
+def draw_shapes(table: Table, path: Path) -> bool:
+    """Draw loss and absolute slope against p (Figure 3), both on a logarithmic scale, since the losses' scales differ."""
+    for found in (record["measured"] for record in trusted(table)[-1:]):
+        with _panels(path, 2, 11, 4.5) as axes:
+            for axis, key, title in zip(axes, ("loss", "slope"), ("loss L(p)", "|dL / dp|")):
+                for name, curve in found["curves"].items():
+                    values = np.abs(curve[key])
+                    shown = np.where(values > 0, values, np.nan)  # no slope at all below RCLL's clip level: a gap
+                    axis.plot(found["p"], shown, label=name, linewidth=2.4 if name.startswith("RCLL") else 1.3)
+                axis.axvline(1 / found["num_clusters"], color="0.5", linestyle=":", linewidth=1)
+                axis.set(title=title, xlabel="p, probability of the pseudo-label (dotted: 1/K)", yscale="log", ylim=(1e-2, 1e2))
+    return bool(trusted(table))
 
 
 def draw_sensitivity(table: Table, path: Path) -> bool:
     """Draw mAP against the value of each grid (Figure 4), one panel per grid, bars for one standard deviation over seeds."""
-    import matplotlib
-
     points: dict[str, list[tuple]] = {}
     for entry in summarize(table):
         options = entry.options
         for task, seeds in entry.scores.items() if "grid" in options else ():
             found = estimate(list(seeds.values()))
             points.setdefault(options["grid"], []).append((task, options["value"], 100 * found.mean, 100 * (found.std or 0)))
-    if not points:
-        return False
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(5.5 * len(points), 4.2)
-        for axis, (grid, entries) in zip(np.atleast_1d(figure.subplots(1, len(points), sharey=True)), points.items()):
-            for task in dict.fromkeys(entry[0] for entry in entries):
-                _, x, y, spread = zip(*sorted(entry for entry in entries if entry[0] == task))
-                axis.errorbar(x, y, yerr=spread, label=task, marker="o", markersize=3, linewidth=2.4 if task == "avg" else 1.3)
-            axis.set(title=grid, xlabel=grid, ylabel="mAP@All (%)", xscale="log")
-            axis.grid(alpha=0.25)
-            axis.legend(frameon=False, fontsize=9)
-        save_figure(figure, path)
-    return True
+    if points:
+        with _panels(path, len(points), 5.5 * len(points), 4.2, sharey=True) as axes:
+            for axis, (grid, entries) in zip(axes, points.items()):
+                for task in dict.fromkeys(entry[0] for entry in entries):
+                    _, x, y, spread = zip(*sorted(entry for entry in entries if entry[0] == task))
+                    width = 2.4 if task == "avg" else 1.3
+                    axis.errorbar(x, y, yerr=spread, label=task, marker="o", markersize=3, linewidth=width)
+                axis.set(title=grid, xlabel=grid, ylabel="mAP@All (%)", xscale="log")
+    return bool(points)
 
 
 def draw_curves(table: Table, path: Path) -> bool:
     """Draw mAP over the epochs of step 2 (Figure 5): the mean over seeds and pairs, a band of one deviation over seeds."""
-    import matplotlib
-
-    lines = {entry.name: _mean_curve(table, entry.name) for entry in summarize(table)}
-    lines = {name: curve for name, curve in lines.items() if curve is not None}
-    if not lines:
-        return False
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(8, 4.8)
-        axis = figure.subplots()
-        for name, (epochs, center, spread) in lines.items():
-            (line,) = axis.plot(epochs, center, label=name, linestyle="-" if "=" in name else "--", linewidth=1.6)
-            axis.fill_between(epochs, center - spread, center + spread, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set(title=table.options["title"], xlabel="epoch of step 2", ylabel="mAP@All (%)")
-        axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=9)
-        save_figure(figure, path)
-    return True
+    lines = {entry.name: curve for entry in summarize(table) if (curve := _mean_curve(table, entry.name))}
+    if lines:
+        with _panels(path, 1, 8, 4.8) as (axis,):
+            for name, (epochs, center, spread) in lines.items():
+                (line,) = axis.plot(epochs, center, label=name, linestyle="-" if "=" in name else "--", linewidth=1.6)
+                axis.fill_between(epochs, center - spread, center + spread, color=line.get_color(), alpha=0.15, linewidth=0)
+            axis.set(title=table.options["title"], xlabel="epoch of step 2", ylabel="mAP@All (%)")
+    return bool(lines)
 
 
 def _mean_curve(table: Table, row: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -231,12 +232,20 @@ def training(folder, name, total=40, pause=0.05, **more):
     file = folder / name / "epochs"
     return process(folder, name, EPOCHS.format(total=total, pause=pause), units=total, **more,
                    progress=lambda: len(file.read_text().split()) if file.exists() else 0,
-                   checkpoint=lambda: file.stat().st_mtime if file.exists() else 0.0)
+                   checkpoint=lambda: file.stat().st_mtime + 1000 if file.exists() else 0.0)
 
 
-def test_the_budget_stops_at_a_checkpoint_and_the_rest_goes_on_later(tmp_path, capsys):
+@pytest.fixture
+def jump(tmp_path, monkeypatch):
+    """The clock jumps ahead by 1000 s once job a has begun, so that a budget ends then on any machine."""
+    def now():
+        return time.time() + 1000 * any((tmp_path / "a" / name).exists() for name in ("epochs", "here"))
+    monkeypatch.setattr(runner, "time", types.SimpleNamespace(time=now, monotonic=time.monotonic))
+
+
+def test_the_budget_stops_at_a_checkpoint_and_the_rest_goes_on_later(tmp_path, jump, capsys):
     jobs = [training(tmp_path, "a"), training(tmp_path, "b", total=2)]
-    assert run(tmp_path, jobs, budget=0.3) == {"a": "interrupted", "b": "waiting"}
+    assert run(tmp_path, jobs, budget=500) == {"a": "interrupted", "b": "waiting"}
     begun = (tmp_path / "a" / "epochs").read_text().split()
     assert 0 < len(begun) < 40
     with pytest.raises(UserError, match="interrupted: cell a"):
@@ -249,9 +258,9 @@ def test_the_budget_stops_at_a_checkpoint_and_the_rest_goes_on_later(tmp_path, c
     assert f"epochs: {len(found) + 2} of {len(found) + 2}," in capsys.readouterr().err
 
 
-def test_the_budget_does_not_end_a_job_without_checkpoints(tmp_path):
-    jobs = [process(tmp_path, "a", "time.sleep(0.5)"), process(tmp_path, "b")]
-    assert run(tmp_path, jobs, budget=0.1) == {"a": "done", "b": "waiting"}
+def test_the_budget_does_not_end_a_job_without_checkpoints(tmp_path, jump):
+    jobs = [process(tmp_path, "a", "(folder / 'here').touch(); time.sleep(0.5)"), process(tmp_path, "b")]
+    assert run(tmp_path, jobs, budget=500) == {"a": "done", "b": "waiting"}
     assert run(tmp_path, jobs, budget=0) == {"a": "done", "b": "waiting"}
     assert run(tmp_path, jobs) == {"a": "done", "b": "done"}
 
