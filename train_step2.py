@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.source and arguments.resume:
         parser.error("--from beside --resume: a run keeps its pseudo-labels")
-    choose = lambda config: choose_pseudo_labels(config, arguments.source)  # noqa: E731
+    choose = lambda config: choose_pseudo_labels(config, arguments.source)
     session = open_session(Step2Config, "step2", arguments, DEFAULT_CONFIG, choose)
 
     def build(samples: PairedSamples) -> RDLLearner:

@@ -54,7 +54,7 @@ def _opened(source: str | Path | BinaryIO) -> Iterator[Image.Image]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001  (damaged EXIF fails in many ways and is no reason to refuse the picture)
+    except Exception:
         return image
 
 
@@ -65,5 +65,5 @@ def _on_ground(image: Image.Image) -> Image.Image:
     blended = Image.alpha_composite(Image.new("RGBA", image.size, (*GROUND, 255)), image).convert("RGB")
     least, most = image.getchannel("A").getextrema()
     if least < most and blended.getcolors(1) is not None:
-        raise UserError(f"its drawing is as white as the ground put below transparent pixels; give it an opaque ground")
+        raise UserError("its drawing is as white as the ground put below transparent pixels; give it an opaque ground")
     return blended

@@ -132,7 +132,7 @@ def embed_samples(
     for name, encoder in encoders.items():
         array, prepare = samples.arrays[name], KINDS[MODALITIES[name].kind].prepare
         shown = array.shape[1] if data.eval_view == "mean" else 1
-        inputs = lambda index: [prepare(array[index, view].to(device), data) for view in range(shown)]  # noqa: B023, E731
+        inputs = lambda index: [prepare(array[index, view].to(device), data) for view in range(shown)]  # noqa: B023
         embeddings[name] = extract_embeddings(encoder, inputs, len(array), array.device)
         wrong = int((~(torch.linalg.vector_norm(embeddings[name], dim=1) > 0.5)).sum())  # NaN is no number above 0.5 either
         if wrong:

@@ -93,5 +93,5 @@ def _take_turns(shuffled: np.ndarray, labels: np.ndarray, count: int) -> np.ndar
 
 
 def _reorder(rows: SampleList, order: np.ndarray) -> SampleList:
-    pick = lambda values: tuple(values[row] for row in order)  # noqa: E731
+    pick = lambda values: tuple(values[row] for row in order)
     return SampleList(rows.path, rows.modality, pick(rows.names), pick(rows.files), pick(rows.instance_ids))

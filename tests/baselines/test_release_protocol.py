@@ -323,7 +323,7 @@ def test_the_threshold_is_one_over_the_batch_and_the_label_is_not_clipped():
     probs = torch.tensor([[0.15, 0.15, 0.15, 0.55]] * 5 + [[0.05, 0.05, 0.05, 0.85]] * 5, dtype=torch.float64)
     logits, labels = probs.log().requires_grad_(), torch.zeros(10, dtype=torch.long)
     loss = BatchClippedLoss(0.5)(logits, labels)
-    value = lambda p: math.sqrt(-math.log(p)) * (1 - p)  # noqa: E731
+    value = lambda p: math.sqrt(-math.log(p)) * (1 - p)
     # Five rows with four classes above 0.1 count four times each, five rows with one count once.
     assert float(loss) == pytest.approx((20 * value(0.15) + 5 * value(0.05)) / 25 + value(1 / 10))
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -352,7 +352,7 @@ def test_batch_clipped_loss_at_its_ends():
 def test_step_2_uses_it_after_the_warm_up_and_for_rcll_alone(small_digits):
     config, samples, _ = step1(small_digits)
     labels = {name: torch.arange(TRAIN) % 6 for name in samples.lists}
-    build = lambda *more: ReleaseRDL(  # noqa: E731
+    build = lambda *more: ReleaseRDL(
         load_config(Step2Config, str(SMOKE / "step2.yaml"), [f"data.root={small_digits}", *more]), samples, labels, 6, CPU,
         departures_of("batch_clip"))
     learner = build("rdl.unclipped_epochs=1")

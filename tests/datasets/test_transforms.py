@@ -98,7 +98,7 @@ def test_the_generator_is_the_only_randomness(kind):
     lambda rows, source: augment_faces(torch.cat([cloud(6, 40)] * 6, dim=2)[rows], AugmentConfig(), source),
 ], ids=["images", "points", "faces"])
 def test_shares_of_a_batch_join_to_the_whole_batch(augment):
-    seeded = lambda: torch.Generator().manual_seed(3)  # noqa: E731
+    seeded = lambda: torch.Generator().manual_seed(3)
     whole = augment(slice(0, 6), BatchGenerator(seeded()))
     parts = [augment(rows, BatchGenerator(seeded(), rows, 6)) for rows in (slice(0, 2), slice(2, 6))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)

@@ -95,7 +95,7 @@ def open_session(
     seed_everything(config.run.seed)
     if run is None:
         config = distributed.from_main(lambda: complete(config))
-        create = lambda: RunLog.create(config.run.output, config.data.dataset, stage, to_dict(config), config.run.seed)  # noqa: E731
+        create = lambda: RunLog.create(config.run.output, config.data.dataset, stage, to_dict(config), config.run.seed)
         run = RunLog.open(distributed.from_main(lambda: create().folder))
     run.log("\n  ".join([f"{stage} on {device}, run folder {run.folder}", *changed]))
     return Session(stage, config, device, run, checkpoint)

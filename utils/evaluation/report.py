@@ -148,7 +148,7 @@ def _draw_panel(query: str, gallery: str, embeddings, labels: Mapping[str, np.nd
     chosen = np.linspace(0, len(labels[query]) - 1, min(PANEL_QUERIES, len(labels[query]))).astype(int)
     scores = (embeddings[query][chosen] @ embeddings[gallery].T).cpu().numpy()
     ranks = np.argsort(-scores, axis=1, kind="stable")[:, :PANEL_RANKS]
-    show = lambda name, row: thumbnail(name, arrays[name][row, 0].cpu().numpy())  # noqa: E731
+    show = lambda name, row: thumbnail(name, arrays[name][row, 0].cpu().numpy())
     plot_retrieval(
         [show(query, row) for row in chosen],
         {int(row): show(gallery, row) for row in np.unique(ranks)},

@@ -90,7 +90,7 @@ def format_matrix(scores: Mapping[str, float], modalities: Sequence[str]) -> str
 
 def format_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     """Return a text table of mAP@All in percent: one line per (name, scores of `retrieval_table`), chance level first."""
-    cross = lambda key: key.startswith("map/") and not (len(key) == 6 and key[4] == key[5])  # noqa: E731  (RR is no paper task)
+    cross = lambda key: key.startswith("map/") and not (len(key) == 6 and key[4] == key[5])
     keys = dict.fromkeys(key for _, scores in rows for key in scores if cross(key))  # tasks differ between runs
     columns = [*(key for key in keys if key not in ("map/avg", "map/chance")), "map/avg"]
     levels = list(dict.fromkeys(scores["map/chance"] for _, scores in rows))  # test sets differ: one line each

@@ -206,7 +206,7 @@ def test_a_wrong_label(data, capsys):
 def test_a_shared_file(data, capsys):
     for token in ("GrayImgs", "PointCloud"):
         shared = list_file(data, token, "train").read_text().splitlines()[3]
-        edit(data, token, "test", lambda rows: [*rows[:3], shared, *rows[4:]])  # noqa: B023
+        edit(data, token, "test", lambda rows: [*rows[:3], shared, *rows[4:]])
     code, found, _ = report(data, capsys)
     assert code == 1 and failures(found) == {"splits"} and found["splits"].count("FAILED") == 2
     assert "GrayImg_train_000003.png is in the training list" in found["splits"] and "warning" not in found["splits"]
