@@ -4,14 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from datasets.label_runs import exported_folder
 from datasets.lists import read_labelled_list
 from datasets.pseudo_labels import pseudo_label_path, read_origin, read_pseudo_labels
-from datasets.samples import UNIQUE, embed_samples, list_path, load_test_samples
-from models.build import build_encoders
+from datasets.samples import UNIQUE, describe_samples, list_path, load_test_samples
+from models.build import build_classifiers, build_encoders
 from utils.engine.checkpoint import atomic_write_json, load_checkpoint, read_json
 from utils.engine.device import select_device
 from utils.engine.run_log import RunLog, check_same_config
@@ -19,7 +20,7 @@ from utils.engine.session import LAST, run_command
 from utils.errors import UserError
 from utils.evaluation.clustering import clustering_accuracy, nmi, purity
 from utils.evaluation.report import label_note, row_name
-from utils.evaluation.tables import format_matrix, format_table, retrieval_table
+from utils.evaluation.tables import format_matrix, format_table, retrieval_table, score_variants
 from utils.modalities import MODALITIES, task_name
 from utils.settings.config import load_config, to_dict
 from utils.settings.options import Step1Config, Step2Config
@@ -27,7 +28,7 @@ from utils.settings.options import Step1Config, Step2Config
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 
 
-def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()) -> tuple[str, dict[str, float]]:
+def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """Score one checkpoint on the test set of its run's configuration, and write metrics.json beside it.
 
     Args:
@@ -35,7 +36,8 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
         device: where the encoders run.
         overrides: "section.key=value" texts of where things lie, see `utils.engine.run_log.RESULT_NEUTRAL`.
     Returns:
-        Name of the table row, and the scores of `retrieval_table`.
+        Name of the table row, and the scores of `retrieval_table` for what the run's settings compare, with those of
+        `score_variants` under "variants".
     Raises:
         UserError: if the run folder, the checkpoint or the test data is missing or broken.
     """
@@ -47,18 +49,23 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
     check_same_config(run.config(), to_dict(config))
     encoders = build_encoders(config.data.modalities, config.model).to(device)
     try:
+        scale = config.pla.logit_scale if state["stage"] == "step1" else None
+        classifiers = build_classifiers(encoders, config.model, state["learner"]["num_clusters"], scale).to(device)
         encoders.load_state_dict(state["learner"]["encoders"])
+        classifiers.load_state_dict(state["learner"]["classifiers"])
     except (LookupError, RuntimeError) as error:
         raise UserError(f"{checkpoint} does not fit {run.folder / 'config.yaml'}: {error}") from error
     test, labels = load_test_samples(config.data, device)
-    scores = retrieval_table(embed_samples(encoders, test, config.data, device), labels, within=True)
-    if state["stage"] == "step1":
-        scores.update(pseudo_label_quality(config, run))
-    _write_metrics(run, scores, state["epoch"], config.optim.epochs)
-    return _row_name(config, state), scores
+    features = describe_samples(encoders, classifiers, test, config.data, device)
+    variants = score_variants(features, labels)
+    rows = {name: values.represent(config.eval.representation) for name, values in features.items()}
+    scores = retrieval_table(rows, labels, within=True, ranking=config.eval.ranking)
+    scores.update(pseudo_label_quality(config, run))
+    _write_metrics(run, {**scores, "variants": variants}, state["epoch"], config.optim.epochs)
+    return _row_name(config, state), {**scores, "variants": variants}
 
 
-def _write_metrics(run: RunLog, scores: dict[str, float], epoch: int, epochs: int) -> None:
+def _write_metrics(run: RunLog, scores: dict[str, Any], epoch: int, epochs: int) -> None:
     """Write metrics.json, keeping the oracle entry that the training script may have put there; a folder may be read-only."""
     path = run.folder / "metrics.json"
     selection = "last epoch" if epoch == epochs else f"epoch {epoch} of {epochs}, unfinished"
@@ -125,6 +132,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, scores in rows:
         modalities = [name for name in MODALITIES if f"map/{task_name(name, name)}" in scores]
         print(f"\nmAP@All [%] {name}, all pairs (same modality: the query itself is left out)\n{format_matrix(scores, modalities)}")
+        variants = [(variant, {**found, "map/chance": scores["map/chance"]}) for variant, found in scores["variants"].items()]
+        print(f"\n{name}, by what is compared (diffusion is transductive: it uses the whole gallery's neighbour graph)")
+        print(format_table(variants))
         quality = [f"{key} {value:.3f}" for key, value in scores.items() if key.startswith(("acc/", "purity/", "nmi/"))]
         if quality:
             print(f"pseudo-labels {name} against the training labels (diagnostic): {', '.join(quality)}")

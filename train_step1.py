@@ -7,22 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from datasets.annotation import Annotation, annotate
 from datasets.batches import BatchSource
-from datasets.label_runs import exported_folder
-from datasets.pseudo_labels import pseudo_label_path, read_origin, write_pseudo_labels
-from datasets.samples import PairedSamples, embed_samples
+from datasets.samples import PairedSamples, describe_samples
 from losses import ModalityInvarianceLoss, SelfMatchingLoss
-from models import LinearClassifier, MemoryBank
-from models.build import build_encoders
-from training import run_stage
+from models import MemoryBank
+from models.build import build_classifiers, build_encoders
+from training import run_stage, write_annotation
 from utils.engine import distributed
 from utils.engine.learner import StageLearner
-from utils.engine.run_log import environment
 from utils.engine.seed import BatchGenerator, derive_seed
 from utils.engine.session import Session, open_session, run_command, stage_parser
 from utils.errors import UserError
-from utils.evaluation.clustering import joint_then_per_modality, nmi
-from utils.settings.config import config_hash
+from utils.evaluation.clustering import nmi
+from utils.evaluation.consensus import NEIGHBOURS, cluster_objects
+from utils.evaluation.features import Features
 from utils.settings.options import Step1Config
 
 DEFAULT_CONFIG = "configs/mnist3d/step1.yaml"
@@ -44,17 +43,24 @@ class PLALearner(StageLearner):
     def __init__(self, config: Step1Config, samples: PairedSamples, device: torch.device) -> None:
         self.samples = samples
         dim, pla = config.model.embedding_dim, config.pla
-        if pla.num_clusters > min(samples.counts.values()):
-            raise UserError(f"pla.num_clusters (K = {pla.num_clusters}) exceeds the training samples: {samples.counts}")
+        needed = NEIGHBOURS + 1 if pla.num_clusters == "auto" else pla.num_clusters
+        if needed > min(samples.counts.values()):
+            raise UserError(f"pla.num_clusters: {pla.num_clusters} needs at least {needed} training samples, found {samples.counts}")
         encoders = build_encoders(config.data.modalities, config.model, config.run.sync_batchnorm)
-        classifiers = nn.ModuleDict({name: LinearClassifier(dim, pla.num_clusters, pla.logit_scale) for name in encoders})
         source = BatchSource(samples, config.data, device)
-        super().__init__("step1", config, source, samples.arrays, encoders, classifiers, device)
+        super().__init__("step1", config, source, samples.arrays, encoders, nn.ModuleDict(), device)
+        self.clusters: dict = {}
+        self._make_classifiers(2 if pla.num_clusters == "auto" else pla.num_clusters)
         banks = {name: MemoryBank(count, dim, pla.momentum, pla.renormalise) for name, count in samples.counts.items()}
         self.banks = nn.ModuleDict(banks).to(device)
         self.bankless = [name for name in encoders if pla.banks is not None and name not in pla.banks]
         self.self_matching = SelfMatchingLoss(pla.tau_1, pla.estimator, pla.symmetric_joint)
         self.modality_invariance = ModalityInvarianceLoss(pla.tau_2, config.mlm.self_term)
+
+    def _make_classifiers(self, num_clusters: int) -> None:
+        """Build g of every modality anew, with K rows, in place of the ones that are there."""
+        self.num_clusters = num_clusters
+        self.replace_classifiers(build_classifiers(self.encoders, self.config.model, num_clusters, self.config.pla.logit_scale))
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based); the banks are filled and clustered after `pla.mlm_only_epochs` of them."""
@@ -66,30 +72,55 @@ class PLALearner(StageLearner):
             self.refresh()
         self.annotating = annotated >= 1
         losses = super().train_epoch(epoch)
-        return {**losses, **self.agreement()} if self.annotating else losses
+        if annotated == 0 and epoch == self.config.optim.epochs:  # the clusters themselves are the pseudo-labels
+            self.cluster(epoch)
+        return {**losses, **self.agreement()} if self.clusters else losses
+
+    def describe(self) -> dict[str, Features]:
+        """Return modality -> features of the training samples."""
+        return describe_samples(self.encoders, self.classifiers, self.samples, self.config.data, self.device)
 
     def refresh(self) -> None:
         """Give modalities without a momentum bank the features of the encoders as the last epoch left them (Table VIII)."""
-        encoders = {name: self.encoders[name] for name in self.bankless}
-        for name, rows in embed_samples(encoders, self.samples, self.config.data, self.device).items():
-            self.banks[name].fill(rows)
+        features = self.describe()
+        for name in self.bankless:
+            self.banks[name].fill(features[name].embeddings)
 
     def cluster(self, epoch: int) -> None:
-        """Fill the banks with the current embeddings and start the classifiers at their k-means centres (Sec. III-C)."""
-        seed = derive_seed(self.config.run.seed, "k-means", epoch) % 2**32
-        for name, rows in embed_samples(self.encoders, self.samples, self.config.data, self.device).items():
-            self.banks[name].fill(rows)
-        memories = [bank.memory for bank in self.banks.values()]
-        cluster = lambda: joint_then_per_modality(memories, self.config.pla.num_clusters, seed)[1]
-        centroids = distributed.from_main(lambda: [start.cpu() for start in cluster()])
-        for classifier, start in zip(self.classifiers.values(), centroids):
-            classifier.start_from(start.to(self.device))
+        """Fill the banks with the current embeddings and start the classifiers at their clusters' centres (Sec. III-C)."""
+        seed, pla = derive_seed(self.config.run.seed, "k-means", epoch) % 2**32, self.config.pla
+        for name, features in self.describe().items():
+            self.banks[name].fill(features.embeddings)
+        rows = {name: bank.memory for name, bank in self.banks.items()}
+        found = distributed.from_main(lambda: cluster_objects(rows, pla.num_clusters, pla.fuse == "trusted", seed).to("cpu"))
+        if found.record["num_clusters"] != self.num_clusters:
+            self._make_classifiers(found.record["num_clusters"])
+        for name, start in found.centroids.items():
+            self.classifiers[name].start_from(start.to(self.device))
+        self.clusters = {"record": found.record, "ids": found.ids, "epoch": epoch}
 
-    @torch.no_grad()
-    def pseudo_labels(self) -> dict[str, Tensor]:
-        """Return z = argmax g(f(x)) (Sec. III-D) of every training sample: modality -> (N,) int64 on the CPU."""
-        embeddings = embed_samples(self.encoders, self.samples, self.config.data, self.device)
-        return {name: self.classifiers[name](rows).argmax(dim=1).cpu() for name, rows in embeddings.items()}
+    def annotate(self) -> Annotation:
+        """Return the pseudo-labels z of every training sample (Sec. III-D).
+
+        z = argmax g(f(x)), fused as `pla.fuse` says; communities that no epoch of self matching followed are taken as they are.
+        """
+        config = self.config
+        found = annotate(
+            self.encoders, self.classifiers, self.samples, config.data, self.device, config.pla.fuse, config.run.seed
+        )
+        return found if self.clusters["ids"] is None or self.annotating else found.with_ids(self.clusters["ids"])
+
+    def state_dict(self) -> dict:
+        """As `StageLearner.state_dict`, with the clusters found."""
+        return {**super().state_dict(), "clusters": self.clusters}
+
+    def load_state_dict(self, state: dict) -> None:
+        """As `StageLearner.load_state_dict`."""
+        if state["num_clusters"] != self.num_clusters:
+            self._make_classifiers(state["num_clusters"])
+        self.clusters = state["clusters"]
+        self.annotating = bool(self.clusters) and self.clusters["epoch"] > self.config.pla.mlm_only_epochs
+        super().load_state_dict(state)
 
     @torch.no_grad()
     def agreement(self) -> dict[str, float]:
@@ -112,16 +143,19 @@ class PLALearner(StageLearner):
     def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
         """One step on Eq. 3 and 9, then the memory update of Eq. 6; on Eq. 14 alone in the first `pla.mlm_only_epochs`."""
         embeddings = self.embed(raw, generator)
-        mlm = self.invariance(raw, embeddings, generator)
+        mlm = self.invariance(embeddings)
         if not self.annotating:
             self.optimise(mlm)
             return {"loss/mlm": mlm.detach()}
-        ssm = sum(self._match(*part, generator.generator) for part in zip(self.encoders, index, embeddings))
+        ssm = sum(
+            torch.stack([self._match(name, chosen, rows, generator.generator) for rows in views]).mean()
+            for name, chosen, views in zip(self.encoders, index, embeddings)
+        )
         weight = self.config.pla.lambda_1
         self.optimise(weight * ssm + (1 - weight) * mlm)
-        for name, chosen, rows in zip(self.encoders, index, embeddings):
+        for name, chosen, views in zip(self.encoders, index, embeddings):
             if name not in self.bankless:
-                self.banks[name].update(chosen, rows.detach())
+                self.banks[name].update(chosen, F.normalize(views.detach(), dim=2).mean(dim=0))
         return {"loss/ssm": ssm.detach(), "loss/mlm": mlm.detach()}
 
     def _match(self, name: str, index: Tensor, embeddings: Tensor, generator: torch.Generator) -> Tensor:
@@ -134,24 +168,8 @@ class PLALearner(StageLearner):
 
 
 def export(session: Session, learner: PLALearner) -> None:
-    """Write one pseudo-label file per modality: the hand-over to step 2. All processes must call it, the main one writes."""
-    config, run = session.config, session.run
-    folder = exported_folder(run, config.run.pseudo_labels)
-    provenance = {
-        "run_id": run.run_id, "epoch": config.optim.epochs, "config_hash": config_hash(config),
-        "git_sha": environment(config.run.seed)["git_sha"], "seed": config.run.seed,
-        "pairing": config.data.pairing,
-    }
-    for name, labels in learner.pseudo_labels().items():
-        if not run.writes:
-            continue
-        path = pseudo_label_path(folder, config.data.dataset, name)
-        replaced = read_origin(path).get("run_id", "an unknown run") if path.exists() else run.run_id
-        write_pseudo_labels(
-            path, learner.samples.lists[name], labels.numpy(), dataset=config.data.dataset,
-            num_clusters=config.pla.num_clusters, provenance=provenance,
-        )
-        run.log(f"wrote {path}" + (f", replacing that of {replaced}" if replaced != run.run_id else ""))
+    """Write the pseudo-labels: the hand-over to step 2. All processes must call it, the main one writes."""
+    write_annotation(session, learner, session.config.run.pseudo_labels, learner.annotate(), learner.clusters["record"])
 
 
 def main(argv: list[str] | None = None) -> None:

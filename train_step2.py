@@ -1,26 +1,24 @@
-"""Step 2, robust discriminative learning (RDL): trains fresh encoders on the noisy pseudo-labels that step 1 wrote."""
+"""Step 2, robust discriminative learning (RDL): trains on the noisy pseudo-labels that step 1, or an earlier round, wrote."""
 
 import dataclasses
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from datasets.annotation import annotate
 from datasets.batches import BatchSource
-from datasets.label_runs import labels_of_run, newest_labels
-from datasets.pseudo_labels import file_hash, pseudo_label_path, read_origin, read_pseudo_labels
+from datasets.label_runs import PseudoLabels, labels_of_run, load_pseudo_labels, newest_labels
+from datasets.pseudo_labels import file_hash
 from datasets.samples import PairedSamples
 from losses import ModalityInvarianceLoss, RobustConcentratingLoss, build_robust_loss
-from models import MLPClassifier
-from models.build import build_encoders
-from training import run_stage
-from utils.engine.checkpoint import atomic_write_json
+from models.build import build_classifiers, build_encoders
+from training import run_stage, write_annotation
+from utils.engine.checkpoint import atomic_write_json, load_checkpoint
 from utils.engine.learner import StageLearner
 from utils.engine.seed import BatchGenerator
-from utils.engine.session import Session, open_session, run_command, stage_parser
+from utils.engine.session import LAST, Session, open_session, run_command, stage_parser
 from utils.errors import UserError
 from utils.evaluation.report import LABEL_NOTE
 from utils.settings.options import Step2Config
@@ -29,32 +27,44 @@ DEFAULT_CONFIG = "configs/mnist3d/step2.yaml"
 
 
 class RDLLearner(StageLearner):
-    """Fresh encoders, MLP classifiers h and optimiser of step 2 (Algorithm 1, second half).
+    """Encoders, MLP classifiers h and optimiser of step 2 (Algorithm 1, second half).
 
     Args:
         config: settings of step 2.
         samples: training samples, without labels.
-        pseudo_labels: modality -> (N,) int64 on the device.
-        num_clusters: K of the pseudo-labels.
+        pseudo_labels: of these samples.
         device: where everything lives.
+    Raises:
+        UserError: on a robust loss that cannot be built, or `rdl.start: inherited` without a checkpoint that fits.
     """
 
-    def __init__(
-        self, config: Step2Config, samples: PairedSamples, pseudo_labels: dict[str, Tensor], num_clusters: int,
-        device: torch.device,
-    ) -> None:
-        self.pseudo_labels = pseudo_labels
-        dim, hidden = config.model.embedding_dim, config.model.classifier_hidden
+    def __init__(self, config: Step2Config, samples: PairedSamples, pseudo_labels: PseudoLabels, device: torch.device) -> None:
+        self.samples, self.source_labels, self.num_clusters = samples, pseudo_labels, pseudo_labels.num_clusters
+        self.pseudo_labels = {name: values.to(device) for name, values in pseudo_labels.labels.items()}
+        self.confidence = {name: values.to(device) for name, values in (pseudo_labels.confidence or {}).items()}
         encoders = build_encoders(config.data.modalities, config.model, config.run.sync_batchnorm)
-        classifiers = nn.ModuleDict({name: MLPClassifier(dim, hidden, num_clusters) for name in encoders})
-        inputs = {**samples.arrays, **{f"pseudo-labels of {name}": values for name, values in pseudo_labels.items()}}
+        classifiers = build_classifiers(encoders, config.model, self.num_clusters)
+        inputs = {**samples.arrays, **{f"pseudo-labels of {name}": values for name, values in self.pseudo_labels.items()}}
         super().__init__("step2", config, BatchSource(samples, config.data, device), inputs, encoders, classifiers, device)
         try:
-            self.robust = build_robust_loss(config.rdl.loss, num_clusters, config.rdl.alpha).to(device)
+            self.robust = build_robust_loss(config.rdl.loss, self.num_clusters, config.rdl.alpha).to(device)
         except (ValueError, TypeError) as error:  # a loss of the user's own that is not there or does not fit
             raise UserError(f"rdl.loss: {error}") from error
-        self.unclipped = RobustConcentratingLoss(config.rdl.alpha, num_clusters, clip=False)
+        self.unclipped = RobustConcentratingLoss(config.rdl.alpha, self.num_clusters, clip=False)
         self.modality_invariance = ModalityInvarianceLoss(config.rdl.tau_2, config.mlm.self_term)
+
+    def load_initial_weights(self) -> str | None:
+        """Start the encoders where the run that wrote the pseudo-labels ended, if `rdl.start` says so; return its checkpoint."""
+        if self.config.rdl.start == "fresh":
+            return None
+        path = next(iter(self.source_labels.paths.values())).parent.parent / LAST
+        if not path.is_file():
+            raise UserError(f"rdl.start: inherited needs the checkpoint of the run that wrote the labels, found no {path}; use --from RUN")
+        try:
+            self.encoders.load_state_dict(load_checkpoint(path, self.device)["learner"]["encoders"])
+        except RuntimeError as error:
+            raise UserError(f"rdl.start: inherited needs encoders of one size in both runs; {path} differs: {error}") from error
+        return str(path)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based); in the first ones RCLL is not clipped, see `docs/method.md`."""
@@ -65,11 +75,13 @@ class RDLLearner(StageLearner):
     def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
         """One step on Eq. 4."""
         embeddings = self.embed(raw, generator)
-        mlm = self.invariance(raw, embeddings, generator)
+        mlm = self.invariance(embeddings)
         robust = clipped = 0
-        for name, chosen, rows in zip(self.encoders, index, embeddings):
-            logits, labels = self.classifiers[name](rows.float()), self.pseudo_labels[name][chosen]
-            robust = robust + self.loss(logits, labels)
+        for name, chosen, views in zip(self.encoders, index, embeddings):
+            logits = self.classifiers[name](views.float().flatten(0, 1))  # (V * B, K)
+            labels = self.pseudo_labels[name][chosen].repeat(len(views))
+            weights = (self.confidence[name][chosen].repeat(len(views)),) if self.confidence else ()
+            robust = robust + self.loss(logits, labels, *weights)
             clipped = clipped + self.unclipped.clipped_fraction(logits, labels) / len(embeddings)
         weight = self.config.rdl.lambda_2
         self.optimise(weight * (self.config.rdl.loss_scale * robust) + (1 - weight) * mlm)
@@ -81,7 +93,7 @@ def choose_pseudo_labels(config: Step2Config, source: str | None) -> Step2Config
 
     Args:
         config: settings; its `rdl.pseudo_labels`, if given, stays.
-        source: run folder of step 1; by default the newest finished one of the data set below `run.output`.
+        source: run folder; by default that of the newest finished step 1 of the data set below `run.output`.
     Raises:
         UserError: if both are given, or there is no finished run.
     """
@@ -94,63 +106,39 @@ def choose_pseudo_labels(config: Step2Config, source: str | None) -> Step2Config
     return dataclasses.replace(config, rdl=dataclasses.replace(config.rdl, pseudo_labels=str(folder)))
 
 
-def load_pseudo_labels(session: Session, samples: PairedSamples) -> tuple[dict[str, Tensor], int]:
-    """Read the pseudo-label file of every modality, and note in the run folder and its log whose they are.
-
-    Args:
-        session: its settings name the folder.
-        samples: the training set.
-    Returns:
-        Modality -> (N,) int64 on the device, and K.
-    Raises:
-        UserError: as `read_pseudo_labels`, and if the files disagree on K, come from different runs, or were made with
-            another pairing.
-    """
-    data, folder = session.config.data, session.config.rdl.pseudo_labels
-    paths = {name: pseudo_label_path(folder, data.dataset, name) for name in samples.lists}
-    read = {
-        name: read_pseudo_labels(path, samples.lists[name], dataset=data.dataset, num_clusters=session.config.rdl.num_clusters)
-        for name, path in paths.items()
-    }
-    counts = {name: count for name, (_, count) in read.items()}
-    if len(set(counts.values())) != 1:
-        raise UserError(f"the pseudo-label files in {folder} disagree on the number of clusters: {counts}")
-    origins = {name: read_origin(path) for name, path in paths.items()}
-    runs = {name: origin.get("run_id") for name, origin in origins.items()}
-    if len(set(runs.values())) != 1:  # step 1 was cut off between two files: cluster ids would not mean the same
-        raise UserError(
-            f"the pseudo-label files in {folder} come from different runs of step 1: {runs}; repeat python train_step1.py, or "
-            "its --resume"
-        )
-    origin, num_clusters = next(iter(origins.values())), next(iter(counts.values()))
-    pairing = origin.get("pairing", data.pairing)
-    if pairing != data.pairing:
-        raise UserError(
-            f"the labels in {folder} were made with data.pairing: {pairing}, this run has {data.pairing}; what the labels of one "
-            "run taught must not pass as another: use the same pairing in both steps"
-        )
-    _note_origin(session, paths, origin, num_clusters)
-    return {name: torch.from_numpy(labels).to(session.device) for name, (labels, _) in read.items()}, num_clusters
-
-
-def _note_origin(session: Session, paths: Mapping[str, Path], origin: Mapping[str, Any], num_clusters: int) -> None:
+def note_origin(session: Session, labels: PseudoLabels) -> None:
     """Write pseudo_labels.json: the run that made the labels, its commit and seed, K, and the hash of every file."""
     run = session.run
     note = {
-        "folder": str(session.config.rdl.pseudo_labels), "num_clusters": num_clusters,
-        **{key: origin.get(key) for key in ("run_id", "git_sha", "seed")},
-        "sha256": {name: file_hash(path) for name, path in paths.items()},
+        "folder": str(session.config.rdl.pseudo_labels), "num_clusters": labels.num_clusters,
+        **{key: labels.origin.get(key) for key in ("run_id", "git_sha", "seed")},
+        "sha256": {name: file_hash(path) for name, path in labels.paths.items()},
     }
-    made_by = f"step-1 run {note['run_id']} (commit {note['git_sha']})" if note["run_id"] else "an unknown run"
-    run.log(f"pseudo-labels of {made_by}, K = {num_clusters}, from {note['folder']}")
+    made_by = f"run {note['run_id']} (commit {note['git_sha']})" if note["run_id"] else "an unknown run"
+    run.log(f"pseudo-labels of {made_by}, K = {labels.num_clusters}, from {note['folder']}")
     if run.writes and not (run.folder / LABEL_NOTE).is_file():  # on resume, the first one stays
         atomic_write_json(run.folder / LABEL_NOTE, note)
+
+
+def export(session: Session, learner: RDLLearner) -> None:
+    """Write fused pseudo-labels for another round. All processes must call it, the main one writes."""
+    config = session.config
+    method = config.rdl.fuse if config.data.pairing != "none" else "none"
+    found = annotate(
+        learner.encoders, learner.classifiers, learner.samples, config.data, session.device, method, config.run.seed
+    )
+    before = learner.source_labels
+    clusters = {"num_clusters": before.num_clusters, "method": f"a round on the labels of {before.origin.get('run_id')}"}
+    write_annotation(session, learner, config.run.pseudo_labels, found, {**clusters, "agreement_before": before.agreement})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train step 2 on the pseudo-labels and report the test scores of the last epoch."""
     parser = stage_parser(__doc__)
-    parser.add_argument("--from", dest="source", metavar="RUN", help="run folder of step 1 whose pseudo-labels to learn; default: the newest")
+    parser.add_argument(
+        "--from", dest="source", metavar="RUN",
+        help="run folder whose pseudo-labels to learn: of step 1, or of a round of step 2; default: the newest of step 1",
+    )
     arguments = parser.parse_args(argv)
     if arguments.source and arguments.resume:
         parser.error("--from beside --resume: a run keeps its pseudo-labels")
@@ -158,9 +146,12 @@ def main(argv: list[str] | None = None) -> None:
     session = open_session(Step2Config, "step2", arguments, DEFAULT_CONFIG, choose)
 
     def build(samples: PairedSamples) -> RDLLearner:
-        return RDLLearner(session.config, samples, *load_pseudo_labels(session, samples), session.device)
+        rdl = session.config.rdl
+        labels = load_pseudo_labels(rdl.pseudo_labels, samples.lists, session.config.data, rdl.num_clusters, rdl.confidence)
+        note_origin(session, labels)
+        return RDLLearner(session.config, samples, labels, session.device)
 
-    run_stage(session, build)
+    run_stage(session, build, export)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
 """What both training scripts do between opening a run and its report: load, train with checkpoints, export, score, draw."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from datasets.samples import PairedSamples, embed_samples, load_test_samples, load_training_samples
+from datasets.annotation import Annotation
+from datasets.label_runs import exported_folder
+from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin, write_posteriors, write_pseudo_labels
+from datasets.samples import PairedSamples, describe_samples, load_test_samples, load_training_samples
 from models.build import load_pretrained
 from utils.engine.learner import StageLearner
+from utils.engine.run_log import environment
 from utils.engine.session import Session, fit
 from utils.errors import MissingLabelsError
 from utils.evaluation.report import finish, report_pretrained
 from utils.evaluation.tables import Evaluator
+from utils.settings.config import config_hash
 
 
 def run_stage(
@@ -37,7 +43,11 @@ def run_stage(
         run.log(_circumstances(samples, session))
         evaluator, pictures = _load_evaluator(session, samples, learner)
         if session.checkpoint is None:
-            report_pretrained(run, load_pretrained(learner.encoders, config.model.pretrained))
+            inherited = learner.load_initial_weights()
+            if inherited:
+                run.log(f"initial weights of every encoder: {inherited}")
+            else:
+                report_pretrained(run, load_pretrained(learner.encoders, config.model.pretrained))
         fit(session, learner, evaluator)
         export(session, learner)
         report(run, evaluator, pictures, config.run.figures)
@@ -54,7 +64,44 @@ def _load_evaluator(
     except MissingLabelsError as reason:
         session.run.log(f"no evaluation: {reason}")
         return None, {}
-    return Evaluator(lambda: embed_samples(learner.encoders, test, config.data, device), labels), test.arrays
+    describe = lambda: describe_samples(learner.encoders, learner.classifiers, test, config.data, device)
+    return Evaluator(describe, labels, config.eval.representation, config.eval.ranking), test.arrays
+
+
+def write_annotation(
+    session: Session, learner: StageLearner, folder: str | None, annotation: Annotation, clusters: Mapping[str, Any]
+) -> None:
+    """Write a run's pseudo-labels and posteriors for (another round of) step 2; the main process writes.
+
+    Args:
+        session, learner: of the run; the learner's `samples` are the ones annotated.
+        folder: given by the settings, or None for the run's own.
+        annotation: what to write.
+        clusters: plain values on how the clusters came about, with "num_clusters"; kept in the meta files.
+    """
+    config, run = session.config, session.run
+    if not run.writes:
+        return
+    place, dataset = exported_folder(run, folder), config.data.dataset
+    provenance = {
+        "run_id": run.run_id, "stage": learner.stage, "epoch": config.optim.epochs, "config_hash": config_hash(config),
+        "git_sha": environment(config.run.seed)["git_sha"], "seed": config.run.seed, "pairing": config.data.pairing,
+        "agreement": annotation.agreement, "reliability": annotation.reliability, "clusters": dict(clusters),
+    }
+    for name, labels in annotation.ids.items():
+        path = pseudo_label_path(place, dataset, name)
+        replaced = read_origin(path).get("run_id", "an unknown run") if path.exists() else run.run_id
+        write_pseudo_labels(
+            path, learner.samples.lists[name], labels.numpy(), dataset=dataset, num_clusters=clusters["num_clusters"],
+            provenance=provenance,
+        )
+        run.log(f"wrote {path}" + (f", replacing that of {replaced}" if replaced != run.run_id else ""))
+    posteriors = {name: rows.numpy() for name, rows in annotation.posteriors.items()}
+    write_posteriors(posteriors_path(place, dataset), posteriors, run.run_id)
+    run.log(
+        f"{clusters['num_clusters']} clusters, the modalities agree on {annotation.agreement} of the objects; reliability of the "
+        f"modalities: {annotation.reliability}" if annotation.agreement is not None else f"{clusters['num_clusters']} clusters"
+    )
 
 
 def _circumstances(samples: PairedSamples, session: Session) -> str:

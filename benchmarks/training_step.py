@@ -131,8 +131,10 @@ def count_step(learner: StageLearner) -> Work:
     """Train on one more batch, with the encoders not compiled, and return its work."""
     config, source = learner.config, learner.source
     numbers = generator_for(config.run.seed, "benchmark", device=learner.device)
-    index = next(plan_epoch(source.counts, source.views, learner.batch_size, numbers, paired=config.data.pairing != "none"))
-    (batch,) = source.fetch([index])
+    plan = plan_epoch(
+        source.counts, source.stored_views, source.views, learner.batch_size, numbers, paired=config.data.pairing != "none"
+    )
+    (batch,) = source.fetch([next(plan)])
     with mock.patch.object(learner, "forwards", list(learner.encoders.values())):
         return count_work(lambda: learner.step(*batch, BatchGenerator(numbers)))
 
@@ -142,7 +144,7 @@ class _TimedSource:
 
     def __init__(self, source: Source, device: torch.device) -> None:
         self.source, self.device = source, device
-        self.counts, self.views = source.counts, source.views
+        self.counts, self.stored_views, self.views = source.counts, source.stored_views, source.views
         self.fetching = self.augmenting = 0.0
 
     def fetch(self, plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:

@@ -26,7 +26,9 @@ class BatchSource:
         data: settings.
         device: where batches are wanted.
     Attributes:
-        counts: number of samples per modality; views: number of views to draw from, 1 if training sees the first only.
+        counts: number of samples per modality.
+        stored_views: pictures per sample to draw from, 1 if training sees the first only.
+        views: augmented views per sample and step, `data.views`.
     """
 
     def __init__(self, samples: PairedSamples, data: DataConfig, device: torch.device) -> None:
@@ -34,26 +36,29 @@ class BatchSource:
         self.arrays = list(samples.arrays.values())
         self.kinds = [KINDS[MODALITIES[name].kind] for name in samples.arrays]
         self.counts = list(samples.counts.values())
-        self.views = [array.shape[1] if data.train_view == "random" else 1 for array in self.arrays]
+        self.stored_views = [array.shape[1] if data.train_view == "random" else 1 for array in self.arrays]
+        self.views = [data.views_of(name) for name in samples.arrays]
+        self.of_view = [place for place, views in enumerate(self.views) for _ in range(views)]  # modality of every view
 
     @property
     def on_host(self) -> bool:
         """Whether batches come through a DataLoader."""
         return self.data.placement == "host" or self.arrays[0].device.type != self.device.type
 
-    def fetch(self, plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def fetch(self, plan: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Yield every batch of an epoch, not yet augmented.
 
         Args:
-            plan: (2, M, B) int64 each: sample numbers and view numbers per modality, see `utils.engine.learner.plan_epoch`.
+            plan: the batches of `utils.engine.learner.plan_epoch`.
         Yields:
-            The sample numbers (M, B) of the whole batch, and this process's rows (b, ...) of every array, on the device.
+            The sample numbers (M, B) of the whole batch, and this process's rows (b, ...) of every view, on the device.
         """
+        arrays = [self.arrays[place] for place in self.of_view]
         if not self.on_host:
-            for index in plan:
-                yield index[0], _rows(self.arrays, index[:, :, distributed.own_share(index.shape[2])])
+            for index, views in plan:
+                yield index, _rows(arrays, views[:, :, distributed.own_share(views.shape[2])])
             return
-        rows = _HostBatches(self.arrays, [index.cpu() for index in plan])
+        rows = _HostBatches(arrays, [(index.cpu(), views.cpu()) for index, views in plan])
         own = torch.Generator()  # the loader draws a seed that nothing uses; from torch's own it would shift MeshNet's masks
         loader = DataLoader(
             rows, batch_size=None, generator=own, num_workers=self.data.workers, pin_memory=self.device.type == "cuda",
@@ -63,12 +68,12 @@ class BatchSource:
             yield index.to(self.device, non_blocking=True), [part.to(self.device, non_blocking=True) for part in raw]
 
     def augment(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]:
-        """Return one randomly transformed input per modality: (b, 3, H, W), (b, P, 3) or (b, F, 18) float32.
+        """Return one randomly transformed input per view: (b, 3, H, W), (b, P, 3) or (b, F, 18) float32.
 
         Args:
             raw: rows from `fetch`; generator: on their device, the only source of randomness.
         """
-        return [kind.augment(rows, self.data, generator) for kind, rows in zip(self.kinds, raw)]
+        return [self.kinds[place].augment(rows, self.data, generator) for place, rows in zip(self.of_view, raw)]
 
 
 def _rows(arrays: list[Tensor], index: Tensor) -> list[Tensor]:
@@ -78,13 +83,13 @@ def _rows(arrays: list[Tensor], index: Tensor) -> list[Tensor]:
 class _HostBatches(Dataset):
     """Batch k of a plan, cut out of arrays in host memory, which the workers share."""
 
-    def __init__(self, arrays: list[Tensor], plan: list[Tensor]) -> None:
+    def __init__(self, arrays: list[Tensor], plan: list[tuple[Tensor, Tensor]]) -> None:
         self.arrays, self.plan = arrays, plan
-        self.share = distributed.own_share(plan[0].shape[2]) if plan else slice(None)  # workers know no process group
+        self.share = distributed.own_share(plan[0][1].shape[2]) if plan else slice(None)  # workers know no process group
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, batch: int) -> tuple[Tensor, list[Tensor]]:
-        index = self.plan[batch]
-        return index[0], _rows(self.arrays, index[:, :, self.share])
+        index, views = self.plan[batch]
+        return index, _rows(self.arrays, views[:, :, self.share])

@@ -23,12 +23,12 @@ class Kind:
     Attributes:
         load: list file -> (N, V, ...) array, V views per object (1 but for pictures).
         augment: rows (B, ...) of one view each, settings, generator -> random training input (B, ...).
-        prepare: rows (B, ...), settings -> deterministic evaluation input (B, ...).
+        prepare: rows (B, V, ...), settings -> deterministic evaluation inputs (B, ...), one per view or subset to average.
     """
 
     load: Callable[[SampleList, DataConfig], np.ndarray]
     augment: Callable[[Tensor, DataConfig, torch.Generator], Tensor]
-    prepare: Callable[[Tensor, DataConfig], Tensor]
+    prepare: Callable[[Tensor, DataConfig], list[Tensor]]
 
 
 def view_list(sample_list: SampleList, view: int) -> SampleList:
@@ -64,6 +64,11 @@ def _load_clouds(sample_list: SampleList, data: DataConfig) -> np.ndarray:
             f"{sample_list.path}: clouds hold {clouds.shape[1]} points, fewer than data.num_points = {data.num_points}; prepare "
             "more points or lower data.num_points"
         )
+    if clouds.shape[1] < data.num_points * data.eval_subsets:
+        raise UserError(
+            f"{sample_list.path}: clouds hold {clouds.shape[1]} points, fewer than data.eval_subsets = {data.eval_subsets} disjoint "
+            f"subsets of data.num_points = {data.num_points}; prepare more points or lower one of them"
+        )
     return clouds[:, None]
 
 
@@ -71,16 +76,19 @@ KINDS: dict[str, Kind] = {
     "image": Kind(
         load=_load_image_views,
         augment=lambda rows, data, generator: augment_images(rows, data.image_size, data.image_resize, data.augment, generator),
-        prepare=lambda rows, data: prepare_images(rows, data.image_size, data.image_resize),
+        prepare=lambda rows, data: [
+            prepare_images(rows[:, view], data.image_size, data.image_resize)
+            for view in range(rows.shape[1] if data.eval_view == "mean" else 1)
+        ],
     ),
     "points": Kind(
         load=_load_clouds,
         augment=lambda rows, data, generator: augment_points(rows, data.num_points, data.augment, generator),
-        prepare=lambda rows, data: prepare_points(rows, data.num_points),
+        prepare=lambda rows, data: [prepare_points(rows[:, 0], data.num_points, subset) for subset in range(data.eval_subsets)],
     ),
     "mesh": Kind(
         load=lambda sample_list, data: load_faces(sample_list, data.max_faces)[:, None],
         augment=lambda rows, data, generator: augment_faces(rows, data.augment, generator),
-        prepare=lambda rows, data: prepare_faces(rows),
+        prepare=lambda rows, data: [prepare_faces(rows[:, 0])],
     ),
 }

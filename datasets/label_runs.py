@@ -1,39 +1,52 @@
-"""Which run's pseudo-labels step 2 learns from: those of a named run of step 1, or of the newest finished one."""
+"""Which run's pseudo-labels step 2 learns from: those of a named run, or of the newest finished one of step 1."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from datasets.pseudo_labels import COMMAND, pseudo_label_path, read_origin
+import torch
+from torch import Tensor
+
+from datasets.lists import SampleList
+from datasets.pseudo_labels import (
+    COMMAND,
+    posteriors_path,
+    pseudo_label_path,
+    read_origin,
+    read_posteriors,
+    read_pseudo_labels,
+)
 from utils.engine.run_log import RunLog
 from utils.errors import UserError
 from utils.settings.data_options import DataConfig
 
 
 def exported_folder(run: RunLog, given: str | None) -> Path:
-    """Return where a run of step 1 writes its pseudo-labels: the folder given as `run.pseudo_labels`, else one of its own."""
+    """Return where a run writes its pseudo-labels: the folder given as `run.pseudo_labels`, else one of its own."""
     return Path(given) if given else run.folder / "pseudo_labels"
 
 
 def labels_of_run(folder: str | Path, data: DataConfig) -> Path:
-    """Return the folder of the pseudo-labels that a run of step 1 wrote.
+    """Return the folder of the pseudo-labels that a run of step 1, or a round of step 2, wrote.
 
     Args:
         folder: run folder.
         data: settings of step 2; every one of its modalities is needed.
     Raises:
-        UserError: if the folder is no run of step 1, the run has not finished, or another one has replaced its files.
+        UserError: if the run has not finished, or another one has replaced its files.
     """
     run = RunLog.open(folder)
     config = run.config()
-    if "pla" not in config:
-        raise UserError(f"{folder} is no run of step 1: give a folder like runs/{data.dataset}/step1/<run-id>")
+    command = COMMAND if "pla" in config else "python train_step2.py"
     labels = exported_folder(run, config["run"]["pseudo_labels"])
     for name in data.modalities:
         path = pseudo_label_path(labels, data.dataset, name)
         if not path.is_file():
-            raise UserError(f"{folder} has no {path}: finish it with {COMMAND} --resume {folder}, and give both steps the same data")
+            raise UserError(f"{folder} has no {path}: finish it with {command} --resume {folder}, and give both steps the same data")
         writer = read_origin(path).get("run_id")
         if labels != run.folder / "pseudo_labels" and writer != run.run_id:
-            raise UserError(f"{path} is not of {folder} any more, but of run {writer}; {COMMAND} --resume {folder} writes it again")
+            raise UserError(f"{path} is not of {folder} any more, but of run {writer}; {command} --resume {folder} writes it again")
     return labels
 
 
@@ -53,3 +66,78 @@ def newest_labels(runs: Path, data: DataConfig) -> Path:
         f"no finished run of step 1 below {runs}: {problem}. Run {COMMAND} first, or name one with --from RUN or "
         "rdl.pseudo_labels=FOLDER"
     )
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """The pseudo-labels of one training set.
+
+    Attributes:
+        labels: modality -> (N,) int64 on the CPU.
+        confidence: modality -> (N,) float32, the posterior of the label's cluster; None if it was not asked for.
+        num_clusters: K.
+        origin: what the files say of the run that wrote them, see `read_origin`.
+        paths: modality -> file.
+    """
+
+    labels: dict[str, Tensor]
+    confidence: dict[str, Tensor] | None
+    num_clusters: int
+    origin: dict[str, Any]
+    paths: dict[str, Path]
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of objects on which the modalities of the run that wrote the labels agreed, if it is known."""
+        return self.origin.get("agreement")
+
+
+def load_pseudo_labels(
+    folder: str, lists: Mapping[str, SampleList], data: DataConfig, num_clusters: int | None = None, confidence: bool = False
+) -> PseudoLabels:
+    """Read the pseudo-label file of every modality.
+
+    Args:
+        folder: of the files; lists: modality -> training list; data: settings of the run that will learn from them.
+        num_clusters: K, for files without a meta file.
+        confidence: whether to read the posteriors too.
+    Raises:
+        UserError: as `read_pseudo_labels`, and if the files disagree on K, come from different runs, were made with another
+            pairing, or by a round that did not help.
+    """
+    paths = {name: pseudo_label_path(folder, data.dataset, name) for name in lists}
+    read = {name: read_pseudo_labels(path, lists[name], dataset=data.dataset, num_clusters=num_clusters) for name, path in paths.items()}
+    counts = {name: count for name, (_, count) in read.items()}
+    if len(set(counts.values())) != 1:
+        raise UserError(f"the pseudo-label files in {folder} disagree on the number of clusters: {counts}")
+    origins = {name: read_origin(path) for name, path in paths.items()}
+    runs = {name: origin.get("run_id") for name, origin in origins.items()}
+    if len(set(runs.values())) != 1:  # the run was cut off between two files: cluster ids would not mean the same
+        raise UserError(
+            f"the pseudo-label files in {folder} come from different runs: {runs}; repeat {COMMAND}, or the --resume of one of them"
+        )
+    origin, num_clusters = next(iter(origins.values())), next(iter(counts.values()))
+    pairing = origin.get("pairing", data.pairing)
+    if pairing != data.pairing:
+        raise UserError(
+            f"the labels in {folder} were made with data.pairing: {pairing}, this run has {data.pairing}; what the labels of one "
+            "run taught must not pass as another: use the same pairing in both steps"
+        )
+    _check_it_helped(folder, origin)
+    labels = {name: torch.from_numpy(values) for name, (values, _) in read.items()}
+    sure = None
+    if confidence:
+        shape = (len(next(iter(labels.values()))), num_clusters)
+        beliefs = read_posteriors(posteriors_path(folder, data.dataset), labels, origin.get("run_id"), *shape)
+        sure = {name: torch.from_numpy(rows).gather(1, labels[name][:, None]).squeeze(1) for name, rows in beliefs.items()}
+    return PseudoLabels(labels, sure, num_clusters, origin, paths)
+
+
+def _check_it_helped(folder: str, origin: Mapping[str, Any]) -> None:
+    """Stop the rounds when one has not helped: no label is needed to see that its modalities agree less than before."""
+    before, now = origin.get("clusters", {}).get("agreement_before"), origin.get("agreement")
+    if before is not None and now is not None and now < before:
+        raise UserError(
+            f"the round that wrote {folder} did not help: its modalities agree on {now:.4f} of the objects, after {before:.4f} "
+            "before it. Take the run before it as the result; to go on all the same, copy the labels without their .meta.json"
+        )

@@ -5,6 +5,7 @@ the faces across the edges (1,2), (2,3), (3,1), the face itself where there is n
 """
 
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from datasets.arrays import box_centre, read_array, to_unit_sphere
 from datasets.lists import SampleList
-from datasets.transforms import random_map
+from datasets.transforms import random_map, random_warp
 from utils.engine.seed import BatchGenerator
 from utils.errors import UserError
 from utils.modalities import FACE_CHANNELS
@@ -164,6 +165,8 @@ def augment_faces(faces: Tensor, augment, generator: BatchGenerator) -> Tensor:
     Returns:
         (B, F, 18) float32.
     """
+    if augment.point_warp:
+        faces = _warp(faces, random_warp(len(faces), augment.point_warp, generator))
     matrix, shift = random_map(len(faces), augment, generator)  # (B, 3, 3), (B, 1, 3)
     noise = generator.randn(*faces.shape[:2], 3) * augment.point_jitter
     turned = generator.randint(3, *faces.shape[:2], 1)
@@ -172,6 +175,16 @@ def augment_faces(faces: Tensor, augment, generator: BatchGenerator) -> Tensor:
     corners = corners @ matrix.transpose(1, 2)[:, None]
     centres = faces[:, :, :3] @ matrix.transpose(1, 2) + shift
     return _assemble(centres + noise, corners - noise[:, :, None], faces[:, :, 15:].gather(2, order))
+
+
+def _warp(faces: Tensor, displacement: Callable[[Tensor], Tensor]) -> Tensor:
+    """Move the vertices by a smooth field; equal vertices of neighbouring faces move alike, so the mesh stays closed."""
+    centres = faces[:, :, None, :3]
+    vertices = (centres + faces[:, :, 3:12].unflatten(2, (3, 3))).flatten(1, 2)  # (B, F * 3, 3)
+    vertices = (vertices + displacement(vertices)).unflatten(1, (-1, 3))  # (B, F, 3, 3)
+    centres = vertices.mean(dim=2)
+    corners = vertices - centres[:, :, None]
+    return torch.cat([centres, corners.flatten(2), faces[:, :, 12:]], dim=2)
 
 
 def _assemble(centres: Tensor, corners: Tensor, neighbours: Tensor) -> Tensor:

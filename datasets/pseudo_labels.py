@@ -5,12 +5,14 @@ import json
 import os
 import re
 import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from datasets.lists import SampleList, default_list_path, text_rows
-from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_json
+from utils.engine.checkpoint import atomic_write, atomic_write_json, atomic_write_text, read_json
 from utils.errors import UserError
 
 COMMAND = "python train_step1.py"
@@ -95,6 +97,37 @@ def read_pseudo_labels(
     labels = _match_rows(path, content, sample_list, dataset, num_clusters)
     _warn_if_degenerate(labels, num_clusters, path)
     return labels, num_clusters
+
+
+def posteriors_path(folder: str | Path, dataset: str) -> Path:
+    """Return `<folder>/<dataset>_train_posteriors.npz`, beside the pseudo-label files."""
+    return Path(folder) / f"{dataset}_train_posteriors.npz"
+
+
+def write_posteriors(path: Path, posteriors: Mapping[str, np.ndarray], run_id: str) -> None:
+    """Write what the pseudo-labels were decided on: modality -> (N, K) float32 in list order, and the run; atomically."""
+    atomic_write(path, lambda stream: np.savez_compressed(stream, run_id=np.array(run_id), **posteriors))
+
+
+def read_posteriors(path: Path, modalities: Iterable[str], run_id: str | None, count: int, num_clusters: int) -> dict[str, np.ndarray]:
+    """Read what `write_posteriors` wrote for the given modalities.
+
+    Raises:
+        UserError: if the file is missing, damaged, of another run than the pseudo-labels, or not (count, num_clusters).
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            writer, found = str(archive["run_id"]), {name: archive[name] for name in modalities}
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: rdl.confidence needs the posteriors that a run writes beside its pseudo-labels") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not the posteriors of {', '.join(modalities)} ({error}); make the pseudo-labels again") from error
+    if writer != run_id:
+        raise UserError(f"{path} is of run {writer}, the pseudo-labels beside it of {run_id}; make them again")
+    for name, rows in found.items():
+        if rows.shape != (count, num_clusters):
+            raise UserError(f"{path}: expected posteriors ({count}, {num_clusters}) of {name}, found {rows.shape}")
+    return found
 
 
 def read_origin(path: str | Path) -> dict:

@@ -21,7 +21,7 @@ from datasets.lists import (
     read_training_list,
 )
 from utils.errors import MissingLabelsError, UserError
-from utils.evaluation.features import extract_embeddings
+from utils.evaluation.features import Features, extract_features
 from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
 
@@ -118,29 +118,31 @@ def _check_same_labels(lists: dict[str, SampleList], labels: dict) -> None:
             )
 
 
-def embed_samples(
-    encoders: Mapping[str, nn.Module], samples: PairedSamples, data: DataConfig, device: torch.device
-) -> dict[str, Tensor]:
-    """Return modality -> (N, D) unit-norm embeddings of all samples, in eval mode and without augmentation, on the device.
+def describe_samples(
+    encoders: Mapping[str, nn.Module], classifiers: Mapping[str, nn.Module], samples: PairedSamples, data: DataConfig,
+    device: torch.device,
+) -> dict[str, Features]:
+    """Return modality -> Features of all samples, in eval mode and without augmentation, on the device.
 
-    Each is the embedding of the first view or, with `data.eval_view: mean`, the normalised mean over the views.
+    Of pictures, the first view is seen, or with `data.eval_view: mean` the mean over the views; of clouds, the first
+    `data.num_points` points, or the mean over `data.eval_subsets` disjoint subsets.
 
     Raises:
         UserError: if some are not of unit norm: too large numbers inside the encoder, as a diverged training leaves.
     """
-    embeddings = {}
+    features = {}
     for name, encoder in encoders.items():
-        array, prepare = samples.arrays[name], KINDS[MODALITIES[name].kind].prepare
-        shown = array.shape[1] if data.eval_view == "mean" else 1
-        inputs = lambda index: [prepare(array[index, view].to(device), data) for view in range(shown)]  # noqa: B023
-        embeddings[name] = extract_embeddings(encoder, inputs, len(array), array.device)
-        wrong = int((~(torch.linalg.vector_norm(embeddings[name], dim=1) > 0.5)).sum())  # NaN is no number above 0.5 either
+        array, kind = samples.arrays[name], KINDS[MODALITIES[name].kind]
+        inputs = lambda index: kind.prepare(array[index].to(device), data)  # noqa: B023
+        features[name] = extract_features(encoder, classifiers[name], inputs, len(array), array.device)
+        norms = torch.linalg.vector_norm(features[name].embeddings, dim=1)
+        wrong = int((~(norms > 0.5)).sum())  # NaN is no number above 0.5 either
         if wrong:
             raise UserError(
                 f"{wrong} of {len(array)} embeddings of {name} are not finite unit vectors: training diverged; lower "
                 "optim.learning_rate or check the data"
             )
-    return embeddings
+    return features
 
 
 def list_path(data: DataConfig, modality: str, split: str) -> Path:

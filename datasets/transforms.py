@@ -4,6 +4,7 @@ All work on the device of their input and draw from the generator they are given
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from utils.engine.seed import BatchGenerator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+ELASTIC_KNOTS = 5  # per side of the coarse grid of an elastic warp
+WARP_WAVES = 4
+WARP_FREQUENCY = 3.0  # radians per unit of the unit sphere: waves of about its diameter
 
 
 def prepare_images(images: Tensor, size: int, resize: int) -> Tensor:
@@ -32,9 +36,9 @@ def prepare_images(images: Tensor, size: int, resize: int) -> Tensor:
 
 
 def augment_images(images: Tensor, size: int, resize: int, augment, generator: BatchGenerator) -> Tensor:
-    """Training transform: one random affine map, brightness and contrast per image, then as `prepare_images`.
+    """Training transform: one random affine map and elastic warp, brightness and contrast per image, then as `prepare_images`.
 
-    Rotation, scale, shear and shift are one bilinear resampling of the stored image; outside it, the edge continues.
+    Rotation, scale, shear, shift and warp are one bilinear resampling of the stored image; outside it, the edge continues.
 
     Args:
         images: (B, 3, S, S) uint8; size, resize: as in `prepare_images`.
@@ -48,6 +52,8 @@ def augment_images(images: Tensor, size: int, resize: int, augment, generator: B
         images = _resize(images, resize)
     theta = _random_affine(len(images), size / resize, augment, generator)  # (B, 2, 3)
     grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+    if augment.image_elastic:
+        grid = grid + elastic_field(len(images), size, augment.image_elastic, generator)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     images = _random_tone(images, augment, generator)
     if augment.image_flip:
@@ -56,13 +62,13 @@ def augment_images(images: Tensor, size: int, resize: int, augment, generator: B
     return _normalise(images)
 
 
-def prepare_points(points: Tensor, num_points: int) -> Tensor:
-    """Evaluation transform: the first `num_points` stored points (they are stored in random order) of (B, P, 3)."""
-    return points[:, :num_points]
+def prepare_points(points: Tensor, num_points: int, subset: int = 0) -> Tensor:
+    """Evaluation transform: of stored points (B, P, 3), in random order, the given one of the disjoint runs of `num_points`."""
+    return points[:, subset * num_points : (subset + 1) * num_points]
 
 
 def augment_points(points: Tensor, num_points: int, augment, generator: BatchGenerator) -> Tensor:
-    """Training transform: a fresh random subset, rotation, scale per axis, shear, shift and jitter per cloud.
+    """Training transform: a fresh random subset, smooth warp, rotation, scale per axis, shear, shift and jitter per cloud.
 
     Args:
         points: (B, P, 3) float32, z up.
@@ -75,9 +81,42 @@ def augment_points(points: Tensor, num_points: int, augment, generator: BatchGen
     batch_size, stored, _ = points.shape
     order = generator.rand(batch_size, stored).argsort(dim=1)[:, :num_points]
     points = points.gather(1, order[:, :, None].expand(-1, -1, 3))
+    if augment.point_warp:
+        points = points + random_warp(batch_size, augment.point_warp, generator)(points)
     matrix, shift = random_map(batch_size, augment, generator)
     noise = generator.randn(*points.shape) * augment.point_jitter
     return points @ matrix.transpose(1, 2) + shift + noise
+
+
+def elastic_field(count: int, size: int, deviation: float, generator: BatchGenerator) -> Tensor:
+    """Smooth random displacements of image grids (Simard et al. 2003): normal at the knots of a coarse grid, bicubic between.
+
+    Args:
+        count: images; size: side of the grid in pixels.
+        deviation: standard deviation at the knots, in half sides of the image.
+        generator: on the device wanted.
+    Returns:
+        (count, size, size, 2) float32, to be added to a sampling grid in [-1, 1].
+    """
+    knots = generator.randn(count, 2, ELASTIC_KNOTS, ELASTIC_KNOTS) * deviation
+    return F.interpolate(knots, size=(size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+
+
+def random_warp(count: int, deviation: float, generator: BatchGenerator) -> Callable[[Tensor], Tensor]:
+    """Draw one smooth displacement field per 3D object: a sum of sines in random directions.
+
+    d(p) = deviation sqrt(2 / W) sum_w a_w sin(f_w . p + phase_w) with standard normal amplitudes a_w (3,), normal wave vectors
+    f_w of deviation WARP_FREQUENCY, and uniform phases, W = WARP_WAVES; each coordinate of d has the standard deviation asked for.
+
+    Args:
+        count: objects; deviation: in units of the unit sphere; generator: on the device of the points.
+    Returns:
+        A function from points (count, P, 3) to their displacements (count, P, 3).
+    """
+    waves = generator.randn(count, WARP_WAVES, 3) * WARP_FREQUENCY
+    phases = generator.rand(count, 1, WARP_WAVES) * (2 * math.pi)
+    amplitudes = generator.randn(count, WARP_WAVES, 3) * (deviation * math.sqrt(2 / WARP_WAVES))
+    return lambda points: torch.sin(points @ waves.transpose(1, 2) + phases) @ amplitudes
 
 
 def random_map(count: int, augment, generator: BatchGenerator) -> tuple[Tensor, Tensor]:

@@ -32,12 +32,13 @@ class RobustConcentratingLoss(nn.Module):
         self.num_classes = num_classes
         self.clip = clip
 
-    def forward(self, logits: Tensor, pseudo_labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, pseudo_labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the mean loss of a batch.
 
         Args:
             logits: (B, K) unnormalised scores, any float type; computed in float32 or wider.
             pseudo_labels: (B,) int64 in 0..K-1.
+            weights: (B,) float >= 0, with a sum > 0: the mean is weighted by them (ours; the paper has none).
         Returns:
             Scalar, dimensionless, >= 0.
         Raises:
@@ -52,14 +53,14 @@ class RobustConcentratingLoss(nn.Module):
         # The slope of x^alpha is infinite at 0: keep x above the smallest normal number, where the true slope is 0 too.
         surprise = surprise.clamp_min(torch.finfo(surprise.dtype).tiny)
         if not self.clip:
-            return self._value(surprise).mean()
+            return _mean(self._value(surprise), weights)
         # Rounding must not push an exactly uniform prediction (p = 1/K) above the clip level. An overflow above it would
         # reach the gradient of the unused branch as 0 * inf, hence the clamp.
         ceiling = math.log(self.num_classes)
         rounding = 8 * torch.finfo(surprise.dtype).eps * ceiling
         loss = self._value(surprise.clamp_max(ceiling))
         constant = ceiling**self.alpha * (1 - 1 / self.num_classes)
-        return torch.where(surprise < ceiling - rounding, loss, torch.full_like(loss, constant)).mean()
+        return _mean(torch.where(surprise < ceiling - rounding, loss, torch.full_like(loss, constant)), weights)
 
     def _value(self, surprise: Tensor) -> Tensor:
         """(-log p)^alpha (1 - p) from -log p."""
@@ -70,6 +71,10 @@ class RobustConcentratingLoss(nn.Module):
         probs = logits.detach().float().softmax(dim=1)
         return (probs.gather(1, pseudo_labels[:, None]) <= 1 / self.num_classes).float().mean()
 
+
+
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
 
 def check_batch(logits: Tensor, pseudo_labels: Tensor) -> None:
     """Raise ValueError unless logits are (B >= 1, K >= 2) float and pseudo_labels (B,) int64, within 0..K-1 if on the CPU."""

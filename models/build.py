@@ -33,6 +33,14 @@ def _build_encoder(modality: str, model: ModelConfig) -> nn.Module:
     return makers[MODALITIES[modality].encoder]()
 
 
+def build_classifiers(modalities: Sequence[str], model: ModelConfig, num_clusters: int, logit_scale: float | None = None) -> nn.ModuleDict:
+    """Return modality -> classifier of K clusters: g of step 1 if a scale of its logits is given, else h of step 2."""
+    dim = model.embedding_dim
+    if logit_scale is not None:
+        return nn.ModuleDict({name: models.LinearClassifier(dim, num_clusters, logit_scale) for name in modalities})
+    return nn.ModuleDict({name: models.MLPClassifier(dim, model.classifier_hidden, num_clusters) for name in modalities})
+
+
 def load_pretrained(encoders: nn.ModuleDict, sources: Mapping[str, str]) -> dict[str, LoadReport]:
     """Load the weights that the configuration names.
 

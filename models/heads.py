@@ -32,6 +32,10 @@ class LinearClassifier(nn.Module):
         """Map unit-norm embeddings (B, D) to logits (B, K)."""
         return self.scale * F.linear(embeddings, self.weight)
 
+    def classify(self, embeddings: Tensor) -> Tensor:
+        """Map embeddings (B, D) of any norm to logits (B, K)."""
+        return self(F.normalize(embeddings, dim=1))
+
 
 class MLPClassifier(nn.Sequential):
     """MLP head h of step 2: embeddings (B, D), any norm, to logits (B, K).
@@ -49,3 +53,7 @@ class MLPClassifier(nn.Sequential):
             nn.ReLU(),
             nn.Linear(hidden_dim, num_clusters),
         )
+
+    def classify(self, embeddings: Tensor) -> Tensor:
+        """As `forward`: embeddings (B, D) of any norm to logits (B, K)."""
+        return self(embeddings)

@@ -1,5 +1,6 @@
 """The learners of both stages with the departures that change training."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 from baselines.release_protocol.labels import farthest_labels
 from baselines.release_protocol.loss import BatchClippedLoss
 from baselines.release_protocol.variants import Departures
-from datasets.samples import PairedSamples, embed_samples
+from datasets.annotation import Annotation
+from datasets.label_runs import PseudoLabels
+from datasets.samples import PairedSamples
 from train_step1 import PLALearner
 from train_step2 import RDLLearner
 from utils.engine.seed import generator_for
@@ -60,7 +63,7 @@ class ReleasePLA(PLALearner):
         losses = super().train_epoch(epoch)
         if not self.departures.oracle_labels:
             return losses
-        chosen = farthest_labels(embed_samples(self.encoders, self.samples, self.config.data, self.device), self.labels)
+        chosen = farthest_labels({name: features.embeddings for name, features in self.describe().items()}, self.labels)
         accuracy = sum(clustering_accuracy(chosen[name], self.labels[name]) for name in chosen) / len(chosen)
         self.kept.offer(torch.stack(list(chosen.values())), accuracy)
         return {**losses, "oracle_accuracy": accuracy}
@@ -77,28 +80,29 @@ class ReleasePLA(PLALearner):
                 generator = generator_for(self.config.run.seed, "order of the bank", name, epoch)
                 bank.memory.copy_(bank.memory[torch.randperm(len(bank), generator=generator).to(self.device)])
 
-    def pseudo_labels(self) -> dict[str, Tensor]:
-        """Return the pseudo-labels to export: modality -> (N,) int64 on the CPU."""
+    def annotate(self) -> Annotation:
+        """Return the pseudo-labels to export."""
+        found = super().annotate()
         if not self.departures.oracle_labels:
-            return super().pseudo_labels()
-        return dict(zip(self.encoders, self.kept.labels.clone()))
+            return found
+        return dataclasses.replace(found, ids=dict(zip(self.encoders, self.kept.labels.cpu().clone())))
 
 
 class ReleaseRDL(RDLLearner):
     """Step 2 with the departure `batch_clip`: the authors' RCLL after `rdl.unclipped_epochs`.
 
     Args:
-        config, samples, pseudo_labels, num_clusters, device: as `RDLLearner`.
+        config, samples, pseudo_labels, device: as `RDLLearner`.
         departures: which ones to follow.
     Raises:
         UserError: if `batch_clip` is asked for with another loss than RCLL.
     """
 
     def __init__(
-        self, config: Step2Config, samples: PairedSamples, pseudo_labels: dict[str, Tensor], num_clusters: int,
-        device: torch.device, departures: Departures,
+        self, config: Step2Config, samples: PairedSamples, pseudo_labels: PseudoLabels, device: torch.device,
+        departures: Departures,
     ) -> None:
-        super().__init__(config, samples, pseudo_labels, num_clusters, device)
+        super().__init__(config, samples, pseudo_labels, device)
         if departures.batch_clip:
             if config.rdl.loss != "rcll":
                 raise UserError(f"batch_clip changes RCLL, but rdl.loss is {config.rdl.loss!r}: set rdl.loss=rcll")

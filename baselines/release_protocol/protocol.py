@@ -14,10 +14,10 @@ from baselines.release_protocol.labels import class_count, training_labels
 from baselines.release_protocol.learners import ReleasePLA, ReleaseRDL
 from baselines.release_protocol.pairs import pair_by_class, pair_shares
 from baselines.release_protocol.variants import Departures, departures_of
-from datasets.label_runs import exported_folder
+from datasets.label_runs import exported_folder, load_pseudo_labels
 from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
 from datasets.samples import PairedSamples
-from train_step2 import load_pseudo_labels
+from train_step2 import note_origin
 from training import run_stage
 from utils.engine.checkpoint import atomic_write_json, read_json
 from utils.engine.run_log import RunLog
@@ -145,10 +145,10 @@ def _export(learner: ReleasePLA, session: Session, variant: str, num_clusters: i
     dataset = session.config.data.dataset
     provenance = {"run_id": session.run.run_id, "seed": session.config.run.seed}
     provenance["variant"] = f"baselines.release_protocol: {variant}"
-    for name, labels in learner.pseudo_labels().items():
+    for name, labels in learner.annotate().ids.items():
         write_pseudo_labels(
-            pseudo_label_path(exported_folder(session.run, None), dataset, name), learner.samples.lists[name], labels.numpy(), dataset=dataset,
-            num_clusters=num_clusters, provenance=provenance,
+            pseudo_label_path(exported_folder(session.run, None), dataset, name), learner.samples.lists[name], labels.numpy(),
+            dataset=dataset, num_clusters=num_clusters, provenance=provenance,
         )
 
 
@@ -159,7 +159,9 @@ def _train_step2(request: Request, departures: Departures, output: Path, labels:
 
     def build(samples: PairedSamples) -> ReleaseRDL:
         samples, _ = _with_departures(session, samples, departures)
-        return ReleaseRDL(session.config, samples, *load_pseudo_labels(session, samples), session.device, departures)
+        found = load_pseudo_labels(session.config.rdl.pseudo_labels, samples.lists, session.config.data)
+        note_origin(session, found)
+        return ReleaseRDL(session.config, samples, found, session.device, departures)
 
     run_stage(session, build, report=_report(f"{request.variant}, step 2"))
     return session.run

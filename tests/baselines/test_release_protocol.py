@@ -21,8 +21,9 @@ from baselines.release_protocol.learners import KeptLabels, ReleasePLA, ReleaseR
 from baselines.release_protocol.loss import BatchClippedLoss
 from baselines.release_protocol.pairs import class_pair_order, pair_by_class, pair_shares
 from baselines.release_protocol.variants import VARIANTS, Departures, departures_of
+from datasets.label_runs import PseudoLabels
 from datasets.pseudo_labels import read_pseudo_labels
-from datasets.samples import embed_samples, load_training_samples
+from datasets.samples import load_training_samples
 from utils.errors import UserError
 from utils.evaluation.clustering import clustering_accuracy
 from utils.settings.config import load_config
@@ -183,18 +184,18 @@ def test_the_exported_labels_are_ground_truth_of_the_farthest_sample(small_digit
     accuracies = {}
     for epoch in (1, 2):
         row = learner.train_epoch(epoch)
-        rows = embed_samples(learner.encoders, samples, config.data, CPU)
+        rows = {name: features.embeddings for name, features in learner.describe().items()}
         similarity = rows["GrayImg"] @ rows["PointCloud"].T
         wanted = {"GrayImg": labels["GrayImg"][similarity.argmin(1)], "PointCloud": labels["PointCloud"][similarity.argmin(0)]}
         accuracies[epoch] = sum(clustering_accuracy(wanted[name], labels[name]) for name in wanted) / 2, wanted
         assert row["oracle_accuracy"] == pytest.approx(accuracies[epoch][0])
     best = accuracies[1] if accuracies[1][0] >= accuracies[2][0] else accuracies[2]
-    exported = learner.pseudo_labels()
+    exported = learner.annotate().ids
     assert float(learner.kept.accuracy) == pytest.approx(best[0])
     assert all(torch.equal(exported[name], best[1][name]) for name in exported)
     again = ReleasePLA(config, samples, CPU, departures_of("oracle_labels"), labels)
     again.load_state_dict(learner.state_dict())
-    assert all(torch.equal(again.pseudo_labels()[name], exported[name]) for name in exported)
+    assert all(torch.equal(again.annotate().ids[name], exported[name]) for name in exported)
 
 
 def test_oracle_labels_are_classes_and_step_2_uses_their_number(trained, small_digits):
@@ -353,8 +354,8 @@ def test_step_2_uses_it_after_the_warm_up_and_for_rcll_alone(small_digits):
     config, samples, _ = step1(small_digits)
     labels = {name: torch.arange(TRAIN) % 6 for name in samples.lists}
     build = lambda *more: ReleaseRDL(
-        load_config(Step2Config, str(SMOKE / "step2.yaml"), [f"data.root={small_digits}", *more]), samples, labels, 6, CPU,
-        departures_of("batch_clip"))
+        load_config(Step2Config, str(SMOKE / "step2.yaml"), [f"data.root={small_digits}", *more]), samples,
+        PseudoLabels(labels, None, 6, {}, {}), CPU, departures_of("batch_clip"))
     learner = build("rdl.unclipped_epochs=1")
     used = []
     for epoch in (1, 2):

@@ -16,6 +16,7 @@ from datasets import samples
 from datasets.batches import BatchSource
 from datasets.kinds import KINDS
 from losses import ModalityInvarianceLoss
+from models import LinearClassifier
 from utils.engine.learner import plan_epoch
 from utils.engine.seed import BatchGenerator
 from utils.errors import UserError
@@ -100,7 +101,7 @@ def test_search_within_a_modality_leaves_the_query_out():
 
 def test_tables_of_sets_of_different_size():
     generator = torch.Generator().manual_seed(0)
-    rows = {"RGBImg": torch.randn(7, 3, generator=generator), "Mesh": torch.randn(5, 3, generator=generator)}
+    rows = {name: torch.nn.functional.normalize(torch.randn(count, 3, generator=generator), dim=1) for name, count in (("RGBImg", 7), ("Mesh", 5))}
     labels = {"RGBImg": torch.tensor([0, 0, 1, 1, 2, 2, 2]), "Mesh": torch.tensor([0, 1, 2, 2, 2])}
     table = retrieval_table(rows, labels)
     assert table["map/RM"] == retrieval_metrics(rows["RGBImg"], labels["RGBImg"], rows["Mesh"], labels["Mesh"])["map"]
@@ -123,7 +124,7 @@ def add_views(root, count):
 def brightness(training, data):
     """Mean of the first channel of one epoch's gray images, normalised as the encoder gets them."""
     source = BatchSource(training, data, torch.device("cpu"))
-    (plan,) = plan_epoch(source.counts, source.views, TRAIN, torch.Generator().manual_seed(0))
+    (plan,) = plan_epoch(source.counts, source.stored_views, source.views, TRAIN, torch.Generator().manual_seed(0))
     ((index, raw),) = source.fetch([plan])
     assert torch.equal(index, plan[0]) and torch.equal(index[0], index[1])
     return source.augment(raw, BatchGenerator(torch.Generator().manual_seed(0)))[0].mean(dim=(2, 3))[:, 0]
@@ -149,10 +150,12 @@ def test_views_random_in_training_first_or_mean_in_evaluation(small_digits):
             return torch.stack([x.mean(dim=(1, 2, 3)), torch.ones(len(x))], dim=1)
 
     encoders = torch.nn.ModuleDict({"GrayImg": Brightness()})
-    one = samples.embed_samples(encoders, training, settings, torch.device("cpu"))["GrayImg"]
+    heads = {"GrayImg": LinearClassifier(2, 3, 1.0)}
+    one = samples.describe_samples(encoders, heads, training, settings, torch.device("cpu"))["GrayImg"].embeddings
     averaged = config(small_digits, "data.num_views=3", "data.eval_view=mean").data
-    mean = samples.embed_samples(encoders, training, averaged, torch.device("cpu"))["GrayImg"]
-    views = [torch.nn.functional.normalize(Brightness()(KINDS["image"].prepare(training.arrays["GrayImg"][:, v], settings)), dim=1) for v in range(3)]
+    mean = samples.describe_samples(encoders, heads, training, averaged, torch.device("cpu"))["GrayImg"].embeddings
+    pictures = KINDS["image"].prepare(training.arrays["GrayImg"], averaged)
+    views = [torch.nn.functional.normalize(Brightness()(picture), dim=1) for picture in pictures]
     torch.testing.assert_close(one, views[0])
     torch.testing.assert_close(mean, torch.nn.functional.normalize(sum(views) / 3, dim=1))
 
@@ -247,17 +250,34 @@ def test_unpaired_without_a_replacement_is_refused(small_digits):
         config(small_digits, "data.pairing=none")
 
 
-def test_views_as_positives_contrast_two_views_of_each_modality(small_digits):
-    settings = config(small_digits, "data.positives=views")
+def test_views_as_positives_contrast_the_views_of_each_modality(small_digits):
+    settings = config(small_digits, "data.positives=views", "data.views={GrayImg: 3}")
     training = samples.load_training_samples(settings.data, torch.device("cpu"))
     torch.manual_seed(0)
     learner = train_step1.PLALearner(settings, training, torch.device("cpu"))
-    ((_, raw),) = learner.source.fetch([torch.stack([torch.arange(8).expand(2, -1), torch.zeros(2, 8, dtype=torch.long)])])
-    first = learner.embed(raw, batch_generator(1))
-    loss = learner.invariance(raw, first, batch_generator(2))
-    second = learner.embed(raw, batch_generator(2))
-    parts = [ModalityInvarianceLoss(settings.pla.tau_2)(torch.stack([a, b])) for a, b in zip(first, second)]
-    torch.testing.assert_close(loss, (parts[0] + parts[1]) / 2)
+    plan = next(plan_epoch(learner.source.counts, [1, 1], [3, 2], 8, torch.Generator().manual_seed(0)))
+    ((_, raw),) = learner.source.fetch([plan])
+    embeddings = learner.embed(raw, batch_generator(1))
+    assert [rows.shape[:2] for rows in embeddings] == [(3, 8), (2, 8)]
+    parts = [ModalityInvarianceLoss(settings.pla.tau_2)(rows) for rows in embeddings]
+    torch.testing.assert_close(learner.invariance(embeddings), (parts[0] + parts[1]) / 2)
+    with pytest.raises(UserError, match="at least two views of a sample, found data.views.GrayImg = 1"):
+        config(small_digits, "data.positives=views", "data.views={GrayImg: 1}")
+
+
+def test_several_views_of_all_modalities_are_positives_and_weigh_as_one(small_digits):
+    settings = config(small_digits, "data.views={GrayImg: 2, PointCloud: 1}")
+    training = samples.load_training_samples(settings.data, torch.device("cpu"))
+    learner = train_step1.PLALearner(settings, training, torch.device("cpu"))
+    views = [torch.randn(2, 6, 5, dtype=torch.float64), torch.randn(1, 6, 5, dtype=torch.float64)]
+    rows = torch.nn.functional.normalize(torch.cat(views), dim=2)
+    total = 0.0
+    for v in range(3):
+        for i in range(6):
+            similar = torch.exp(rows[v, i] @ rows.flatten(0, 1).T / settings.pla.tau_2).view(3, 6)
+            others = sum(similar[u, i] for u in range(3) if u != v)
+            total += -torch.log(others / (similar.sum() - similar[v, i])) / 6
+    torch.testing.assert_close(learner.invariance(views), total * 2 / 3)
 
 
 def batch_generator(seed):
@@ -265,10 +285,15 @@ def batch_generator(seed):
 
 
 def test_batches_of_pairs_and_of_unpaired_sets():
-    plan = list(plan_epoch([10, 10], [1, 3], 4, torch.Generator().manual_seed(0)))
-    assert [batch.shape for batch in plan] == [(2, 2, 4)] * 2 and all(torch.equal(*batch[0]) for batch in plan)
-    assert len(torch.cat([batch[0, 0] for batch in plan]).unique()) == 8
-    assert all((batch[1, 0] == 0).all() for batch in plan) and len(torch.cat([batch[1, 1] for batch in plan]).unique()) == 3
-    free = torch.cat(list(plan_epoch([4, 12], [1, 1], 4, torch.Generator().manual_seed(0), paired=False)), dim=2)[0]
+    plan = list(plan_epoch([10, 10], [1, 3], [1, 2], 4, torch.Generator().manual_seed(0)))
+    assert [(index.shape, rows.shape) for index, rows in plan] == [((2, 4), (2, 3, 4))] * 2  # one cloud and two pictures
+    for index, rows in plan:
+        assert torch.equal(index[0], index[1]) and torch.equal(rows[0], index[[0, 1, 1]])
+        assert (rows[1, 0] == 0).all() and (rows[1, 1] != rows[1, 2]).all()  # two different pictures
+    assert len(torch.cat([index[0] for index, _ in plan]).unique()) == 8
+    assert len(torch.cat([rows[1, 1] for _, rows in plan]).unique()) == 3
+    more = next(iter(plan_epoch([10], [2], [3], 4, torch.Generator().manual_seed(0))))[1]
+    assert torch.equal(more[1, 0], more[1, 2]) and (more[1, 0] != more[1, 1]).all()  # more views than pictures: some twice
+    free = torch.cat([index for index, _ in plan_epoch([4, 12], [1, 1], [1, 1], 4, torch.Generator().manual_seed(0), paired=False)], dim=1)
     assert free.shape == (2, 12) and sorted(free[1].tolist()) == list(range(12))
     assert torch.bincount(free[0]).tolist() == [3, 3, 3, 3] and not torch.equal(free[0, :4], free[1, :4])

@@ -14,8 +14,8 @@ from utils.settings.options import AugmentConfig
 
 NONE = dict(
     image_rotation_degrees=0.0, image_scale=(1.0, 1.0), image_translate=0.0, image_shear_degrees=0.0,
-    image_brightness=0.0, image_contrast=0.0, image_flip=False, point_rotation_degrees=0.0, point_tilt_degrees=0.0,
-    point_scale=(1.0, 1.0), point_shear=0.0, point_translate=0.0, point_jitter=0.0,
+    image_elastic=0.0, image_brightness=0.0, image_contrast=0.0, image_flip=False, point_rotation_degrees=0.0, point_tilt_degrees=0.0,
+    point_scale=(1.0, 1.0), point_shear=0.0, point_translate=0.0, point_jitter=0.0, point_warp=0.0,
 )
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 

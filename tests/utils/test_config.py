@@ -133,7 +133,7 @@ def test_refused_robust_loss(name, hint):
         ("data.image_resize=200", "data.image_resize (200) must be at least data.image_size (224)"),
         ("data.num_points=10", "model.num_neighbors (20) must not exceed data.num_points (10)"),
         ("pla.warmup_epochs=3", "--set pla.warmup_epochs=3: pla.warmup_epochs: this setting is now called pla.mlm_only_epochs"),
-        ("pla.mlm_only_epochs=20", "pla.mlm_only_epochs (20) must be below optim.epochs (20)"),
+        ("pla.mlm_only_epochs=21", "pla.mlm_only_epochs (21) must not exceed optim.epochs, 20"),
         ("run.seed", "--set expects section.key=value, got 'run.seed'"),
         ("=3", "--set expects section.key=value, got '=3'"),
         ("run..seed=3", "--set expects section.key=value"),
@@ -153,7 +153,7 @@ def test_refused_override(override, message):
         ("optim:\n  epochs: [1\n", "step1.yaml is not valid YAML"),
         ("optim: {epochs: 1}\noptim: {epochs: 2}", "key 'optim' is given twice"),
         ("- 1\n- 2", "step1.yaml must hold sections (data:, model:, ...), found a list"),
-        ("rdl: {alpha: 0.3}", "step1.yaml: rdl: unknown key, valid here: data, model, optim, mlm, pla, run"),
+        ("rdl: {alpha: 0.3}", "step1.yaml: rdl: unknown key, valid here: data, model, optim, mlm, pla, eval, run"),
         ("optim: 3", "step1.yaml: optim: expected a section"),
         ("1: 2", "step1.yaml: 1: unknown key"),
         ("data: {modalities: [RGBImg, Foo]}", "step1.yaml with --set"),
@@ -195,11 +195,11 @@ def test_words_in_a_file(tmp_path):
 def test_home_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "run: {output: ~/runs}\nmodel: {pretrained: {Mesh: ~/mesh.pth, GrayImg: none}}\n")
-    paths = ["data.root=~/d", "data.train_lists.RGBImg=~/a", "data.test_lists.RGBImg='~/b'", "run.pseudo_labels=~"]
+    paths = ["data.root=~/d", "data.train_lists.RGBImg=~/a", "data.test_lists.RGBImg='~/b'", "run.pseudo_labels=~/p"]
     config = step1(*paths, path="~/step1.yaml")
     assert (config.run.output, config.model.pretrained["Mesh"]) == (f"{tmp_path}/runs", f"{tmp_path}/mesh.pth")
     assert (config.data.root, config.data.train_lists, config.data.test_lists) == (f"{tmp_path}/d", {"RGBImg": f"{tmp_path}/a"}, {"RGBImg": f"{tmp_path}/b"})
-    assert config.run.pseudo_labels == str(tmp_path) and config.model.pretrained["GrayImg"] == "none"
+    assert config.run.pseudo_labels == f"{tmp_path}/p" and config.model.pretrained["GrayImg"] == "none"
     assert load_config(Step2Config, None, [*PRETRAINED, "rdl.pseudo_labels=~/l"]).rdl.pseudo_labels == f"{tmp_path}/l"
     assert step1("data.root=./~/d").data.root == "./~/d"
     paths = {f"{section.name}.{field.name}" for cls in (Step1Config, Step2Config) for section in dataclasses.fields(cls)
@@ -219,7 +219,7 @@ def test_extends(tmp_path):
     assert config.model.pretrained == {"RGBImg": "imagenet", "PointCloud": "none", "Mesh": "a", "GrayImg": "b"} and config.run.seed == 3
     for text, message in (
         ("optim: {epochs: 7}", "root.yaml: optim.learning_rate: must be above 0"),
-        ("optim: {learning_rate: 1, epochs: 5}", "step1.yaml extending {0}/sub/base.yaml, {0}/root.yaml with --set"),
+        ("optim: {learning_rate: 1, epochs: 4}", "step1.yaml extending {0}/sub/base.yaml, {0}/root.yaml with --set"),
         ("optim: {learning_rate: 1}\nrun: {sed: 1}", "step1.yaml: run.sed: unknown key"),
     ):
         with pytest.raises(UserError) as caught:

@@ -7,7 +7,7 @@ from stage_runs import assert_same_result, labels_of, log_lines, only_run, setti
 import train_step1
 import train_step2
 from datasets.batches import BatchSource
-from datasets.samples import embed_samples, load_training_samples
+from datasets.samples import load_training_samples
 from utils.engine.learner import plan_epoch
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config
@@ -39,7 +39,7 @@ def test_both_routes_fetch_the_same_rows(small_digits):
     assert not sources[0].on_host and sources[1].on_host
     batches = []
     for source in sources:
-        plan = plan_epoch(source.counts, source.views, 16, torch.Generator().manual_seed(1))
+        plan = plan_epoch(source.counts, source.stored_views, source.views, 16, torch.Generator().manual_seed(1))
         batches.append(list(source.fetch(plan)))
     assert len(batches[0]) == len(batches[1]) == 2
     for (index, raw), (other_index, other_raw) in zip(*batches):
@@ -84,7 +84,7 @@ def test_memory_without_a_bank_is_the_last_epochs_features(small_digits):
     learner = train_step1.PLALearner(settings, load_training_samples(settings.data, CPU), CPU)
     learner.train_epoch(1)
     before = {name: bank.memory.clone() for name, bank in learner.banks.items()}
-    features = embed_samples(learner.encoders, learner.samples, settings.data, CPU)
+    features = {name: values.embeddings for name, values in learner.describe().items()}
     learner.train_epoch(2)
     torch.testing.assert_close(learner.banks["GrayImg"].memory, features["GrayImg"])  # refreshed once, not blended
     assert not torch.allclose(before["GrayImg"], features["GrayImg"], atol=1e-3)

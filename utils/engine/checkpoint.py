@@ -43,8 +43,10 @@ def _failure(path: Path, existed: bool, error: OSError) -> OSError:
     return OSError(error.errno, f"could not write {path}: {reason}; {state}. Free space or choose another folder.")
 
 
-def _atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write through `.NAME.tmp` in the same folder, fsync, rename over `path`, fsync the folder.
+def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a binary file that replaces `path` when it is complete, creating its folder if needed.
+
+    Goes through `.NAME.tmp` in the same folder, fsync, rename over `path`, fsync the folder.
 
     The temporary name is fixed on purpose: what a killed process left is overwritten by the next save.
     """
@@ -76,7 +78,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     Raises:
         OSError: if it cannot be written (full disk, no permission); the previous file stays as it was.
     """
-    _atomic_write(path, lambda stream: stream.write(text.encode("utf-8")))
+    atomic_write(path, lambda stream: stream.write(text.encode("utf-8")))
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
@@ -133,7 +135,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         OSError: if it cannot be written, with the free space; the previous checkpoint stays intact.
     """
     _check_plain(state, "state")
-    _atomic_write(path, lambda stream: torch.save({"format_version": FORMAT_VERSION, "state": state}, stream))
+    atomic_write(path, lambda stream: torch.save({"format_version": FORMAT_VERSION, "state": state}, stream))
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:

@@ -18,6 +18,7 @@ class Source(Protocol):
     """What a learner draws from, see `datasets.batches.BatchSource`."""
 
     counts: list[int]
+    stored_views: list[int]
     views: list[int]
 
     def fetch(self, plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]: ...
@@ -43,6 +44,7 @@ class StageLearner:
     """
 
     parts: tuple[str, ...] = ("encoders", "classifiers", "optimizer")
+    num_clusters: int  # K of the classifiers
 
     def __init__(
         self, stage: str, config: Any, source: Source, inputs: Mapping[str, Tensor], encoders: nn.ModuleDict,
@@ -51,20 +53,35 @@ class StageLearner:
         self.stage, self.config, self.source, self.device = stage, config, source, device
         self.batch_size = min(config.optim.batch_size, *source.counts)  # no sample twice in a batch
         if self.batch_size % distributed.world():
-            raise UserError(f"a batch of {self.batch_size} cannot be shared evenly among {distributed.world()} processes: change optim.batch_size")
+            raise UserError(
+                f"a batch of {self.batch_size} cannot be shared evenly among {distributed.world()} processes: change optim.batch_size"
+            )
         self.inputs = {name: hashlib.sha256(values.cpu().numpy()).hexdigest() for name, values in inputs.items()}
         self.encoders, self.classifiers = encoders.to(device), classifiers.to(device)
+        groups = [{"params": list(part.parameters())} for part in (self.encoders, self.classifiers)]
         self.optimizer = torch.optim.Adam(
-            [*self.encoders.parameters(), *self.classifiers.parameters()],
-            lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay, fused=config.optim.fused,
+            groups, lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay, fused=config.optim.fused
         )
         self.forwards = [_fast_forward(encoder, config.run.compile, device) for encoder in self.encoders.values()]
+
+    def load_initial_weights(self) -> str | None:
+        """Load weights of another run in place of `model.pretrained`, if the settings say so; return where they came from."""
+        return None
+
+    def replace_classifiers(self, classifiers: nn.ModuleDict) -> None:
+        """Train other classifiers from here on; Adam forgets the old ones."""
+        group = self.optimizer.param_groups[1]
+        for parameter in group["params"]:
+            self.optimizer.state.pop(parameter, None)
+        self.classifiers = classifiers.to(self.device)
+        group["params"] = list(self.classifiers.parameters())
 
     def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
         """Train on one batch; return detached scalars for the log.
 
         Args:
-            index: (M, B) sample numbers of the whole batch; raw: M x (b, ...), this process's rows; generator: of the batch.
+            index: (M, B) sample numbers of the whole batch; raw: one (b, ...) per view of every modality, this process's rows;
+            generator: of the batch.
         """
         raise NotImplementedError
 
@@ -76,9 +93,8 @@ class StageLearner:
         numbers = generator_for(self.config.run.seed, self.stage, epoch, device=self.device)
         own = None if distributed.world() == 1 else distributed.own_share(self.batch_size)
         generator = BatchGenerator(numbers, own, self.batch_size)
-        plan = plan_epoch(
-            self.source.counts, self.source.views, self.batch_size, numbers, paired=self.config.data.pairing != "none"
-        )
+        source, paired = self.source, self.config.data.pairing != "none"
+        plan = plan_epoch(source.counts, source.stored_views, source.views, self.batch_size, numbers, paired)
         means = run_batches(
             self.source.fetch(plan), lambda batch: self.step(*batch, generator),
             title=f"{self.stage} epoch {epoch}", log_interval=self.config.run.log_interval,
@@ -97,22 +113,29 @@ class StageLearner:
             )
 
     def embed(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]:
-        """Return the embeddings (B, D) of the whole batch, not normalised, of one augmented view per modality."""
-        inputs = self.source.augment(raw, generator)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.run.amp):
-            return [distributed.gather_batch(forward(values)) for forward, values in zip(self.forwards, inputs)]
+        """Return M x (V, B, D): the embeddings of the whole batch, not normalised, of V augmented views per modality.
 
-    def invariance(self, raw: list[Tensor], embeddings: list[Tensor], generator: BatchGenerator) -> Tensor:
-        """Modality-invariance loss of a batch, Eq. 14; with `data.positives: views`, its mean over the modalities, each against
-        a second random view of the same samples.
-
-        Args:
-            raw: rows of the batch; embeddings: M x (B, D) of its first views; generator: of the second views.
+        The views of one modality pass the encoder as one batch, so BatchNorm takes its statistics over all of them.
         """
-        if self.config.data.positives == "modalities":
-            return self.modality_invariance(torch.stack(embeddings))
-        pairs = zip(embeddings, self.embed(raw, generator))
-        return torch.stack([self.modality_invariance(torch.stack(pair)) for pair in pairs]).mean()
+        inputs = iter(self.source.augment(raw, generator))
+        embeddings = []
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.run.amp):
+            for forward, views in zip(self.forwards, self.source.views):
+                rows = forward(torch.cat([next(inputs) for _ in range(views)]))
+                embeddings.append(torch.stack([distributed.gather_batch(view) for view in rows.chunk(views)]))
+        return embeddings
+
+    def invariance(self, embeddings: list[Tensor]) -> Tensor:
+        """Modality-invariance loss of a batch, Eq. 13-14, from M x (V, B, D).
+
+        All views of all modalities of an object are positives, and the sum over the anchors' views is scaled to M terms, so
+        that several views weigh as much as one. With `data.positives: views`, the mean over the modalities of the loss among
+        their own views.
+        """
+        if self.config.data.positives == "views":
+            return torch.stack([self.modality_invariance(views) for views in embeddings]).mean()
+        views = torch.cat(embeddings)
+        return self.modality_invariance(views) * (len(embeddings) / len(views))
 
     def optimise(self, loss: Tensor) -> None:
         """One step of Adam."""
@@ -122,7 +145,7 @@ class StageLearner:
 
     def state_dict(self) -> dict:
         """Return everything that changes in training, as tensors and plain containers."""
-        return {"inputs": self.inputs, **{part: getattr(self, part).state_dict() for part in self.parts}}
+        return {"inputs": self.inputs, "num_clusters": self.num_clusters, **{part: getattr(self, part).state_dict() for part in self.parts}}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned, strictly; UserError if the run was started on other data or with another model."""
@@ -149,28 +172,39 @@ def _fast_forward(encoder: nn.Module, mode: str, device: torch.device) -> nn.Mod
 
 
 def plan_epoch(
-    counts: Sequence[int], views: Sequence[int], batch_size: int, generator: torch.Generator, paired: bool = True
-) -> Iterator[Tensor]:
-    """Yield (2, M, B) indices of one epoch in random order, on the generator's device: sample and view numbers per modality.
+    counts: Sequence[int], stored_views: Sequence[int], views: Sequence[int], batch_size: int, generator: torch.Generator,
+    paired: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of one epoch in random order, on the generator's device.
 
     All batches are full: the up to batch_size - 1 samples left over sit this epoch out (BatchNorm and the contrastive
     loss depend on the batch size, compiled encoders on its shape), other ones every epoch.
 
     Args:
-        counts: samples of each modality, all equal if paired; views: of each modality, to draw one from.
+        counts: samples of each modality, all equal if paired.
+        stored_views: pictures per sample of each modality, to draw from; views: how many a step sees, different ones where
+            there are enough.
         batch_size: B, at most the smallest count.
         generator: of order and views.
         paired: the sample numbers of all modalities are equal; otherwise each modality has its own order, and a smaller one
             goes round again until the largest is through.
+    Yields:
+        Sample numbers (M, B), and per view of every modality, in order, sample and picture numbers (2, sum of views, B).
     """
     device = generator.device
     orders = [torch.randperm(count, generator=generator, device=device) for count in (counts[:1] if paired else counts)]
     longest = max(counts)
-    numbers = torch.stack([order[torch.arange(longest, device=device) % len(order)] for order in orders])
-    shown = torch.stack([
-        torch.randint(count, (longest,), generator=generator, device=device) if count > 1
-        else torch.zeros(longest, dtype=torch.long, device=device) for count in views
-    ])
-    index = torch.stack([numbers.expand(len(counts), -1), shown])
+    numbers = torch.stack([order[torch.arange(longest, device=device) % len(order)] for order in orders]).expand(len(counts), -1)
+    pictures = torch.cat([_draw_views(stored, shown, longest, generator) for stored, shown in zip(stored_views, views)])
+    of_view = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(views, device=device))
+    rows = torch.stack([numbers[of_view], pictures])  # (2, sum of views, longest)
     for start in range(0, longest - batch_size + 1, batch_size):
-        yield index[:, :, start : start + batch_size]
+        yield numbers[:, start : start + batch_size], rows[:, :, start : start + batch_size]
+
+
+def _draw_views(stored: int, shown: int, count: int, generator: torch.Generator) -> Tensor:
+    """Return (shown, count) picture numbers below `stored`, all different per sample where shown <= stored."""
+    if stored == 1:
+        return torch.zeros(shown, count, dtype=torch.long, device=generator.device)
+    order = torch.rand(count, stored, generator=generator, device=generator.device).argsort(dim=1)
+    return order[:, torch.arange(shown, device=generator.device) % stored].T

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from utils.engine.seed import generator_for
+from utils.evaluation.ranking import DiffusionRanking
 
 Array = Tensor | np.ndarray
 SCORE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}  # upper bound of one float64 score matrix; a CPU's should stay in its caches
+RANKINGS = ("plain", "diffusion")
+LONGEST_ROW = 1.5  # with which two rows have a dot product that fits into a ranking key
 SCORE_STEPS = 1e12  # per unit of cosine: equal ones that differ by summation order alone (1e-16) must tie
 
 
@@ -19,7 +22,7 @@ def _tensor(values: Array) -> Tensor:
     return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
 
 
-def _embeddings(name: str, values: Array) -> Tensor:
+def _embeddings(name: str, values: Array, similarity: str = "cosine") -> Tensor:
     values = _tensor(values).detach()
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"{name} must be a non-empty (rows, D) array, got shape {tuple(values.shape)}")
@@ -27,6 +30,10 @@ def _embeddings(name: str, values: Array) -> Tensor:
     if len(bad):
         raise ValueError(f"{name} has {len(bad)} rows with NaN or infinity, first at row {int(bad[0])}")
     values = values.to(torch.float64)
+    if similarity == "dot":
+        if float(values.norm(dim=1).max()) > LONGEST_ROW:
+            raise ValueError(f"{name} must have rows of norm at most {LONGEST_ROW:g} to be compared by dot products")
+        return values
     values = values / values.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)  # squares of 1e-170 or 1e160 are no numbers
     return torch.nn.functional.normalize(values, dim=1, eps=1e-300)  # a zero row stays zero: cosine 0 to everything
 
@@ -40,8 +47,10 @@ def _labels(name: str, values: Array, rows: int | None = None) -> Tensor:
     return values.to(torch.int64)
 
 
-def _prepare(query: Array, query_labels: Array, gallery: Array, gallery_labels: Array) -> tuple[Tensor, ...]:
-    query, gallery = _embeddings("query", query), _embeddings("gallery", gallery)
+def _prepare(
+    query: Array, query_labels: Array, gallery: Array, gallery_labels: Array, similarity: str = "cosine"
+) -> tuple[Tensor, ...]:
+    query, gallery = _embeddings("query", query, similarity), _embeddings("gallery", gallery, similarity)
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(f"query and gallery must have one width D, got {query.shape[1]} and {gallery.shape[1]}")
     if query.device != gallery.device:
@@ -53,7 +62,7 @@ def _prepare(query: Array, query_labels: Array, gallery: Array, gallery_labels: 
 
 def _ranked_relevance(
     query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor, chunk_size: int | None, seed: int,
-    exclude_self: bool = False,
+    exclude_self: bool = False, ranking: str = "plain",
 ) -> Iterator[Tensor]:
     """Yield (B, G) bool chunks in query order: entry [i, k] tells whether rank k + 1 has the class of query i.
 
@@ -66,12 +75,14 @@ def _ranked_relevance(
     rows = max(1, SCORE_BYTES.get(query.device.type, SCORE_BYTES["cpu"]) // (8 * len(gallery)))
     rows = rows if chunk_size is None else min(rows, chunk_size)
     order = torch.randperm(len(gallery), generator=generator_for(seed, "gallery order")).to(query.device)
+    graph = DiffusionRanking(gallery, exclude_self) if ranking == "diffusion" else None
     gallery, gallery_labels, own = gallery[order].T.contiguous(), gallery_labels[order], order.argsort()
     place_bits = max(1, (len(order) - 1).bit_length())
-    scale = min(SCORE_STEPS, 2.0 ** (60 - place_bits))  # a cosine of 1 and the bits below it fit into 63
+    scale = min(SCORE_STEPS, 2.0 ** (59 - place_bits))  # a score of LONGEST_ROW squared and the bits below it fit into 63
     places = torch.arange(len(order), device=query.device) << 1
     for start, chunk, chunk_labels in zip(range(0, len(query), rows), query.split(rows), query_labels.split(rows), strict=True):
-        keys = (chunk @ gallery).mul_(-scale).round_().long()  # (B, G), best first
+        scores = chunk @ gallery if graph is None else graph.scores(chunk, start)[:, order]
+        keys = scores.mul_(-scale).round_().long()  # (B, G), best first
         keys = (keys << (place_bits + 1)).bitwise_or_(places).bitwise_or_(gallery_labels == chunk_labels.unsqueeze(1))
         if exclude_self:
             keys.scatter_(1, own[start : start + len(chunk)].unsqueeze(1), torch.iinfo(torch.int64).max)
@@ -96,26 +107,22 @@ def _recall(k: int) -> Callable[[Tensor], Tensor]:
     return lambda relevant: relevant[:, :k].any(dim=1).to(torch.float64)
 
 
-def _ndcg(k: int | None) -> Callable[[Tensor], Tensor]:
-    def score(relevant: Tensor) -> Tensor:
-        gains = 1 / torch.log2(torch.arange(2, relevant.shape[1] + 2, dtype=torch.float64))
-        gains[len(gains) if k is None else k :] = 0
-        best = torch.cat([gains.new_zeros(1), gains.cumsum(0)])  # by number of relevant items; CUDA's cumsum is not repeatable
-        ideal = best.to(relevant.device)[relevant.sum(dim=1)]  # (B,)
-        return relevant.to(torch.float64) @ gains.to(relevant.device) / ideal.clamp(min=best[1])
-
-    return score
+def _ndcg(relevant: Tensor) -> Tensor:
+    gains = 1 / torch.log2(torch.arange(2, relevant.shape[1] + 2, dtype=torch.float64))
+    best = torch.cat([gains.new_zeros(1), gains.cumsum(0)])  # by number of relevant items; CUDA's cumsum is not repeatable
+    ideal = best.to(relevant.device)[relevant.sum(dim=1)]  # (B,)
+    return relevant.to(torch.float64) @ gains.to(relevant.device) / ideal.clamp(min=best[1])
 
 
 def _evaluate(
     inputs: tuple[Tensor, ...], scores: Mapping[str, Callable[[Tensor], Tensor]], chunk_size: int | None, seed: int,
-    exclude_self: bool = False,
+    exclude_self: bool = False, ranking: str = "plain",
 ) -> dict[str, float]:
     """Mean over queries of every per-query score, from one pass over the ranking."""
     # Results have their place beforehand: kept beside a chunk's matrices, they would hinder glibc from reusing that memory
     values = {name: inputs[0].new_empty(len(inputs[0])) for name in scores}
     start = orphans = 0
-    for relevant in _ranked_relevance(*inputs, chunk_size, seed, exclude_self):
+    for relevant in _ranked_relevance(*inputs, chunk_size, seed, exclude_self, ranking):
         orphans += int((~relevant.any(dim=1)).sum())
         for name, score in scores.items():
             values[name][start : start + len(relevant)] = score(relevant)
@@ -155,48 +162,6 @@ def mean_average_precision(
     return _evaluate(inputs, {"map": _average_precision}, chunk_size, seed)["map"]
 
 
-def recall_at_k(
-    query: Array,
-    query_labels: Array,
-    gallery: Array,
-    gallery_labels: Array,
-    ks: Sequence[int] = (1, 5, 10),
-    *,
-    chunk_size: int | None = None,
-    seed: int = 0,
-) -> dict[int, float]:
-    """Fraction of queries with at least one relevant item among the first k, for every k.
-
-    Args: as `mean_average_precision`; ks: positive ranks, those beyond the gallery size mean the whole gallery.
-    Returns: {k: fraction in [0, 1]}.
-    """
-    _check_ranks(ks)
-    inputs = _prepare(query, query_labels, gallery, gallery_labels)
-    values = _evaluate(inputs, {str(k): _recall(k) for k in ks}, chunk_size, seed)
-    return {k: values[str(k)] for k in ks}
-
-
-def ndcg_at_k(
-    query: Array,
-    query_labels: Array,
-    gallery: Array,
-    gallery_labels: Array,
-    k: int | None = None,
-    *,
-    chunk_size: int | None = None,
-    seed: int = 0,
-) -> float:
-    """Normalised discounted cumulative gain with binary relevance and discount 1 / log2(rank + 1).
-
-    Args: as `mean_average_precision`; k: cut-off rank, None for the whole gallery.
-    Returns: mean over queries in [0, 1]; the ideal ranking holds min(k, number of relevant items) hits.
-    """
-    if k is not None:
-        _check_ranks([k])
-    inputs = _prepare(query, query_labels, gallery, gallery_labels)
-    return _evaluate(inputs, {"ndcg": _ndcg(k)}, chunk_size, seed)["ndcg"]
-
-
 def retrieval_metrics(
     query: Array,
     query_labels: Array,
@@ -207,19 +172,25 @@ def retrieval_metrics(
     chunk_size: int | None = None,
     seed: int = 0,
     exclude_self: bool = False,
+    ranking: str = "plain",
+    similarity: str = "cosine",
 ) -> dict[str, float]:
     """All retrieval metrics of one task from a single ranking pass.
 
-    Args: as `recall_at_k`; exclude_self: query i is gallery item i and may not find itself (search within one modality).
-    Returns: {"map": ..., "r@K": ... for every K, "ndcg": ...}, fractions in [0, 1].
+    Args: as `mean_average_precision`; ks: positive ranks, those beyond the gallery size mean the whole gallery.
+        exclude_self: query i is gallery item i and may not find itself (search within one modality).
+        ranking: "plain" by similarity, or "diffusion" over the gallery's neighbour graph (`DiffusionRanking`).
+        similarity: "cosine", or "dot" for rows of norm at most LONGEST_ROW, as `Features.represent` gives them.
+    Returns: {"map": ..., "r@K": the share of queries with a relevant item among the first K, for every K, "ndcg": with binary
+        relevance and discount 1 / log2(rank + 1)}, means over the queries in [0, 1].
     Raises: ValueError as `mean_average_precision`, and with `exclude_self` for sets of different size or of one item.
     """
     _check_ranks(ks)
-    inputs = _prepare(query, query_labels, gallery, gallery_labels)
+    inputs = _prepare(query, query_labels, gallery, gallery_labels, similarity)
     if exclude_self and (len(query) != len(gallery) or len(gallery) < 2):
         raise ValueError(f"exclude_self needs one set of at least 2 items on both sides, got {len(query)} and {len(gallery)}")
-    scores = {"map": _average_precision, **{f"r@{k}": _recall(k) for k in ks}, "ndcg": _ndcg(None)}
-    return _evaluate(inputs, scores, chunk_size, seed, exclude_self)
+    scores = {"map": _average_precision, **{f"r@{k}": _recall(k) for k in ks}, "ndcg": _ndcg}
+    return _evaluate(inputs, scores, chunk_size, seed, exclude_self, ranking)
 
 
 def chance_map(query_labels: Array, gallery_labels: Array) -> float:

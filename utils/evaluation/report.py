@@ -1,6 +1,6 @@
 """End of a run: the score table on screen and in metrics.json, and the figures."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,38 +38,36 @@ def row_name(config: Mapping[str, Any]) -> str:
     Args:
         config: settings as nested dictionaries (`utils.settings.config.to_dict`); keys that an older run lacks count as their defaults.
     """
-    data, remarks = config["data"], []
     if "rdl" in config:
-        rdl = config["rdl"]
-        name = "step 2, RDL" if rdl["lambda_2"] > 0 else "step 2, MLM alone (lambda_2 = 0)"
-        if rdl["lambda_2"] > 0 and rdl.get("loss", "rcll") != "rcll":
-            remarks.append(f"{rdl['loss']} instead of RCLL")
-        elif rdl["lambda_2"] > 0 and not rdl.get("unclipped_epochs", rdl.get("warmup_epochs")):  # its earlier name
-            remarks.append("clipped from the start")
-        if rdl["lambda_2"] > 0 and rdl.get("loss_scale", 1) != 1:
-            remarks.append(f"robust loss times {rdl['loss_scale']:g}")
+        name = "step 2, RDL" if config["rdl"]["lambda_2"] > 0 else "step 2, MLM alone (lambda_2 = 0)"
     else:
-        pla = config["pla"]
-        name = f"step 1, PLA ({pla['estimator']} estimator)" if pla["lambda_1"] > 0 else "step 1, MLM alone (lambda_1 = 0)"
-        if pla.get("symmetric_joint"):
-            remarks.append("symmetric joint")
-        if not pla.get("renormalise", True):
-            remarks.append("Eq. 6 as printed")
-        if pla.get("banks") is not None:
-            remarks.append(f"banks of {'+'.join(pla['banks']) or 'no modality'} only")
-    if config.get("mlm", {}).get("self_term"):
-        remarks.append("Eq. 13 as printed")
-    if len(data["modalities"]) > 2:
-        remarks.append("+".join(MODALITIES[entry].letter for entry in data["modalities"]) + " at once")
-    if data["dataset"].endswith("_splat"):
-        remarks.append("splat pictures")
-    if data.get("pairing", "instance") != "instance":
-        remarks.append({"class": "class pairs (USES LABELS)", "none": "no pairs"}[data["pairing"]])
-    elif data.get("positives", "modalities") != "modalities":
-        remarks.append("views as positives")
-    if data.get("num_views", 1) > 1 and data.get("eval_view", "first") != "first":
-        remarks.append("mean of views")
-    return ", ".join([name, *remarks])
+        alone = config["pla"]["lambda_1"] == 0
+        name = "step 1, MLM alone (lambda_1 = 0)" if alone else f"step 1, PLA ({config['pla']['estimator']} estimator)"
+    return ", ".join([name, *(text for told, text in _remarks(config) if told)])
+
+
+def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+    """Yield what a reader must know of a run, with whether it holds; settings that an older run lacks have their old meaning."""
+    data, pla, rdl, scores = (config.get(section, {}) for section in ("data", "pla", "rdl", "eval"))
+    if rdl.get("lambda_2"):
+        loss, unclipped = rdl.get("loss", "rcll"), rdl.get("unclipped_epochs", rdl.get("warmup_epochs"))  # its earlier name
+        yield loss != "rcll", f"{loss} instead of RCLL"
+        yield loss == "rcll" and not unclipped, "clipped from the start"
+        yield rdl.get("loss_scale", 1) != 1, f"robust loss times {rdl.get('loss_scale', 1):g}"
+    yield rdl.get("start") == "inherited", "from the encoders of the run before"
+    yield pla.get("num_clusters") == "auto", "K found"
+    yield pla.get("symmetric_joint"), "symmetric joint"
+    yield not pla.get("renormalise", True), "Eq. 6 as printed"
+    yield pla.get("banks") is not None, f"banks of {'+'.join(pla.get('banks') or []) or 'no modality'} only"
+    yield config.get("mlm", {}).get("self_term"), "Eq. 13 as printed"
+    yield len(data["modalities"]) > 2, "+".join(MODALITIES[entry].letter for entry in data["modalities"]) + " at once"
+    yield data["dataset"].endswith("_splat"), "splat pictures"
+    pairing = data.get("pairing", "instance")
+    yield pairing != "instance", {"class": "class pairs (USES LABELS)", "none": "no pairs"}.get(pairing, "")
+    yield pairing == "instance" and data.get("positives", "modalities") != "modalities", "views as positives"
+    yield data.get("num_views", 1) > 1 and data.get("eval_view", "first") != "first", "mean of views"
+    yield scores.get("representation", "embedding") != "embedding", f"by {scores.get('representation')}"
+    yield scores.get("ranking", "plain") != "plain", f"by {scores.get('ranking')}"
 
 
 def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor], figures: bool) -> None:
@@ -80,7 +78,7 @@ def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor
         evaluator: of the test set, None without one; arrays: its samples, for thumbnails.
         figures: whether to draw.
     """
-    embeddings = evaluator.embeddings if figures and evaluator else {}
+    rows = evaluator.rows if figures and evaluator else {}
     epochs = run.read_epochs()
     if not run.writes:
         return
@@ -91,7 +89,7 @@ def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor
     if figures:
         plot_curves(epochs, run.folder / "figures" / "curves.png", chance=epochs[-1].get("map/chance"))
         if evaluator:
-            draw_figures(run, embeddings, evaluator.labels, arrays)
+            draw_figures(run, rows, evaluator.labels, arrays)
         run.log(f"figures in {run.folder / 'figures'}")
 
 

@@ -6,19 +6,21 @@ from itertools import permutations
 from torch import Tensor
 
 from utils.engine import distributed
-from utils.evaluation.metrics import chance_map, retrieval_metrics
+from utils.evaluation.features import REPRESENTATIONS, Features
+from utils.evaluation.metrics import RANKINGS, chance_map, retrieval_metrics
 from utils.modalities import MODALITIES, task_name
 
 
 def retrieval_table(
-    embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], within: bool = False
+    embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], within: bool = False, ranking: str = "plain"
 ) -> dict[str, float]:
     """Score every ordered pair of different modalities.
 
     Args:
-        embeddings: modality -> (N, D); N may differ between modalities.
+        embeddings: modality -> (N, D), rows of `Features.represent`, compared by dot products; N may differ between modalities.
         labels: modality -> (N,) int64 ground truth.
         within: also search each modality with itself, "map/RR" ..., where no query may find itself.
+        ranking: "plain" or "diffusion", see `retrieval_metrics`.
     Returns:
         "map/RP", "r@1/RP", "r@5/RP", "r@10/RP", "ndcg/RP" ... for every task, fractions; "map/avg", the mean mAP over
         the paper's tasks (one side 2D, the other 3D), and "map/chance", the expected mAP of a random ranking there.
@@ -27,7 +29,8 @@ def retrieval_table(
     pairs = list(permutations(embeddings, 2))
     for query, gallery in pairs + ([(name, name) for name in embeddings] if within else []):
         scores = retrieval_metrics(
-            embeddings[query], labels[query], embeddings[gallery], labels[gallery], exclude_self=query == gallery
+            embeddings[query], labels[query], embeddings[gallery], labels[gallery], exclude_self=query == gallery,
+            ranking=ranking, similarity="dot",
         )
         table.update({f"{metric}/{task_name(query, gallery)}": value for metric, value in scores.items()})
     pairs = scored_tasks(embeddings)
@@ -36,29 +39,47 @@ def retrieval_table(
     return table
 
 
+def score_variants(features: Mapping[str, Features], labels: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return "REPRESENTATION" and "REPRESENTATION, diffusion" -> "map/RP" ... and "map/avg", for every representation."""
+    variants = {}
+    for representation in REPRESENTATIONS:
+        rows = {name: values.represent(representation) for name, values in features.items()}
+        for ranking in RANKINGS:
+            table = retrieval_table(rows, labels, ranking=ranking)
+            name = representation if ranking == "plain" else f"{representation}, {ranking}"
+            variants[name] = {key: value for key, value in table.items() if key.startswith("map/") and key != "map/chance"}
+    return variants
+
+
 class Evaluator:
-    """Scores a test set; embeds it once per call and keeps the last embeddings for figures.
+    """Scores a test set; describes it once per call and keeps the last features for figures.
 
     Args:
-        embed: gives modality -> (N, D) with the current weights.
+        describe: gives modality -> Features with the current weights.
         labels: modality -> (N,) int64 ground truth.
+        representation, ranking: what the scores of a call are of, see `Features.represent` and `retrieval_metrics`.
     """
 
-    def __init__(self, embed: Callable[[], dict[str, Tensor]], labels: Mapping[str, Tensor]) -> None:
-        self.embed, self.labels = embed, labels
-        self._embeddings: dict[str, Tensor] | None = None
+    def __init__(
+        self, describe: Callable[[], dict[str, Features]], labels: Mapping[str, Tensor], representation: str = "embedding",
+        ranking: str = "plain",
+    ) -> None:
+        self.describe, self.labels = describe, labels
+        self.representation, self.ranking = representation, ranking
+        self._rows: dict[str, Tensor] | None = None
 
     def __call__(self) -> dict[str, float]:
-        """Embed the test set, in all processes together, and return `retrieval_table`, which the main one works out."""
-        self._embeddings = self.embed()
-        return distributed.from_main(lambda: retrieval_table(self._embeddings, self.labels))
+        """Describe the test set, in all processes together, and return `retrieval_table`, which the main one works out."""
+        self._rows = None
+        rows = self.rows
+        return distributed.from_main(lambda: retrieval_table(rows, self.labels, ranking=self.ranking))
 
     @property
-    def embeddings(self) -> dict[str, Tensor]:
-        """The embeddings of the last call; made now if there was none, as when a finished run is resumed."""
-        if self._embeddings is None:
-            self._embeddings = self.embed()
-        return self._embeddings
+    def rows(self) -> dict[str, Tensor]:
+        """The compared rows of the last call; made now if there was none, as when a finished run is resumed."""
+        if self._rows is None:
+            self._rows = {name: features.represent(self.representation) for name, features in self.describe().items()}
+        return self._rows
 
 
 def scored_tasks(modalities: Iterable[str]) -> list[tuple[str, str]]:

@@ -50,6 +50,9 @@ def _convert(hint: Any, value: Any, key: str, sources: Sources) -> Any:
     if origin in (Union, types.UnionType):
         if is_null(value):
             return None
+        words = [word for entry in arguments if typing.get_origin(entry) is Literal for word in typing.get_args(entry)]
+        if value in words:
+            return str(value)
         return _convert(next(entry for entry in arguments if entry is not type(None)), value, key, sources)
     if origin is Literal:
         chosen = [entry for entry in arguments if value == str(entry)]
@@ -115,7 +118,7 @@ def _build(cls: type[T], tree: Any, prefix: str, sources: Sources, default: T | 
             continue
         values[name] = _convert(hints[name], value, key, sources)
         _check_limits(values[name], fields[name].metadata, key, sources)
-        if fields[name].metadata.get("path"):
+        if fields[name].metadata.get("path") and values[name] is not None:
             values[name] = _expand(values[name], key, sources)
     try:
         return cls(**values) if default is None else dataclasses.replace(default, **values)

@@ -11,7 +11,7 @@ from utils.settings.data_options import AugmentConfig, DataConfig, check_modalit
 ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")  # as in losses/robust.py, which stands by itself
 
 __all__ = [
-    "AugmentConfig", "DataConfig", "MLMConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig",
+    "AugmentConfig", "DataConfig", "EvalConfig", "MLMConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig",
     "Step1Config", "Step2Config", "nearest",
 ]
 
@@ -67,7 +67,12 @@ class MLMConfig:
 class PLAConfig:
     """Step 1, pseudo-label annotation (Eq. 3, 5-9, 13-14)."""
 
-    num_clusters: int = option(20, "K, independent of the number of classes; more is over-clustering", min=2)
+    num_clusters: int | Literal["auto"] = option(
+        20, "K, independent of the number of classes; more is over-clustering; auto: the communities of the neighbour graph", min=2
+    )
+    fuse: Literal["none", "mean", "trusted"] = option(
+        "none", "pseudo-labels of each modality by itself (paper), or one for all from the mean of their beliefs, weighted by trust"
+    )
     lambda_1: float = option(0.25, "weight of self matching in Eq. 3; 1 - lambda_1 weights modality invariance", min=0, max=1)
     tau_1: float = option(0.5, "sharpening: memory predictions are raised to 1 / tau_1", above=0)
     tau_2: float = option(0.5, "temperature of the modality-invariance loss", above=0)
@@ -103,6 +108,11 @@ class RDLConfig:
         5, "first epochs with RCLL not clipped at p = 1/K (ours; 0 in the paper)", min=0, formerly="warmup_epochs"
     )
     num_clusters: int | None = option(None, "K; default: read from the pseudo-labels' .meta.json", min=2)
+    start: Literal["fresh", "inherited"] = option("fresh", "encoders: anew (paper), or as the run that wrote the labels left them")
+    confidence: bool = option(False, "weigh a sample in RCLL by how sure the run that wrote its pseudo-label was")
+    fuse: Literal["none", "mean", "trusted"] = option(
+        "trusted", "as pla.fuse, for the labels that this run writes for another round"
+    )
     pseudo_labels: str | None = option(
         None, "folder of pseudo-labels; default: those of the newest finished run of step 1, see --from", path=True
     )
@@ -111,6 +121,16 @@ class RDLConfig:
         if ":" not in self.loss and self.loss not in ROBUST_LOSSES:
             known, hint = ", ".join(ROBUST_LOSSES), nearest(self.loss, ROBUST_LOSSES)
             raise UserError(f"rdl.loss must be one of {known}, or module:Class, found {self.loss!r}{hint}")
+        if self.confidence and self.loss != "rcll":
+            raise UserError(f"rdl.confidence weighs RCLL alone, found rdl.loss: {self.loss}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What the logged scores compare; evaluate.py prints all of it."""
+
+    representation: Literal["embedding", "posterior", "joint"] = option("embedding", "what is compared: v (paper), beliefs, both")
+    ranking: Literal["plain", "diffusion"] = option("plain", "by similarity (paper), or over the gallery's neighbour graph")
 
 
 @dataclass(frozen=True)
@@ -155,6 +175,7 @@ class Step1Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mlm: MLMConfig = dataclasses.field(default_factory=MLMConfig)
     pla: PLAConfig = dataclasses.field(default_factory=PLAConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -163,8 +184,10 @@ class Step1Config:
         unknown = [name for name in self.pla.banks or () if name not in self.data.modalities]
         if unknown:
             raise UserError(f"pla.banks names {', '.join(unknown)}, but data.modalities is {list(self.data.modalities)}")
-        if self.pla.mlm_only_epochs >= self.optim.epochs:  # without an epoch after it, g would never leave its random start
-            raise UserError(f"pla.mlm_only_epochs ({self.pla.mlm_only_epochs}) must be below optim.epochs ({self.optim.epochs})")
+        if self.pla.mlm_only_epochs > self.optim.epochs:
+            raise UserError(f"pla.mlm_only_epochs ({self.pla.mlm_only_epochs}) must not exceed optim.epochs, {self.optim.epochs}")
+        if self.data.pairing == "none" and (self.pla.num_clusters == "auto" or self.pla.fuse != "none"):
+            raise UserError("pla.num_clusters: auto and pla.fuse need rows that are pairs, found data.pairing: none")
 
 
 @dataclass(frozen=True)
@@ -176,6 +199,7 @@ class Step2Config:
     optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(epochs=50))
     mlm: MLMConfig = dataclasses.field(default_factory=MLMConfig)
     rdl: RDLConfig = dataclasses.field(default_factory=RDLConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

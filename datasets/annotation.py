@@ -1,0 +1,93 @@
+"""Cluster ids of the training samples from what the modalities believe, each weighed by how far it can be trusted; no labels.
+
+Both stages end with it: step 1 with its classifiers g, a round of step 2 with its classifiers h.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from datasets.kinds import KINDS
+from datasets.samples import PairedSamples, describe_samples
+from utils.engine.seed import BatchGenerator, generator_for
+from utils.evaluation.consensus import fuse, trust, view_agreement
+from utils.evaluation.features import extract_features
+from utils.modalities import MODALITIES
+from utils.settings.options import DataConfig
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Pseudo-labels of one training set.
+
+    Attributes:
+        ids: modality -> (N,) int64 on the CPU, z of Sec. III-D; the same in all modalities where beliefs were fused.
+        posteriors: modality -> (N, K) float32 on the CPU, what the ids were decided on.
+        reliability: modality -> share of samples whose two augmented views get one id; empty where it was not needed.
+        agreement: share of objects whose modalities, each by itself, give the same id; None without pairs.
+    """
+
+    ids: dict[str, Tensor]
+    posteriors: dict[str, Tensor]
+    reliability: dict[str, float]
+    agreement: float | None
+
+    def with_ids(self, ids: Tensor) -> "Annotation":
+        """Return the same beliefs with other ids (N,), alike in all modalities."""
+        return replace(self, ids=dict.fromkeys(self.ids, ids))
+
+    @classmethod
+    def of(cls, posteriors: Mapping[str, Tensor], method: str, reliability: Mapping[str, float], paired: bool) -> "Annotation":
+        """Decide on ids.
+
+        Args:
+            posteriors: modality -> (N, K).
+            method: "none" (every modality its own, as in the paper), "mean" or "trusted" (weights by `consensus.trust`).
+            reliability: modality -> `view_agreement`; used by "trusted".
+            paired: row i of all modalities is one object; needed to fuse.
+        """
+        posteriors = {name: rows.cpu() for name, rows in posteriors.items()}
+        own = torch.stack([rows.argmax(dim=1) for rows in posteriors.values()]) if paired else None
+        agreement = float((own == own[0]).all(dim=0).float().mean()) if paired else None
+        if method != "none":
+            weights = trust(reliability) if method == "trusted" else dict.fromkeys(posteriors, 1.0)
+            posteriors = dict.fromkeys(posteriors, fuse(posteriors, weights))
+        return cls({name: rows.argmax(dim=1) for name, rows in posteriors.items()}, posteriors, dict(reliability), agreement)
+
+
+def annotate(
+    encoders: Mapping[str, nn.Module], classifiers: Mapping[str, nn.Module], samples: PairedSamples, data: DataConfig,
+    device: torch.device, method: str, seed: int,
+) -> Annotation:
+    """Return the pseudo-labels that trained encoders and classifiers give; see `Annotation.of`.
+
+    Args:
+        encoders, classifiers: by modality; samples: the training set; data: settings; device: where the encoders are.
+        method: "none", "mean" or "trusted".
+        seed: of the augmented views that measure reliability.
+    """
+    features = describe_samples(encoders, classifiers, samples, data, device)
+    posteriors = {name: values.posteriors for name, values in features.items()}
+    reliability = {}
+    if method == "trusted":
+        reliability = measure_reliability(encoders, classifiers, samples, data, device, seed)
+    return Annotation.of(posteriors, method, reliability, data.pairing != "none")
+
+
+def measure_reliability(
+    encoders: Mapping[str, nn.Module], classifiers: Mapping[str, nn.Module], samples: PairedSamples, data: DataConfig,
+    device: torch.device, seed: int,
+) -> dict[str, float]:
+    """Return modality -> `view_agreement` of two augmented views of every sample, in eval mode."""
+    shares = {}
+    for name, encoder in encoders.items():
+        array, kind = samples.arrays[name], KINDS[MODALITIES[name].kind]
+        views = []
+        for view in range(2):
+            numbers = BatchGenerator(generator_for(seed, "reliability", name, view, device=device))
+            inputs = lambda index: [kind.augment(array[index, 0].to(device), data, numbers)]  # noqa: B023
+            views.append(extract_features(encoder, classifiers[name], inputs, len(array), array.device).posteriors)
+        shares[name] = view_agreement(views)
+    return shares
