@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, synchronize, write_report
 from datasets.arrays import MAX_POINTS
+from datasets.label_runs import PseudoLabels
 from datasets.samples import PairedSamples
 from train_step1 import PLALearner
 from train_step2 import RDLLearner
@@ -72,8 +73,9 @@ def make_step2(config: Step2Config, num_clusters: int, args: argparse.Namespace)
     seed_everything(SEED)
     count, clusters = args.steps * config.optim.batch_size, config.rdl.num_clusters or num_clusters
     samples = random_samples(config.data, count, args.image_side)
-    labels = {name: torch.randint(clusters, (count,)).to(args.device) for name in samples.arrays}
-    return RDLLearner(config, _placed(samples, config.data, args.device), labels, clusters, args.device)
+    labels = {name: torch.randint(clusters, (count,)) for name in samples.arrays}
+    found = PseudoLabels(labels, None, clusters, {}, {})
+    return RDLLearner(config, _placed(samples, config.data, args.device), found, args.device)
 
 
 def random_samples(data: DataConfig, count: int, image_side: int | None = None) -> PairedSamples:

@@ -15,7 +15,7 @@ from utils.engine.seed import BatchGenerator
 
 NONE = dict(
     point_rotation_degrees=0.0, point_tilt_degrees=0.0, point_scale=(1.0, 1.0), point_shear=0.0, point_translate=0.0,
-    point_jitter=0.0,
+    point_jitter=0.0, point_warp=0.0,
 )
 TETRAHEDRON = (np.array([[0.0, 0, 0], [3, 0, 0], [0, 3, 0], [0, 0, 3]]), np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]]))
 
