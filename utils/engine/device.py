@@ -1,8 +1,12 @@
 """Choice of the torch device and of the number of CPU threads."""
 
+import ctypes
 import os
+import sys
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 from utils.errors import UserError
 
@@ -31,6 +35,19 @@ def select_device(name: str = "auto") -> torch.device:
     if int(index or 0) >= count:
         raise UserError(f"run.device is {name!r}, but torch {torch.__version__} sees {count} CUDA devices: use auto or cpu")
     return torch.device("cuda", int(index or 0))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks for the next step instead of giving them back to the system.
+
+    A training step frees and allocates the same large arrays again and again; touching fresh pages each time cost a sixth of a
+    step on the CPU. Elsewhere than on Linux with glibc nothing happens.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that it takes
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def set_threads(threads: int | None) -> int:

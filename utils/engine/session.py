@@ -13,7 +13,7 @@ import torch
 
 from utils.engine import distributed
 from utils.engine.checkpoint import load_checkpoint, save_checkpoint
-from utils.engine.device import select_device, set_threads
+from utils.engine.device import keep_freed_memory, select_device, set_threads
 from utils.engine.run_log import RunLog, check_same_config, plain_row
 from utils.engine.seed import seed_everything, set_deterministic
 from utils.errors import UserError
@@ -90,6 +90,7 @@ def open_session(
         raise UserError(_cpu_advice(stage, default_config))
     changed = check_same_config(run.config(), to_dict(config)) if run else []
     checkpoint = _load_last(run, stage) if run else None
+    keep_freed_memory()
     set_threads(config.run.threads)
     set_deterministic(config.run.deterministic)
     seed_everything(config.run.seed)
