@@ -373,3 +373,12 @@ def test_what_is_no_digit_is_refused(extrude):
         extrude(np.zeros((28, 28), np.uint8))
     with pytest.raises(ValueError, match="28, 28"):
         extrude(np.zeros((8, 8), np.uint8))
+
+
+def test_a_warped_mesh_stays_closed():
+    faces = torch.from_numpy(mesh_to_faces(*TETRAHEDRON))[None]
+    warped = augment_faces(faces, only(point_warp=0.1), generator())[0]
+    corners = corners_of(warped).flatten(0, 1)
+    assert len(torch.unique(corners.mul(1e4).round(), dim=0)) == 4  # corners of neighbours moved alike
+    assert not torch.allclose(warped[:, :3], faces[0, :, :3], atol=1e-3)
+    torch.testing.assert_close(warped[:, 3:12].unflatten(1, (3, 3)).sum(1), torch.zeros(4, 3), rtol=0, atol=1e-5)

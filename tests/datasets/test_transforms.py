@@ -8,7 +8,16 @@ import torch
 from torch.nn import functional as F
 
 from datasets.mesh_faces import augment_faces
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, augment_images, augment_points, prepare_images, prepare_points
+from datasets.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    augment_images,
+    augment_points,
+    elastic_field,
+    prepare_images,
+    prepare_points,
+    random_warp,
+)
 from utils.engine.seed import BatchGenerator, generator_for
 from utils.settings.options import AugmentConfig
 
@@ -336,3 +345,33 @@ def test_all_ranges_together_are_one_affine_map_per_cloud_without_mirroring():
     probe = torch.tensor([0.3, -2.0, 1.5])
     moved = augment_points(probe.expand(200, 1, 3), 1, augment, generator(3))[:, 0]
     assert torch.allclose(moved, matrix @ probe + shift, atol=1e-4)
+
+
+def test_elastic_fields_pass_through_normal_knots_of_the_given_deviation():
+    field = elastic_field(2000, 9, 0.06, generator())  # 9 pixels: every second one is a knot
+    knots = field[:, ::2, ::2]
+    assert knots.std(dim=0) == pytest.approx(0.06 * torch.ones(5, 5, 2), rel=0.1) and abs(float(knots.mean())) < 1e-3
+    assert abs(float((knots[:, 0, 0, 0] * knots[:, 4, 4, 0]).mean())) < 3e-4  # far knots move by themselves
+    steps = (field[:, 1:] - field[:, :-1]).abs().mean(), (knots[:, 1:] - knots[:, :-1]).abs().mean()
+    assert steps[0] < 0.7 * steps[1]  # smooth between them
+
+
+def test_elastic_images_are_the_stored_ones_resampled_and_differ_from_each_other():
+    images = smooth_images(64, count=1).expand(3, -1, -1, -1)
+    still, bent = (augment_images(images, 48, 56, only(image_elastic=deviation), generator()) for deviation in (0.0, 0.1))
+    assert torch.equal(still[0], still[1]) and not torch.allclose(bent[0], bent[1], atol=0.05)
+    assert bent.amin() >= still.amin() - 0.05 and bent.amax() <= still.amax() + 0.05
+
+
+def test_warps_follow_their_formula_and_have_the_given_deviation():
+    points = torch.rand(400, 50, 3, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    moved = random_warp(400, 0.08, generator())(points)
+    assert float(moved.std()) == pytest.approx(0.08, rel=0.05)
+    near = random_warp(400, 0.08, generator())(points + 0.01)  # the same fields, a step aside
+    assert float((moved - near).abs().mean()) < 0.1 * float(moved.abs().mean())
+    numbers = generator()
+    waves, phases, amplitudes = numbers.randn(400, 4, 3) * 3, numbers.rand(400, 1, 4) * 2 * math.pi, numbers.randn(400, 4, 3)
+    slow = sum(0.08 * math.sqrt(2 / 4) * amplitudes[7, w] * torch.sin(waves[7, w] @ points[7, 5] + phases[7, 0, w]) for w in range(4))
+    torch.testing.assert_close(moved[7, 5], slow, rtol=1e-4, atol=1e-6)
+    warped = augment_points(points, 50, only(point_warp=0.08), generator())
+    assert float((warped.sort(dim=1).values - points.sort(dim=1).values).abs().mean()) > 0.005

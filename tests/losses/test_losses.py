@@ -9,7 +9,7 @@ import torch
 from loss_checks import DTYPES, TOLERANCE, draw, softmax, value_and_gradient
 from torch.nn import functional as F
 
-from losses import ESTIMATORS, ModalityInvarianceLoss, SelfMatchingLoss
+from losses import ESTIMATORS, ModalityInvarianceLoss, RobustConcentratingLoss, SelfMatchingLoss
 from losses.self_matching import mutual_information
 from models import LinearClassifier, MemoryBank
 from train_step1 import PLALearner
@@ -269,3 +269,13 @@ def test_mutual_information_by_hand():
     assert float(mutual_information(joint)) == pytest.approx(slow_information(joint.tolist()), rel=1e-12)
     assert float(mutual_information(7 * joint.T)) == pytest.approx(slow_information(joint.tolist()), rel=1e-12)
     assert torch.autograd.gradcheck(mutual_information, (joint + 0.1).requires_grad_())
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_robust_weights_make_a_weighted_mean(clip):
+    logits, labels = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
+    weights = torch.tensor([0.0, 1.0, 2.0, 0.5, 0.1, 3.0], dtype=torch.float64)
+    loss = RobustConcentratingLoss(0.3, 4, clip=clip)
+    single = torch.stack([loss(logits[i : i + 1], labels[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(loss(logits, labels, weights), (weights * single).sum() / weights.sum())
+    torch.testing.assert_close(loss(logits, labels, torch.ones(6, dtype=torch.float64)), loss(logits, labels))

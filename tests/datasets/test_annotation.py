@@ -1,0 +1,51 @@
+"""datasets.annotation and the posteriors beside pseudo-labels: whose belief counts, and what files are refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.annotation import Annotation
+from datasets.pseudo_labels import read_posteriors, write_posteriors
+from utils.errors import UserError
+
+BELIEFS = {
+    "GrayImg": torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4]]), "PointCloud": torch.tensor([[0.7, 0.3], [0.8, 0.2], [0.1, 0.9]]),
+}
+
+
+@pytest.mark.parametrize("method,image,cloud", [
+    ("none", [0, 1, 0], [0, 0, 1]),  # each by itself
+    ("mean", [0, 0, 1], [0, 0, 1]),
+    ("trusted", [0, 1, 0], [0, 1, 0]),  # odds 19 : 1 for the image
+])
+def test_whose_belief_counts(method, image, cloud):
+    found = Annotation.of(BELIEFS, method, {"GrayImg": 0.95, "PointCloud": 0.5}, paired=True)
+    assert (found.ids["GrayImg"].tolist(), found.ids["PointCloud"].tolist()) == (image, cloud)
+    assert found.agreement == pytest.approx(1 / 3)  # before fusing
+    for name, rows in found.posteriors.items():
+        assert rows.argmax(1).tolist() == found.ids[name].tolist()
+    other = found.with_ids(torch.tensor([1, 1, 1]))
+    assert other.ids["PointCloud"].tolist() == [1, 1, 1] and other.posteriors is found.posteriors
+
+
+def test_sets_of_different_size_keep_their_own_ids():
+    beliefs = {"GrayImg": BELIEFS["GrayImg"], "Mesh": torch.tensor([[0.3, 0.7]])}
+    found = Annotation.of(beliefs, "none", {}, paired=False)
+    assert found.agreement is None and [len(ids) for ids in found.ids.values()] == [3, 1]
+
+
+def test_posteriors_come_back_and_strange_files_are_refused(tmp_path):
+    path, beliefs = tmp_path / "p.npz", {name: rows.numpy() for name, rows in BELIEFS.items()}
+    write_posteriors(path, beliefs, "run-1")
+    read = lambda **change: read_posteriors(
+        **{"path": path, "modalities": list(beliefs), "run_id": "run-1", "count": 3, "num_clusters": 2, **change})
+    assert all(np.array_equal(read()[name], rows) for name, rows in beliefs.items())
+    for change, words in (
+        ({"run_id": "run-2"}, "is of run run-1, the pseudo-labels beside it of run-2"), ({"count": 4}, r"expected posteriors \(4, 2\)"),
+        ({"modalities": ["Mesh"]}, "not the posteriors of Mesh"), ({"path": tmp_path / "no.npz"}, "not found"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read(**change)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="not the posteriors of"):
+        read()

@@ -1,0 +1,160 @@
+"""The recipe through the command lines: views, communities, inherited encoders, rounds; deterministic, resumable, without labels."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TRAIN, write_lists
+from stage_runs import assert_same_result, log_lines, only_run, settings
+
+import evaluate
+import train_step1
+import train_step2
+from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin
+from utils.engine.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+VIEWS = ["data.views={GrayImg: 2}", "data.augment={image_elastic: 0.05, point_warp: 0.05}"]
+STEP1 = [*VIEWS, "pla.num_clusters=auto", "pla.fuse=trusted", "pla.mlm_only_epochs=3"]
+STEP2 = [*VIEWS, "rdl.start=inherited", "eval.representation=posterior", "rdl.unclipped_epochs=40", "rdl.lambda_2=1", "optim.epochs=40",
+         "optim.learning_rate=0.005", "run.eval_every=0"]
+
+
+def train(root, out, rounds=1):
+    """Run step 1 and the given number of rounds of step 2; return their run folders."""
+    train_step1.main(settings(root, out, 1, *STEP1))
+    runs = [only_run(out, 1)]
+    for number in range(rounds):
+        arguments = settings(root, out / f"round-{number}", 2, *STEP2)
+        train_step2.main([*arguments, "--from", str(runs[-1])])
+        runs.append(only_run(out / f"round-{number}", 2))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, _digits_folder):
+    root, labels = _digits_folder
+    write_lists(root, "train", labels[:TRAIN])
+    write_lists(root, "test", labels[TRAIN:])
+    out = tmp_path_factory.mktemp("recipe")
+    return out, train(root, out, rounds=2)
+
+
+def ids_of(run, name="GrayImg"):
+    rows = pseudo_label_path(run / "pseudo_labels", "digits", name).read_text().splitlines()
+    return [int(row.split()[-1]) for row in rows]
+
+
+def test_one_id_for_all_modalities_and_what_it_was_decided_on(recipe):
+    _, runs = recipe
+    for run in runs:
+        assert ids_of(run) == ids_of(run, "PointCloud")
+        origin = read_origin(pseudo_label_path(run / "pseudo_labels", "digits", "GrayImg"))
+        assert origin["run_id"] == run.name and 0 <= origin["agreement"] <= 1
+        assert set(origin["reliability"]) == {"GrayImg", "PointCloud"}
+        with np.load(posteriors_path(run / "pseudo_labels", "digits")) as beliefs:
+            assert str(beliefs["run_id"]) == run.name
+            np.testing.assert_allclose(beliefs["GrayImg"].sum(1), 1, atol=1e-5)
+            assert beliefs["GrayImg"].shape == (TRAIN, origin["clusters"]["num_clusters"])
+            if run is not runs[0]:  # of step 1 the communities themselves
+                assert beliefs["GrayImg"].argmax(1).tolist() == ids_of(run)
+    found = read_origin(pseudo_label_path(runs[0] / "pseudo_labels", "digits", "GrayImg"))["clusters"]
+    assert found["num_clusters"] == len(set(ids_of(runs[0]))) and {"resolution", "stability", "trials"} <= found.keys()
+
+
+def test_a_round_starts_from_the_run_before(recipe):
+    _, runs = recipe
+    for before, run in zip(runs, runs[1:]):
+        assert f"initial weights of every encoder: {before / 'last.pt'}" in (run / "log.txt").read_text()
+        assert json.loads((run / "pseudo_labels.json").read_text())["run_id"] == before.name
+        assert read_origin(pseudo_label_path(run / "pseudo_labels", "digits", "GrayImg"))["clusters"]["agreement_before"] == read_origin(
+            pseudo_label_path(before / "pseudo_labels", "digits", "GrayImg"))["agreement"]
+
+
+def test_evaluation_prints_every_representation(recipe, small_digits, capsys):
+    _, runs = recipe
+    evaluate.main(["--run", *map(str, runs), "--device", "cpu"])
+    table = capsys.readouterr().out
+    assert table.count("posterior, diffusion") == 3 and "transductive" in table
+    for run in runs[1:]:
+        scores = json.loads((run / "metrics.json").read_text())
+        assert scores["map/avg"] == scores["variants"]["posterior"]["map/avg"] == pytest.approx(log_lines(run)[-1]["map/avg"])
+        assert len({round(found["map/avg"], 6) for found in scores["variants"].values()}) > 3
+
+
+@pytest.mark.parametrize("kind", ["permuted", "absent"])
+def test_labels_change_no_bit(recipe, small_digits, tmp_path, kind):
+    out, runs = recipe
+    labels = np.random.default_rng(5).permutation(10).repeat(TRAIN // 10).tolist() if kind == "permuted" else [None] * TRAIN
+    write_lists(small_digits, "train", labels)
+    again = train(small_digits, tmp_path)
+    assert_same_result(out, tmp_path, 1)
+    assert [ids_of(run) for run in again] == [ids_of(run) for run in runs[:2]]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_resume_equals_uninterrupted(recipe, small_digits, tmp_path, monkeypatch, epochs):
+    """Stopped after some epochs, and once more after the last one, before the communities are written."""
+    out, runs = recipe
+    stop = {"left": epochs}
+    whole = train_step1.PLALearner.train_epoch
+
+    def dies(self, epoch):
+        if not stop["left"]:
+            raise KeyboardInterrupt
+        stop["left"] -= 1
+        return whole(self, epoch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_step1.PLALearner, "train_epoch", dies)
+        train_step1.main(settings(small_digits, tmp_path, 1, *STEP1))
+    run = only_run(tmp_path, 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_step1, "write_annotation", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        train_step1.main(["--resume", str(run)])
+    train_step1.main(["--resume", str(run)])
+    assert ids_of(run) == ids_of(runs[0])
+    assert_same_result(out, tmp_path, 1)
+
+
+def test_a_round_that_did_not_help_starts_no_other(recipe, small_digits, tmp_path):
+    _, runs = recipe
+    for name in ("GrayImg", "PointCloud"):
+        meta = pseudo_label_path(runs[2] / "pseudo_labels", "digits", name)
+        meta = meta.with_name(f"{meta.name}.meta.json")
+        content = json.loads(meta.read_text())
+        content["provenance"] |= {"agreement": 0.5}
+        content["provenance"]["clusters"] |= {"agreement_before": 0.6}
+        meta.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="did not help: its modalities agree on 0.5000 of the objects, after 0.6000"):
+        train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2), "--from", str(runs[2])])
+
+
+def test_confidence_weighs_samples(recipe, small_digits, tmp_path):
+    _, runs = recipe
+    train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2, "rdl.confidence=true", "optim.epochs=1"), "--from", str(runs[1])])
+    (weighted,) = log_lines(only_run(tmp_path, 2))
+    assert weighted["loss/rcll"] > 0 and weighted["loss/rcll"] != pytest.approx(log_lines(runs[2])[0]["loss/rcll"], rel=1e-6)
+    posteriors_path(runs[1] / "pseudo_labels", "digits").rename(tmp_path / "elsewhere.npz")
+    with pytest.raises(UserError, match="rdl.confidence needs the posteriors"):
+        train_step2.main([*settings(small_digits, tmp_path / "x", 2, *STEP2, "rdl.confidence=true"), "--from", str(runs[1])])
+    (tmp_path / "elsewhere.npz").rename(posteriors_path(runs[1] / "pseudo_labels", "digits"))
+
+
+def test_inherited_encoders_must_be_there_and_fit(recipe, small_digits, tmp_path):
+    _, runs = recipe
+    copy = tmp_path / "labels"
+    copy.mkdir()
+    for file in (runs[0] / "pseudo_labels").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="needs the checkpoint of the run that wrote the labels"):
+        train_step2.main(settings(small_digits, tmp_path, 2, *STEP2, f"rdl.pseudo_labels={copy}"))
+    with pytest.raises(UserError, match="encoders of one size in both runs"):
+        train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2, "model.embedding_dim=8"), "--from", str(runs[0])])
+
+
+def test_the_checkpoint_knows_the_clusters(recipe):
+    state = load_checkpoint(recipe[1][0] / "last.pt")["learner"]
+    assert state["num_clusters"] == state["classifiers"]["GrayImg.weight"].shape[0] == state["clusters"]["record"]["num_clusters"]
+    assert torch.equal(state["clusters"]["ids"], torch.tensor(ids_of(recipe[1][0])))
