@@ -1,7 +1,7 @@
 """EdgeConv, fused (on CUDA also with Triton kernels) against reference: `python -m benchmarks.edge_conv [--points 1024]`.
 
-Each implementation lives in its own process, for its peak memory, and they run in turn, so that what else the
-machine does meets both. Forward and backward of the four DGCNN layers, neighbours given; k-NN is timed apart.
+Each implementation lives in its own process, for its peak memory, and they run in turn, so that what else the machine does
+meets all. Forward and backward of the four DGCNN layers, neighbours given; k-NN is timed apart.
 """
 
 import argparse
@@ -12,15 +12,15 @@ import re
 import resource
 import statistics
 import sys
-import tempfile
 import time
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.floors import Rates, count_work, measure_rates, print_table, seconds_of, start, synchronize, write_report
+from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, synchronize, write_report
 from models.kernels.edge_conv import IMPLEMENTATIONS, EdgeConv
 from models.kernels.knn import knn
 from utils.engine.session import run_command
@@ -41,44 +41,33 @@ def main(argv: list[str] | None = None) -> None:
     args.implementations = [name for name in IMPLEMENTATIONS if name != "triton" or args.device.type == "cuda"]
     report |= {"batch": args.batch, "points": args.points, "k": args.k, "repeats": args.repeats}
     rates = measure_rates(args.device)
-    with tempfile.TemporaryDirectory() as folder:
-        runs, difference = _run_in_turn(args, rates, Path(folder))
+    runs, difference = _run_in_turn(args, rates)
     report |= {
         "rates": dataclasses.asdict(rates), "largest_relative_difference": difference, **runs, "knn": _measure_knn(args, rates),
         "speedup": runs["reference"]["seconds"] / runs["fused"]["seconds"],
-        "memory_ratio": _memory_ratio(runs),
+        # none where the problem is too small to raise the process's peak
+        "memory_ratio": runs["reference"]["peak_bytes"] / runs["fused"]["peak_bytes"] if runs["fused"]["peak_bytes"] else None,
     }
     _print_report(report, rates)
     write_report(f"edge_conv-n{args.points}", report, args.output)
 
 
-def _run_in_turn(args: argparse.Namespace, rates: Rates, folder: Path) -> tuple[dict, dict]:
+def _run_in_turn(args: argparse.Namespace, rates: Rates) -> tuple[dict, dict]:
     """Time the implementations alternately; return their figures and the differences of their results."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name in args.implementations:
-        pipes[name], other = context.Pipe()
-        given = (other, name, args, folder / f"{name}.pt", torch.get_num_threads())
-        processes.append(context.Process(target=_worker, args=given, daemon=True))
-        processes[-1].start()
-    seconds = {name: [] for name in args.implementations}
-    for _ in range(args.repeats + 1):
-        for name in args.implementations:
-            pipes[name].send("step")
-            seconds[name].append(pipes[name].recv())
-    runs = {}
-    for name in args.implementations:
-        pipes[name].send("stop")
-        timed = seconds[name][1:]
-        peak, work = pipes[name].recv()
-        runs[name] = rates.beside(statistics.median(timed), work)
-        runs[name] |= {"min_seconds": min(timed), "all_seconds": timed, "peak_bytes": peak}
-    for process in processes:
-        process.join()
-    results = {name: torch.load(folder / f"{name}.pt") for name in args.implementations}
+    context, names = multiprocessing.get_context("spawn"), args.implementations
+    runs, results = {}, {}
+    with contextlib.ExitStack() as stack:
+        given = {name: (name, args, torch.get_num_threads()) for name in names}
+        workers = {name: stack.enter_context(ProcessPoolExecutor(1, context, _Worker.begin, given[name])) for name in names}
+        rounds = [{name: workers[name].submit(_Worker.timed_step).result() for name in names} for _ in range(args.repeats + 1)]
+        for name in names:
+            timed = [seconds[name] for seconds in rounds[1:]]
+            peak, work, results[name] = workers[name].submit(_Worker.finish).result()
+            runs[name] = rates.beside(statistics.median(timed), work)
+            runs[name] |= {"min_seconds": min(timed), "all_seconds": timed, "peak_bytes": peak}
     layers, inputs = _make_problem(args, "fused")
     results["float64"] = _step(layers.double(), *(tensor.double() for tensor in inputs[:2]), inputs[2])
-    pairs = [(name, true) for name in args.implementations for true in ("reference", "float64") if name != true]
+    pairs = [(name, true) for name in names for true in ("reference", "float64") if name != true]
     return runs, {f"{found} from {true}": _difference(results[found], results[true]) for found, true in pairs}
 
 
@@ -102,21 +91,29 @@ def _step(layers: nn.ModuleList, x: Tensor, weights: Tensor, index: Tensor) -> d
     return {"output": features.detach()} | gradients
 
 
-def _worker(pipe: Connection, implementation: str, args: argparse.Namespace, path: Path, threads: int) -> None:
-    """Answer every "step" with the seconds of one forward and backward; then save results, send peak memory and work."""
-    torch.set_num_threads(threads)
-    layers, inputs = _make_problem(args, implementation)
-    torch.backends.cudnn.allow_tf32 = False  # the reference's convolution; matrix products are in float32 by default
-    _step(layers, *(tensor[:1] for tensor in inputs))  # what the libraries allocate once does not count
-    before, results = _reset_peak(args.device), {}
-    while pipe.recv() == "step":
+class _Worker:
+    """One implementation in a process of its own."""
+
+    @classmethod
+    def begin(cls, implementation: str, args: argparse.Namespace, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = False  # the reference's convolution; matrix products are in float32 by default
+        cls.device, (cls.layers, cls.inputs) = args.device, _make_problem(args, implementation)
+        _step(cls.layers, *(tensor[:1] for tensor in cls.inputs))  # what the libraries allocate once does not count
+        cls.before = _reset_peak(args.device)
+
+    @classmethod
+    def timed_step(cls) -> float:
         begin = time.perf_counter()
-        results = _step(layers, *inputs)
-        synchronize(args.device)
-        pipe.send(time.perf_counter() - begin)
-    peak = _peak_bytes(args.device) - before
-    torch.save({name: tensor.cpu() for name, tensor in results.items()}, path)
-    pipe.send((peak, count_work(lambda: _step(layers, *inputs))))
+        cls.results = _step(cls.layers, *cls.inputs)
+        synchronize(cls.device)
+        return time.perf_counter() - begin
+
+    @classmethod
+    def finish(cls) -> tuple[int, Work, dict[str, np.ndarray]]:
+        """Return the bytes that the steps needed at most, the work of one, and the results of the last."""
+        peak, results = _peak_bytes(cls.device) - cls.before, {name: tensor.cpu() for name, tensor in cls.results.items()}
+        return peak, count_work(lambda: _step(cls.layers, *cls.inputs)), {name: value.numpy() for name, value in results.items()}
 
 
 def _reset_peak(device: torch.device) -> int:
@@ -139,27 +136,19 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _memory_ratio(runs: dict) -> float | None:
-    """Reference over fused; None where the problem is too small to raise the process's peak, if that cannot be forgotten."""
-    fused = runs["fused"]["peak_bytes"]
-    return runs["reference"]["peak_bytes"] / fused if fused else None
-
-
-def _difference(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
+def _difference(found: dict, true: dict) -> dict[str, float]:
     """Largest |found - true| / largest |true|, of the output and over the gradients, and of the latter in L2 norm.
 
     Single gradients jump where rounding changes which of two nearly equal neighbours wins the maximum.
     """
-    output, gradients, norms = 0.0, 0.0, 0.0
+    largest, norms = {}, {}
     for name, value in true.items():
-        value = value.cpu().double()
-        error = found[name].cpu().double() - value
-        largest = (error.abs().max() / value.abs().max()).item()
-        if name == "output":
-            output = largest
-        else:
-            gradients, norms = max(gradients, largest), max(norms, (error.norm() / value.norm()).item())
-    return {"output": output, "gradients": gradients, "gradients_l2": norms}
+        value = torch.as_tensor(value).cpu().double()
+        error = torch.as_tensor(found[name]).double() - value
+        largest[name], norms[name] = (error.abs().max() / value.abs().max()).item(), (error.norm() / value.norm()).item()
+    output = largest.pop("output")
+    norms.pop("output")
+    return {"output": output, "gradients": max(largest.values()), "gradients_l2": max(norms.values())}
 
 
 def _measure_knn(args: argparse.Namespace, rates: Rates) -> dict[str, dict[str, float]]:

@@ -46,30 +46,15 @@ INDEXED = {  # they touch the indexed rows of their first tensor only
 
 @dataclass(frozen=True)
 class Work:
-    """What an action computes and moves.
-
-    Attributes:
-        flops: of matrix products and convolutions, a multiply-add counting 2.
-        bytes: that its operators read and write, see `count_work`.
-    """
+    """FLOPs of matrix products and convolutions, a multiply-add counting 2, and bytes that operators move, see `count_work`."""
 
     flops: int
     bytes: int
 
-    def times(self, factor: int) -> "Work":
-        """Return the work of `factor` repetitions."""
-        return Work(self.flops * factor, self.bytes * factor)
-
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates of a device.
-
-    Attributes:
-        dtype: of the matrix product.
-        flops_per_second: of a square matrix product.
-        bytes_per_second: read plus written by a copy in memory.
-    """
+    """Measured rates of a device: of a square matrix product in a dtype, and of a copy in memory, read plus written."""
 
     dtype: str
     flops_per_second: float
@@ -146,17 +131,15 @@ class _TrafficCounter(TorchDispatchMode):
 
 def _moved(schema: Any, args: Sequence, kwargs: Mapping, result: Any) -> int:
     """Bytes read and written by one call of an operator."""
-    named = [(schema.arguments[place], value) for place, value in enumerate(args)]
-    named += [(argument, kwargs[argument.name]) for argument in schema.arguments if argument.name in kwargs]
-    read, written = [], []
-    for argument, value in named:
-        changed = argument.alias_info is not None and argument.alias_info.is_write
-        if changed:
-            written += _tensors(value)
-        if not (changed and (argument.is_out or schema.name in OVERWRITING)):
-            read += _tensors(value)
-    written += [tensor for tensor in _tensors(result) if not any(tensor is known for known in written)]
-    moved = [*read, *written]
+    given = {argument.name: value for argument, value in zip(schema.arguments, args)} | dict(kwargs)
+    moved, changed = [], []
+    for argument in schema.arguments:
+        tensors, alias = _tensors(given.get(argument.name)), argument.alias_info
+        moved += tensors
+        if alias is not None and alias.is_write:
+            changed += tensors
+            moved += [] if argument.is_out or schema.name in OVERWRITING else tensors
+    moved += [tensor for tensor in _tensors(result) if not any(tensor is known for known in changed)]
     if schema.name not in INDEXED:
         return sum(map(_size, moved))
     rest = [_size(tensor) for tensor in moved if tensor is not args[0]]
@@ -177,16 +160,13 @@ def _size(tensor: Tensor) -> int:
 def start(
     module: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None, at_least_one: Iterable[str] = (),
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Parse the command line of a benchmark and set its threads; call it before the work, since it notes the state of the tree.
+    """Parse the command line of `python -m benchmarks.MODULE` and set its threads; before the work, as it notes the tree's state.
 
     Args:
-        module: name in `python -m benchmarks.NAME`.
         parser: without --threads, --device and --output, which all benchmarks share.
-        argv: None for the process's own.
         at_least_one: names of numbers below which the call is refused.
     Returns:
-        The arguments, `device` as a torch.device, and what every report begins with: command, device, threads, torch, commit,
-        whether the tree was dirty, load.
+        The arguments, `device` as a torch.device, and what every report begins with.
     """
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -211,15 +191,7 @@ def start(
 
 
 def write_report(benchmark: str, report: Mapping[str, Any], output: Path | None) -> Path:
-    """Write a report as JSON and print where.
-
-    Args:
-        benchmark: first part of the file name.
-        report: begins as `start` says; its device is the second part of the file name.
-        output: another file than results/benchmarks/{benchmark}-{device}.json.
-    Returns:
-        The file.
-    """
+    """Write a report as JSON to results/benchmarks/BENCHMARK-DEVICE.json or another file; print where, and return it."""
     device = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
     path = output or REPOSITORY / "results" / "benchmarks" / f"{benchmark}-{device}.json"
     atomic_write_json(path, dict(report))
@@ -228,17 +200,9 @@ def write_report(benchmark: str, report: Mapping[str, Any], output: Path | None)
 
 
 def print_table(
-    report: Mapping[str, Any], rates: Rates, rows: Mapping[str, Mapping[str, Any]],
-    columns: Iterable[tuple[str, str, str]] = (),
+    report: Mapping[str, Any], rates: Rates, rows: Mapping[str, Mapping], columns: Iterable[tuple[str, str, str]] = (),
 ) -> None:
-    """Print the device and one line per time with its floors.
-
-    Args:
-        report: begins as `start` says.
-        rates: that the floors were made with.
-        rows: name -> `Rates.beside`, and what the columns name.
-        columns: more columns as (title, key, format), right after the time; None is shown as "-".
-    """
+    """Print the device and one line per `Rates.beside`; columns: more of them as (title, key, format), None shown as "-"."""
     print(f"{report['device']}, {report['threads']} threads, torch {report['torch']}: {rates.flops_per_second / 1e9:.1f} "
           f"GFLOP/s in {rates.dtype} matrix products, {rates.bytes_per_second / 1e9:.1f} GB/s in copies")
     shown = [("seconds", "seconds", ".4g"), *columns, ("FLOP floor s", "flop_floor_seconds", ".3g"),

@@ -19,15 +19,7 @@ DIGITS = 6
 
 
 def evaluate_loss(loss: nn.Module, p: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Return L(p) and dL/dp of single samples.
-
-    Args:
-        loss: takes logits (1, K) and a label (1,).
-        p: (P,) float64 in (0, 1).
-        num_clusters: K.
-    Returns:
-        Two (P,) float64 tensors.
-    """
+    """Return L(p) and dL/dp, two (P,) float64 tensors, of single samples with p (P,) in (0, 1) among K classes."""
     p = p.detach().clone().requires_grad_()
     others = ((1 - p) / (num_clusters - 1)).log()
     logits = torch.cat([p.log()[:, None], others[:, None].expand(-1, num_clusters - 1)], dim=1)  # (P, K), label 0

@@ -19,14 +19,10 @@ MOMENTUM = 0.9
 
 
 def measure(samples: int, dim: int, batch_size: int, device: torch.device, repeats: int) -> dict[str, float]:
-    """Measure a bank of random unit rows.
+    """Measure a bank of N random unit rows of width D; the last batch of updates may be smaller.
 
-    Args:
-        samples: N; dim: D; batch_size: B, the last batch may be smaller.
-        device: where bank and embeddings lie.
-        repeats: of each measurement, of which the median counts.
     Returns:
-        bytes and mib of the rows, update_seconds of one epoch of updates, fill_seconds of one copy.
+        bytes and mib of the rows, update_seconds of one epoch of updates, fill_seconds of one copy: medians over the repeats.
     """
     bank = MemoryBank(samples, dim, MOMENTUM).to(device)
     embeddings = F.normalize(torch.randn(samples, dim, device=device), dim=1)

@@ -56,12 +56,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_stage(stage: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Train a stage and evaluate it once more.
+    """Train a stage, step 2 on the pseudo-labels that step 1 left in the folder, and evaluate it once more.
 
-    Args:
-        stage: its name; step 2 reads the pseudo-labels that step 1 left in the folder.
-        args: config_dir, overrides, epochs, device.
-        folder: of runs and pseudo-labels.
     Returns:
         training_seconds of every epoch; evaluation_seconds, loading included; other_seconds: the rest of the training script;
         epochs and evaluations of the configuration, and extrapolated_seconds for them.

@@ -11,7 +11,6 @@ import math
 import operator
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, write_report
+from benchmarks.floors import count_work, measure_rates, print_table, seconds_of, start, write_report
 from utils.evaluation.metrics import mean_average_precision
 
 SEED = 0
@@ -47,19 +46,21 @@ def main(argv: list[str] | None = None) -> int:
     work = count_work(lambda: mean_average_precision(*problem))
     found[small] = mean_average_precision(*problem)
     rows[small] = rates.beside(seconds, work) | {"times_slower": 1.0}
-    for name, loop in (("double loop", double_loop_map), ("loop over ranks", rank_loop_map)):
-        found[name], taken = _once(loop, problem)
+    for name, loop in LOOPS.items():
+        found[name], taken = _once(lambda: loop(*problem), device)  # noqa: B023
         rows[name] = rates.beside(taken, work) | {"times_slower": taken / seconds}
     for size in sorted(set(args.sizes + [LARGE] * args.large)):
-        name = f"metrics, {size} x {size}"
-        rows[name], found[name] = _measure_alone(make_problem(size, args.dim, device), rates, device)
+        name, problem, values = f"metrics, {size} x {size}", make_problem(size, args.dim, device), []
+        # timed and counted at once: the counters take microseconds per operator, the pass up to many minutes
+        work, taken = _once(lambda: count_work(lambda: values.append(mean_average_precision(*problem))), device)  # noqa: B023
+        rows[name], found[name] = rates.beside(taken, work) | {"times_slower": None}, values[0]
     print_table(report, rates, rows, (("times slower", "times_slower", ".1f"),))
-    difference = max(abs(found[small] - found[name]) for name in ("double loop", "loop over ranks"))
+    difference = max(abs(found[small] - found[name]) for name in LOOPS)
     equal = difference < LIMIT
     print(f"largest difference from the loops: {difference:.1e}, {'below' if equal else 'NOT below'} {LIMIT:.0e}")
     report |= {
         "dim": args.dim, "rates": dataclasses.asdict(rates), "times": rows, "map": found, "difference": difference,
-        "speedup": {name: rows[name]["times_slower"] for name in ("double loop", "loop over ranks")}, "equal": equal,
+        "speedup": {name: rows[name]["times_slower"] for name in LOOPS}, "equal": equal,
     }
     write_report("retrieval_metrics", report, args.output)
     return 0 if equal else 1
@@ -79,31 +80,26 @@ def make_problem(size: int, dim: int, device: torch.device) -> Problem:
 
 def double_loop_map(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
     """mAP@All in plain Python; arguments as `make_problem` returns them."""
-    queries, items, labels = _unit_rows(query), _unit_rows(gallery), gallery_labels.tolist()
-    total = 0.0
+    queries, items = ([_unit(row) for row in values.tolist()] for values in (query, gallery))
+    labels, precisions = gallery_labels.tolist(), []
     for row, label in zip(queries, query_labels.tolist()):
         scores = [sum(map(operator.mul, row, item)) for item in items]
         order = sorted(range(len(items)), key=scores.__getitem__, reverse=True)
-        total += _average_precision(order, labels, label)
-    return total / len(queries)
+        precisions.append(_average_precision(order, labels, label))
+    return statistics.fmean(precisions)
 
 
 def rank_loop_map(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
     """mAP@All with scores and order from NumPy and a Python loop over the ranks of every query."""
     rows, items = (values.cpu().double().numpy() for values in (query, gallery))
     rows, items = (values / np.linalg.norm(values, axis=1, keepdims=True) for values in (rows, items))
-    orders = np.argsort(-(rows @ items.T), axis=1).tolist()
-    labels = gallery_labels.tolist()
-    precisions = [_average_precision(order, labels, label) for order, label in zip(orders, query_labels.tolist())]
-    return sum(precisions) / len(precisions)
+    orders, labels = np.argsort(-(rows @ items.T), axis=1).tolist(), gallery_labels.tolist()
+    return statistics.fmean(_average_precision(order, labels, label) for order, label in zip(orders, query_labels.tolist()))
 
 
-def _unit_rows(values: Tensor) -> list[list[float]]:
-    rows = []
-    for row in values.tolist():
-        norm = math.sqrt(sum(value * value for value in row))
-        rows.append([value / norm for value in row])
-    return rows
+def _unit(row: list[float]) -> list[float]:
+    norm = math.sqrt(sum(value * value for value in row))
+    return [value / norm for value in row]
 
 
 def _average_precision(order: list[int], labels: list[int], label: int) -> float:
@@ -115,23 +111,14 @@ def _average_precision(order: list[int], labels: list[int], label: int) -> float
     return total / hits if hits else 0.0
 
 
-def _once(loop: Callable[..., float], problem: Problem) -> tuple[float, float]:
-    begin = time.perf_counter()
-    value = loop(*problem)
-    return value, time.perf_counter() - begin
+def _once(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What an action returns, and its seconds."""
+    results = []
+    (seconds,) = seconds_of(lambda: results.append(action()), device, repeats=1, warm_up=False)
+    return results[0], seconds
 
 
-def _measure_alone(problem: Problem, rates: Rates, device: torch.device) -> tuple[dict[str, Any], float]:
-    """Time and count one pass at once: the counters take microseconds per operator, the pass up to many minutes."""
-    values, work = [], Work(0, 0)
-
-    def run() -> None:
-        nonlocal work
-        work = count_work(lambda: values.append(mean_average_precision(*problem)))
-
-    (seconds,) = seconds_of(run, device, repeats=1, warm_up=False)
-    return rates.beside(seconds, work) | {"times_slower": None}, values[0]
-
+LOOPS = {"double loop": double_loop_map, "loop over ranks": rank_loop_map}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,13 +17,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, synchronize, write_report
+from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, write_report
 from datasets.arrays import MAX_POINTS
 from datasets.label_runs import PseudoLabels
 from datasets.samples import PairedSamples
 from train_step1 import PLALearner
 from train_step2 import RDLLearner
-from utils.engine.learner import Source, StageLearner, plan_epoch
+from utils.engine.learner import StageLearner, plan_epoch
 from utils.engine.seed import BatchGenerator, generator_for, seed_everything, set_deterministic
 from utils.engine.session import run_command
 from utils.modalities import FACE_CHANNELS, MODALITIES
@@ -79,14 +78,9 @@ def make_step2(config: Step2Config, num_clusters: int, args: argparse.Namespace)
 
 
 def random_samples(data: DataConfig, count: int, image_side: int | None = None) -> PairedSamples:
-    """Make random samples in the shapes of `PairedSamples`, on the CPU and without list files.
+    """Make N = count random samples in the shapes of `PairedSamples`, on the CPU and without list files.
 
-    Args:
-        data: modalities and sizes.
-        count: N.
-        image_side: side of the stored pictures, pixels; None for the side before the crop.
-    Returns:
-        The samples; clouds hold as many points as the loader keeps.
+    Pictures have `image_side` pixels a side, or as many as before the crop; clouds as many points as the loader keeps.
     """
     side = image_side or data.image_resize
     makers = {
@@ -113,9 +107,7 @@ def measure_stage(learner: StageLearner, epochs: int, rates: Rates) -> dict[str,
     """Time whole epochs of a learner, then count one step.
 
     Returns:
-        `Rates.beside` of one step; pairs_per_second; share_waiting_for_data: of the time of another epoch, what went by until
-        its batches were fetched and augmented, share_fetching without the augmentation; batch_size, steps_per_epoch and
-        epoch_seconds.
+        `Rates.beside` of one step, pairs_per_second, the shares of waiting for data, batch_size, steps_per_epoch, epoch_seconds.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*joint clusters hold none")  # random samples have no clusters
@@ -141,41 +133,22 @@ def count_step(learner: StageLearner) -> Work:
         return count_work(lambda: learner.step(*batch, BatchGenerator(numbers)))
 
 
-class _TimedSource:
-    """Stands in for `learner.source` and adds up the seconds until batches are fetched and until they are augmented."""
-
-    def __init__(self, source: Source, device: torch.device) -> None:
-        self.source, self.device = source, device
-        self.counts, self.stored_views, self.views = source.counts, source.stored_views, source.views
-        self.fetching = self.augmenting = 0.0
-
-    def fetch(self, plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        batches = iter(self.source.fetch(plan))
-        while True:
-            seconds, batch = self._timed(lambda: next(batches, None))
-            self.fetching += seconds
-            if batch is None:
-                return
-            yield batch
-
-    def augment(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]:
-        seconds, inputs = self._timed(lambda: self.source.augment(raw, generator))
-        self.augmenting += seconds
-        return inputs
-
-    def _timed(self, action: Callable[[], Any]) -> tuple[float, Any]:
-        synchronize(self.device)
-        begin = time.perf_counter()
-        result = action()
-        synchronize(self.device)
-        return time.perf_counter() - begin, result
-
-
 def _data_shares(learner: StageLearner, epoch: int) -> dict[str, float]:
-    timed = _TimedSource(learner.source, learner.device)
-    with mock.patch.object(learner, "source", timed):
+    """Train one epoch; return the shares of its time until batches are fetched, and until they are augmented as well."""
+    spent, fetch, augment = dict.fromkeys(("fetching", "augmenting"), 0.0), learner.source.fetch, learner.source.augment
+
+    def timed(part: str, action: Callable[..., Any], *given: Any) -> Any:
+        results = []
+        spent[part] += sum(seconds_of(lambda: results.append(action(*given)), learner.device, repeats=1, warm_up=False))
+        return results[0]
+
+    def timed_fetch(plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        batches = iter(fetch(plan))
+        return iter(lambda: timed("fetching", next, batches, None), None)
+
+    with mock.patch.multiple(learner.source, fetch=timed_fetch, augment=lambda *given: timed("augmenting", augment, *given)):
         (seconds,) = seconds_of(lambda: learner.train_epoch(epoch), learner.device, repeats=1, warm_up=False)
-    return {"share_waiting_for_data": (timed.fetching + timed.augmenting) / seconds, "share_fetching": timed.fetching / seconds}
+    return {"share_waiting_for_data": sum(spent.values()) / seconds, "share_fetching": spent["fetching"] / seconds}
 
 
 if __name__ == "__main__":

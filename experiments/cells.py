@@ -31,7 +31,6 @@ class Cell:
         stage: "step1", "step2", or the module that is run: "release_protocol", "memory_bank", "loss_shapes".
         name: for people.
         arguments: of its command line, without seed, device and places.
-        seed: of all its random draws.
         epochs: that it trains, the unit of progress; 1 if it trains none.
         needs: cells that must be done first; step 2 reads the pseudo-labels of the first one.
     """
@@ -56,7 +55,7 @@ class Row:
 
 @functools.cache
 def load(stage: str, config: Path, overrides: tuple[str, ...]) -> Any:
-    """Return the settings of a stage; config: folder below the repository's root."""
+    """Return the settings of a stage from a folder below the repository's root."""
     return load_config(CONFIGS[stage], str(REPOSITORY / config / f"{stage}.yaml"), overrides)
 
 
@@ -71,9 +70,7 @@ def _identify(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def training_cell(
-    stage: str, setup: Setup, letters: str, overrides: Sequence[str], seed: int, needs: tuple[Cell, ...] = ()
-) -> Cell:
+def training_cell(stage: str, setup: Setup, letters: str, overrides: Sequence[str], seed: int, needs: tuple[Cell, ...] = ()) -> Cell:
     """Return the cell of a training stage on some modalities, with settings on top of the configuration and the setup's own."""
     names = modalities_of(letters)
     own = [text.replace("{2D}", names[0]).replace("{3D}", names[-1]) for text in overrides]
@@ -95,12 +92,6 @@ def release_cell(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
     return Cell(identity, "release_protocol", f"release_protocol {variant} {pair} seed {seed}", arguments, seed, epochs)
 
 
-def measuring_cell(stage: str, arguments: Sequence[object]) -> Cell:
-    """Return the cell of a benchmark, which trains nothing and has no seed."""
-    texts = tuple(map(str, arguments))
-    return Cell(_identify(stage, texts), stage, " ".join([stage, *texts]), texts)
-
-
 def all_cells(rows: Iterable[Row]) -> list[Cell]:
     """Return every cell of the rows and those they need, each once, a needed one before its users, seed by seed."""
     wanted = [cell for row in rows for by_pair in row.cells.values() for cell in by_pair.values()]
@@ -109,11 +100,7 @@ def all_cells(rows: Iterable[Row]) -> list[Cell]:
 
 
 def describe_setup(setup: Setup) -> dict[str, Any]:
-    """Return what a reader must know of the settings that all rows start from, for their records.
-
-    Returns:
-        The configuration folder, the settings that the paper states too, and a hash of all: tables show records of one hash.
-    """
+    """Return the folder of the settings that all rows start from, what the paper states too, and a hash: tables show one hash."""
     first, second = (load(stage, setup.config, getattr(setup, stage)) for stage in CONFIGS)
     return {
         "config": str(setup.config), "batch_size": first.optim.batch_size, "learning_rate": first.optim.learning_rate,
@@ -123,14 +110,11 @@ def describe_setup(setup: Setup) -> dict[str, Any]:
 
 
 def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list[Row]:
-    """Return the rows of a table on a data set.
+    """Return the rows of a table of the protocol, those of grids first.
 
     Args:
-        table: entry of the protocol.
         setup: data set and scale.
-        seeds: one run of every training cell each; measurements without training take none.
-    Returns:
-        The rows in the order of the protocol, those of grids first; a row that only prints the paper's numbers has no cells.
+        seeds: one run of every training cell each; measurements take none, rows that only print the paper's numbers no cells.
     Raises:
         UserError: if a row's settings do not fit the configuration.
     """
@@ -169,11 +153,14 @@ def _row_cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) ->
 
 
 def _measured(table: Mapping[str, Any], setup: Setup) -> dict[str, Cell]:
-    """Name -> cell of the rows that are benchmarks."""
+    """Name -> cell of the rows that are benchmarks, which train nothing and have no seed."""
     config = load("step1", setup.config, setup.step1)
     if table["kind"] == "shapes":
-        return {"losses": measuring_cell("loss_shapes", ("--num-clusters", config.pla.num_clusters, "--alpha", *table["values"]))}
-    if not setup.samples:
+        given = {"losses": ("loss_shapes", "--num-clusters", config.pla.num_clusters, "--alpha", *table["values"])}
+    elif setup.samples:
+        sizes = ("memory_bank", "--dim", config.model.embedding_dim, "--batch-size", config.optim.batch_size, "--samples")
+        given = {f"{count} x {config.model.embedding_dim}": (*sizes, count) for count in setup.samples}
+    else:
         raise UserError(f"no size of a bank of {setup.dataset}: give datasets.{setup.dataset}.samples in a --add file")
-    given = ("--dim", config.model.embedding_dim, "--batch-size", config.optim.batch_size, "--samples")
-    return {f"{count} x {config.model.embedding_dim}": measuring_cell("memory_bank", (*given, count)) for count in setup.samples}
+    words = {name: (stage, tuple(map(str, arguments))) for name, (stage, *arguments) in given.items()}
+    return {name: Cell(_identify(stage, texts), stage, " ".join([stage, *texts]), texts) for name, (stage, texts) in words.items()}

@@ -33,26 +33,23 @@ def make_job(cell: Cell, root: Path) -> Job:
 
 
 def command(cell: Cell, folder: Path, device: str) -> list[str]:
-    """Return the command line of a cell, to be run from the repository's root.
+    """Return the interpreter's arguments that run a cell from the repository's root.
 
     Args:
-        cell: what to run.
+        cell: what to run; a training that left a run folder is resumed, with the settings and device it had.
         folder: of the cell; the cells it needs lie beside it.
         device: "cpu" (one thread) or "cuda:N".
-    Returns:
-        Arguments of the interpreter; a training that left a run folder is resumed, with the settings and device it had.
     """
-    threads = ["1"] if device == "cpu" else []
     if cell.stage not in TRAINING:
-        places = ["--device", device, *(["--threads", *threads] if threads else [])]
-        if cell.stage == "release_protocol":
-            return ["-m", MODULES[cell.stage], *cell.arguments, "--seed", str(cell.seed), *places, "--output", str(folder)]
-        return ["-m", MODULES[cell.stage], *cell.arguments, *places, "--output", str(folder / "metrics.json")]
+        release = cell.stage == "release_protocol"
+        own = ["--seed", str(cell.seed)] if release else []
+        own += ["--device", device, *(["--threads", "1"] if device == "cpu" else [])]
+        return ["-m", MODULES[cell.stage], *cell.arguments, *own, "--output", str(folder if release else folder / "metrics.json")]
     script, run = f"train_{cell.stage}.py", _run_folder(REPOSITORY / folder)
     if run is not None:
         return [script, "--resume", str(folder / run.relative_to(REPOSITORY / folder))]
     own = [f"run.seed={cell.seed}", f"run.device={device}", f"run.output={folder / 'runs'}", "run.figures=false"]
-    own += [f"run.threads={threads[0]}"] if threads else []
+    own += ["run.threads=1"] if device == "cpu" else []
     if cell.stage == "step1":
         return [script, *cell.arguments, *own, f"run.pseudo_labels={folder / 'pseudo_labels'}"]
     labels = folder.parent / cell.needs[0].id / "pseudo_labels"
@@ -60,11 +57,7 @@ def command(cell: Cell, folder: Path, device: str) -> list[str]:
 
 
 def collect(cell: Cell, folder: Path) -> dict[str, Any]:
-    """Return the record of a finished cell: what it was, its scores, and its curves.
-
-    Raises:
-        UserError: if its files say that it is not finished.
-    """
+    """Return the record of a cell: what it was, its scores, and its curves; a UserError says that it is not finished."""
     record = {"id": cell.id, "stage": cell.stage, "name": cell.name, "seed": cell.seed, "needs": [need.id for need in cell.needs]}
     if cell.stage in TRAINING:
         run = _run_folder(folder)
@@ -82,11 +75,7 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
 
 
 def training_scores(folder: Path) -> dict[str, Any]:
-    """Return scores, training time and curves of a finished run folder.
-
-    Raises:
-        UserError: if not all its epochs are done, or its scores were not written.
-    """
+    """Return scores, training time and curves of a run folder; a UserError says that it is not finished."""
     run = RunLog.open(folder)
     epochs, planned, metrics = run.read_epochs(), run.config()["optim"]["epochs"], folder / "metrics.json"
     if not epochs or epochs[-1]["epoch"] != planned or not metrics.is_file():

@@ -50,7 +50,7 @@ def load_protocol(added: Path | None = None) -> dict[str, dict]:
     """Read protocol.yaml and, on top of it, a file of the same format: new data sets, new tables, or more rows of one.
 
     Raises:
-        UserError: if there is no such file. ValueError: on an unknown key, naming file and place.
+        UserError: without such a file, or on an unknown key, naming file and place.
     """
     protocol: dict[str, dict] = {"datasets": {}, "tables": {}}
     for path in filter(None, (HERE / "protocol.yaml", added)):
@@ -67,13 +67,14 @@ def load_protocol(added: Path | None = None) -> dict[str, dict]:
 
 def _check_protocol(tree: Any, path: Path) -> None:
     _check_keys(tree, {"datasets", "tables"}, str(path))
-    for kind, parts in (("datasets", {"full": "scale", "small": "scale"}), ("tables", {})):
-        for name, entry in tree.get(kind, {}).items():
-            _check_keys(entry, KEYS[kind], f"{path}: {kind}.{name}")
-            for part in parts:
-                _check_keys(entry.get(part, {}), KEYS["scale"], f"{path}: {kind}.{name}.{part}")
-            for row, options in entry.get("rows", {}).items():
-                _check_keys(options, KEYS["row"], f"{path}: {kind}.{name}.rows.{row}")
+    for name, entry in tree.get("datasets", {}).items():
+        _check_keys(entry, KEYS["datasets"], f"{path}: datasets.{name}")
+        for scale in SCALES:
+            _check_keys(entry.get(scale, {}), KEYS["scale"], f"{path}: datasets.{name}.{scale}")
+    for name, entry in tree.get("tables", {}).items():
+        _check_keys(entry, KEYS["tables"], f"{path}: tables.{name}")
+        for row, options in entry.get("rows", {}).items():
+            _check_keys(options, KEYS["row"], f"{path}: tables.{name}.rows.{row}")
 
 
 def _check_keys(tree: Any, known: set[str], place: str) -> None:
@@ -85,12 +86,10 @@ def _check_keys(tree: Any, known: set[str], place: str) -> None:
 
 
 def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Sequence[str] = ()) -> Setup:
-    """Return a data set at a scale. One that the protocol does not name is looked up in configs/.
+    """Return a data set at a scale, "full" or "small". One that the protocol does not name is looked up in configs/.
 
     Args:
-        protocol: of `load_protocol`.
-        dataset: name; scale: "full" or "small".
-        tasks: task names (RP, PG ...) to restrict the pairs to; a pair trains both directions. Default: the protocol's.
+        tasks: names (RP, PG ...) to restrict the pairs to; a pair trains both directions. Default: the protocol's.
     Raises:
         UserError: on an unknown data set or task, or a scale that the data set does not have.
     """

@@ -21,11 +21,9 @@ from utils.modalities import MODALITIES
 
 @dataclass(frozen=True)
 class Table:
-    """What rendering needs.
+    """What rendering needs; for a table that the protocol does not know, the records alone.
 
     Attributes:
-        name, dataset, scale: of the file's name; the last two are empty for a table that the protocol does not know.
-        options: of the protocol; empty for such a table.
         paper_dataset, paper: the paper's name of the data set, and task -> row -> its printed number.
         records: id -> record of every run, also those that others rest on.
         shown: (row, letters of the modalities, seed) -> the record that counts.
@@ -71,12 +69,8 @@ def publish(path: Path, rows: Iterable[Row], jobs: Iterable[Job], command: str) 
 
 
 def record_run(path: Path, folder: Path, row: str | None = None) -> None:
-    """Add a finished run folder to a table's file.
+    """Add a run folder to a table's file, under a row's name or as what was trained.
 
-    Args:
-        path: of the file.
-        folder: run folder with all its epochs done.
-        row: its name in the table, default: what was trained.
     Raises:
         UserError: if the run is not finished, was made from uncommitted code, or its place holds the run of another command.
     """

@@ -8,11 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,90 +113,84 @@ def run_jobs(
     broken = [f"  {status}: {name}" for status, name in begun if status in (RUNNING, INTERRUPTED, FAILED)]
     if broken and not resume:
         raise UserError("these cells were begun and not finished, go on with --resume:\n" + "\n".join(broken))
-    runner = _Runner(lock, describe, math.inf if budget is None else time.time() + budget)
-    for _ in progress(runner.run(jobs, list(devices)), sum(job.units for job in jobs), "epochs"):
+    deadline = math.inf if budget is None else time.time() + budget
+    start = lambda job, device: _Attempt(job, device, lock, describe(device))
+    for _ in progress(_run(jobs, list(devices), start, deadline), sum(job.units for job in jobs), "epochs"):
         pass
     return states(jobs)
 
 
-@dataclass
-class _Runner:
-    lock: int
-    describe: Callable[[str], Mapping[str, Any]]
-    deadline: float
-    stop: threading.Event = field(default_factory=threading.Event)
+def _run(jobs: Sequence[Job], free: list[str], start: Callable[[Job, str], "_Attempt"], deadline: float) -> Iterator[None]:
+    """Run every job whose needs are done on a free device; yield once per unit of work that is done."""
+    waiting, running, shown = [job for job in jobs if not job.done], [], 0
+    try:
+        while True:
+            ready = [job for job in waiting if all(entry.done for entry in jobs if entry.id in job.needs)]
+            for job in ready[: len(free)] if time.time() < deadline else ():
+                waiting.remove(job)
+                running.append(start(job, free.pop(0)))
+            if not running:
+                break
+            time.sleep(POLL_SECONDS)
+            for attempt in list(running):
+                late = attempt.process.poll() is None and time.time() >= deadline <= attempt.job.checkpoint()
+                if late:
+                    attempt.end()
+                if attempt.process.poll() is not None:
+                    running.remove(attempt)
+                    free.append(attempt.device)
+                    attempt.conclude(stopped=late)
+            done = sum(job.units if job.done else min(job.progress(), job.units) for job in jobs)
+            yield from [None] * (done - shown)
+            shown = max(done, shown)
+    finally:
+        for attempt in running:
+            attempt.end()
+            attempt.conclude(stopped=True)
 
-    def run(self, jobs: Sequence[Job], free: list[str]) -> Iterator[None]:
-        """Run every job whose needs are done on a free device; yield once per unit of work that is done."""
-        waiting, running, shown = [job for job in jobs if not job.done], {}, 0
-        with ThreadPoolExecutor(len(free)) as pool:
-            try:
-                while True:
-                    ready = [job for job in waiting if all(entry.done for entry in jobs if entry.id in job.needs)]
-                    for job in ready[: len(free)] if time.time() < self.deadline else ():
-                        waiting.remove(job)
-                        device = free.pop(0)
-                        running[pool.submit(self.execute, job, device)] = device
-                    if not running:
-                        break
-                    for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
-                        free.append(running.pop(future))
-                        future.result()
-                    done = sum(job.units if job.done else min(job.progress(), job.units) for job in jobs)
-                    yield from [None] * (done - shown)
-                    shown = max(done, shown)
-            finally:
-                self.stop.set()
 
-    def execute(self, job: Job, device: str) -> None:
-        """Run a job to its end; the state file says how it ended, and the marker is written last."""
+class _Attempt:
+    """A process of a job; the state file says how it ended, and the marker is written last."""
+
+    def __init__(self, job: Job, device: str, lock: int, facts: Mapping[str, Any]) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
-        line, log_path = job.command(device), job.folder / "output.log"
-        attempts = [*job.state()["attempts"], {**self.describe(device), "command": _shown(line), "seconds": None}]
-        keep = lambda status, **more: atomic_write_json(job.folder / STATE, {"status": status, "attempts": attempts, **more})
-        keep(RUNNING)  # before the start: whatever kills us then, the next call knows of it
-        begun = time.monotonic()
-        with open(log_path, "ab") as log:
-            process = subprocess.Popen(
+        line = job.command(device)
+        shown = " ".join(["python" if part == sys.executable else part for part in line])
+        self.job, self.device, self.log, self.begun = job, device, job.folder / "output.log", time.monotonic()
+        self.attempts = [*job.state()["attempts"], {**facts, "command": shown, "seconds": None}]
+        self.keep(RUNNING)  # before the start: whatever kills us then, the next call knows of it
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
                 line, cwd=REPOSITORY, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                pass_fds=[self.lock], env={**os.environ, **({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})},
+                pass_fds=[lock], env={**os.environ, **({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})},
             )
-        stopped = self._watch(job, process)
-        attempts[-1]["seconds"] = round(time.monotonic() - begun, 3)
+
+    def keep(self, status: str, **more: Any) -> None:
+        atomic_write_json(self.job.folder / STATE, {"status": status, "attempts": self.attempts, **more})
+
+    def end(self) -> None:
+        """End the process and its children (loader workers), which share its session, first politely, then not."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE_SECONDS)
+
+    def conclude(self, stopped: bool) -> None:
+        """Note how the ended process went; `stopped`: it was not its own end."""
+        self.attempts[-1]["seconds"] = round(time.monotonic() - self.begun, 3)
         try:
-            if process.returncode != 0:
-                raise UserError(f"exit status {process.returncode}")
-            record = job.collect()
+            if self.process.returncode != 0:
+                raise UserError(f"exit status {self.process.returncode}")
+            record = self.job.collect()
         except UserError as error:
-            keep(INTERRUPTED) if stopped else keep(FAILED, reason=str(error))
-            tail = log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+            self.keep(INTERRUPTED) if stopped else self.keep(FAILED, reason=str(error))
+            tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
             if not stopped:
-                tqdm.write("\n  ".join([f"FAILED {job.name}: {error} ({log_path})", *tail]))
+                tqdm.write("\n  ".join([f"FAILED {self.job.name}: {error} ({self.log})", *tail]))
         else:
-            keep(DONE)
-            atomic_write_json(job.folder / MARKER, {**record, **provenance(attempts)})
-
-    def _watch(self, job: Job, process: subprocess.Popen) -> bool:
-        """Wait for a process; return whether it had to be ended, first politely, then not."""
-        while process.poll() is None:
-            if self.stop.wait(POLL_SECONDS) or time.time() >= self.deadline <= job.checkpoint():
-                _signal(process, signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE_SECONDS)
-                _signal(process, signal.SIGKILL)
-                process.wait()
-                return True
-        return False
-
-
-def _signal(process: subprocess.Popen, number: int) -> None:
-    """Send a signal to a process and its children (loader workers), which share its session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-def _shown(line: Sequence[str]) -> str:
-    return " ".join(["python" if part == sys.executable else part for part in line])
+            self.keep(DONE)
+            atomic_write_json(self.job.folder / MARKER, {**record, **provenance(self.attempts)})
 
 
 def provenance(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

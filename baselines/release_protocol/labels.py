@@ -14,14 +14,10 @@ CHUNK = 1024  # rows of the similarity matrix held at once
 
 
 def training_labels(data: DataConfig, samples: PairedSamples) -> dict[str, Tensor]:
-    """Read the label column of the training lists.
+    """Read the label column of the lists that the samples were loaded from; a list without labels is a UserError.
 
-    Args:
-        data: settings the samples were loaded with; samples: in the order of the list files.
     Returns:
         modality -> (N,) int64 on the CPU, row i belongs to row i of the samples.
-    Raises:
-        UserError: as `read_labelled_list`; a list without labels is an error.
     """
     labels = {}
     for name in samples.lists:
@@ -31,11 +27,6 @@ def training_labels(data: DataConfig, samples: PairedSamples) -> dict[str, Tenso
         )
         labels[name] = torch.as_tensor(values)
     return labels
-
-
-def class_count(data: DataConfig, labels: Mapping[str, Tensor]) -> int:
-    """Return the number of classes, the K of such pseudo-labels: as configured, else the largest label plus one."""
-    return data.num_classes or max(int(values.max()) for values in labels.values()) + 1
 
 
 def farthest_labels(embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,11 +21,7 @@ from utils.settings.options import Step1Config, Step2Config
 
 
 class KeptLabels(nn.Module):
-    """The pseudo-labels of the best epoch so far by accuracy against the ground truth; travels with the checkpoint.
-
-    Args:
-        modalities, count: M and N.
-    """
+    """The pseudo-labels (M modalities, N samples) of the best epoch so far by accuracy; travels with the checkpoint."""
 
     def __init__(self, modalities: int, count: int) -> None:
         super().__init__()
@@ -42,15 +38,12 @@ class KeptLabels(nn.Module):
 class ReleasePLA(PLALearner):
     """Step 1 with the departures `oracle_labels` and `shuffled_memory`.
 
-    Args:
-        config, samples, device: as `PLALearner`.
-        departures: which ones to follow.
+    Args beyond those of `PLALearner`:
         labels: modality -> (N,) int64 ground truth on the CPU; read with `oracle_labels` alone.
     """
 
     def __init__(
-        self, config: Step1Config, samples: PairedSamples, device: torch.device, departures: Departures,
-        labels: Mapping[str, Tensor],
+        self, config: Step1Config, samples: PairedSamples, device: torch.device, departures: Departures, labels: Mapping[str, Tensor],
     ) -> None:
         super().__init__(config, samples, device)
         self.departures, self.labels = departures, labels
@@ -89,14 +82,7 @@ class ReleasePLA(PLALearner):
 
 
 class ReleaseRDL(RDLLearner):
-    """Step 2 with the departure `batch_clip`: the authors' RCLL after `rdl.unclipped_epochs`.
-
-    Args:
-        config, samples, pseudo_labels, device: as `RDLLearner`.
-        departures: which ones to follow.
-    Raises:
-        UserError: if `batch_clip` is asked for with another loss than RCLL.
-    """
+    """Step 2 with the departure `batch_clip`: the authors' RCLL after `rdl.unclipped_epochs`; needs `rdl.loss=rcll`."""
 
     def __init__(
         self, config: Step2Config, samples: PairedSamples, pseudo_labels: PseudoLabels, device: torch.device,

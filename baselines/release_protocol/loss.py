@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.errors import UserError
-
 
 class BatchClippedLoss(nn.Module):
     """Sum of two means over the entries of the (B, K) matrix of probabilities, on either side of 1 / B.
@@ -25,26 +23,20 @@ class BatchClippedLoss(nn.Module):
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
-        if not alpha >= 0:
-            raise UserError(f"alpha must be >= 0, found {alpha}")
         self.alpha = alpha
 
     def forward(self, logits: Tensor, pseudo_labels: Tensor) -> Tensor:
-        """Return the loss of a batch.
+        """Return the loss of a batch: a scalar >= 0.
 
         Args:
             logits: (B, K) unnormalised scores, B >= 2; computed in float32 or wider.
             pseudo_labels: (B,) int64 in 0..K-1.
-        Returns:
-            Scalar, dimensionless, >= 0.
         Raises:
-            UserError: on wrong shapes or fewer than two rows.
+            ValueError: on wrong shapes or fewer than two rows.
         """
         if logits.dim() != 2 or len(logits) < 2 or pseudo_labels.shape != logits.shape[:1]:
-            raise UserError(
-                f"expected logits (B >= 2, K) and pseudo_labels (B,), found {tuple(logits.shape)} and "
-                f"{tuple(pseudo_labels.shape)}"
-            )
+            found = f"{tuple(logits.shape)} and {tuple(pseudo_labels.shape)}"
+            raise ValueError(f"expected logits (B >= 2, K) and pseudo_labels (B,), found {found}")
         size = len(logits)
         log_probs = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=1)
         surprise = -log_probs.gather(1, pseudo_labels[:, None]).squeeze(1)  # (B,)

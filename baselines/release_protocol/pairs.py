@@ -16,9 +16,7 @@ SAME_INSTANCE = 302 / 5000  # shares of the published training lists, image agai
 OTHER_CLASS = 182 / 5000
 
 
-def pair_by_class(
-    samples: PairedSamples, labels: Mapping[str, Tensor], seed: int
-) -> tuple[PairedSamples, dict[str, Tensor]]:
+def pair_by_class(samples: PairedSamples, labels: Mapping[str, Tensor], seed: int) -> tuple[PairedSamples, dict[str, Tensor]]:
     """Reorder the rows of every 3D modality by `class_pair_order`; the 2D ones keep their order, as they agree in the lists.
 
     Args:

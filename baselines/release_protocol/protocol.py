@@ -1,16 +1,13 @@
 """Trains both stages of one variant and writes its scores; called by `python -m baselines.release_protocol`."""
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from baselines.release_protocol.labels import class_count, training_labels
+from baselines.release_protocol.labels import training_labels
 from baselines.release_protocol.learners import ReleasePLA, ReleaseRDL
 from baselines.release_protocol.pairs import pair_by_class, pair_shares
 from baselines.release_protocol.variants import Departures, departures_of
@@ -29,33 +26,11 @@ from utils.settings.options import Step1Config, Step2Config
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 
 
-@dataclass(frozen=True)
-class Request:
-    """What one run of a variant is asked for.
-
-    Attributes:
-        variant: key of `variants.VARIANTS`.
-        config_dir: folder with step1.yaml and step2.yaml.
-        seed: of both stages.
-        set1, set2: "section.key=value" overrides of either stage.
-        device: auto, cpu, cuda or cuda:N; threads: of the CPU, None keeps the configured number.
-    """
-
-    variant: str
-    config_dir: str
-    seed: int
-    set1: tuple[str, ...] = ()
-    set2: tuple[str, ...] = ()
-    device: str = "auto"
-    threads: int | None = None
-
-
-def run_variant(request: Request, output: Path, command: str) -> dict[str, Any]:
+def run_variant(request: argparse.Namespace, command: str) -> dict[str, Any]:
     """Train both stages, or go on where an earlier call with the same request stopped, and write OUTPUT/metrics.json.
 
     Args:
-        request: what to train.
-        output: folder of this run alone.
+        request: the command line of `python -m baselines.release_protocol`; its output is the folder of this run alone.
         command: how it was called, for the record.
     Returns:
         The content of metrics.json.
@@ -63,45 +38,43 @@ def run_variant(request: Request, output: Path, command: str) -> dict[str, Any]:
         UserError: on bad settings or data, or if the folder belongs to another request.
     """
     departures = departures_of(request.variant)
-    _claim(output, request)
-    first, details = _train_step1(request, departures, output)
-    second = _train_step2(request, departures, output, exported_folder(first, None))
+    _claim(request)
+    first, details = _train_step1(request, departures)
+    second = _train_step2(request, departures, exported_folder(first, None))
     metrics = {"variant": request.variant, "seed": request.seed, **_scores(second, departures), "details": details}
     metrics |= {"command": command, **_origin([first, second])}
-    atomic_write_json(output / "metrics.json", metrics)
+    atomic_write_json(request.output / "metrics.json", metrics)
     return metrics
 
 
-def _claim(output: Path, request: Request) -> None:
-    """Note the request in the folder, or check that it is the one noted there."""
-    path, wanted = output / "request.json", json.loads(json.dumps(dataclasses.asdict(request)))
+def _claim(request: argparse.Namespace) -> None:
+    """Note the request in its folder, or check that it is the one noted there."""
+    path, wanted = request.output / "request.json", {key: value for key, value in vars(request).items() if key != "output"}
     if not path.is_file():
         atomic_write_json(path, wanted)
         return
     noted = read_json(path)
     differing = [f"{key}: {noted.get(key)!r} there, {value!r} now" for key, value in wanted.items() if noted.get(key) != value]
     if differing:
-        raise UserError(f"{output} holds another run ({'; '.join(differing)}): give another --output")
+        raise UserError(f"{request.output} holds another run ({'; '.join(differing)}): give another --output")
 
 
-def _open(request: Request, stage: str, output: Path, *extra: str) -> Session:
+def _open(request: argparse.Namespace, stage: str, *extra: str) -> Session:
     """Open a stage's newest run folder below the output, or a new one."""
-    given = request.set1 if stage == "step1" else request.set2
-    overrides = [*given, *extra, f"run.seed={request.seed}", f"run.device={request.device}", f"run.output={output / 'runs'}"]
+    given, runs = request.set1 if stage == "step1" else request.set2, request.output / "runs"
+    overrides = [*given, *extra, f"run.seed={request.seed}", f"run.device={request.device}", f"run.output={runs}"]
     overrides += [] if request.threads is None else [f"run.threads={request.threads}"]
-    begun = sorted((output / "runs").glob(f"*/{stage}/*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    begun = sorted(runs.glob(f"*/{stage}/*/config.yaml"), key=lambda path: path.stat().st_mtime)
     config = str(Path(request.config_dir) / f"{stage}.yaml")
     resume = str(begun[-1].parent) if begun else None
     session = open_session(CONFIGS[stage], stage, argparse.Namespace(config=config, overrides=overrides, resume=resume), config)
-    if session.config.data.pairing != "instance":
-        found = session.config.data.pairing
+    found = session.config.data.pairing
+    if found != "instance":
         raise UserError(f"{config}: the variants start from rows paired by object (data.pairing: instance), found {found!r}")
     return session
 
 
-def _with_departures(
-    session: Session, samples: PairedSamples, departures: Departures
-) -> tuple[PairedSamples, dict[str, Tensor]]:
+def _with_departures(session: Session, samples: PairedSamples, departures: Departures) -> tuple[PairedSamples, dict[str, Tensor]]:
     """Return the training samples and, for the departures that read it, the ground truth; else an empty dictionary."""
     labels = training_labels(session.config.data, samples) if departures.reads_labels else {}
     return pair_by_class(samples, labels, session.config.run.seed) if departures.class_pairs else (samples, labels)
@@ -120,42 +93,36 @@ def _report(name: str) -> Callable[..., None]:
     return report
 
 
-def _train_step1(request: Request, departures: Departures, output: Path) -> tuple[RunLog, dict[str, Any]]:
+def _train_step1(request: argparse.Namespace, departures: Departures) -> tuple[RunLog, dict[str, Any]]:
     """Train step 1 and export its pseudo-labels; return its log and what is worth noting about pairs and pseudo-labels."""
-    session, details = _open(request, "step1", output), {}
+    session, details = _open(request, "step1"), {}
+    config, run = session.config, session.run
 
     def build(samples: PairedSamples) -> ReleasePLA:
         samples, labels = _with_departures(session, samples, departures)
         details.update({"pairs": pair_shares(samples, labels)} if departures.class_pairs else {})
-        return ReleasePLA(session.config, samples, session.device, departures, labels)
+        return ReleasePLA(config, samples, session.device, departures, labels)
 
-    def export(session: Session, learner: ReleasePLA) -> None:
-        num_clusters = session.config.pla.num_clusters
+    def export(_: Session, learner: ReleasePLA) -> None:
+        num_clusters = config.pla.num_clusters
         if departures.oracle_labels:
-            num_clusters = class_count(session.config.data, learner.labels)
+            num_clusters = config.data.num_classes or max(int(values.max()) for values in learner.labels.values()) + 1
             details["pseudo_label_accuracy"] = float(learner.kept.accuracy)
-        _export(learner, session, request.variant, num_clusters)
+        origin = {"run_id": run.run_id, "seed": config.run.seed, "variant": f"baselines.release_protocol: {request.variant}"}
+        for name, labels in learner.annotate().ids.items():
+            write_pseudo_labels(
+                pseudo_label_path(exported_folder(run, None), config.data.dataset, name), learner.samples.lists[name],
+                labels.numpy(), dataset=config.data.dataset, num_clusters=num_clusters, provenance=origin,
+            )
 
     run_stage(session, build, export, _report(f"{request.variant}, step 1"))
-    return session.run, details
+    return run, details
 
 
-def _export(learner: ReleasePLA, session: Session, variant: str, num_clusters: int) -> None:
-    """Write one pseudo-label file per modality that names the variant it comes from."""
-    dataset = session.config.data.dataset
-    provenance = {"run_id": session.run.run_id, "seed": session.config.run.seed}
-    provenance["variant"] = f"baselines.release_protocol: {variant}"
-    for name, labels in learner.annotate().ids.items():
-        write_pseudo_labels(
-            pseudo_label_path(exported_folder(session.run, None), dataset, name), learner.samples.lists[name], labels.numpy(),
-            dataset=dataset, num_clusters=num_clusters, provenance=provenance,
-        )
-
-
-def _train_step2(request: Request, departures: Departures, output: Path, labels: Path) -> RunLog:
+def _train_step2(request: argparse.Namespace, departures: Departures, labels: Path) -> RunLog:
     """Train step 2 on the pseudo-labels exported to a folder and return its log."""
     every_epoch = ["run.eval_every=1"] if departures.test_selection else []
-    session = _open(request, "step2", output, f"rdl.pseudo_labels={labels}", *every_epoch)
+    session = _open(request, "step2", f"rdl.pseudo_labels={labels}", *every_epoch)
 
     def build(samples: PairedSamples) -> ReleaseRDL:
         samples, _ = _with_departures(session, samples, departures)

@@ -36,33 +36,31 @@ def quick(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def read(path, name=None):
-    """The report in a file, named like its benchmark if no name is given; its header is checked."""
+def run(benchmark, path, *argv, code=None):
+    """Run a benchmark on the CPU and return its report, whose header and floors are checked."""
+    assert benchmark.main([*argv, "--threads", "1", "--device", "cpu", "--output", str(path)]) == code
     report = json.loads(path.read_text())
-    assert HEADER <= report.keys() and report["threads"] == torch.get_num_threads()
-    assert report["command"].startswith(f"python -m benchmarks.{name or path.stem}")
+    assert HEADER <= report.keys() and report["threads"] == 1 and report["command"].startswith(f"python -m {benchmark.__name__} ")
+    check_floors(report, report.get("rates"))
     return report
 
 
-def assert_floors(row, rates):
-    """The floors of a time, worked out again."""
-    assert TIME <= row.keys() and all(row[key] > 0 for key in TIME)
-    assert row["flop_floor_seconds"] == pytest.approx(row["flops"] / rates["flops_per_second"])
-    assert row["byte_floor_seconds"] == pytest.approx(row["bytes"] / rates["bytes_per_second"])
-    assert row["share_of_matmul_rate"] == pytest.approx(row["flop_floor_seconds"] / row["seconds"])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rates_are_positive(dtype):
-    rates = floors.measure_rates(CPU, dtype)
-    assert 0 < rates.flops_per_second < math.inf and 0 < rates.bytes_per_second < math.inf
-    assert str(dtype) == f"torch.{rates.dtype}"
+def check_floors(tree, rates):
+    """The floors of every time in a report, worked out again."""
+    for row in (entry for entry in tree.values() if isinstance(entry, dict)):
+        check_floors(row, rates)
+        if "flop_floor_seconds" in row:
+            assert TIME <= row.keys() and all(row[key] > 0 for key in TIME)
+            assert row["flop_floor_seconds"] == pytest.approx(row["flops"] / rates["flops_per_second"])
+            assert row["byte_floor_seconds"] == pytest.approx(row["bytes"] / rates["bytes_per_second"])
+            assert row["share_of_matmul_rate"] == pytest.approx(row["flop_floor_seconds"] / row["seconds"])
 
 
 def test_floors_beside_a_time():
     row = Rates("float32", 1e9, 1e8).beside(4.0, Work(2_000_000_000, 100_000_000))
     assert (row["flop_floor_seconds"], row["byte_floor_seconds"], row["share_of_matmul_rate"]) == (2.0, 1.0, 0.5)
-    assert Work(3, 5).times(4) == Work(12, 20)
+    rates = floors.measure_rates(CPU, torch.float64)
+    assert 0 < rates.flops_per_second < math.inf and 0 < rates.bytes_per_second < math.inf and rates.dtype == "float64"
 
 
 def test_timing_waits_and_leaves_out_the_warm_up():
@@ -91,14 +89,10 @@ TABLE, ROWS = torch.zeros(1000, 8), torch.tensor([3, 1])  # 32,000 and 16 bytes;
     (lambda: TABLE.index_add_(0, ROWS, torch.empty(2, 8)), 16 + 64 * 3),
     (lambda: TABLE.copy_(torch.empty(1000, 8)), 64_000), (lambda: torch._foreach_add_([TABLE, TABLE[:1]], 0), 2 * 32_032),
     (lambda: torch.add(TABLE, 1, out=torch.empty(1000, 8)), 64_000),
-], ids=["read and write", "in place", "overwrite", "views", "allocation", "gather", "scatter", "copy", "lists", "out"])
+    (lambda: torch.ones(8).expand(1000, 8).sum(), 32 + 32 + 4),
+], ids=["read and write", "in place", "overwrite", "views", "allocation", "gather", "scatter", "copy", "lists", "out", "expanded"])
 def test_counted_traffic(action, expected):
     assert count_work(action).bytes == expected
-
-
-def test_an_expanded_tensor_counts_what_is_stored():
-    row = torch.ones(8)
-    assert count_work(lambda: row.expand(1000, 8).sum()).bytes == 32 + 4
 
 
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
@@ -139,14 +133,9 @@ def test_the_loops_on_a_hand_worked_ranking(loop):
 
 
 def test_retrieval_metrics(tmp_path, capsys):
-    path = tmp_path / "retrieval_metrics.json"
-    argv = ["--loop-size", "40", "--dim", "6", "--sizes", "60", "--repeats", "1", "--threads", "1", "--device", "cpu"]
-    assert retrieval_metrics.main([*argv, "--output", str(path)]) == 0
-    report = read(path)
+    report = run(retrieval_metrics, tmp_path / "a.json", "--loop-size", "40", "--dim", "6", "--sizes", "60", "--repeats", "1", code=0)
     assert report["equal"] and report["difference"] < 1e-6 and set(report["speedup"]) == {"double loop", "loop over ranks"}
     assert set(report["times"]) == {"metrics, 40 x 40", "double loop", "loop over ranks", "metrics, 60 x 60"}
-    for row in report["times"].values():
-        assert_floors(row, report["rates"])
     assert report["times"]["metrics, 60 x 60"]["flops"] == 2 * 60 * 60 * 6
     assert report["map"]["metrics, 60 x 60"] == mean_average_precision(*retrieval_metrics.make_problem(60, 6, CPU))
     printed = capsys.readouterr().out
@@ -156,8 +145,8 @@ def test_retrieval_metrics(tmp_path, capsys):
 @pytest.mark.parametrize("error", [2e-6, -2e-6])
 def test_a_wrong_metric_gives_exit_code_1(monkeypatch, tmp_path, error):
     monkeypatch.setattr(retrieval_metrics, "mean_average_precision", lambda *problem: mean_average_precision(*problem) + error)
-    argv = ["--loop-size", "20", "--dim", "4", "--sizes", "--repeats", "1", "--device", "cpu", "--output", str(tmp_path / "a.json")]
-    assert retrieval_metrics.main(argv) == 1 and read(tmp_path / "a.json", "retrieval_metrics")["equal"] is False
+    argv = ["--loop-size", "20", "--dim", "4", "--sizes", "--repeats", "1"]
+    assert run(retrieval_metrics, tmp_path / "a.json", *argv, code=1)["equal"] is False
 
 
 def test_random_samples_have_the_shapes_of_the_loader():
@@ -173,16 +162,9 @@ def test_random_samples_have_the_shapes_of_the_loader():
 
 @pytest.mark.parametrize("modalities,placement", [("[GrayImg,PointCloud]", "auto"), ("[RGBImg,Mesh]", "host")])
 def test_training_step(tmp_path, capsys, modalities, placement):
-    path = tmp_path / "training_step.json"
-    training_step.main([
-        "--config-dir", str(SMOKE), "--steps", "2", "--epochs", "1", "--threads", "1", "--device", "cpu", "--output", str(path),
-        "--set", f"data.modalities={modalities}", "optim.batch_size=4", "data.max_faces=8", f"data.placement={placement}",
-        "data.workers=0",
-    ])
-    report = read(path)
-    for stage in ("step1", "step2"):
-        row = report["stages"][stage]
-        assert_floors(row, report["rates"])
+    settings = [f"data.modalities={modalities}", "optim.batch_size=4", "data.max_faces=8", f"data.placement={placement}", "data.workers=0"]
+    argv = ["--config-dir", str(SMOKE), "--steps", "2", "--epochs", "1", "--set", *settings]
+    for row in run(training_step, tmp_path / "a.json", *argv)["stages"].values():
         assert row["pairs_per_second"] == pytest.approx(8 / row["epoch_seconds"][0])
         assert row["seconds"] == pytest.approx(row["epoch_seconds"][0] / 2)
         assert 0 < row["share_fetching"] < row["share_waiting_for_data"] < 1
@@ -191,12 +173,8 @@ def test_training_step(tmp_path, capsys, modalities, placement):
 
 
 def test_protocol(small_digits, tmp_path, capsys):
-    path = tmp_path / "protocol.json"
-    protocol.main([
-        "--config-dir", str(SMOKE), "--threads", "1", "--device", "cpu", "--output", str(path),
-        "--set", f"data.root={small_digits}", "run.eval_every=2",
-    ])
-    report = read(path)
+    argv = ["--config-dir", str(SMOKE), "--set", f"data.root={small_digits}", "run.eval_every=2"]
+    report = run(protocol, tmp_path / "protocol.json", *argv)
     for stage in report["stages"].values():
         (seconds,) = stage["training_seconds"]
         assert (stage["epochs"], stage["evaluations"]) == (3, 2) and min(seconds, stage["evaluation_seconds"]) > 0
@@ -210,12 +188,7 @@ def test_edge_conv(monkeypatch, tmp_path, capsys):
     if not torch.cuda.is_initialized():  # forked processes start faster, but cannot follow autograd's threads for a GPU
         fork = multiprocessing.get_context("fork")
         monkeypatch.setattr(edge_conv.multiprocessing, "get_context", lambda method: fork)
-    path = tmp_path / "edge_conv.json"
-    edge_conv.main(["--batch", "4", "--points", "64", "--k", "4", "--repeats", "1", "--threads", "1", "--device", "cpu",
-                    "--output", str(path)])
-    report = read(path)
-    for name in ("fused", "reference"):
-        assert_floors(report[name], report["rates"])
+    report = run(edge_conv, tmp_path / "a.json", "--batch", "4", "--points", "64", "--k", "4", "--repeats", "1")
     assert report["reference"]["flops"] > report["fused"]["flops"]
     assert report["speedup"] == pytest.approx(report["reference"]["seconds"] / report["fused"]["seconds"])
     assert report["largest_relative_difference"]["fused from reference"]["output"] < 1e-4
@@ -224,34 +197,27 @@ def test_edge_conv(monkeypatch, tmp_path, capsys):
 
 
 def test_loss_curves_of_two_variants(small_digits, tmp_path, capsys):
-    output = tmp_path / "curves.json"
-    settings = [f"data.root={small_digits}", "optim.epochs=2"]
-    loss_curves.main(["--config-dir", "configs/smoke", "--epochs", "2", "--variants", "1", "--threads", "1", "--device", "cpu", "--output", str(output),
-                      "--set", *settings])
-    report = json.loads(output.read_text())
+    argv = ["--config-dir", str(SMOKE), "--epochs", "2", "--variants", "1", "--set", f"data.root={small_digits}", "optim.epochs=2"]
+    report = run(loss_curves, tmp_path / "curves.json", *argv)
     for stage, key in (("step1", "loss/mlm"), ("step2", "loss/rcll")):
-        differences = report["differences"][stage]
+        differences, plain = report["differences"][stage], report["epochs"][stage][loss_curves.PLAIN]
         assert differences[loss_curves.PLAIN] == 0 and 0 < differences["fused EdgeConv (default)"] < 1e-2
-        assert [row["epoch"] for row in report["epochs"][stage][loss_curves.PLAIN]] == [1, 2] and key in report["epochs"][stage][loss_curves.PLAIN][1]
-    assert output.with_suffix(".png").stat().st_size > 5000 and "largest relative difference" in capsys.readouterr().out
-
-
-def test_largest_difference_can_be_large():
+        assert [row["epoch"] for row in plain] == [1, 2] and key in plain[1]
+    assert (tmp_path / "curves.png").stat().st_size > 5000 and "largest relative difference" in capsys.readouterr().out
     plain = [{"loss/mlm": 2.0}, {"loss/mlm": 4.0, "loss/ssm": -1.0}]
-    assert loss_curves.largest_difference([{"loss/mlm": 2.0}, {"loss/mlm": 4.0, "loss/ssm": -1.5}], plain) == pytest.approx(0.5)
+    assert loss_curves.largest_difference([plain[0], {"loss/mlm": 4.0, "loss/ssm": -1.5}], plain) == pytest.approx(0.5)
 
 
 def test_mesh_preparation_times_every_mesh(tmp_path):
     pytest.importorskip("pyvista", reason="meshes need the packages of requirements-data.txt")
     from benchmarks import mesh_preparation
 
+    with pytest.raises(UserError, match="no .off file"):
+        mesh_preparation.main(["--meshes", str(tmp_path)])
     corners = "0 0 0\n1 0 0\n0 1 0\n0 0 1\n"
     (tmp_path / "bathtub_0001.off").write_text(f"OFF\n4 4 0\n{corners}3 0 2 1\n3 0 1 3\n3 0 3 2\n3 1 2 3\n")
-    mesh_preparation.main(["--meshes", str(tmp_path), "--output", str(tmp_path / "out.json")])
-    report = json.loads((tmp_path / "out.json").read_text())
+    report = run(mesh_preparation, tmp_path / "out.json", "--meshes", str(tmp_path))
     assert report["objects"]["bathtub_0001"]["faces_left"] == 4 and report["mean_seconds"] > 0
-    with pytest.raises(UserError, match="no .off file"):
-        mesh_preparation.main(["--meshes", str(tmp_path / "nowhere")])
 
 
 def test_the_gpu_suite_goes_on_where_it_was_stopped(tmp_path, capsys):

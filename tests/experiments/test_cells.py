@@ -1,0 +1,142 @@
+"""Rows of the protocol, their cells and ids, and the commands that run them."""
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from smoke_tables import PROTOCOL, SMOKE, rows_of
+
+from experiments import jobs as jobs_module
+from experiments.cells import all_cells, expand
+from experiments.protocol import HERE, Setup, find_setup, load_protocol, pair_of
+from utils.engine.run_log import REPOSITORY
+from utils.errors import UserError
+
+
+def ids(rows):
+    return {cell.id for cell in all_cells(rows)}
+
+
+def test_every_table_expands_on_every_data_set():
+    for dataset, entry in PROTOCOL["datasets"].items():
+        for scale in set(entry) & {"full", "small"}:
+            setup = find_setup(PROTOCOL, dataset, scale)
+            assert (REPOSITORY / setup.config / "step2.yaml").is_file() and entry["paper"] == setup.paper
+            one = dataclasses.replace(setup, pairs=setup.pairs[-1:])
+            assert len(all_cells(rows_of("table8", one))) == 8
+    printed = dataclasses.replace(SMOKE, as_printed=dataclasses.replace(SMOKE, step2=("rdl.lambda_2=0.25",)))
+    assert {name: len(all_cells(rows_of(name, printed))) for name in PROTOCOL["tables"]} == {
+        "headline": 3, "stages": 3, "clip": 3, "estimators": 3, "tasks": 6, "table2-romo": 2, "table4": 10, "table6": 15, "table8": 8,
+        "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 8,
+    }
+    with pytest.raises(UserError, match="needs as_printed of digits"):
+        rows_of("headline")
+    (cell,) = rows_of("tasks")[5].cells[0].values()
+    assert "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]" in cell.arguments
+
+
+def test_rows_and_tables_share_step_1_and_equal_cells():
+    rows = {row.name: row.cells[0]["GP"] for row in rows_of("table4")}
+    assert len({cell.needs for cell in rows.values()}) == 1 and len({cell.id for cell in rows.values()}) == 9
+    (first,) = rows["CE"].needs
+    assert rows_of("table2-romo")[0].cells[0]["GP"] == first
+    shared = {name: ids(rows_of(name)) for name in ("table4", "table6", "table8", "fig4", "fig5")}
+    for other in ("table6", "table8", "fig4", "fig5"):
+        assert {first.id, rows["RCLL"].id} <= shared[other]  # 0.25 and 0.3 of the grids are the configuration's own values
+    assert rows["CE"].id in shared["fig5"]
+    order = [cell.id for cell in all_cells(rows_of("table4", seeds=(0, 1)))]
+    assert len(order) == 20 and order.index(first.id) == 0
+
+
+def test_an_id_depends_on_what_decides_the_result_and_on_nothing_else(tmp_path):
+    def cell(overrides=(), seed=0, text=None, stage="step2"):
+        folder = Path("configs/smoke") if text is None else tmp_path
+        for name in ("step1", "step2") if text is not None else ():
+            (folder / f"{name}.yaml").write_text(f"{text}extends: {REPOSITORY}/configs/smoke/{name}.yaml\n")
+        setup = Setup("digits", "small", folder, ("GP",), **{stage: tuple(overrides)})
+        return expand({"rows": {"row": {}}}, setup, [seed])[0].cells[seed]["GP"]
+
+    plain = cell()
+    assert cell().id == plain.id and cell(text="# a comment\n").id == plain.id
+    assert cell(["rdl.loss=rcll"]).id == plain.id  # the default, said aloud
+    assert cell(["run.device=cuda:0", "run.threads=2", "run.figures=true", "run.output=elsewhere"]).id == plain.id
+    different = [cell(seed=1), cell(["rdl.loss=ce"]), cell(["run.amp=true"]), cell(["pla.lambda_1=0.5"], stage="step1")]
+    assert len({plain.id, *(entry.id for entry in different)}) == 5
+    assert different[3].needs[0].id != plain.needs[0].id  # other pseudo-labels, so another step 2
+    assert different[0].needs[0].seed == 1
+
+
+def test_placeholders_and_tasks():
+    setup = find_setup(PROTOCOL, "modelnet10", "small", ["PR", "RP", "MG"])
+    assert setup.pairs == ("RP", "GM") and pair_of("MR") == "RM"
+    cells = {row.name: row.cells[0] for row in rows_of("table8", setup)}
+    assert "pla.banks=[GrayImg]" in cells["bank of 2D alone, after PLA"]["GM"].arguments
+    assert "pla.banks=[PointCloud]" in cells["bank of 3D alone"]["RP"].needs[0].arguments
+    assert "optim.epochs=10" in cells["no bank"]["RP"].arguments and cells["no bank"]["RP"].epochs == 10
+    for task in ("RG", "PM", "R", "XP"):
+        with pytest.raises(ValueError, match="one letter of R, G"):
+            pair_of(task)
+
+
+def test_an_added_file_brings_data_sets_tables_and_rows(tmp_path):
+    added, own = tmp_path / "mine.yaml", ["data.dataset=shapes"]
+    added.write_text(yaml.safe_dump({
+        "datasets": {"shapes": {"small": {"config": "configs/smoke", "step1": own, "step2": own}}},
+        "tables": {"table4": {"rows": {"GCE, more of it": {"step2": ["rdl.loss=gce", "rdl.lambda_2=0.5"]}}},
+                   "mine": {"title": "mine", "rows": {"one": {}}}},
+    }))
+    protocol = load_protocol(added)
+    setup = find_setup(protocol, "shapes", "small")
+    assert setup.pairs == ("GP",) and setup.paper is None  # the pair of the configuration
+    names = [row.name for row in expand(protocol["tables"]["table4"], setup, [0])]
+    assert names[0] == "RCLL" and names[-1] == "GCE, more of it" and len(protocol["tables"]["mine"]["rows"]) == 1
+    assert find_setup(protocol, "smoke", "full").config == Path("configs/smoke")  # a folder of configs/ is enough
+    added.write_text("tables: {table4: {rows: {GCE: {step3: []}}}}")
+    with pytest.raises(ValueError, match=r"rows.GCE: unknown key 'step3', did you mean"):
+        load_protocol(added)
+    with pytest.raises(ValueError, match="compared with 'nothing'"):
+        expand({"baseline": "nothing", "rows": {"one": {}}}, SMOKE, [0])
+
+
+def test_commands(tmp_path):
+    (row,) = [row for row in rows_of("table4") if row.name == "CE"]
+    cell, folder = row.cells[0]["GP"], Path("runs/x/cells/abc")
+    line = jobs_module.command(cell, folder, "cuda:1")
+    assert line[:3] == ["train_step2.py", "--config", "configs/smoke/step2.yaml"] and {"rdl.loss=ce", "run.device=cuda:1"} <= set(line)
+    assert f"rdl.pseudo_labels=runs/x/cells/{cell.needs[0].id}/pseudo_labels" in line
+    assert not [part for part in line if part.startswith("run.threads")]
+    assert "run.threads=1" in jobs_module.command(cell, folder, "cpu")
+    run = tmp_path / "runs" / "digits" / "step2" / "x"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    assert jobs_module.command(cell, tmp_path, "cpu") == ["train_step2.py", "--resume", str(run)]
+    release = rows_of("fidelity")[1].cells[0]["GP"]
+    line = jobs_module.command(release, folder, "cpu")
+    assert line[:6] == ["-m", "baselines.release_protocol", "--config-dir", "configs/smoke", "--variant", "oracle_labels"]
+    assert line[-8:] == ["--seed", "0", "--device", "cpu", "--threads", "1", "--output", "runs/x/cells/abc"]
+
+
+def test_files_that_cannot_change_a_cell_leave_the_tree_clean(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "REPOSITORY", tmp_path)
+    assert jobs_module.code_state("cpu")["dirty"] is None  # no repository: git cannot tell
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    for name, dirty in (("mine.yaml", False), ("docs/note.md", False), ("results/a.jsonl", False), ("configs/a.yaml", True), ("mine.py", True)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+        assert jobs_module.code_state("cpu")["dirty"] is dirty, name
+        (tmp_path / name).unlink()
+
+
+def test_the_papers_numbers_have_the_rows_that_the_protocol_names():
+    numbers = yaml.safe_load((HERE / "paper.yaml").read_text())
+    for name, table in PROTOCOL["tables"].items():
+        for row in table.get("rows", {}).values():
+            for tasks in numbers[table["paper"]].values() if "paper" in row else ():
+                assert all(row["paper"] in values for values in tasks.values()), (name, row)
+    assert numbers["romo"]["3D MNIST"]["RP"]["RoMo"] == numbers["robust_losses"]["3D MNIST"]["RP"]["RoMo"] == 0.849
+    for dataset, tasks in numbers["ablation"].items():
+        assert {task: values["row_9"] for task, values in tasks.items()} == {
+            task: values["RoMo"] for task, values in numbers["romo"][dataset].items()}
+    assert numbers["bank_cost"]["3D MNIST"]["mib"] == pytest.approx(5000 * 1024 * 4 / 2**20, abs=1e-3)

@@ -1,0 +1,181 @@
+"""Statistics over seeds, and records rendered as tables, figures and documents."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from smoke_tables import CLEAN, PROTOCOL, SMOKE, rows_of
+
+from experiments import documents
+from experiments.cells import expand
+from experiments.records import add_records, load_table, read_records
+from experiments.statistics import compare, estimate
+from experiments.tables import render, table_lines
+from utils.engine.run_log import REPOSITORY
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.2], [0.78, 0.79, 0.77], list(np.random.default_rng(0).random(9))])
+def test_intervals_are_scipys(values):
+    found = estimate(values)
+    low, high = scipy.stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=scipy.stats.sem(values))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-12)
+    assert found.mean == pytest.approx(np.mean(values)) and found.std == pytest.approx(np.std(values, ddof=1))
+    assert estimate(values[:1]).std is None and estimate(values[:1]).low is None
+
+
+def test_paired_comparison():
+    base, higher = {0: 0.70, 1: 0.80, 2: 0.75}, {0: 0.72, 1: 0.821, 2: 0.771}
+    better = compare(higher, base)  # small differences that agree, although the seeds differ by 0.1
+    assert better.verdict == "better" and better.difference.mean == pytest.approx(0.062 / 3)
+    noisy = compare({0: 0.75, 1: 0.80, 2: 0.76}, base)  # + 0.05, 0, + 0.01
+    assert noisy.verdict == "within noise" and noisy.difference.mean > 0
+    low, high = scipy.stats.ttest_rel([0.75, 0.80, 0.76], [0.70, 0.80, 0.75]).confidence_interval(0.95)
+    assert (noisy.difference.low, noisy.difference.high) == pytest.approx((low, high))
+    assert compare(base, higher).verdict == "worse" and compare(base, base).verdict == "within noise"
+    short = compare({0: 0.9, 1: 0.9, 5: 0.9}, base)
+    assert short.verdict == "n/a" and short.n == 2 and short.difference is None
+
+
+def lines_of(rows, score, dirty=lambda row, cell: False, absent=(), letters="GP"):
+    """A record of every cell; score(row name, seed) is the mAP of GP, and 0.02 more that of PG."""
+    entries = [(row, seed, pairs[letters]) for row in rows if row.name not in absent for seed, pairs in row.cells.items()]
+    return [{
+        "row": row.name if entry is cell else None, "pair": letters, "setup": row.setup, "id": entry.id, "stage": entry.stage,
+        "seed": seed, "needs": [need.id for need in entry.needs], "seconds": 60.0, **CLEAN, "dirty": dirty(row.name, entry),
+        "scores": {f"map/{letters}": score(row.name, seed), f"map/{letters[::-1]}": score(row.name, seed) + 0.02, "map/chance": 0.117,
+                   "clipped": 0.05},
+        "epochs": 2, "curve": {"epoch": [1, 2], "map/avg": [0.1, score(row.name, seed)]},
+        "command": f"python train_{entry.stage}.py", "call": "python reproduce.py",
+    } for row, seed, cell in entries for entry in (*cell.needs, cell)]
+
+
+def rendered(folder, table, lines, protocol=PROTOCOL, stem="{}-digits-small"):
+    path = folder / f"{stem.format(table)}.jsonl"
+    add_records(path, lines)
+    render(path, protocol)
+    text = path.with_suffix(".md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return text, {line[0]: dict(zip(rows[0], line)) for line in rows[2:]}
+
+
+def test_a_table_with_clean_dirty_and_missing_cells(tmp_path):
+    level = {"RCLL": 0.78, "CE": 0.70, "MAE": 0.781, "GCE": 0.79, "AUE": 0.6}
+    bumps = {"MAE": (0.03, -0.03, 0.0), "GCE": (0.001, 0.0, 0.002)}
+    score = lambda name, seed: level.get(name, 0.5) + 0.01 * seed + bumps.get(name, (0, 0, 0))[seed]
+    dirty = lambda name, cell: cell.stage == "step2" and (name == "AUE" or (name == "CE" and cell.seed == 2))
+    text, found = rendered(tmp_path, "table4", lines_of(rows_of("table4", seeds=(0, 1, 2)), score, dirty, absent=("NCE+AGCE",)))
+    expected = {
+        "chance": {"avg": "11.7"},
+        "RCLL": {"GP": "79.0 ± 1.0 [76.5, 81.5]", "GP, paper (3D MNIST)": "84.3", "avg": "80.0 ± 1.0 [77.5, 82.5]",
+                 "avg, paper (3D MNIST)": "84.1", "avg, difference": "", "seeds": "0, 1, 2", "wall time": "2.0 min",
+                 "device": "a CPU, 1 thread", "commit": "`aaaaaaa`"},
+        "CE": {"avg, difference": "n/a", "seeds": "0, 1; dirty tree: 2"},
+        "AUE": {"GP": "dirty tree", "avg": "dirty tree", "seeds": "dirty tree: 0, 1, 2"},
+        "NCE+AGCE": {"avg": "not run", "seeds": "not run: 0, 1, 2"},
+    }
+    assert {name: {head: found[name][head] for head in cells} for name, cells in expected.items()} == expected
+    assert found["GCE"]["avg, difference"].startswith("+1.1 [") and found["MAE"]["avg, difference"].startswith("within noise (+0.1 [")
+    facts = ", ".join(f"{key.split('_size')[0].replace('_rate', ' rate')} {value:g}" for key, value in rows_of("table4")[0].setup.items()
+                      if isinstance(value, (int, float)))
+    for words in (
+        "- Order of the means, ours: GCE > MAE > RCLL > CE", "- Order of the means, paper: RCLL > GCE > NCE+AGCE > AUE > MAE > CE",
+        "better: GCE", "within noise: MAE", "n/a, fewer than 3 seeds: CE",
+        f"- Settings: ours, not the paper's (`configs/smoke`): 2 + 2 epochs, {facts}\n",
+    ):
+        assert words in text
+
+
+def test_a_dirty_or_missing_step_1_makes_its_step_2_dirty_or_missing(tmp_path):
+    lines = lines_of(rows_of("table2-romo"), lambda name, seed: 0.7, dirty=lambda name, cell: cell.stage == "step1")
+    _, found = rendered(tmp_path, "table2-romo", lines)
+    assert found["after RDL"]["avg"] == "dirty tree"
+    (tmp_path / "table2-romo-digits-small.jsonl").unlink()
+    _, found = rendered(tmp_path, "table2-romo", [line for line in lines if line["stage"] == "step2"])
+    assert found["after RDL"]["avg"] == "not run"
+
+
+def test_tasks_of_several_pairs_and_of_more_modalities(tmp_path):
+    both = rows_of("table2-romo", dataclasses.replace(SMOKE, pairs=("RP", "GP")))
+    score = lambda name, seed: 0.6
+    lines = lines_of(both[:1], score, letters="RP") + lines_of(both, score, letters="GP")
+    text, found = rendered(tmp_path, "table2-romo", lines, stem="{}-smoke-small")
+    assert "paper" not in text.splitlines()[4] and "smoke, small scale" in text
+    assert found["after PLA"]["avg"] == "61.0" and found["after PLA"]["PR"] == "62.0"
+    assert found["after RDL"]["GP"] == "60.0" and found["after RDL"]["RP"] == "not run" and found["after RDL"]["avg"] == "not run"
+    tasks = {row.name: row for row in rows_of("tasks")}
+    name = "step 1, PLA (class estimator), R+G+P at once"
+    pair, three = tasks["step 1, PLA (class estimator)"], lines_of([tasks[name]], score, letters="RGP")
+    three[0]["scores"] = {"map/RP": 0.5, "map/PR": 0.5, "map/GP": 0.7, "map/PG": 0.7, "map/RG": 0.9, "map/GR": 0.9}
+    _, found = rendered(tmp_path, "tasks", three + lines_of([pair], score))
+    assert found[name]["avg"] == "60.0" and found[name]["RG"] == "90.0"  # the mean is over 2D-3D tasks alone
+    assert found[pair.name]["RP"] == "" and found[pair.name]["avg"] == "61.0"
+
+
+def test_papers_average_of_table_8_and_unassigned_rows_of_table_6(tmp_path):
+    _, found = rendered(tmp_path, "table8", lines_of(rows_of("table8"), lambda name, seed: 0.7))
+    assert found["no bank"]["avg, paper (3D MNIST)"] == "76.4" and found["both banks, after PLA"]["avg, paper (3D MNIST)"] == ""
+    _, found = rendered(tmp_path, "table6", lines_of(rows_of("table6"), lambda name, seed: 0.7))
+    assert found["full"]["PG, paper (3D MNIST)"] == "83.9" and found["RDL without L_mlm"]["GP, paper (3D MNIST)"] == "11.7"
+    assert found["PLA without L_ssm"]["GP, paper (3D MNIST)"] == ""
+
+
+def test_the_headline_shows_the_paper_beside_both_settings(tmp_path):
+    _, found = rendered(tmp_path, "headline", [])
+    assert (found["paper, Table II"]["GP"], found["paper, Table II"]["avg"]) == ("84.3", "84.1")
+    assert found["ours, step 2"]["GP"] == found["as printed, step 2"]["avg"] == "not run"
+    printed = dataclasses.replace(SMOKE, config=Path("configs/digits"))
+    lines = lines_of(rows_of("headline", dataclasses.replace(SMOKE, as_printed=printed))[1:], lambda name, seed: 0.6 + 0.1 * ("ours" in name))
+    for line in lines:
+        line["setup"] = {**line["setup"], "config": line["setup"]["config"].replace("digits", "mnist3d_paper_cpu")}
+    text, found = rendered(tmp_path, "headline", lines)
+    assert found["ours, step 2"]["GP"] == "70.0" and found["as printed, step 2"]["GP"] == "60.0"
+    assert "- Settings: the paper's as printed, inputs and encoders in CPU size (`configs/mnist3d_paper_cpu`): 2 + 2 epochs" in text
+
+
+def test_a_table_never_joins_settings_and_keeps_every_record(tmp_path):
+    old = lines_of(rows_of("clip", seeds=(0, 1)), lambda name, seed: 0.5)
+    for line in old:  # as recorded before a key was renamed
+        line |= {"id": f"old-{line['id']}", "needs": [f"old-{need}" for need in line["needs"]], "setup": {**line["setup"], "hash": None},
+                 "command": "python train_step2.py --set rdl.warmup_epochs=0"}
+    assert rendered(tmp_path, "clip", old)[1]["step 2, RDL"]["seeds"] == "0, 1"
+    new = [line for line in lines_of(rows_of("clip"), lambda name, seed: 0.7) if line["row"] in (None, "step 2, RDL")]
+    for _ in range(2):  # the same records again change nothing
+        _, found = rendered(tmp_path, "clip", new)
+        assert found["step 2, RDL"]["GP"] == "70.0" and found["step 2, RDL"]["seeds"] == "0" and found["step 2, RDL"]["clipped"] == "5.0"
+        assert found["step 2, RDL, clipped from the start"]["GP"] == "not run"
+        kept = read_records(tmp_path / "clip-digits-small.jsonl")
+        assert [line for line in old if line not in kept] == [] and len(kept) == len({json.dumps(line) for line in old + new})
+
+
+@pytest.mark.parametrize("table", ["fig4", "fig5"])
+def test_figures_are_drawn_of_clean_cells_only(tmp_path, table):
+    protocol = {**PROTOCOL, "tables": {table: {**PROTOCOL["tables"][table], "values": [0.25, 0.5]}}}
+    rows = expand(protocol["tables"][table], SMOKE, (0, 1))
+    picture = tmp_path / f"{table}-digits-small.png"
+    text, found = rendered(tmp_path, table, [], protocol)
+    assert "figure: not run" in text and not picture.exists() and found[rows[0].name]["avg"] == "not run"
+    lines = lines_of(rows, lambda name, seed: 0.7 + 0.01 * seed, dirty=lambda name, cell: True)
+    assert "figure: dirty tree" in rendered(tmp_path, table, lines, protocol)[0]
+    text, _ = rendered(tmp_path, table, [{**line, "dirty": False} for line in lines], protocol)
+    assert f"]({picture.name})" in text and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_documents_are_rendered_from_the_records_alone(tmp_path):
+    expected, _ = rendered(tmp_path, "table4", lines_of(rows_of("table4"), lambda name, seed: 0.7))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("a\n<!-- table: table4-digits-small -->\nstale\n<!-- end -->\nb\n")
+    (tmp_path / "docs" / "speed.md").write_text("<!-- benchmark: nothing -->\n9.9\n<!-- end -->\n")
+    documents.rewrite(tmp_path, tmp_path, PROTOCOL)
+    assert (tmp_path / "README.md").read_text() == f"a\n<!-- table: table4-digits-small -->\n{expected}<!-- end -->\nb\n"
+    assert (tmp_path / "docs" / "speed.md").read_text() == "<!-- benchmark: nothing -->\nnot run\n<!-- end -->\n"
+
+
+def test_the_documents_show_what_is_recorded():
+    """`reproduce.py render` would change nothing: no number in a document is typed by hand."""
+    for document in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
+        for name, shown in re.findall(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", document.read_text(), flags=re.DOTALL):
+            assert "\n".join(table_lines(load_table(REPOSITORY / "results" / f"{name}.jsonl", PROTOCOL))) + "\n" == shown, (document, name)
