@@ -13,7 +13,6 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -82,7 +81,9 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
     root = arguments.runs / f"{setup.dataset}-{setup.scale}"
     jobs = [make_job(cell, root) for cell in all_cells(rows)]
     if arguments.list:
-        print_state(jobs, states(jobs))
+        found = [state["status"] for state in states(jobs).values()]
+        print("\n".join(f"{status:12s} {job.id}  {job.units:4d} epochs  {job.name}" for job, status in zip(jobs, found)))
+        print(f"{len(jobs)} cells: " + ", ".join(f"{count} {status}" for status, count in Counter(found).items()))
         return COMPLETE
     stopped, path = False, table_path(arguments.results, arguments.table, setup)
     with hold(REPOSITORY / root) as lock:
@@ -98,19 +99,9 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
 def devices(arguments: argparse.Namespace) -> list[str]:
     """Return the device of every process that may run at a time."""
     device = select_device(arguments.device)
-    names = [str(device)]
-    if arguments.device == "auto" and device.type == "cuda":
-        names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    usual = min(2, os.cpu_count() or 1) if device.type == "cpu" else 1
-    return names * (arguments.workers or usual)
-
-
-def print_state(jobs: list[Job], found: dict[str, dict]) -> None:
-    """Print every cell with its state, and how many there are of each."""
-    for job in jobs:
-        print(f"{found[job.id]['status']:12s} {job.id}  {job.units:4d} epochs  {job.name}")
-    counts = Counter(state["status"] for state in found.values())
-    print(f"{len(jobs)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    every = arguments.device == "auto" and device.type == "cuda"
+    names = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if every else [str(device)]
+    return names * (arguments.workers or (min(2, os.cpu_count() or 1) if device.type == "cpu" else 1))
 
 
 def report(jobs: list[Job], found: dict[str, dict], written: list[Path], stopped: bool) -> int:
@@ -134,10 +125,6 @@ def render_all(results: Path, protocol: dict[str, dict]) -> None:
     print("\n".join(f"wrote {path}" for path in written))
 
 
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit status."""
     arguments = parse_arguments(argv)
@@ -152,6 +139,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     status: list[int] = []
     sys.exit(run_command(lambda: status.append(main())) or status[0])

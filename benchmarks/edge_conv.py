@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import re
-import resource
 import statistics
 import sys
 import time
@@ -120,20 +119,16 @@ def _reset_peak(device: torch.device) -> int:
     """Forget the peak of what came before, where that is possible, and return the bytes in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _peak_bytes(device)
 
 
 def _peak_bytes(device: torch.device) -> int:
+    """Peak of GPU memory, or of the process's on Linux, which unlike getrusage's does not start at the parent's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii")) if status.exists() else None
-    if peak:  # unlike getrusage's, it does not start at the parent's
-        return int(peak[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))[1]) * 1024
 
 
 def _difference(found: dict, true: dict) -> dict[str, float]:

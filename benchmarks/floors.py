@@ -152,8 +152,6 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _size(tensor: Tensor) -> int:
     """Bytes of a tensor in memory; an expanded one counts what is stored."""
-    if tensor.layout == torch.sparse_csr:
-        return _size(tensor.crow_indices()) + _size(tensor.col_indices()) + _size(tensor.values())
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 

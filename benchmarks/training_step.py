@@ -61,20 +61,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_step1(config: Step1Config, args: argparse.Namespace) -> PLALearner:
     """Return the learner of step 1, without MLM-only epochs, on `args.steps` batches of random samples."""
-    seed_everything(SEED)
     config = dataclasses.replace(config, pla=dataclasses.replace(config.pla, mlm_only_epochs=0, recluster_every=0))
-    samples = random_samples(config.data, args.steps * config.optim.batch_size, args.image_side)
-    return PLALearner(config, _placed(samples, config.data, args.device), args.device)
+    return PLALearner(config, _placed_samples(config, args), args.device)
 
 
 def make_step2(config: Step2Config, num_clusters: int, args: argparse.Namespace) -> RDLLearner:
     """Return the learner of step 2 on random samples and pseudo-labels, `num_clusters` of them unless configured."""
-    seed_everything(SEED)
-    count, clusters = args.steps * config.optim.batch_size, config.rdl.num_clusters or num_clusters
-    samples = random_samples(config.data, count, args.image_side)
-    labels = {name: torch.randint(clusters, (count,)) for name in samples.arrays}
-    found = PseudoLabels(labels, None, clusters, {}, {})
-    return RDLLearner(config, _placed(samples, config.data, args.device), found, args.device)
+    samples, clusters = _placed_samples(config, args), config.rdl.num_clusters or num_clusters
+    labels = {name: torch.randint(clusters, (len(array),)) for name, array in samples.arrays.items()}
+    return RDLLearner(config, samples, PseudoLabels(labels, None, clusters, {}, {}), args.device)
 
 
 def random_samples(data: DataConfig, count: int, image_side: int | None = None) -> PairedSamples:
@@ -97,9 +92,10 @@ def _random_faces(count: int, faces: int) -> Tensor:
     return array
 
 
-def _placed(samples: PairedSamples, data: DataConfig, device: torch.device) -> PairedSamples:
-    if data.placement == "host":
-        return samples
+def _placed_samples(config: Step1Config | Step2Config, args: argparse.Namespace) -> PairedSamples:
+    seed_everything(SEED)
+    samples = random_samples(config.data, args.steps * config.optim.batch_size, args.image_side)
+    device = torch.device("cpu") if config.data.placement == "host" else args.device
     return PairedSamples(samples.lists, {name: array.to(device) for name, array in samples.arrays.items()})
 
 

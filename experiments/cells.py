@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.protocol import Setup, modalities_of
+from experiments.protocol import Setup, modalities_of, rows_of
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 from utils.settings.config import load_config, to_dict
@@ -84,12 +84,12 @@ def training_cell(stage: str, setup: Setup, letters: str, overrides: Sequence[st
 
 def release_cell(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
     """Return the cell of one departure of the authors' code; it trains both stages itself."""
-    chosen = f"data.modalities=[{','.join(modalities_of(pair))}]"
-    given = {stage: (*getattr(setup, stage), chosen) for stage in CONFIGS}
-    identity = _identify("release_protocol", seed, variant, [decisive(stage, setup.config, given[stage]) for stage in CONFIGS])
-    epochs = sum(load(stage, setup.config, given[stage]).optim.epochs for stage in CONFIGS)
+    chosen, stage = f"data.modalities=[{','.join(modalities_of(pair))}]", "release_protocol"
+    given = {name: (*getattr(setup, name), chosen) for name in CONFIGS}
+    identity = _identify(stage, seed, variant, [decisive(name, setup.config, given[name]) for name in CONFIGS])
+    epochs = sum(load(name, setup.config, given[name]).optim.epochs for name in CONFIGS)
     arguments = ("--config-dir", str(setup.config), "--variant", variant, "--set1", *given["step1"], "--set2", *given["step2"])
-    return Cell(identity, "release_protocol", f"release_protocol {variant} {pair} seed {seed}", arguments, seed, epochs)
+    return Cell(identity, stage, f"{stage} {variant} {pair} seed {seed}", arguments, seed, epochs)
 
 
 def all_cells(rows: Iterable[Row]) -> list[Cell]:
@@ -120,11 +120,8 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
     """
     if table.get("kind") in ("memory", "shapes"):
         return [Row(name, {0: {"": cell}}, describe_setup(setup)) for name, cell in _measured(table, setup).items()]
-    seeds, options_of, rows = list(seeds), rows_of(table), []
-    for other in {table.get("baseline"), *(options.get("against") for options in options_of.values())} - {None}:
-        if other not in options_of:
-            raise UserError(f"rows are to be compared with {other!r}, which the table lacks; its rows: {', '.join(options_of)}")
-    for name, options in options_of.items():
+    seeds, rows = list(seeds), []
+    for name, options in rows_of(table).items():
         own = setup.as_printed if options.get("settings") == "as_printed" else setup
         if own is None:
             raise UserError(f"row {name!r} needs as_printed of {setup.dataset}, {setup.scale} scale, in the protocol")
@@ -132,15 +129,6 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
         cells = {seed: {pair: _row_cell(options, own, pair, seed) for pair in pairs} for seed in seeds}
         rows.append(Row(name, cells, describe_setup(own)))
     return rows
-
-
-def rows_of(table: Mapping[str, Any]) -> dict[str, dict]:
-    """Return name -> options of every row: one per grid and value, which also carries both for the figure, and the others."""
-    grids = {
-        f"{grid} = {value:g}": {stage: [f"{key}={value}"], "grid": grid, "value": value}
-        for grid, keys in table.get("grids", {}).items() for stage, key in keys.items() for value in table["values"]
-    }
-    return {**grids, **table.get("rows", {})}
 
 
 def _row_cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) -> Cell:

@@ -13,10 +13,8 @@ from utils.engine.run_log import REPOSITORY, RunLog, environment
 from utils.errors import UserError
 
 TRAINING = ("step1", "step2")
-MODULES = {
-    "release_protocol": "baselines.release_protocol", "memory_bank": "benchmarks.memory_bank",
-    "loss_shapes": "benchmarks.loss_shapes",
-}
+MODULES = {"release_protocol": "baselines.release_protocol",
+           "memory_bank": "benchmarks.memory_bank", "loss_shapes": "benchmarks.loss_shapes"}
 CURVES = ("epoch", "map/avg", "clipped")
 # Files that cannot change what a run computes: results are written while other cells still run, and what a YAML file of --add
 # in the root says stands in each cell's command
@@ -28,7 +26,8 @@ def make_job(cell: Cell, root: Path) -> Job:
     folder, place = root / "cells" / cell.id, REPOSITORY / root / "cells" / cell.id
     return Job(
         cell.id, cell.name, place, lambda device: [sys.executable, *command(cell, folder, device)], lambda: collect(cell, place),
-        tuple(need.id for need in cell.needs), cell.epochs, lambda: _epochs_done(place), lambda: _checkpoint_time(place),
+        tuple(need.id for need in cell.needs), cell.epochs, lambda: _epochs_done(place),
+        lambda: max((path.stat().st_mtime for path in place.glob("runs/*/*/*/last.pt")), default=0.0),
     )
 
 
@@ -99,11 +98,6 @@ def _run_folder(folder: Path) -> Path | None:
 def _epochs_done(folder: Path) -> int:
     files = folder.glob("runs/*/*/*/metrics.jsonl")
     return max((len(path.read_text(encoding="utf-8", errors="replace").splitlines()) for path in files), default=0)
-
-
-def _checkpoint_time(folder: Path) -> float:
-    """When the last checkpoint was written, seconds since the epoch; 0 if there is none."""
-    return max((path.stat().st_mtime for path in folder.glob("runs/*/*/*/last.pt")), default=0.0)
 
 
 def code_state(device: str) -> Mapping[str, Any]:

@@ -73,7 +73,7 @@ def draw_curves(table: Table, path: Path) -> bool:
     return bool(lines)
 
 
-def _mean_curve(table: Table, row: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _mean_curve(table: Table, row: str) -> tuple[np.ndarray, ...] | None:
     """Epochs, mean and deviation over seeds in percent; a seed whose pairs are not all there is left out."""
     clean, curves = trusted(table), []
     for seed in sorted({seed for _, _, seed in table.shown}):

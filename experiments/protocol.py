@@ -50,7 +50,7 @@ def load_protocol(added: Path | None = None) -> dict[str, dict]:
     """Read protocol.yaml and, on top of it, a file of the same format: new data sets, new tables, or more rows of one.
 
     Raises:
-        UserError: without such a file, or on an unknown key, naming file and place.
+        UserError: without such a file, on an unknown key or a row that is compared with none of its table, naming the place.
     """
     protocol: dict[str, dict] = {"datasets": {}, "tables": {}}
     for path in filter(None, (HERE / "protocol.yaml", added)):
@@ -62,7 +62,20 @@ def load_protocol(added: Path | None = None) -> dict[str, dict]:
         for name, table in tree.get("tables", {}).items():
             known = protocol["tables"].get(name, {})
             protocol["tables"][name] = {**known, **table, "rows": {**known.get("rows", {}), **table.get("rows", {})}}
+    for name, table in protocol["tables"].items():
+        rows = rows_of(table)
+        for other in {table.get("baseline"), *(options.get("against") for options in rows.values())} - {None, *rows}:
+            raise UserError(f"rows of {name} are compared with {other!r}, which the table lacks; its rows: {', '.join(rows)}")
     return protocol
+
+
+def rows_of(table: Mapping[str, Any]) -> dict[str, dict]:
+    """Return name -> options of every row: one per grid and value, which also carries both for the figure, and the others."""
+    grids = {
+        f"{grid} = {value:g}": {stage: [f"{key}={value}"], "grid": grid, "value": value}
+        for grid, keys in table.get("grids", {}).items() for stage, key in keys.items() for value in table["values"]
+    }
+    return {**grids, **table.get("rows", {})}
 
 
 def _check_protocol(tree: Any, path: Path) -> None:
@@ -93,12 +106,15 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
     Raises:
         UserError: on an unknown data set or task, or a scale that the data set does not have.
     """
-    entry = protocol["datasets"].get(dataset)
-    if entry is None:
-        entry = {scale: {"config": _config_folder(protocol, dataset, scale)}}
+    known = protocol["datasets"]
+    folders = [f"{dataset}_cpu", dataset] if scale == "small" else [dataset]
+    found = [f"configs/{name}" for name in folders if (REPOSITORY / "configs" / name / "step1.yaml").is_file()]
+    if dataset not in known and not found:
+        raise UserError(f"unknown data set {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}, and folders of configs/")
+    entry = known[dataset] if dataset in known else {scale: {"config": found[0]}}
     if scale not in entry:
-        found = ", ".join(key for key in SCALES if key in entry)
-        raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {found}")
+        scales = ", ".join(key for key in SCALES if key in entry)
+        raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {scales}")
     options = entry[scale]
     pairs = [pair_of(task) for task in tasks] or options.get("pairs") or [_configured_pair(options)]
     common = {"dataset": dataset, "scale": scale, "pairs": tuple(dict.fromkeys(pairs)), "paper": entry.get("paper"),
@@ -109,16 +125,6 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
 
 def _places(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"config": Path(options["config"]), **{stage: tuple(options.get(stage, ())) for stage in ("step1", "step2")}}
-
-
-def _config_folder(protocol: Mapping[str, dict], dataset: str, scale: str) -> str:
-    """Folder of configs/ of a data set that the protocol does not name."""
-    names = [f"{dataset}_cpu", dataset] if scale == "small" else [dataset]
-    for name in names:
-        if (REPOSITORY / "configs" / name / "step1.yaml").is_file():
-            return f"configs/{name}"
-    known = protocol["datasets"]
-    raise UserError(f"unknown data set {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}, and folders of configs/")
 
 
 def _configured_pair(options: Mapping[str, Any]) -> str:

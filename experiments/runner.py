@@ -32,7 +32,7 @@ class Job:
     """One process to run.
 
     Attributes:
-        id, name: in records; for people.
+        name: for people.
         folder: its own; holds output.log, state.json and, written last, done.json.
         command: device -> command line; asked at every start, so it can continue what an earlier start left.
         collect: the record of a finished run; raises UserError if the run is not complete.
@@ -76,11 +76,7 @@ def states(jobs: Sequence[Job]) -> dict[str, dict]:
 
 @contextlib.contextmanager
 def hold(root: Path) -> Iterator[int]:
-    """Lock a folder of jobs for one command; processes that inherit the descriptor hold it as long as they live.
-
-    Raises:
-        UserError: if another command, or a process that outlived one, holds it.
-    """
+    """Lock a folder of jobs for one command; processes that inherit the yielded descriptor hold it as long as they live."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "lock", "w") as file:
         try:
@@ -95,10 +91,9 @@ def run_jobs(
     jobs: Sequence[Job], devices: Sequence[str], lock: int, describe: Callable[[str], Mapping[str, Any]],
     budget: float | None = None, resume: bool = False,
 ) -> dict[str, dict]:
-    """Run jobs until none is left, the budget is used up, or Ctrl-C; return `states`.
+    """Run jobs, a needed one before its users, until none is left, the budget is used up, or Ctrl-C; return `states`.
 
     Args:
-        jobs: a needed one before its users.
         devices: one entry per process that may run at a time, e.g. ["cpu", "cpu"].
         lock: of `hold`.
         describe: device -> commit, dirty flag and so on, asked at every start and kept in the record.

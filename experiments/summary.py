@@ -6,10 +6,9 @@ from itertools import permutations
 from statistics import mean
 from typing import Any
 
-from experiments.cells import rows_of
+from experiments.protocol import rows_of
 from experiments.records import Table
 from experiments.statistics import Comparison, compare
-from utils.errors import UserError
 from utils.evaluation.tables import scored_tasks
 from utils.modalities import MODALITIES, task_name
 
@@ -97,12 +96,9 @@ def paper_score(table: Table, options: Mapping[str, Any], task: str, tasks: Sequ
     return find(task)
 
 
-def comparison(summary: Summary, summaries: Sequence[Summary], table: Table) -> tuple[str | None, Comparison | None]:
-    """Return the row that this one is compared with, and the paired comparison of the averages; None for the baseline itself."""
+def comparison(summary: Summary, summaries: Sequence[Summary], table: Table) -> Comparison | None:
+    """Return the paired comparison of a row's averages with those of its baseline; None for the baseline itself."""
     other = summary.options.get("against", table.options.get("baseline"))
     if other in (None, summary.name):
-        return None, None
-    found = {entry.name: entry for entry in summaries}
-    if other not in found:
-        raise UserError(f"row {summary.name!r} is compared with {other!r}, which the table lacks; rows: {', '.join(found)}")
-    return other, compare(summary.scores.get("avg", {}), found[other].scores.get("avg", {}))
+        return None
+    return compare(summary.scores.get("avg", {}), {entry.name: entry for entry in summaries}[other].scores.get("avg", {}))

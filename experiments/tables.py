@@ -1,6 +1,6 @@
 """Renders a table's records as Markdown. Nothing in it is typed by hand."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,14 +30,15 @@ def render(path: Path, protocol: Mapping[str, dict]) -> list[Path]:
 def table_lines(table: Table) -> list[str]:
     """Return a table as lines of Markdown: title, settings, rows, notes and the command that fills it."""
     options = table.options
-    body = {"memory": memory_lines, "shapes": shapes_lines}.get(options.get("kind"), score_lines)(table)
+    places = lambda table: [f"{record['device']}, {_commits([record])}" for record in trusted(table)]
+    body = {"memory": memory_lines, "shapes": places}.get(options.get("kind"), score_lines)(table)
     title = f"**{options.get('title', table.name)}**" + (f": {table.dataset}, {table.scale} scale" if table.dataset else "")
     calls = [f"`{record['call']}`" for record in table.shown.values() if "call" in record][-1:]
-    parts = [[title], settings_lines(table), body, [f"- {note}" for note in options.get("notes", [])], calls]
+    parts = [[title], _settings_lines(table), body, [f"- {note}" for note in options.get("notes", [])], calls]
     return "\n\n".join("\n".join(part) for part in parts if part).split("\n")
 
 
-def settings_lines(table: Table) -> list[str]:
+def _settings_lines(table: Table) -> list[str]:
     """Say which settings the rows start from, one line per configuration."""
     used = [entry for shown in table.shown.values() for entry in chain_of(table, shown) if entry]
     lines = []
@@ -46,12 +47,11 @@ def settings_lines(table: Table) -> list[str]:
                    for stage in ("step1", "step2")]
         epochs = " + ".join("/".join(map(str, found)) for found in lengths if found)
         facts = [f"{key.replace('_size', '').replace('_rate', ' rate')} {setup[key]:g}" for key in FACTS]
-        lines += [f"- Settings: {whose(config)} (`{config}`): {', '.join([f'{epochs} epochs', *facts])}"] if epochs else []
+        lines += [f"- Settings: {_whose(config)} (`{config}`): {', '.join([f'{epochs} epochs', *facts])}"] if epochs else []
     return lines
 
 
-def whose(config: str) -> str:
-    """Say whose settings a configuration folder holds."""
+def _whose(config: str) -> str:
     size = ", inputs and encoders in CPU size" if config.endswith("_cpu") else ""
     return f"the paper's as printed{size}" if config.removesuffix("_cpu").endswith("_paper") else f"ours, not the paper's{size}"
 
@@ -63,7 +63,7 @@ def score_lines(table: Table) -> list[str]:
     columns = [*tasks, "avg"]
     known = [task for task in columns for entry in summaries
              if "paper" in entry.options and paper_score(table, entry.options, task, tasks) is not None]
-    logged = [key for key in table.options.get("logged", ()) if len(table.pairs) == 1 and any(map(key_values(key), summaries))]
+    logged = [key for key in table.options.get("logged", ()) if len(table.pairs) == 1 and any(_logged(key, entry) for entry in summaries)]
     compared = ["avg, difference"] if "baseline" in table.options else []
     heads = [head for task in columns for head in [f"{task}, paper ({table.paper_dataset})"] * (task in known) + [task]]
     scores = [record["scores"] for entry in summaries for record in entry.records]
@@ -78,15 +78,15 @@ def score_lines(table: Table) -> list[str]:
             number = "" if printed is None else f"{100 * printed:.1f}"
             own = number if "numbers" in entry.options else _score(entry, task)
             cells += ([number] if "paper" in entry.options else [""]) * (task in known) + [own]
-        cells += [_difference(*comparison(entry, summaries, table))] if compared else []
-        rows.append([*cells, *(_percent(key_values(key)(entry)) for key in logged), *_origin(entry)])
+        cells += [_difference(comparison(entry, summaries, table))] if compared else []
+        rows.append([*cells, *(_percent(_logged(key, entry)) for key in logged), *_origin(entry)])
     return [*_markdown(rows), *(["", *_ranking(table, summaries, tasks)] if table.options.get("ranking") else [])]
 
 
-def key_values(key: str) -> Callable[[Summary], list[float]]:
-    """Return what gives the values that a row's own runs (not those they rest on) logged beside mAP, e.g. agreement."""
-    return lambda entry: [record["scores"][key] for record in entry.records
-                          if record["stage"] == entry.records[0]["stage"] and key in record["scores"]]
+def _logged(key: str, entry: Summary) -> list[float]:
+    """The values that a row's own runs (not those they rest on) logged beside mAP, e.g. agreement."""
+    return [record["scores"][key] for record in entry.records
+            if record["stage"] == entry.records[0]["stage"] and key in record["scores"]]
 
 
 def _score(entry: Summary, task: str) -> str:
@@ -111,11 +111,6 @@ def memory_lines(table: Table) -> list[str]:
     return _markdown(lines)
 
 
-def shapes_lines(table: Table) -> list[str]:
-    """Return where Figure 3 was computed."""
-    return [f"{record['device']}, {_commits([record])}" for record in trusted(table)]
-
-
 def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -> list[str]:
     """Our order of the rows beside the paper's, and what of it is more than noise."""
     ours = {entry.name: mean(entry.scores["avg"].values()) for entry in summaries if entry.scores.get("avg")}
@@ -125,7 +120,7 @@ def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -
     order = lambda scores: " > ".join(sorted(scores, key=lambda name: -scores[name])) or NOT_RUN
     verdicts: dict[str, list[str]] = {}
     for entry in summaries:
-        found = comparison(entry, summaries, table)[1]
+        found = comparison(entry, summaries, table)
         if found and entry.name in ours:
             verdicts.setdefault("n/a, fewer than 3 seeds" if found.verdict == "n/a" else found.verdict, []).append(entry.name)
     said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
@@ -145,7 +140,7 @@ def _percent(values: Sequence[float]) -> str:
     return f"{100 * found.mean:.1f} ± {100 * found.std:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
-def _difference(other: str | None, found: Comparison | None) -> str:
+def _difference(found: Comparison | None) -> str:
     """The mean paired difference in points with its interval; the verdict alone would hide how wide the noise is."""
     if found is None or found.difference is None:
         return found.verdict if found and found.n else ""

@@ -93,11 +93,11 @@ def test_an_added_file_brings_data_sets_tables_and_rows(tmp_path):
     names = [row.name for row in expand(protocol["tables"]["table4"], setup, [0])]
     assert names[0] == "RCLL" and names[-1] == "GCE, more of it" and len(protocol["tables"]["mine"]["rows"]) == 1
     assert find_setup(protocol, "smoke", "full").config == Path("configs/smoke")  # a folder of configs/ is enough
-    added.write_text("tables: {table4: {rows: {GCE: {step3: []}}}}")
-    with pytest.raises(ValueError, match=r"rows.GCE: unknown key 'step3', did you mean"):
-        load_protocol(added)
-    with pytest.raises(ValueError, match="compared with 'nothing'"):
-        expand({"baseline": "nothing", "rows": {"one": {}}}, SMOKE, [0])
+    for text, message in (("{rows: {GCE: {step3: []}}}", "rows.GCE: unknown key 'step3', did you mean"),
+                          ("{baseline: nothing}", "compared with 'nothing'"), ("{rows: {GCE: {against: none}}}", "compared with 'none'")):
+        added.write_text(f"tables: {{table4: {text}}}")
+        with pytest.raises(UserError, match=message):
+            load_protocol(added)
 
 
 def test_commands(tmp_path):
