@@ -1,6 +1,7 @@
 """Evaluation of trained runs: mAP@All of every task in one table; writes metrics.json into each run folder."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     arguments = parser.parse_args(argv)
-    checkpoints = [Path(run) / LAST for run in arguments.run] + [Path(path) for path in arguments.checkpoint]
+    given = [os.path.join(run, LAST) for run in arguments.run] + arguments.checkpoint
+    checkpoints = [Path(os.path.expanduser(path)) for path in given]
     if not checkpoints:
         parser.error("give at least one run folder (--run RUN) or checkpoint (--checkpoint FILE)")
     device = select_device(arguments.device)

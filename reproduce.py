@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from datasets.prepare.parallel import user_path
 from experiments.cells import all_cells, expand
 from experiments.documents import rewrite
 from experiments.jobs import code_state, make_job
@@ -49,9 +50,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--budget", type=float, metavar="MINUTES", help="then start nothing more, and stop running cells at a checkpoint")
     option("--resume", action="store_true", help="go on with cells that were interrupted or failed")
     option("--list", action="store_true", help="print the cells and their state, run nothing")
-    option("--add", type=Path, metavar="FILE", help="YAML like experiments/protocol.yaml: more data sets, tables, rows")
-    option("--results", type=Path, default=REPOSITORY / "results", metavar="DIR", help="folder of tables and records")
-    option("--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="folder of the runs")
+    option("--add", type=user_path, metavar="FILE", help="YAML like experiments/protocol.yaml: more data sets, tables, rows")
+    option("--results", type=user_path, default=REPOSITORY / "results", metavar="DIR", help="folder of tables and records")
+    option("--runs", type=user_path, default=Path("runs/reproduce"), metavar="DIR", help="folder of the runs")
     arguments = parser.parse_args(argv)
     if arguments.table == "record" and len(arguments.record) < 2:
         parser.error("record needs a table and at least one run folder")
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         return reproduce(arguments, protocol)
     if arguments.table == "record":
         for folder in arguments.record[1:]:
-            record_run(arguments.results / f"{arguments.record[0]}.jsonl", Path(folder), arguments.row)
+            record_run(arguments.results / f"{arguments.record[0]}.jsonl", user_path(folder), arguments.row)
     render_all(arguments.results, protocol)
     return COMPLETE
 

@@ -3,10 +3,10 @@
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 from baselines.release_protocol.protocol import run_variant
 from baselines.release_protocol.variants import VARIANTS
+from datasets.prepare.parallel import user_path
 from utils.engine.session import run_command
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     option("--list", action="version", version=listing, help="print the variants and stop")
     option("--config-dir", metavar="DIR", required=True, help="folder with step1.yaml and step2.yaml, e.g. configs/digits")
     option("--variant", choices=VARIANTS, required=True, help="what to train, see --list")
-    option("--output", metavar="DIR", type=Path, required=True, help="folder of this run alone; a repeated call continues it")
+    option("--output", metavar="DIR", type=user_path, required=True, help="folder of this run alone; a repeated call continues it")
     option("--seed", type=int, default=0)
     for step in ("1", "2"):
         option(f"--set{step}", help=f"override settings of step {step}", metavar="KEY=VALUE", nargs="+", action="extend", default=[])

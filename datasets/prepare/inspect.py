@@ -14,6 +14,7 @@ import numpy as np
 from datasets.kinds import KINDS
 from datasets.prepare.checks import Listed, Lists, manifest_of, prepared_modalities, read_lists, run_checks
 from datasets.prepare.ownership import SPLITS
+from datasets.prepare.parallel import user_path
 from utils.errors import UserError
 from utils.evaluation.tables import align
 from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
@@ -160,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings"
     )
-    parser.add_argument("--output", metavar="FILE.png", help="contact sheet; default {dataset}_contact_sheet.png here")
+    parser.add_argument("--output", metavar="FILE.png", type=user_path, help="contact sheet; default {dataset}_contact_sheet.png here")
     parser.add_argument("--samples", type=int, default=8, help="objects per split on the contact sheet")
     return parser
 
@@ -178,6 +179,6 @@ def main(arguments: list[str] | None = None) -> None:
     for check in itertools.chain(checks, run_checks(data, lists)):
         print(*check.lines(), sep="\n", flush=True)
         failed += bool(check.problems)
-    _write_sheet(data, lists, Path(options.output or f"{data.dataset}_contact_sheet.png"), options.samples, names)
+    _write_sheet(data, lists, options.output or Path(f"{data.dataset}_contact_sheet.png"), options.samples, names)
     if failed:
         raise SystemExit(1)

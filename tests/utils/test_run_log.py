@@ -1,13 +1,17 @@
 """utils.engine.run_log: unique folders, untorn metrics, resume guards."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
+import evaluate
+import reproduce
 from utils.engine import run_log
 from utils.engine.run_log import RunLog, check_same_config, plain_row
+from utils.engine.session import run_command
 from utils.errors import UserError
 
 CONFIG = {"optim": {"epochs": 2, "learning_rate": 1e-4}, "run": {"seed": 3, "output": "runs"}, "data": {"lists": {}}}
@@ -43,6 +47,24 @@ def test_open_refuses_what_is_no_run(tmp_path):
         RunLog.open(tmp_path / "gone")
     with pytest.raises(UserError, match="has no config.yaml"):
         RunLog.open(tmp_path)
+    (tmp_path / "config.yaml").write_text("data: {dataset: digits}\n")  # a stray folder, or a file cut short
+    with pytest.raises(UserError, match="config.yaml is damaged"):
+        RunLog.open(tmp_path).config()
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunLog.open(f"~/{os.path.relpath(new_run(tmp_path).folder, tmp_path)}").config() == CONFIG
+    arguments = reproduce.parse_arguments(["render", "--runs=~/a", "--results=~/b", "--add=~/c"])
+    assert [arguments.runs, arguments.results, arguments.add] == [tmp_path / name for name in "abc"]
+    for option in ("--run=~/gone", "--checkpoint=~/gone/last.pt"):
+        with pytest.raises(UserError, match=f"{tmp_path}/gone does not exist"):
+            evaluate.main(["--device", "cpu", option])
+
+
+def test_memory_that_is_not_there_is_one_message(capsys):
+    assert run_command(lambda: torch.empty(10**15)) == 2
+    assert "error: out of memory" in capsys.readouterr().err
 
 
 def test_log_prints_and_appends(tmp_path, capsys):

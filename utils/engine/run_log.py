@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -32,10 +33,9 @@ def _git(*arguments: str) -> str | None:
     """Output of a git command in the repository, None without git or outside a repository."""
     command = ["git", "-C", str(REPOSITORY), *arguments]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip()
 
 
 def _cpu_name() -> str:
@@ -120,13 +120,13 @@ class RunLog:
     """One run folder `<output>/<dataset>/<stage>/<run-id>/`.
 
     Attributes:
-        folder: the run folder.
+        folder: the run folder; a leading ~ is the home folder.
         run_id: its name.
         writes: whether this process writes; of several processes only the main one does, the others' calls do nothing.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         self.run_id = self.folder.resolve().name
         self.writes = distributed.is_main()
 
@@ -164,10 +164,11 @@ class RunLog:
         Raises:
             UserError: if the folder is missing or holds no config.yaml.
         """
-        if not (Path(folder) / "config.yaml").is_file():
-            problem = "has no config.yaml" if Path(folder).is_dir() else "does not exist"
+        run = cls(folder)
+        if not (run.folder / "config.yaml").is_file():
+            problem = "has no config.yaml" if run.folder.is_dir() else "is no folder" if run.folder.exists() else "does not exist"
             raise UserError(f"run folder {folder} {problem}: give a folder like runs/<dataset>/<stage>/<run-id>")
-        return cls(folder)
+        return run
 
     def config(self) -> dict:
         """Return the resolved configuration the run was started with.
@@ -180,8 +181,8 @@ class RunLog:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
-        if not isinstance(tree, dict):
-            raise UserError(f"{path} is damaged: expected the settings that the run was started with, found {tree!r:.80}")
+        if not isinstance(tree, dict) or not all(isinstance(tree.get(section), dict) for section in ("data", "optim", "run")):
+            raise UserError(f"{path} is damaged: expected all settings that the run was started with, found {tree!r:.80}")
         return tree
 
     def log(self, text: str) -> None:

@@ -187,6 +187,9 @@ def run_command(main: Callable[[], None]) -> int:
         print("interrupted; a training goes on with --resume RUN", file=sys.stderr)
         return 130
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            print(f"error: {_message(MemoryError(str(error).splitlines()[0]))}", file=sys.stderr)
+            return 2
         if distributed.world() == 1 or not re.search("gloo|NCCL|Connection closed", str(error)):
             raise
         print(f"process {distributed.rank()}: another process has stopped, see its message", file=sys.stderr)
