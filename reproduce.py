@@ -41,6 +41,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("table", help="a table of experiments/protocol.yaml or --add (a wrong name lists them), record, or render")
     option("record", nargs="*", metavar="RECORD", help="after record: the table, and run folders")
     option("--row", metavar="NAME", help="with record: row of the table, default: what was trained")
+    option("--variant", metavar="NAME", help="with record: what is compared, as evaluate.py prints it, e.g. 'posterior, diffusion'")
     option("--dataset", help="a data set of the protocol, or a folder of configs/")
     option("--scale", choices=SCALES, default="full", help="small: sized for a CPU, see experiments/protocol.yaml")
     option("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         return reproduce(arguments, protocol)
     if arguments.table == "record":
         for folder in arguments.record[1:]:
-            record_run(arguments.results / f"{arguments.record[0]}.jsonl", user_path(folder), arguments.row)
+            record_run(arguments.results / f"{arguments.record[0]}.jsonl", user_path(folder), arguments.row, arguments.variant)
     render_all(arguments.results, protocol)
     return COMPLETE
 

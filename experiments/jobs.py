@@ -73,14 +73,20 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
     return record | {"measured": metrics}
 
 
-def training_scores(folder: Path) -> dict[str, Any]:
-    """Return scores, training time and curves of a run folder; a UserError says that it is not finished."""
+def training_scores(folder: Path, variant: str | None = None) -> dict[str, Any]:
+    """Return scores, training time and curves of a run folder; a UserError says that it is not finished, or lacks the variant."""
     run = RunLog.open(folder)
     epochs, planned, metrics = run.read_epochs(), run.config()["optim"]["epochs"], folder / "metrics.json"
     if not epochs or epochs[-1]["epoch"] != planned or not metrics.is_file():
         lacking = "" if metrics.is_file() else ", no metrics.json"
         raise UserError(f"{folder} is not finished: {len(epochs)} of {planned} epochs{lacking}")
-    scores = {key: value for key, value in json.loads(metrics.read_text(encoding="utf-8")).items() if isinstance(value, float)}
+    found = json.loads(metrics.read_text(encoding="utf-8"))
+    scores = {key: value for key, value in found.items() if isinstance(value, float)}
+    if variant:
+        if variant not in found.get("variants", {}):
+            known = ", ".join(found.get("variants", {})) or "none yet: run evaluate.py on it"
+            raise UserError(f"{metrics} has no scores by {variant!r}; it has {known}")
+        scores = {"map/chance": scores["map/chance"], **found["variants"][variant]}
     logged = {key: epochs[-1][key] for key in ("agreement", "cross_nmi", "clipped") if key in epochs[-1]}
     scored = [row for row in epochs if "map/avg" in row]
     return {

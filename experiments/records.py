@@ -68,8 +68,10 @@ def publish(path: Path, rows: Iterable[Row], jobs: Iterable[Job], command: str) 
     add_records(path, [*needed.values(), *shown])
 
 
-def record_run(path: Path, folder: Path, row: str | None = None) -> None:
+def record_run(path: Path, folder: Path, row: str | None = None, variant: str | None = None) -> None:
     """Add a run folder to a table's file, under a row's name or as what was trained.
+
+    `variant` is what is compared, a key of "variants" in the metrics.json that evaluate.py writes; default: as the run's settings say.
 
     Raises:
         UserError: if the run is not finished, was made from uncommitted code, or its place holds the run of another command.
@@ -85,7 +87,7 @@ def record_run(path: Path, folder: Path, row: str | None = None) -> None:
     letters = "".join(MODALITIES[name].letter for name in config["data"]["modalities"])
     record = {
         "row": row or row_name(config), "pair": letters, "setup": describe_setup(setup), "id": run.run_id,
-        "stage": "step2" if "rdl" in config else "step1", "seed": config["run"]["seed"], "needs": [], **training_scores(folder),
+        "stage": "step2" if "rdl" in config else "step1", "seed": config["run"]["seed"], "needs": [], **training_scores(folder, variant),
         "commit": environment["git_sha"], "dirty": False, "device": environment["gpu"] or environment["cpu"],
         "threads": environment["threads"], "torch": environment["torch"], "command": " ".join(command),
     }
