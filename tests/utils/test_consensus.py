@@ -1,11 +1,13 @@
 """utils.evaluation.consensus: communities found where they were planted, reliability and fused beliefs."""
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import adjusted_rand_score
 from torch.nn import functional as F
 
 from utils.evaluation.clustering import clustering_accuracy
-from utils.evaluation.consensus import find_communities, fuse, trust, view_agreement
+from utils.evaluation.consensus import agreement_of_partitions, cluster_objects, find_communities, fuse, trust, view_agreement
 
 
 def planted(sizes, spread, seed=0):
@@ -16,21 +18,48 @@ def planted(sizes, spread, seed=0):
     return F.normalize(rows, dim=1), labels
 
 
-@pytest.mark.parametrize("sizes", [(120, 120, 120), (300, 60, 60, 30)])
-def test_the_number_of_planted_groups_is_found(sizes):
-    rows, labels = planted(sizes, 0.1)
-    found = find_communities(rows, seed=3)
-    assert found.num_clusters == len(sizes) == len(found.ids.unique())
+def modalities(sizes, first, second):
+    """Two views of the same objects, with their own noise."""
+    one, labels = planted(sizes, first)
+    numbers = torch.Generator().manual_seed(1)
+    return {"A": one, "B": F.normalize(one + second * torch.randn(one.shape, generator=numbers), dim=1)}, labels
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("sizes", [(120, 120, 120), (300, 60, 60, 40)])
+def test_the_number_of_planted_groups_is_found(sizes, trusted):
+    rows, labels = modalities(sizes, 0.1, 0.05)
+    found = cluster_objects(rows, "auto", trusted, seed=3)
+    assert found.record["num_clusters"] == len(sizes) == len(found.ids.unique()) == len(found.centroids["A"])
     assert clustering_accuracy(found.ids, labels) > 0.99
-    chosen = next(trial for trial in found.trials if trial["resolution"] == found.resolution)
-    assert chosen["stability"] == found.stability == max(trial["stability"] for trial in found.trials) > 0.95
+    for name, centroids in found.centroids.items():
+        mean = F.normalize(torch.stack([rows[name][found.ids == k].mean(0) for k in range(len(sizes))]), dim=1)
+        torch.testing.assert_close(centroids, mean)
+    again = cluster_objects(rows, "auto", trusted, seed=3)
+    assert torch.equal(again.ids, found.ids) and again.record == found.record
 
 
-def test_clearer_groups_are_more_stable_and_a_seed_fixes_everything():
-    clear, blurred = (find_communities(planted((100,) * 5, spread)[0], seed=0) for spread in (0.1, 0.4))
-    assert clear.stability > blurred.stability
-    again = find_communities(planted((100,) * 5, 0.4)[0], seed=0)
-    assert torch.equal(again.ids, blurred.ids) and again.trials == blurred.trials
+def test_the_modality_that_sees_the_groups_is_trusted():
+    rows, labels = modalities((80,) * 6, 0.15, 0.3)
+    found = cluster_objects(rows, "auto", True, seed=0)
+    assert found.record["method"].endswith("of A") and clustering_accuracy(found.ids, labels) > 0.98
+    best = {name: max(trial["agreement"] for trial in trials) for name, trials in found.record["trials"].items()}
+    assert best["A"] > best["B"]
+
+
+def test_agreement_by_hand():
+    coarse, fine = np.array([0, 0, 0, 0, 1, 1, 1, 1]), np.array([0, 0, 2, 2, 1, 1, 1, 1])
+    found = {"A": [[coarse], [fine]], "B": [[coarse], [coarse]], "C": [[fine], [fine]]}
+    between = adjusted_rand_score(coarse, fine)
+    assert agreement_of_partitions(found, "A") == pytest.approx([(1 + between) / 2, (between + 1) / 2])
+    assert agreement_of_partitions({"A": found["A"], "B": found["B"]}, "A") == pytest.approx([1, between])
+
+
+def test_given_a_number_it_is_the_joint_k_means():
+    rows, labels = modalities((60,) * 4, 0.1, 0.1)
+    found = cluster_objects(rows, 4, True, seed=0)
+    assert found.ids is None and found.record == {"num_clusters": 4, "method": "k-means"}
+    assert clustering_accuracy((rows["A"] @ found.centroids["A"].T).argmax(1), labels) > 0.99
 
 
 def test_too_few_rows():

@@ -15,59 +15,41 @@ from utils.evaluation.ranking import nearest
 
 NEIGHBOURS = 15
 RESOLUTIONS = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-SEEDS = 3
+SEEDS = 2
 CERTAIN = 1e-3  # least share of disagreeing views assumed, so that no modality's odds are infinite
 
 
-@dataclass(frozen=True)
-class Communities:
-    """A clustering by Louvain's method, and how the number of clusters was found.
+def find_communities(rows: Tensor, seed: int) -> list[list[np.ndarray]]:
+    """Cluster unit rows (N, D) into as many communities as their neighbour graph has, at every one of RESOLUTIONS.
 
-    Attributes:
-        ids: (N,) int64 in 0..num_clusters-1.
-        num_clusters: K.
-        resolution: the one chosen.
-        trials: one entry per resolution: "resolution", "num_clusters" of every seed, and "stability", the mean adjusted Rand
-            index between the seeds of this resolution and those of the next ones.
-    """
+    Louvain's method (Blondel et al. 2008) on the graph of NEIGHBOURS nearest neighbours, weighted by cosine.
 
-    ids: Tensor
-    num_clusters: int
-    resolution: float
-    trials: list[dict]
-
-    @property
-    def stability(self) -> float:
-        """That of the resolution chosen."""
-        return max(trial["stability"] for trial in self.trials)
-
-
-def find_communities(rows: Tensor, seed: int) -> Communities:
-    """Cluster unit rows (N, D) into as many communities as their neighbour graph has.
-
-    Louvain's method (Blondel et al. 2008) on the graph of NEIGHBOURS nearest neighbours, weighted by cosine, at every one of
-    RESOLUTIONS with SEEDS seeds. The resolution whose clusterings agree best with each other and with those of the neighbouring
-    resolutions is taken: a number of clusters that survives a change of the resolution is one of the data.
-
+    Returns:
+        Per resolution, coarse to fine, the ids (N,) int64 of SEEDS runs, the largest community first.
     Raises:
         ValueError: for fewer rows than neighbours.
     """
     if len(rows) <= NEIGHBOURS:
         raise ValueError(f"communities need more than {NEIGHBOURS} rows, found {len(rows)}")
     graph = _neighbour_graph(rows)
-    found = [[_louvain(graph, resolution, seed + offset) for offset in range(SEEDS)] for resolution in RESOLUTIONS]
-    stability = []
-    for place, own in enumerate(found):
-        around = [ids for near in found[max(0, place - 1) : place + 2] for ids in near]
-        scores = [adjusted_rand_score(one, other) for one in own for other in around if one is not other]
-        stability.append(float(np.mean(scores)) if max(map(np.max, own)) > 0 else 0.0)  # one cluster agrees with itself
-    best = int(np.argmax(stability))
-    trials = [
-        {"resolution": resolution, "num_clusters": [int(ids.max()) + 1 for ids in own], "stability": score}
-        for resolution, own, score in zip(RESOLUTIONS, found, stability)
+    return [[_louvain(graph, resolution, seed + offset) for offset in range(SEEDS)] for resolution in RESOLUTIONS]
+
+
+def agreement_of_partitions(found: Mapping[str, list[list[np.ndarray]]], name: str) -> list[float]:
+    """Return, per resolution, how well the communities of one graph are confirmed by the other graphs.
+
+    The adjusted Rand index with the communities of each other graph at the resolution that fits best, its mean over the other
+    graphs and the seeds. A split or a merger that only this graph sees lowers it, so its maximum over the resolutions tells the
+    number of clusters, and over the graphs, which one sees them best.
+
+    Args:
+        found: graph -> `find_communities`, at least two graphs of the same objects; name: the one to judge.
+    """
+    others = [partitions for other, partitions in found.items() if other != name]
+    fit = lambda ids, seed, partitions: max(adjusted_rand_score(ids, near[seed]) for near in partitions)
+    return [
+        float(np.mean([fit(ids, seed, partitions) for seed, ids in enumerate(runs) for partitions in others])) for runs in found[name]
     ]
-    ids = torch.from_numpy(found[best][0])
-    return Communities(ids, int(ids.max()) + 1, RESOLUTIONS[best], trials)
 
 
 def _neighbour_graph(rows: Tensor) -> networkx.Graph:
@@ -113,23 +95,30 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
         rows: modality -> (N, D) unit rows; for "auto", row i of all of them is one object.
         num_clusters: K of the paper's joint k-means, then one per modality from its centres; or "auto": the communities of the
             neighbour graph of the mean embeddings.
-        trusted: with "auto", also look at the graph of each modality by itself, and take the most stable clustering of all.
+        trusted: with "auto", take those of one modality's own graph instead: the one that the other graphs confirm best.
         seed: of the starts.
     """
     if num_clusters != "auto":
         centroids = joint_then_per_modality(list(rows.values()), num_clusters, seed)[1]
         return Clusters(dict(zip(rows, centroids)), None, {"num_clusters": num_clusters, "method": "k-means"})
-    graphs = {"mean": F.normalize(sum(rows.values()), dim=1), **(rows if trusted else {})}
+    graphs = {**rows, "mean": F.normalize(sum(rows.values()), dim=1)}
     found = {name: find_communities(values, seed) for name, values in graphs.items()}
-    best = max(found, key=lambda name: found[name].stability)
-    communities = found[best]
-    members = F.one_hot(communities.ids, communities.num_clusters).float().T  # (K, N)
+    confirmed = {name: agreement_of_partitions(found, name) for name in (rows if trusted else ["mean"])}
+    best = max(confirmed, key=lambda name: max(confirmed[name]))
+    place = int(np.argmax(confirmed[best]))
+    ids = torch.from_numpy(found[best][place][0])
+    members = F.one_hot(ids).float().T  # (K, N)
     centroids = {name: F.normalize(members.to(values.device) @ values, dim=1) for name, values in rows.items()}
-    record = {
-        "num_clusters": communities.num_clusters, "method": f"Louvain communities of {best}", "resolution": communities.resolution,
-        "stability": {name: round(values.stability, 4) for name, values in found.items()}, "trials": communities.trials,
+    trials = {
+        name: [{"resolution": resolution, "num_clusters": [int(ids.max()) + 1 for ids in runs], "agreement": round(score, 4),
+                "stability": round(float(adjusted_rand_score(*runs)), 4)}
+               for resolution, runs, score in zip(RESOLUTIONS, found[name], scores)]
+        for name, scores in confirmed.items()
     }
-    return Clusters(centroids, communities.ids, record)
+    record = {
+        "num_clusters": len(members), "method": f"Louvain communities of {best}", "resolution": RESOLUTIONS[place], "trials": trials,
+    }
+    return Clusters(centroids, ids, record)
 
 
 def view_agreement(views: Sequence[Tensor]) -> float:
