@@ -96,8 +96,7 @@ def record_run(path: Path, folder: Path, row: str | None = None, variant: str | 
     others = [entry["command"] for entry in before if place(entry) == place(record) and entry["command"] != record["command"]]
     if others:
         raise UserError(f"{path} holds a run of another command in its place ({others[-1]}): give another table, or --row NAME")
-    same = [entry["setup"] for entry in before if entry["setup"]["config"] == record["setup"]["config"]]
-    add_records(path, [{**record, "setup": same[-1] if same else record["setup"]}])
+    add_records(path, [record])
 
 
 def load_table(path: Path, protocol: Mapping[str, dict]) -> Table:
