@@ -137,7 +137,10 @@ def read_origin(path: str | Path) -> dict:
         UserError: if the meta file is damaged.
     """
     meta = _meta_path(Path(path))
-    return dict(read_json(meta).get("provenance", {})) if meta.is_file() else {}
+    origin = read_json(meta).get("provenance", {}) if meta.is_file() else {}
+    if not isinstance(origin, dict):
+        raise UserError(f"{meta} is damaged: expected an object as provenance, found {origin!r:.80}")
+    return origin
 
 
 def file_hash(path: Path) -> str:

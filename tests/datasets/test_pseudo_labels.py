@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from datasets.lists import SampleList
-from datasets.pseudo_labels import pseudo_label_path, read_pseudo_labels, write_pseudo_labels
+from datasets.pseudo_labels import pseudo_label_path, read_origin, read_pseudo_labels, write_pseudo_labels
 from utils.errors import UserError
 
 NAMES = ("./train/a_1.png", "train/my file_2.png", "train/c_3.png", "train/d_4.png")
@@ -149,6 +149,14 @@ def test_warnings_on_degenerate_clusters(tmp_path, samples):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_pseudo_labels(path, samples, dataset="own")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"provenance": "run"}', '{"provenance": null}', "{"])
+def test_a_damaged_origin_names_the_file(written, content):
+    assert read_origin(written) == {"epoch": 4}
+    meta(written).write_text(content)
+    with pytest.raises(UserError, match="meta.json is damaged"):
+        read_origin(written)
 
 
 @pytest.mark.parametrize("content, words", [(b"\xff\xfe\x80", "row 1: expected UTF-8"), (b"train/c_3.png " + b"9" * 30, "integer pseudo-label")])

@@ -83,12 +83,13 @@ def open_session(
     """
     distributed.start()
     run = RunLog.open(arguments.resume) if arguments.resume else None
+    saved = run.config() if run else {}
     path = str(run.folder / "config.yaml") if run and not arguments.config else arguments.config or default_config
     config = load_config(config_class, path, arguments.overrides)
     device = select_device(config.run.device)
     if not (arguments.config or run) and device.type == "cpu" and config.run.device == "auto":
         raise UserError(_cpu_advice(stage, default_config))
-    changed = check_same_config(run.config(), to_dict(config)) if run else []
+    changed = check_same_config(saved, to_dict(config)) if run else []
     checkpoint = _load_last(run, stage) if run else None
     keep_freed_memory()
     set_threads(config.run.threads)

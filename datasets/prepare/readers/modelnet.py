@@ -127,9 +127,10 @@ def read_npz(path: str | Path) -> Source:
     arrays = _arrays(path)
     points, ids, splits = arrays["points"], arrays["instance_id"].tolist(), arrays["split"].tolist()
     rows = {len(arrays[name]) for name in ("points", "instance_id", "split", "label")}
-    if points.dtype != np.int16 or points.ndim != 3 or points.shape[2] != 3 or len(rows) > 1:
-        found = f"{points.dtype} {points.shape}, lengths {sorted(rows)}"
-        raise UserError(f"{path}: expected int16 points (N, n, 3) and N ids, splits and labels, found {found}")
+    texts = {arrays[name].dtype.kind for name in ("instance_id", "split", "classes")} == {"U"}
+    if points.dtype != np.int16 or points.ndim != 3 or points.shape[2] != 3 or len(rows) > 1 or not texts:
+        found = f"{points.dtype} {points.shape}, lengths {sorted(rows)}, ids {arrays['instance_id'].dtype}"
+        raise UserError(f"{path}: expected int16 points (N, n, 3) and N ids, splits (both texts) and labels, found {found}")
     try:
         classes = arrays["classes"][arrays["label"]].tolist()
     except IndexError as error:

@@ -110,6 +110,8 @@ def test_counts_are_asserted(tmp_path):
 @pytest.mark.parametrize("changes,words", [
     ({"points": np.zeros((6, 40, 3))}, "expected int16 points"),
     ({"points": np.zeros((5, 40, 3), np.int16)}, "expected int16 points"),
+    ({"instance_id": np.arange(6)}, "ids int64"),
+    ({"instance_id": np.array([b"bed_0001"] * 6)}, "both texts"),
     ({"label": np.zeros(6, np.int8)}, "labels as in the names"),
     ({"split": np.array(["valid"] * 6)}, "expected splits train and test"),
     ({"label": np.full(6, 77, np.int8)}, "positions in classes"),
