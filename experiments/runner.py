@@ -130,7 +130,7 @@ def _run(jobs: Sequence[Job], free: list[str], start: Callable[[Job, str], "_Att
             for attempt in list(running):
                 late = attempt.process.poll() is None and time.time() >= deadline <= attempt.job.checkpoint()
                 if late:
-                    attempt.end()
+                    _end([attempt])
                 if attempt.process.poll() is not None:
                     running.remove(attempt)
                     free.append(attempt.device)
@@ -139,9 +139,20 @@ def _run(jobs: Sequence[Job], free: list[str], start: Callable[[Job, str], "_Att
             yield from [None] * (done - shown)
             shown = max(done, shown)
     finally:
+        _end(running)
         for attempt in running:
-            attempt.end()
             attempt.conclude(stopped=True)
+
+
+def _end(attempts: Sequence["_Attempt"]) -> None:
+    """End processes and their children (loader workers), which share their sessions, first politely, then not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for attempt in attempts:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(attempt.process.pid, number)
+        for attempt in attempts:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                attempt.process.wait(GRACE_SECONDS)
 
 
 class _Attempt:
@@ -162,14 +173,6 @@ class _Attempt:
 
     def keep(self, status: str, **more: Any) -> None:
         atomic_write_json(self.job.folder / STATE, {"status": status, "attempts": self.attempts, **more})
-
-    def end(self) -> None:
-        """End the process and its children (loader workers), which share its session, first politely, then not."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE_SECONDS)
 
     def conclude(self, stopped: bool) -> None:
         """Note how the ended process went; `stopped`: it was not its own end."""

@@ -13,22 +13,20 @@ MIN_PAIRS = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n values, their standard deviation (n - 1), and the confidence interval of the mean; None below n = 2."""
+    """A mean over n values, their standard deviation (n - 1), and the confidence interval of the mean; None where n is too small."""
 
     n: int
-    mean: float
+    mean: float | None = None
     std: float | None = None
     low: float | None = None
     high: float | None = None
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """A paired difference; verdict: "n/a" (fewer than 3 seeds in common), "within noise", "better" or "worse"."""
-
-    n: int
-    verdict: str
-    difference: Estimate | None = None
+    @property
+    def verdict(self) -> str:
+        """Of differences: "n/a", "better", "worse", or "within noise" if the interval holds 0, whatever the sign of the mean."""
+        if self.low is None:
+            return "n/a"
+        return "within noise" if self.low <= 0 <= self.high else "better" if self.mean > 0 else "worse"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -40,14 +38,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(len(values), center, spread, center - half, center + half)
 
 
-def compare(ours: Mapping[int, float], others: Mapping[int, float]) -> Comparison:
-    """Compare two rows (seed -> score) on the seeds that both have, seed by seed; the difference is ours - others.
-
-    An interval that contains 0 is "within noise", whatever the sign of the mean.
-    """
+def compare(ours: Mapping[int, float], others: Mapping[int, float]) -> Estimate:
+    """Estimate ours - others, seed by seed, on the seeds that both rows (seed -> score) have; fewer than 3 give n alone."""
     shared = sorted(ours.keys() & others.keys())
-    if len(shared) < MIN_PAIRS:
-        return Comparison(len(shared), "n/a")
-    difference = estimate([ours[seed] - others[seed] for seed in shared])
-    verdict = "within noise" if difference.low <= 0 <= difference.high else "better" if difference.mean > 0 else "worse"
-    return Comparison(len(shared), verdict, difference)
+    return estimate([ours[seed] - others[seed] for seed in shared]) if len(shared) >= MIN_PAIRS else Estimate(len(shared))

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.protocol import rows_of
 from experiments.records import Table
-from experiments.statistics import Comparison, compare
+from experiments.statistics import Estimate, compare
 from utils.evaluation.tables import scored_tasks
 from utils.modalities import MODALITIES, task_name
 
@@ -96,7 +96,7 @@ def paper_score(table: Table, options: Mapping[str, Any], task: str, tasks: Sequ
     return find(task)
 
 
-def comparison(summary: Summary, summaries: Sequence[Summary], table: Table) -> Comparison | None:
+def comparison(summary: Summary, summaries: Sequence[Summary], table: Table) -> Estimate | None:
     """Return the paired comparison of a row's averages with those of its baseline; None for the baseline itself."""
     other = summary.options.get("against", table.options.get("baseline"))
     if other in (None, summary.name):

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments import plots
 from experiments.records import Table, load_table
-from experiments.statistics import Comparison, estimate
+from experiments.statistics import Estimate, estimate
 from experiments.summary import DIRTY, NOT_RUN, Summary, chain_of, comparison, paper_score, summarize, tasks_of, trusted
 from utils.engine.checkpoint import atomic_write_text
 
@@ -140,12 +140,11 @@ def _percent(values: Sequence[float]) -> str:
     return f"{100 * found.mean:.1f} ± {100 * found.std:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
-def _difference(found: Comparison | None) -> str:
+def _difference(found: Estimate | None) -> str:
     """The mean paired difference in points with its interval; the verdict alone would hide how wide the noise is."""
-    if found is None or found.difference is None:
+    if found is None or found.mean is None:
         return found.verdict if found and found.n else ""
-    bounds = found.difference
-    text = f"{100 * bounds.mean:+.1f} [{100 * bounds.low:+.1f}, {100 * bounds.high:+.1f}]"
+    text = f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
     return f"within noise ({text})" if found.verdict == "within noise" else text
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from baselines.release_protocol.labels import farthest_labels
 from baselines.release_protocol.loss import BatchClippedLoss
-from baselines.release_protocol.variants import Departures
 from datasets.annotation import Annotation
 from datasets.label_runs import PseudoLabels
 from datasets.samples import PairedSamples
@@ -43,18 +42,18 @@ class ReleasePLA(PLALearner):
     """
 
     def __init__(
-        self, config: Step1Config, samples: PairedSamples, device: torch.device, departures: Departures, labels: Mapping[str, Tensor],
+        self, config: Step1Config, samples: PairedSamples, device: torch.device, departures: frozenset[str], labels: Mapping[str, Tensor],
     ) -> None:
         super().__init__(config, samples, device)
         self.departures, self.labels = departures, labels
-        if departures.oracle_labels:
+        if "oracle_labels" in departures:
             self.kept = KeptLabels(len(samples.lists), len(next(iter(labels.values()))))
             self.parts = (*self.parts, "kept")
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based); with `oracle_labels`, offer its pseudo-labels to those kept for the export."""
         losses = super().train_epoch(epoch)
-        if not self.departures.oracle_labels:
+        if "oracle_labels" not in self.departures:
             return losses
         chosen = farthest_labels({name: features.embeddings for name, features in self.describe().items()}, self.labels)
         accuracy = sum(clustering_accuracy(chosen[name], self.labels[name]) for name in chosen) / len(chosen)
@@ -68,7 +67,7 @@ class ReleasePLA(PLALearner):
         updates row i for sample i from then on. The k-means centres do not depend on the order of the rows.
         """
         super().cluster(epoch)
-        if self.departures.shuffled_memory:
+        if "shuffled_memory" in self.departures:
             for name, bank in self.banks.items():
                 generator = generator_for(self.config.run.seed, "order of the bank", name, epoch)
                 bank.memory.copy_(bank.memory[torch.randperm(len(bank), generator=generator).to(self.device)])
@@ -76,7 +75,7 @@ class ReleasePLA(PLALearner):
     def annotate(self) -> Annotation:
         """Return the pseudo-labels to export."""
         found = super().annotate()
-        if not self.departures.oracle_labels:
+        if "oracle_labels" not in self.departures:
             return found
         return dataclasses.replace(found, ids=dict(zip(self.encoders, self.kept.labels.cpu().clone())))
 
@@ -86,10 +85,10 @@ class ReleaseRDL(RDLLearner):
 
     def __init__(
         self, config: Step2Config, samples: PairedSamples, pseudo_labels: PseudoLabels, device: torch.device,
-        departures: Departures,
+        departures: frozenset[str],
     ) -> None:
         super().__init__(config, samples, pseudo_labels, device)
-        if departures.batch_clip:
+        if "batch_clip" in departures:
             if config.rdl.loss != "rcll":
                 raise UserError(f"batch_clip changes RCLL, but rdl.loss is {config.rdl.loss!r}: set rdl.loss=rcll")
             self.robust = BatchClippedLoss(config.rdl.alpha)

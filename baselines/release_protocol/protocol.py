@@ -10,7 +10,7 @@ from torch import Tensor
 from baselines.release_protocol.labels import training_labels
 from baselines.release_protocol.learners import ReleasePLA, ReleaseRDL
 from baselines.release_protocol.pairs import pair_by_class, pair_shares
-from baselines.release_protocol.variants import Departures, departures_of
+from baselines.release_protocol.variants import departures_of
 from datasets.label_runs import exported_folder, load_pseudo_labels
 from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
 from datasets.samples import PairedSamples
@@ -74,10 +74,10 @@ def _open(request: argparse.Namespace, stage: str, *extra: str) -> Session:
     return session
 
 
-def _with_departures(session: Session, samples: PairedSamples, departures: Departures) -> tuple[PairedSamples, dict[str, Tensor]]:
+def _with_departures(session: Session, samples: PairedSamples, departures: frozenset[str]) -> tuple[PairedSamples, dict[str, Tensor]]:
     """Return the training samples and, for the departures that read it, the ground truth; else an empty dictionary."""
-    labels = training_labels(session.config.data, samples) if departures.reads_labels else {}
-    return pair_by_class(samples, labels, session.config.run.seed) if departures.class_pairs else (samples, labels)
+    labels = training_labels(session.config.data, samples) if departures & {"oracle_labels", "class_pairs"} else {}
+    return pair_by_class(samples, labels, session.config.run.seed) if "class_pairs" in departures else (samples, labels)
 
 
 def _report(name: str) -> Callable[..., None]:
@@ -93,19 +93,19 @@ def _report(name: str) -> Callable[..., None]:
     return report
 
 
-def _train_step1(request: argparse.Namespace, departures: Departures) -> tuple[RunLog, dict[str, Any]]:
+def _train_step1(request: argparse.Namespace, departures: frozenset[str]) -> tuple[RunLog, dict[str, Any]]:
     """Train step 1 and export its pseudo-labels; return its log and what is worth noting about pairs and pseudo-labels."""
     session, details = _open(request, "step1"), {}
     config, run = session.config, session.run
 
     def build(samples: PairedSamples) -> ReleasePLA:
         samples, labels = _with_departures(session, samples, departures)
-        details.update({"pairs": pair_shares(samples, labels)} if departures.class_pairs else {})
+        details.update({"pairs": pair_shares(samples, labels)} if "class_pairs" in departures else {})
         return ReleasePLA(config, samples, session.device, departures, labels)
 
     def export(_: Session, learner: ReleasePLA) -> None:
         num_clusters = config.pla.num_clusters
-        if departures.oracle_labels:
+        if "oracle_labels" in departures:
             num_clusters = config.data.num_classes or max(int(values.max()) for values in learner.labels.values()) + 1
             details["pseudo_label_accuracy"] = float(learner.kept.accuracy)
         origin = {"run_id": run.run_id, "seed": config.run.seed, "variant": f"baselines.release_protocol: {request.variant}"}
@@ -119,9 +119,9 @@ def _train_step1(request: argparse.Namespace, departures: Departures) -> tuple[R
     return run, details
 
 
-def _train_step2(request: argparse.Namespace, departures: Departures, labels: Path) -> RunLog:
+def _train_step2(request: argparse.Namespace, departures: frozenset[str], labels: Path) -> RunLog:
     """Train step 2 on the pseudo-labels exported to a folder and return its log."""
-    every_epoch = ["run.eval_every=1"] if departures.test_selection else []
+    every_epoch = ["run.eval_every=1"] if "test_selection" in departures else []
     session = _open(request, "step2", f"rdl.pseudo_labels={labels}", *every_epoch)
 
     def build(samples: PairedSamples) -> ReleaseRDL:
@@ -134,12 +134,12 @@ def _train_step2(request: argparse.Namespace, departures: Departures, labels: Pa
     return session.run
 
 
-def _scores(run: RunLog, departures: Departures) -> dict[str, Any]:
+def _scores(run: RunLog, departures: frozenset[str]) -> dict[str, Any]:
     """Return the scores of the epoch that counts, how it was chosen, and the mean score of the last epoch."""
     scored = [row for row in run.read_epochs() if "map/avg" in row]
-    chosen = max(scored, key=lambda row: row["map/avg"]) if departures.test_selection else scored[-1]
+    chosen = max(scored, key=lambda row: row["map/avg"]) if "test_selection" in departures else scored[-1]
     selection = "last epoch"
-    if departures.test_selection:
+    if "test_selection" in departures:
         selection = f"best epoch by test score ({chosen['epoch']} of {scored[-1]['epoch']})"
     scores = {key: value for key, value in chosen.items() if key.startswith("map/")}
     return {**scores, "selection": selection, "last_epoch": {"map/avg": scored[-1]["map/avg"]}}

@@ -17,8 +17,6 @@ from models.kernels.knn import knn
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 from utils.evaluation.metrics import mean_average_precision
-from utils.settings.config import load_config
-from utils.settings.options import Step1Config
 
 CPU = torch.device("cpu")
 HEADER = {"command", "device", "threads", "torch", "commit", "dirty"}
@@ -147,17 +145,6 @@ def test_a_wrong_metric_gives_exit_code_1(monkeypatch, tmp_path, error):
     monkeypatch.setattr(retrieval_metrics, "mean_average_precision", lambda *problem: mean_average_precision(*problem) + error)
     argv = ["--loop-size", "20", "--dim", "4", "--sizes", "--repeats", "1"]
     assert run(retrieval_metrics, tmp_path / "a.json", *argv, code=1)["equal"] is False
-
-
-def test_random_samples_have_the_shapes_of_the_loader():
-    overrides = ["data.modalities=[RGBImg,PointCloud,Mesh]", "data.num_views=2"]
-    data = load_config(Step1Config, str(SMOKE / "step1.yaml"), overrides).data
-    samples = training_step.random_samples(data, 5, image_side=30)
-    assert {name: tuple(array.shape) for name, array in samples.arrays.items()} == {
-        "RGBImg": (5, 2, 3, 30, 30), "PointCloud": (5, 1, 2048, 3), "Mesh": (5, 1, data.max_faces, 18)}
-    assert samples.arrays["RGBImg"].dtype == torch.uint8 and samples.arrays["PointCloud"].dtype == torch.float32
-    neighbours = samples.arrays["Mesh"][..., 15:]
-    assert 0 <= neighbours.min() and neighbours.max() < data.max_faces and torch.equal(neighbours, neighbours.round())
 
 
 @pytest.mark.parametrize("modalities,placement", [("[GrayImg,PointCloud]", "auto"), ("[RGBImg,Mesh]", "host")])

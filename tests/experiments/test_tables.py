@@ -30,14 +30,14 @@ def test_intervals_are_scipys(values):
 def test_paired_comparison():
     base, higher = {0: 0.70, 1: 0.80, 2: 0.75}, {0: 0.72, 1: 0.821, 2: 0.771}
     better = compare(higher, base)  # small differences that agree, although the seeds differ by 0.1
-    assert better.verdict == "better" and better.difference.mean == pytest.approx(0.062 / 3)
+    assert better.verdict == "better" and better.mean == pytest.approx(0.062 / 3)
     noisy = compare({0: 0.75, 1: 0.80, 2: 0.76}, base)  # + 0.05, 0, + 0.01
-    assert noisy.verdict == "within noise" and noisy.difference.mean > 0
+    assert noisy.verdict == "within noise" and noisy.mean > 0
     low, high = scipy.stats.ttest_rel([0.75, 0.80, 0.76], [0.70, 0.80, 0.75]).confidence_interval(0.95)
-    assert (noisy.difference.low, noisy.difference.high) == pytest.approx((low, high))
+    assert (noisy.low, noisy.high) == pytest.approx((low, high))
     assert compare(base, higher).verdict == "worse" and compare(base, base).verdict == "within noise"
     short = compare({0: 0.9, 1: 0.9, 5: 0.9}, base)
-    assert short.verdict == "n/a" and short.n == 2 and short.difference is None
+    assert short.verdict == "n/a" and short.n == 2 and short.mean is None
 
 
 def lines_of(rows, score, dirty=lambda row, cell: False, absent=(), letters="GP"):
