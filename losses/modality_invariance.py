@@ -28,21 +28,17 @@ class ModalityInvarianceLoss(nn.Module):
         self.self_term = self_term
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Return the loss of one batch.
+        """Return the loss of one batch, a scalar in nats, float32 (float64 for float64 input).
 
         Args:
-            embeddings: (M, B, D) float; embeddings[m, i] and embeddings[n, i] are one object. Any norm: rows are
-                normalised here.
-        Returns:
-            Scalar in nats, float32 (float64 for float64 input).
-        Raises:
-            ValueError: if embeddings is not (M >= 2, B >= 2, D).
+            embeddings: (M >= 2, B >= 2, D) float of any norm, else a ValueError; those of one index i are of one object.
         """
         if embeddings.dim() != 3 or embeddings.shape[0] < 2 or embeddings.shape[1] < 2:
             raise ValueError(f"embeddings must be (M >= 2, B >= 2, D), found {tuple(embeddings.shape)}")
         num_modalities, batch_size, dim = embeddings.shape
         with torch.autocast(embeddings.device.type, enabled=False):
-            rows = F.normalize(_full_precision(embeddings), dim=-1).reshape(-1, dim)  # (M*B, D)
+            embeddings = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+            rows = F.normalize(embeddings, dim=-1).reshape(-1, dim)  # (M*B, D)
             similarity = rows @ rows.T / self.temperature  # (M*B, M*B)
             if not self.self_term:
                 itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
@@ -52,7 +48,3 @@ class ModalityInvarianceLoss(nn.Module):
             same_object = same_object.diagonal(dim1=1, dim2=3)  # (M, M, B), -inf where m == n is left out
             log_positive = torch.logsumexp(same_object, dim=1).reshape(-1)  # (M*B,)
             return (log_all - log_positive).sum() / batch_size
-
-
-def _full_precision(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -72,17 +72,16 @@ class RobustConcentratingLoss(nn.Module):
         return (probs.gather(1, pseudo_labels[:, None]) <= 1 / self.num_classes).float().mean()
 
 
-
 def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
     return losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
+
 
 def check_batch(logits: Tensor, pseudo_labels: Tensor) -> None:
     """Raise ValueError unless logits are (B >= 1, K >= 2) float and pseudo_labels (B,) int64, within 0..K-1 if on the CPU."""
     if logits.dim() != 2 or len(logits) == 0 or logits.shape[1] < 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be (B >= 1, K >= 2) float, found {tuple(logits.shape)} {logits.dtype}")
     if pseudo_labels.shape != logits.shape[:1] or pseudo_labels.dtype != torch.int64:
-        found = f"{tuple(pseudo_labels.shape)} {pseudo_labels.dtype}"
-        raise ValueError(f"pseudo_labels must be ({len(logits)},) int64, found {found}")
+        raise ValueError(f"pseudo_labels must be ({len(logits)},) int64, found {tuple(pseudo_labels.shape)} {pseudo_labels.dtype}")
     if pseudo_labels.device.type == "cpu":
         low, high = int(pseudo_labels.min()), int(pseudo_labels.max())
         if low < 0 or high >= logits.shape[1]:

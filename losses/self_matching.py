@@ -55,10 +55,8 @@ class SelfMatchingLoss(nn.Module):
         """
         fits = logits.dim() == memory_logits.dim() == 2 and logits.shape[1] == memory_logits.shape[1]
         if not fits or not 0 < len(logits) <= len(memory_logits):
-            raise ValueError(
-                f"logits must be (B >= 1, K) and memory_logits (B + N', K), found {tuple(logits.shape)} and "
-                f"{tuple(memory_logits.shape)}"
-            )
+            found = f"{tuple(logits.shape)} and {tuple(memory_logits.shape)}"
+            raise ValueError(f"logits must be (B >= 1, K) and memory_logits (B + N', K), found {found}")
         with torch.autocast(logits.device.type, enabled=False):
             return self._compare(logits if logits.dtype == torch.float64 else logits.float(), memory_logits)
 

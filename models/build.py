@@ -15,22 +15,16 @@ from utils.settings.options import ModelConfig
 def build_encoders(modalities: Sequence[str], model: ModelConfig, sync_batchnorm: bool = False) -> nn.ModuleDict:
     """Return modality -> encoder, in the order given, randomly initialised from torch's global generator.
 
-    Args:
-        modalities: keys of `MODALITIES`; model: sizes.
-        sync_batchnorm: with several processes, take batch statistics over all of them.
+    With sync_batchnorm and several processes, batch statistics are taken over all of them.
     """
-    encoders = nn.ModuleDict({name: _build_encoder(name, model) for name in modalities})
-    return synchronise(encoders) if sync_batchnorm and distributed.world() > 1 else encoders
-
-
-def _build_encoder(modality: str, model: ModelConfig) -> nn.Module:
     dim = model.embedding_dim
     makers = {
         "DGCNN": lambda: models.DGCNN(dim, model.num_neighbors, model.point_width, model.edge_conv),
         "MeshNet": lambda: models.MeshNet(dim, model.mesh_width, model.mesh_mask_ratio, model.mesh_conv_width),
         "ResNet18": lambda: models.ResNet18(dim, model.image_stages),
     }
-    return makers[MODALITIES[modality].encoder]()
+    encoders = nn.ModuleDict({name: makers[MODALITIES[name].encoder]() for name in modalities})
+    return synchronise(encoders) if sync_batchnorm and distributed.world() > 1 else encoders
 
 
 def build_classifiers(modalities: Sequence[str], model: ModelConfig, num_clusters: int, logit_scale: float | None = None) -> nn.ModuleDict:
@@ -42,16 +36,14 @@ def build_classifiers(modalities: Sequence[str], model: ModelConfig, num_cluster
 
 
 def load_pretrained(encoders: nn.ModuleDict, sources: Mapping[str, str]) -> dict[str, LoadReport]:
-    """Load the weights that the configuration names.
+    """Load the weights that the configuration names into the encoders, modality -> encoder, in place.
 
     Args:
-        encoders: modality -> encoder, changed in place.
         sources: modality -> "imagenet", "none" or the path of a weight file, one for every encoder.
     Returns:
         What was loaded, for every modality whose source is not "none".
     Raises:
-        FileNotFoundError, ValueError: if weights cannot be had or do not fit; random weights never
-            take their place.
+        UserError: if weights cannot be had or do not fit; random weights never take their place.
     """
     loaders = {"DGCNN": load_dgcnn_checkpoint, "MeshNet": load_meshnet_checkpoint, "ResNet18": load_resnet18_weights}
     return {

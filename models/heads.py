@@ -47,12 +47,8 @@ class MLPClassifier(nn.Sequential):
     """
 
     def __init__(self, embedding_dim: int, hidden_dim: int, num_clusters: int) -> None:
-        super().__init__(
-            nn.Linear(embedding_dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, num_clusters),
-        )
+        layers = nn.Linear(embedding_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_clusters)
+        super().__init__(*layers)
 
     def classify(self, embeddings: Tensor) -> Tensor:
         """As `forward`: embeddings (B, D) of any norm to logits (B, K)."""

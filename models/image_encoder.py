@@ -19,8 +19,6 @@ class ResNet18(nn.Module):
 
     def __init__(self, embedding_dim: int, stages: int = 4) -> None:
         super().__init__()
-        if not 1 <= stages <= 4:
-            raise ValueError(f"stages must lie in 1..4, found {stages}")
         self.backbone = torchvision.models.resnet18(weights=None)
         feature_dim = 64 * 2 ** (stages - 1)
         for dropped in range(stages + 1, 5):

@@ -8,24 +8,16 @@ from torch.nn import functional as F
 class MemoryBank(nn.Module):
     """Momentum memory m_i <- normalise(eta m_i + (1 - eta) v_i), with v_i normalised first.
 
-    Rows start at zero and are to be filled before use. They are a buffer: they travel with `state_dict` and never receive a
-    gradient.
+    Rows start at zero and are to be filled before use. They are a buffer, without gradients.
 
     Args:
-        num_instances: N, rows of the bank, >= 1.
-        dim: D, embedding dimension, >= 1.
+        num_instances: N, rows of the bank; dim: D, embedding dimension.
         momentum: eta in [0, 1); the paper uses 0.9.
         renormalise: bring rows back to unit norm after an update; Eq. 6 as printed does not.
-    Raises:
-        ValueError: on arguments out of range.
     """
 
     def __init__(self, num_instances: int, dim: int, momentum: float = 0.9, renormalise: bool = True) -> None:
         super().__init__()
-        if num_instances < 1 or dim < 1:
-            raise ValueError(f"num_instances and dim must be >= 1, found {num_instances} and {dim}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum (eta) must lie in [0, 1), found {momentum}")
         self.momentum = momentum
         self.renormalise = renormalise
         self.register_buffer("memory", torch.zeros(num_instances, dim))

@@ -28,19 +28,14 @@ class MeshNet(nn.Module):
         embedding_dim: D, dimension of the common space.
         width: channels of the fused and of the pooled feature; 1024 as published. Smaller widths are for CPU
             configurations and leave the last two layers of the public checkpoint out.
-        mask_ratio: share of the faces hidden from the maximum in training, a fresh draw from torch's global generator
+        mask_ratio: in [0, 1), share of the faces hidden from the maximum in training, a fresh draw from torch's global generator
             for every batch; 0.95 as published. Evaluation takes the maximum over all faces.
         conv_width: channels after the first mesh convolution, half of those after the second; 256 as published. The
             public checkpoint needs 256.
-    Raises:
-        ValueError: for sizes below 1 or a mask_ratio outside [0, 1).
     """
 
     def __init__(self, embedding_dim: int, width: int = 1024, mask_ratio: float = 0.95, conv_width: int = 256) -> None:
         super().__init__()
-        if min(embedding_dim, width, conv_width) < 1 or not 0 <= mask_ratio < 1:
-            raise ValueError("MeshNet needs embedding_dim, width, conv_width >= 1 and 0 <= mask_ratio < 1, found "
-                             f"{embedding_dim}, {width}, {conv_width}, {mask_ratio}")
         self.mask_ratio = mask_ratio
         self.spatial_descriptor = nn.Sequential(OrderedDict(spatial_mlp=SharedMLP(3, 64, 64)))
         self.structural_descriptor = StructuralDescriptor()

@@ -22,10 +22,8 @@ class DGCNN(nn.Module):
 
     def __init__(self, embedding_dim: int, k: int = 20, width: int = 1024, edge_conv: str = "fused") -> None:
         super().__init__()
-        self.edge_convs = nn.ModuleList(
-            EdgeConv(c_in, c_out, k, implementation=edge_conv)
-            for c_in, c_out in zip(EDGE_CHANNELS[:-1], EDGE_CHANNELS[1:])
-        )
+        pairs = zip(EDGE_CHANNELS[:-1], EDGE_CHANNELS[1:])
+        self.edge_convs = nn.ModuleList(EdgeConv(c_in, c_out, k, edge_conv) for c_in, c_out in pairs)
         self.conv5 = nn.Conv1d(sum(EDGE_CHANNELS[1:]), width, kernel_size=1, bias=False)
         self.bn5 = nn.BatchNorm1d(width)
         self.head = nn.Sequential(nn.Linear(2 * width, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim))

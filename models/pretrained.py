@@ -2,7 +2,7 @@
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -15,8 +15,9 @@ from torchvision.models import ResNet18_Weights
 from utils.errors import UserError
 
 PRETRAINED_DIR = Path("pretrained")
-OPTIONAL_SUFFIX = "num_batches_tracked"
+OPTIONAL_SUFFIX = "num_batches_tracked"  # counters that old files lack
 MESHNET_WIDTH = 1024
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError)
 
 
 @dataclass
@@ -32,90 +33,73 @@ class LoadReport:
         return f"{len(self.used)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} left as they were"
 
 
-def load_matching(module: nn.Module, state_dict: Mapping[str, Tensor], rename: Callable[[str], str | None],
-                  required_prefixes: Iterable[str]) -> LoadReport:
-    """Copy the tensors of a state dict that the module has under the same name and shape.
-
-    Nothing is copied unless all required names are there. A leading `module.` (DataParallel) is stripped from the keys.
+def load_matching(
+    module: nn.Module, state: Mapping[str, Tensor], rename: Callable[[str], str | None], required: tuple[str, ...], source: str
+) -> LoadReport:
+    """Copy the tensors of a state dict that the module has under the same name and shape; nothing unless all required are there.
 
     Args:
         module: receives the tensors in place.
-        state_dict: key -> tensor.
+        state: key -> tensor; a leading `module.` (DataParallel) is stripped from the keys.
         rename: maps a stripped key to the module's name, or to None for a key to leave out.
-        required_prefixes: the module's names that start with one of these must all be filled; counters of seen
-            batches, which old files lack, are excepted.
+        required: beginnings of the module's names that must all be filled, counters of seen batches excepted.
+        source: of the weights, for errors.
     Returns:
         The report; `missing` lists all names of the module that were not filled.
     Raises:
-        UserError: if no key matched or a required name is missing; both say what was found instead.
+        UserError: if no key matched or a required name is missing; says what was found instead.
     """
     own = module.state_dict()
     report, chosen = LoadReport(), {}
-    for key, tensor in state_dict.items():
+    for key, tensor in state.items():
         name = rename(key.removeprefix("module."))
         if name is None:
             report.skipped.append(f"{key}: not used by this encoder")
         elif name not in own:
             report.skipped.append(f"{key}: the encoder has no {name}")
         elif own[name].shape != tensor.shape:
-            shapes = f"shape {tuple(tensor.shape)}, the encoder's {name} has {tuple(own[name].shape)}"
-            report.skipped.append(f"{key}: {shapes}")
+            report.skipped.append(f"{key}: shape {tuple(tensor.shape)}, the encoder's {name} has {tuple(own[name].shape)}")
         else:
             chosen[name] = tensor
-    report.used = sorted(chosen)
-    report.missing = sorted(set(own) - set(chosen))
-    _check_complete(report, tuple(required_prefixes))
+    report.used, report.missing = sorted(chosen), sorted(own.keys() - chosen.keys())
+    lacking = [name for name in report.missing if name.startswith(required) and not name.endswith(OPTIONAL_SUFFIX)]
+    if lacking or not chosen:
+        what = f"lacks {', '.join(lacking[:5])}" if chosen else "matches no parameter of the encoder"
+        raise UserError(f"{source}: the checkpoint {what} ({len(lacking)} required tensors missing, {len(chosen)} matched); "
+                        f"first keys not used: {'; '.join(report.skipped[:5]) or 'no keys at all'}")
     with torch.no_grad():
         for name, tensor in chosen.items():
             own[name].copy_(tensor)
     return report
 
 
-def _check_complete(report: LoadReport, prefixes: tuple[str, ...]) -> None:
-    lacking = [n for n in report.missing if n.startswith(prefixes) and not n.endswith(OPTIONAL_SUFFIX)]
-    if report.used and not lacking:
-        return
-    found = "; ".join(report.skipped[:5]) or "no keys at all"
-    what = f"lacks {', '.join(lacking[:5])}" if report.used else "matches no parameter of the encoder"
-    raise UserError(f"the checkpoint {what} ({len(lacking)} required tensors missing, {len(report.used)} matched); "
-                     f"first keys not used: {found}")
-
-
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a flat state dict, from the present or the pre-zip container of PyTorch, without running code of the file.
+    """Read a flat state dict, from the present or the pre-zip container of PyTorch, to the CPU, without running code of the file.
 
-    Args:
-        path: file written by `torch.save`.
-    Returns:
-        key -> tensor on the CPU.
     Raises:
-        UserError: if there is no such file.
-        UserError: if it is damaged or holds anything but named tensors.
+        UserError: if there is no such file, it is damaged, or it holds anything but named tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}; give the path of a checkpoint, or `none` to train from scratch")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
-        raise UserError(f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}: "
-                         f"{str(error).splitlines()[0] if str(error) else 'no detail'}); fetch it again") from error
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0] or "no detail"
+        raise UserError(f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}: {reason}); fetch it again") from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds a {type(state).__name__}, expected a flat state dict (name -> tensor)")
     return dict(state)
 
 
 def load_imagenet_resnet18() -> dict[str, Tensor]:
-    """ImageNet weights of ResNet18: from `pretrained/` if they are there, else through torchvision's address.
+    """ImageNet weights of ResNet18 on the CPU: from `pretrained/` if they are there, else through torchvision's address.
 
     A download goes to the folder of torch.hub (set by TORCH_HOME) and is found there again; the contents are checked
     against the hash in the file name in all cases.
 
-    Returns:
-        torchvision's state dict, on the CPU.
     Raises:
-        UserError: if a file that is already there does not have the hash of its name.
-        UserError: if the download fails; says what to fetch, where to put it, and the alternative.
+        UserError: if a file is damaged, or the download fails; says what to fetch, where to put it, and the alternative.
     """
     url = ResNet18_Weights.IMAGENET1K_V1.url
     name = Path(urlparse(url).path).name
@@ -124,12 +108,10 @@ def load_imagenet_resnet18() -> dict[str, Tensor]:
             _check_hash(path)
             return read_state_dict(path)
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True,
-                                                  weights_only=True)
-    except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"could not download the ImageNet weights of ResNet18 ({type(error).__name__}: {error}). "
-                           f"Fetch {name} from {url} and put it at {PRETRAINED_DIR / name}, or set the weights to "
-                           "`none` to train from scratch") from error
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
+    except (HTTPException, *UNREADABLE) as error:
+        raise UserError(f"could not download the ImageNet weights of ResNet18 ({type(error).__name__}: {error}). Fetch {name} from "
+                        f"{url} and put it at {PRETRAINED_DIR / name}, or set the weights to `none` to train from scratch") from error
 
 
 def _check_hash(path: Path) -> None:
@@ -141,25 +123,16 @@ def _check_hash(path: Path) -> None:
 
 
 def load_resnet18_weights(encoder: nn.Module, source: str) -> LoadReport:
-    """Fill the ResNet18 trunk of an image encoder.
+    """Fill the trunk, `backbone`, of an image encoder; `fc.*` is left out.
 
     Args:
-        encoder: has `backbone`, torchvision's resnet18 with `fc` replaced by an identity.
+        encoder: a `models.ResNet18`.
         source: "imagenet", or the path of a state dict with torchvision's names.
-    Returns:
-        The report; `fc.*` is left out on purpose and listed as skipped.
     Raises:
         UserError: weights that are absent, damaged, incomplete or not to be had.
     """
     state = load_imagenet_resnet18() if source == "imagenet" else read_state_dict(source)
-
-    def rename(key: str) -> str | None:
-        return None if key.startswith("fc.") else key
-
-    try:
-        return load_matching(encoder.backbone, state, rename, required_prefixes=("",))
-    except ValueError as error:
-        raise UserError(f"ResNet18 weights from {source}: {error}") from error
+    return load_matching(encoder.backbone, state, _without("fc."), ("",), f"ResNet18 weights from {source}")
 
 
 def load_dgcnn_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
@@ -168,18 +141,10 @@ def load_dgcnn_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
     The four EdgeConvs are always filled, conv5 when its width fits. The file registers its BatchNorms twice: `convN.1`
     is read, `bnN` left out. The classifier (`linear1` on) never enters the encoder.
 
-    Args:
-        encoder: has `edge_convs` (conv, bn), `conv5` and `bn5`.
-        path: the checkpoint.
-    Returns:
-        The report, under the encoder's names.
     Raises:
         UserError: a file that is absent, damaged, or lacks part of the four EdgeConvs.
     """
-    try:
-        return load_matching(encoder, read_state_dict(path), _dgcnn_name, required_prefixes=("edge_convs.",))
-    except ValueError as error:
-        raise UserError(f"DGCNN checkpoint {path}: {error}") from error
+    return load_matching(encoder, read_state_dict(path), _dgcnn_name, ("edge_convs.",), f"DGCNN checkpoint {path}")
 
 
 def _dgcnn_name(key: str) -> str | None:
@@ -198,22 +163,14 @@ def load_meshnet_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
     The names are the file's own. The descriptors and both mesh convolutions are always filled, `fusion_mlp` and
     `concat_mlp` when the encoder has their published width. The classifier never enters the encoder.
 
-    Args:
-        encoder: a `models.mesh_encoder.MeshNet`.
-        path: the checkpoint.
-    Returns:
-        The report, under the encoder's names.
     Raises:
         UserError: a file that is absent, damaged, or lacks part of these layers.
     """
-    required = ["spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2."]
+    required = ("spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2.")
     if encoder.fusion_mlp[0].out_channels == MESHNET_WIDTH:
-        required += ["fusion_mlp.", "concat_mlp."]
+        required += ("fusion_mlp.", "concat_mlp.")
+    return load_matching(encoder, read_state_dict(path), _without("classifier."), required, f"MeshNet checkpoint {path}")
 
-    def rename(key: str) -> str | None:
-        return None if key.startswith("classifier.") else key
 
-    try:
-        return load_matching(encoder, read_state_dict(path), rename, required)
-    except ValueError as error:
-        raise UserError(f"MeshNet checkpoint {path}: {error}") from error
+def _without(prefix: str) -> Callable[[str], str | None]:
+    return lambda key: None if key.startswith(prefix) else key

@@ -10,12 +10,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm of (B, C, ...) whose training statistics cover all processes; everything else as torch's BatchNorm."""
 
     def _check_input_dim(self, values: Tensor) -> None:
-        if values.dim() < 2:
-            raise ValueError(f"SyncBatchNorm expects (B, C, ...), found {tuple(values.shape)}")
+        """Take any number of axes; torch's own classes are for one number each."""
 
     def forward(self, values: Tensor) -> Tensor:
         """Normalise (B, C, ...); the local batches may differ in size."""
-        self._check_input_dim(values)
         if not self.training or distributed.world() == 1:
             return super().forward(values)
         shape = [1, -1] + [1] * (values.dim() - 2)

@@ -1,4 +1,4 @@
-"""The one table of modalities: name -> task letter, list-file token, folder, kind of file (and so transforms), encoder. Adding a modality is one entry."""
+"""The one table of modalities; adding a modality is one entry."""
 
 from dataclasses import dataclass
 

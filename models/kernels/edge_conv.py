@@ -13,6 +13,7 @@ from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
 
 IMPLEMENTATIONS = ("fused", "triton", "reference")
+SLOPE = 0.2  # of the LeakyReLU below zero
 
 
 class EdgeConv(nn.Module):
@@ -27,33 +28,20 @@ class EdgeConv(nn.Module):
         k: neighbours per point when `forward` gets no index.
         implementation: "fused" never builds an edge tensor; "triton" is the same with its reductions as kernels for CUDA;
             "reference" is the explicit formulation, the specification of both.
-        negative_slope: of the LeakyReLU, >= 0 so that the activation is monotone.
-    Raises:
-        ValueError: for an unknown implementation, a negative slope or a size below 1.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, k: int, implementation: str = "fused",
-                 negative_slope: float = 0.2):
+    def __init__(self, in_channels: int, out_channels: int, k: int, implementation: str = "fused") -> None:
         super().__init__()
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"EdgeConv implementation must be one of {IMPLEMENTATIONS}, found {implementation!r}")
-        if negative_slope < 0 or min(in_channels, out_channels, k) < 1:
-            raise ValueError("EdgeConv needs negative_slope >= 0 and in_channels, out_channels, k >= 1, found "
-                             f"{negative_slope}, {in_channels}, {out_channels}, {k}")
         self.k = k
         self.implementation = implementation
-        self.negative_slope = negative_slope
         self.conv = nn.Conv2d(2 * in_channels, out_channels, kernel_size=1, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """Apply the layer.
+        """Map points or features (B, N, C_in) to features (B, N, C_out); float32 from the fused implementations under autocast.
 
         Args:
-            x: (B, N, C_in) float points or features.
             index: (B, N, k) int64 neighbours of every point, any k; `knn(x, self.k)` when None.
-        Returns:
-            (B, N, C_out) features; float32 from the fused implementations under autocast.
         Raises:
             ValueError: if a shape or index does not fit, or one edge alone is to be normalised in training mode.
             UserError: "triton" where its kernels do not run.
@@ -74,7 +62,7 @@ class EdgeConv(nn.Module):
         neighbours = x[batch, index.sort(-1).values]  # (B, N, k, C); sorted, so that the lowest index wins a tie
         centre = x.unsqueeze(2).expand_as(neighbours)
         edges = torch.cat((neighbours - centre, centre), dim=-1).permute(0, 3, 1, 2)  # (B, 2C, N, k)
-        activated = F.leaky_relu(self.bn(self.conv(edges)), self.negative_slope)
+        activated = F.leaky_relu(self.bn(self.conv(edges)), SLOPE)
         return activated.max(dim=-1).values.transpose(1, 2)  # (B, N, C_out)
 
     def _fused(self, x: Tensor, index: Tensor) -> Tensor:
@@ -88,8 +76,7 @@ class EdgeConv(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             flat = flat.to(self.conv.weight.dtype)
             out, mean, var = _FusedEdgeConv.apply(
-                flat, self.conv.weight.flatten(1), bn.weight, bn.bias, rows, x.shape[1], running, bn.eps,
-                self.negative_slope, world, ops)
+                flat, self.conv.weight.flatten(1), bn.weight, bn.bias, rows, x.shape[1], running, bn.eps, world, ops)
         if bn.training:
             update_running_statistics(bn, mean, var, rows.numel() * world)
         return out.view(*x.shape[:2], -1)
@@ -109,7 +96,7 @@ class _FusedEdgeConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, gamma, beta, rows, points, running, eps, slope, world, ops):
+    def forward(ctx, x, weight, gamma, beta, rows, points, running, eps, world, ops):
         channels, edges = x.shape[1], rows.numel() * world
         # Any nearby point will do, and this one keeps integer coordinates, so true ties, exact. In eval mode no cloud may
         # depend on another one of the batch, not even by rounding.
@@ -134,14 +121,13 @@ class _FusedEdgeConv(torch.autograd.Function):
         else:
             mean, var = running[0].to(x.dtype) - shift, running[1].to(x.dtype)
         rstd = (var + eps).rsqrt()
-        ctx.save_for_backward(x, split, gamma, beta, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean,
-                              moments)
-        ctx.points, ctx.slope, ctx.ops, ctx.world = points, slope, ops, world
+        ctx.save_for_backward(x, split, gamma, beta, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean, moments)
+        ctx.points, ctx.ops, ctx.world = points, ops, world
         batch_mean = mean + shift
         ctx.mark_non_differentiable(batch_mean, var)
         scale = gamma * rstd
         out = torch.addcmul(beta - mean * scale, edge, scale)
-        return F.leaky_relu_(out, slope), batch_mean, var
+        return F.leaky_relu_(out, SLOPE), batch_mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -167,12 +153,11 @@ def _edge_moments(x: Tensor, sums: Tensor, degree: Tensor, k: int, points: int, 
 
 
 def _fused_backward(ctx, grad):
-    (x, split, gamma, beta, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean,
-     moments) = ctx.saved_tensors
+    x, split, gamma, beta, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean, moments = ctx.saved_tensors
     channels, edges = x.shape[1], rows.numel() * ctx.world
     normalised = (edge - mean).mul_(rstd)
     positive = torch.addcmul(beta, normalised, gamma) > 0
-    grad = torch.where(positive, grad, grad * ctx.slope)  # at the BatchNorm output of the winning edges
+    grad = torch.where(positive, grad, grad * SLOPE)  # at the BatchNorm output of the winning edges
     grad_beta, grad_gamma = grad.sum(0), normalised.mul_(grad).sum(0)
     every_beta, every_gamma = grad_beta, grad_gamma  # over all processes
     if ctx.world > 1 and moments is not None:
@@ -200,7 +185,7 @@ def _fused_backward(ctx, grad):
         if slope is not None:
             offset = (scale * every_beta).double() / edges
             _subtract_batch_terms(grad_x, x, split, slope, offset, sums, incoming, degree, edge_mean, rows.shape[1])
-    return grad_x, grad_weight, grad_gamma, grad_beta, *[None] * 7
+    return grad_x, grad_weight, grad_gamma, grad_beta, *[None] * 6
 
 
 def _subtract_batch_terms(grad_x, x, split, slope, offset, sums, incoming, degree, edge_mean, k) -> None:

@@ -12,28 +12,15 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from models.kernels.neighbour_ops import in_degrees  # noqa: F401  # one of the operations
+
 TILE = 1024  # elements of one program of the maximum
 MAX_CHANNELS = 128  # of one program
 ENTRIES = 32  # list entries that one program of the sum reads at a time
 
 
-def in_degrees(rows: Tensor) -> Tensor:
-    """Count how often each point is somebody's neighbour, (M,) int64; unlike bincount without waiting for the device."""
-    degree = torch.zeros(rows.shape[0], dtype=torch.long, device=rows.device)
-    return degree.scatter_add_(0, rows.reshape(-1), torch.ones_like(rows).reshape(-1))
-
-
 def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest value of every channel over the neighbours of every point; the lowest row wins a tie.
-
-    Args:
-        u: (M, C) float32 or float64.
-        rows: (M, k) int64.
-        points: not needed here; of the shared signature.
-        tied: (C,) bool; channels where all neighbours count as equal.
-    Returns:
-        (M, C) values of the winners and (M, C) integer slots 0..k-1 of the winners in `rows`.
-    """
+    """As `neighbour_ops.neighbour_max`, with integer slots 0..k-1 in `rows` as winners (M, C)."""
     count, channels = u.shape
     k = rows.shape[1]
     best = torch.empty_like(u, memory_format=torch.contiguous_format)
@@ -52,17 +39,7 @@ def neighbour_sum(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor, points: int) -> tuple[Tensor, Tensor | None]:
-    """Sums over the points that list a given point as neighbour, the adjoints of `neighbour_max` and `neighbour_sum`.
-
-    Args:
-        own: (M, C) float; added up over those points and channels where the given point won the maximum.
-        winner: (M, C) slots from `neighbour_max`.
-        x: (M, D) float, added up over all those points, or None.
-        rows: (M, k) int64.
-        points: not needed here; of the shared signature.
-    Returns:
-        (M, C) sums of own and (M, D) sums of x, or None without x.
-    """
+    """As `neighbour_ops.transposed_sums`, with slots as winners."""
     # An edge is numbered by its place in the flattened rows; a list holds the edges that lead to one point.
     ends, edges = rows.reshape(-1).to(torch.int32 if rows.shape[0] < 2**31 else torch.int64).sort(stable=True)
     starts = torch.searchsorted(ends, torch.arange(rows.shape[0] + 1, dtype=ends.dtype, device=ends.device))

@@ -1,6 +1,7 @@
 """Reductions over the neighbour lists of points, without an edge tensor; called by `models/kernels/edge_conv.py`.
 
-All take `rows`, (M, k) int64: the k neighbours of every one of the M points as rows of the (M, C) point matrix.
+All take `rows`, (M, k) int64: the k neighbours of every one of the M points as rows of the (M, C) point matrix; every neighbour
+lies in the same cloud, a run of `points` rows, of which M is a multiple.
 `models/kernels/neighbour_numba.py` has the same functions compiled for the CPU, where Numba is installed, and
 `models/kernels/edge_conv_triton.py` as kernels for CUDA, on request; `operations` chooses.
 """
@@ -57,36 +58,23 @@ def neighbour_sum(x: Tensor, rows: Tensor) -> Tensor:
     return F.embedding_bag(rows, x, mode="sum")
 
 
-def transposed_neighbour_sum(x: Tensor, rows: Tensor, points: int) -> Tensor:
-    """Sum the rows of x over the points that list a given point as neighbour.
-
-    Args:
-        x: (M, C) float.
-        rows: (M, k) int64; every neighbour lies in the same run of `points` rows.
-        points: N, points of one cloud; M is a multiple of it.
-    Returns:
-        (M, C) sums.
-    """
-    out = torch.zeros_like(x)
-    for slot in rows.unbind(1):
-        out.index_add_(0, slot, x)
-    return out
-
-
 def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor, points: int) -> tuple[Tensor, Tensor | None]:
     """Sums over the points that list a given point as neighbour, the adjoints of `neighbour_max` and `neighbour_sum`.
 
     Args:
         own: (M, C) float; added up over those points and channels where the given point won the maximum.
         winner: (M, C) winners from `neighbour_max`.
-        x: (M, D) float, for `transposed_neighbour_sum`, or None.
-        rows: (M, k) int64; every neighbour lies in the same run of `points` rows.
-        points: N, points of one cloud; M is a multiple of it.
+        x: (M, D) float, added up over all those points, or None.
     Returns:
         (M, C) sums of own and (M, D) sums of x, or None without x.
     """
     near = torch.zeros_like(own).view(-1).scatter_add_(0, winner.view(-1).long(), own.view(-1)).view_as(own)
-    return near, None if x is None else transposed_neighbour_sum(x, rows, points)
+    if x is None:
+        return near, None
+    incoming = torch.zeros_like(x)
+    for slot in rows.unbind(1):
+        incoming.index_add_(0, slot, x)
+    return near, incoming
 
 
 def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,21 +82,11 @@ def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[T
 
     Args:
         u: (M, C) float.
-        rows: (M, k) int64; every neighbour lies in the same run of `points` rows.
-        points: N, points of one cloud; M is a multiple of it.
         tied: (C,) bool; channels where all neighbours count as equal.
     Returns:
         (M, C) values of the winners and (M, C) integer positions of the winners in the flattened u.
     """
-    best, winner = _slot_max(u, rows)
-    if u.device.type != "cpu" or tied.any():  # looking at `tied` would make other devices wait
-        lowest = rows.amin(1)
-        best = torch.where(tied, u[lowest], best)
-        winner = torch.where(tied, (lowest * u.shape[1])[:, None] + torch.arange(u.shape[1], device=u.device), winner)
-    return best, winner
-
-
-def _slot_max(u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    channel = torch.arange(u.shape[1], device=u.device)
     slots = rows.sort(1).values.T.contiguous()
     best = u[slots[0]]
     winner = slots[0].unsqueeze(1).expand_as(u)
@@ -116,4 +94,9 @@ def _slot_max(u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         candidate = u[slot]
         winner = torch.where(candidate > best, slot.unsqueeze(1), winner)
         best = torch.maximum(best, candidate)
-    return best, winner * u.shape[1] + torch.arange(u.shape[1], device=u.device)
+    winner = winner * u.shape[1] + channel
+    if u.device.type != "cpu" or tied.any():  # looking at `tied` would make other devices wait
+        lowest = rows.amin(1)
+        best = torch.where(tied, u[lowest], best)
+        winner = torch.where(tied, (lowest * u.shape[1])[:, None] + channel, winner)
+    return best, winner

@@ -19,7 +19,7 @@ from datasets.transforms import (
     random_warp,
 )
 from utils.engine.seed import BatchGenerator, generator_for
-from utils.settings.options import AugmentConfig
+from utils.settings.data_options import AugmentConfig
 
 NONE = dict(
     image_rotation_degrees=0.0, image_scale=(1.0, 1.0), image_translate=0.0, image_shear_degrees=0.0,

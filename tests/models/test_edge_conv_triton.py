@@ -15,7 +15,6 @@ import pytest
 import torch
 from test_edge_conv import assert_same, make_pair, run, tied_problem
 
-from models.kernels import neighbour_ops
 from models.kernels.knn import knn
 from utils.errors import UserError
 
@@ -100,22 +99,8 @@ def test_operations_equal_loops(kernels, device, shape, dtype):
     for (name, value), tensor in zip(expected.items(), (*found, kernels.neighbour_sum(on[4], on[1]))):
         assert tensor.dtype == dtype, name
         torch.testing.assert_close(tensor.cpu().double(), value, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=name)
+    assert kernels.transposed_sums(on[3], winner, None, on[1], points)[1] is None
     assert torch.equal(kernels.in_degrees(on[1]).cpu(), torch.bincount(rows.flatten(), minlength=len(rows)))
-
-
-@on_device
-def test_operations_equal_those_of_pytorch(kernels, device):
-    rows = make_rows(2, 5, 4).to(device)
-    u = torch.randn(10, 20, device=device).round()
-    own, x, tied = torch.randn_like(u), torch.randn(10, 6, device=device), torch.arange(20, device=device) == 3
-    best, winner = neighbour_ops.neighbour_max(u, rows, 5, tied)
-    found_best, slot = kernels.neighbour_max(u, rows, 5, tied)
-    assert torch.equal(found_best, best)
-    assert torch.equal(rows.gather(1, slot.long()) * 20 + torch.arange(20, device=device), winner.long())
-    pairs = zip(neighbour_ops.transposed_sums(own, winner, x, rows, 5), kernels.transposed_sums(own, slot, x, rows, 5))
-    for expected, found in pairs:
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert kernels.transposed_sums(own, slot, None, rows, 5)[1] is None
 
 
 @on_device

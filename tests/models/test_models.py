@@ -36,9 +36,9 @@ def filled_bank(count=8, dim=5, momentum=0.9):
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999])
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_updates_equal_loops(momentum, renormalise):
-    bank = MemoryBank(12, 5, momentum, renormalise).double()
-    bank.fill(draw(12, 5, seed=9))
-    rows = dict(enumerate(bank.memory.tolist()))
+    bank, start = MemoryBank(12, 5, momentum, renormalise).double(), draw(12, 5, seed=9).double()
+    bank.fill(start * 50)
+    rows = dict(enumerate((start / start.norm(dim=1, keepdim=True)).tolist()))
     for step in range(20):
         index = torch.randperm(12, generator=torch.Generator().manual_seed(step))[:5]
         embeddings = draw(5, 5, seed=step) * 10.0 ** (step % 5 - 2)
@@ -47,21 +47,6 @@ def test_updates_equal_loops(momentum, renormalise):
     expected = torch.tensor([rows[i] for i in range(12)], dtype=torch.float64)
     assert torch.allclose(bank.memory, expected, rtol=0, atol=1e-12)
     assert torch.allclose(bank.memory.norm(dim=1), torch.ones(12).double()) == (renormalise or momentum == 0)
-
-
-def test_embeddings_are_normalised_before_the_blend():
-    bank = MemoryBank(1, 2, 0.5)
-    bank.fill(torch.tensor([[3.0, 0.0]]))
-    bank.update(torch.tensor([0]), torch.tensor([[0.0, 1000.0]]))
-    assert torch.allclose(bank.memory, torch.full((1, 2), 0.5**0.5))  # halfway, whatever the norms
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.9999])
-def test_first_update_stores_the_unit_embedding_and_nothing_else(momentum):
-    bank, index, embeddings = MemoryBank(6, 4, momentum), torch.tensor([4, 1]), draw(2, 4)
-    bank.update(index, embeddings)
-    assert torch.allclose(bank.memory[index], F.normalize(embeddings, dim=1), atol=1e-6)
-    assert not bank.memory[[0, 2, 3, 5]].any()
 
 
 def test_rows_are_addressed_by_index_whatever_the_batch_order_and_others_stay_bit_for_bit():
@@ -77,14 +62,6 @@ def test_rows_are_addressed_by_index_whatever_the_batch_order_and_others_stay_bi
     assert torch.allclose(banks[0].memory, banks[2].memory, atol=1e-7)
     assert torch.equal(banks[0](order), banks[0].memory[order]) and (banks[0].memory[order] != before[order]).any(dim=1).all()
     assert torch.equal(banks[0].memory[[2, 4, 6]], before[[2, 4, 6]])
-
-
-def test_fill_is_row_by_row_and_normalised():
-    bank, embeddings = MemoryBank(7, 3), draw(7, 3) * 50
-    bank.fill(embeddings)
-    assert torch.allclose(bank(torch.arange(7)), embeddings / embeddings.norm(dim=1, keepdim=True), atol=1e-6)
-    with pytest.raises(ValueError, match=r"\(7, 3\)"):
-        bank.fill(embeddings[:6])
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -114,12 +91,6 @@ def test_other_float_types_are_stored_in_float32(dtype):
     assert bank.memory.dtype == torch.float32 and bank.memory[3].norm().item() == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("arguments", [(0, 3), (3, 0), (3, 3, -0.1), (3, 3, 1.0), (3, 3, float("nan"))])
-def test_bank_rejects_arguments(arguments):
-    with pytest.raises(ValueError, match="found"):
-        MemoryBank(*arguments)
-
-
 @pytest.mark.parametrize("index,shape,error", [
     ([0, 1], (2, 4), ValueError), ([0, 1], (3, 5), ValueError), ([0], (5,), ValueError), ([[0]], (1, 5), ValueError),
     ([8], (1, 5), IndexError), ([-1], (1, 5), IndexError),
@@ -129,6 +100,8 @@ def test_bank_rejects_updates_and_keeps_its_rows(index, shape, error):
     before = bank.memory.clone()
     with pytest.raises(error):
         bank.update(torch.tensor(index), torch.ones(shape))
+    with pytest.raises(ValueError, match=r"\(8, 5\)"):
+        bank.fill(torch.ones(7, 5))
     assert torch.equal(bank.memory, before)
 
 
@@ -156,11 +129,8 @@ def test_linear_classifier_starts_at_the_centroids_and_stays_trainable():
 
 
 def test_mlp_classifier_maps_embeddings_to_logits():
-    head = MLPClassifier(6, 16, 4).eval()
-    x = draw(5, 6)
-    assert head(x).shape == (5, 4)
-    assert torch.allclose(head(x)[2:3], head(x[2:3]), atol=1e-6)
-    assert len({tuple(p.shape) for p in head.parameters()} & {(16, 6), (4, 16)}) == 2
+    head, x = MLPClassifier(6, 16, 4).eval(), draw(5, 6)
+    assert head(x).shape == (5, 4) and torch.allclose(head(x)[2:3], head(x[2:3]), atol=1e-6)
 
 
 # Encoders
@@ -203,9 +173,6 @@ def test_stage_count_keeps_the_trunk_of_the_full_network():
     x = draw(2, 3, 32, 32)
     full(x)
     assert torch.allclose(short.backbone(x), seen[0], atol=1e-5)
-    for stages in (0, 5):
-        with pytest.raises(ValueError, match=f"found {stages}"):
-            ResNet18(12, stages)
 
 
 @pytest.mark.parametrize("build,shape", [
@@ -242,15 +209,9 @@ def test_point_encoder_ignores_the_order_of_points(edge_conv):
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = encoder(x)
+        assert torch.allclose(point_encoder("reference")(x), expected, atol=1e-3)
         assert torch.allclose(encoder(x[:, order]), expected, atol=1e-5)
         assert not torch.allclose(encoder(x[:, :, [1, 0, 2]]), expected, atol=1e-3)
-
-
-def test_point_encoder_implementations_agree():
-    fused, reference = point_encoder(), point_encoder("reference")
-    x = draw(3, 30, 3)
-    for mode in (False, True):
-        assert torch.allclose(fused.train(mode)(x), reference.train(mode)(x), atol=1e-3)
 
 
 def test_point_encoder_shapes_and_gradients():

@@ -13,13 +13,7 @@ import torchvision
 from torch import nn
 
 from models import DGCNN, MeshNet, pretrained
-from models.pretrained import (
-    load_dgcnn_checkpoint,
-    load_imagenet_resnet18,
-    load_matching,
-    load_meshnet_checkpoint,
-    load_resnet18_weights,
-)
+from models.pretrained import load_dgcnn_checkpoint, load_imagenet_resnet18, load_meshnet_checkpoint, load_resnet18_weights
 from utils.errors import UserError
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
@@ -38,9 +32,7 @@ def dgcnn_checkpoint(prefix="module.", counters=True):
         state[f"conv{number}.0.weight"] = torch.randn(shape)
         own = norm("", shape[0], counters)
         state |= {f"{name}{key}": value for name in (f"bn{number}", f"conv{number}.1") for key, value in own.items()}
-    state |= {"linear1.weight": torch.randn(512, 2048), "linear2.weight": torch.randn(256, 512),
-              "linear2.bias": torch.randn(256), "linear3.weight": torch.randn(40, 256), "linear3.bias": torch.randn(40)}
-    state |= norm("bn6", 512, False) | norm("bn7", 256, False)
+    state |= {"linear1.weight": torch.randn(512, 2048), "linear3.bias": torch.randn(40)} | norm("bn6", 512, False)
     return {prefix + key: value for key, value in state.items()}
 
 
@@ -65,8 +57,7 @@ def meshnet_checkpoint(prefix="module.", counters=True):
         for place, shape in zip(range(0, 6, 3), shapes):
             state |= {f"{block}.{place}.weight": torch.randn(shape), f"{block}.{place}.bias": torch.randn(shape[0])}
             state |= norm(f"{block}.{place + 1}", shape[0], counters)
-    for layer, (c_out, c_in) in {0: (512, 1024), 3: (256, 512), 6: (40, 256)}.items():
-        state |= {f"classifier.{layer}.weight": torch.randn(c_out, c_in), f"classifier.{layer}.bias": torch.randn(c_out)}
+    state |= {"classifier.0.weight": torch.randn(512, 1024), "classifier.0.bias": torch.randn(512)}
     return {prefix + key: value for key, value in state.items()}
 
 
@@ -159,27 +150,12 @@ def test_foreign_and_odd_files_fail_and_change_nothing(tmp_path, network):
     ):
         save(content, path)
         unchanged(encoder, lambda: load(encoder, path), UserError, message)
+    content = save(checkpoint(), path).read_bytes()
+    for keep in (0, 3, 1000, -1000):
+        path.write_bytes(content[:keep])
+        unchanged(encoder, lambda: load(encoder, path), UserError, "odd.t7 is not a readable PyTorch checkpoint")
     with pytest.raises(UserError, match="nowhere.t7.*none"):
         load(encoder, "nowhere.t7")
-
-
-@pytest.mark.parametrize("keep", [0, 3, 1000, -1000])
-def test_truncated_file(tmp_path, keep):
-    path = save(dgcnn_checkpoint(), tmp_path / "cut.t7")
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="cut.t7 is not a readable PyTorch checkpoint"):
-        load_dgcnn_checkpoint(DGCNN(16, k=4, width=8), path)
-
-
-def test_load_matching_copies_in_place_and_reports():
-    layer = nn.Linear(2, 3)
-    weight = layer.weight
-    state = {"module.w": torch.ones(3, 2), "bias": torch.ones(4), "extra": torch.ones(1)}
-    rename = {"w": "weight", "bias": "bias"}.get
-    report = load_matching(layer, state, rename, ["weight"])
-    assert layer.weight is weight and torch.equal(weight, torch.ones(3, 2))
-    assert (report.used, report.missing) == (["weight"], ["bias"])
-    assert report.skipped[0].startswith("bias: shape (4,)") and report.skipped[1].startswith("extra:")
 
 
 @pytest.fixture(scope="module")
@@ -257,15 +233,12 @@ def test_failed_download_says_what_to_fetch(server, resnet_bytes, monkeypatch, f
     if fault == "refused":
         url = f"http://127.0.0.1:1/{server.name}"
         monkeypatch.setattr(pretrained.ResNet18_Weights.IMAGENET1K_V1, "url", url)
+    assert torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.endswith("/resnet18-f37072fd.pth")  # as the README says
     encoder = resnet_encoder()
     unchanged(encoder, lambda: load_resnet18_weights(encoder, "imagenet"), UserError,
               rf"Fetch {server.name} from http.* put it at .*pretrained.*{server.name}.*`none`")
     checkpoints = server.home / "hub" / "checkpoints"
     assert not checkpoints.exists() or not list(checkpoints.iterdir())
-
-
-def test_the_true_address_carries_the_documented_file_name():
-    assert torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.endswith("/resnet18-f37072fd.pth")
 
 
 def test_resnet_from_a_path(tmp_path, resnet_bytes):

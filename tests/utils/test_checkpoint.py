@@ -22,28 +22,13 @@ def small_state():
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "best": None}
-
-
-def assert_equal(left, right):
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert list(left) == list(right)
-        for key in left:
-            assert_equal(left[key], right[key])
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right)
-        for pair in zip(left, right):
-            assert_equal(*pair)
-    else:
-        assert left == right
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "rows": [{"loss": 0.5}]}
 
 
 def test_round_trip(tmp_path):
     state = small_state()
     save_checkpoint(tmp_path / "new" / "last.pt", state)
-    assert_equal(load_checkpoint(tmp_path / "new" / "last.pt"), state)
+    torch.testing.assert_close(load_checkpoint(tmp_path / "new" / "last.pt"), state, rtol=0, atol=0)
     assert os.listdir(tmp_path / "new") == ["last.pt"]
 
 
@@ -57,22 +42,16 @@ def test_missing_truncated_damaged_foreign(tmp_path):
     flipped[len(content) // 2] ^= 1  # one bit of one weight
     for damaged in (b"", b"hello", content[: len(content) // 2], content[:-1], bytes(flipped)):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"last.pt \({len(damaged)} bytes\) is damaged or not a checkpoint"):
+        with pytest.raises(UserError, match=rf"last.pt \({len(damaged)} bytes\) is damaged or not a checkpoint"):
             load_checkpoint(path)
     torch.save({"w": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
         load_checkpoint(path)
     torch.save({"w": np.float64(1)}, path)  # needs code execution to load: refused
-    with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
+    with pytest.raises(UserError, match="is damaged or not a checkpoint"):
         load_checkpoint(path)
-
-
-def test_other_format_version(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)
-    save_checkpoint(path, {})
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="has checkpoint format 99, this code reads 1"):
+    torch.save({"format_version": 99, "state": {}}, path)
+    with pytest.raises(UserError, match="has checkpoint format 99, this code reads 1"):
         load_checkpoint(path)
 
 
@@ -85,29 +64,27 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path, value):
     assert load_checkpoint(path) == {"epoch": 1}
 
 
-def full_disk(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("call, fault", [("fsync", OSError(errno.ENOSPC, "No space left on device")), ("replace", KeyboardInterrupt())])
+def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch, call, fault):
+    def fail(*_):
+        raise fault
 
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"epoch": 1})
-    monkeypatch.setattr(checkpoint.os, call, full_disk)
-    with pytest.raises(OSError, match=r"could not write .*last.pt.*No space left.*MiB free.*previous file is intact") as caught:
+    monkeypatch.setattr(checkpoint.os, call, fail)
+    words = r"could not write .*last.pt.*No space left.*MiB free.*previous file is intact" if call == "fsync" else ""
+    with pytest.raises(type(fault), match=words or None) as caught:
         save_checkpoint(path, {"epoch": 2})
-    assert caught.value.errno == errno.ENOSPC
-    with pytest.raises(OSError, match="no file was left behind"):
+    assert getattr(caught.value, "errno", None) == getattr(fault, "errno", None)
+    with pytest.raises(type(fault), match="no file was left behind" if words else None):
         atomic_write_text(tmp_path / "other.txt", "text")
     monkeypatch.undo()
-    assert load_checkpoint(path) == {"epoch": 1}
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert load_checkpoint(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pt"]
 
 
 LIMITED_WRITER = """
 import resource, sys, torch
 from utils.engine.checkpoint import atomic_write_text, save_checkpoint
-from utils.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     save_checkpoint(sys.argv[1], {"w": torch.zeros(1_000_000)})
@@ -133,23 +110,9 @@ def test_write_that_fails_half_way(tmp_path):
 
 
 def test_temporary_file_of_a_killed_process_is_ignored(tmp_path):
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, {"epoch": 1})
     (tmp_path / ".last.pt.tmp").write_bytes(b"half a checkpoint" * 1000)
-    assert load_checkpoint(path) == {"epoch": 1}
-    save_checkpoint(path, {"epoch": 2})
-    assert load_checkpoint(path) == {"epoch": 2} and os.listdir(tmp_path) == ["last.pt"]
-
-
-def test_interrupt_while_writing(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    save_checkpoint(tmp_path / "last.pt", {"epoch": 1})
-    monkeypatch.setattr(checkpoint.torch, "save", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path / "last.pt", {"epoch": 2})
-    assert os.listdir(tmp_path) == ["last.pt"]
+    save_checkpoint(tmp_path / "last.pt", {"epoch": 2})
+    assert load_checkpoint(tmp_path / "last.pt") == {"epoch": 2} and os.listdir(tmp_path) == ["last.pt"]
 
 
 def test_text_and_json(tmp_path):
@@ -171,9 +134,6 @@ def test_seed_everything():
     expected = draw()
     seed_everything(7)
     assert draw() == expected
-    for seed in (-1, 2**32):
-        with pytest.raises(ValueError, match="seed must be in"):
-            seed_everything(seed)
 
 
 def test_generator_for_is_stable_and_separates_keys():

@@ -57,30 +57,12 @@ def test_same_seed_same_result_whatever_the_global_state(route):
         kmeans(x, 3, num_init=0)
 
 
-def test_init_is_used_and_keeps_ids():
+def test_init_is_used_and_keeps_ids_and_centres_without_rows():
     x, labels, centres = planted()
     order = torch.tensor([2, 0, 3, 1])
-    _, assignments = kmeans(x, 4, init=centres[order])
-    assert torch.equal(order[assignments], labels)
-
-
-def test_init_cluster_without_rows_keeps_its_centre():
-    x, labels, centres = planted()
     far = -normalize(centres.sum(dim=0, keepdim=True), dim=1)
-    centroids, assignments = kmeans(x, 5, init=torch.cat([centres, far]), spherical=True)
-    assert torch.equal(assignments, labels)
-    assert torch.allclose(centroids[4], far[0], atol=1e-6)
-
-
-def test_warm_start_matches_slow_lloyd():
-    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(2))
-    centroids, assignments = kmeans(x, 5, init=x[:5], max_iter=50)
-    points, centres = x.double().numpy(), x[:5].double().numpy().copy()
-    for _ in range(50):
-        ids = [min(range(5), key=lambda k: ((point - centres[k]) ** 2).sum()) for point in points]
-        centres = np.array([np.mean([p for p, i in zip(points, ids) if i == k], axis=0) for k in range(5)])
-    assert assignments.tolist() == ids
-    assert np.allclose(centroids.numpy(), centres, atol=1e-5)
+    centroids, assignments = kmeans(x, 5, init=torch.cat([centres[order], far]), spherical=True)
+    assert torch.equal(order[assignments], labels) and torch.allclose(centroids[4], far[0], atol=1e-6)
 
 
 def test_duplicate_rows_and_other_types(route):
@@ -127,8 +109,6 @@ def test_joint_clusters_of_one_modality_alone_are_reported():
     with pytest.warns(UserWarning, match="4 of 8 joint clusters hold none"):
         _, _, assignments = joint_then_per_modality([first, second], 8, seed=0)
     assert set(assignments[0].tolist()).isdisjoint(assignments[1].tolist())
-    with pytest.raises(ValueError, match="one width"):
-        joint_then_per_modality([torch.ones(3, 2), torch.ones(3, 4)], 2, seed=0)
 
 
 @pytest.mark.parametrize("clusters, classes", [(3, 3), (4, 3), (3, 4)])
@@ -152,7 +132,7 @@ def test_scores_by_hand():
 
 
 def test_scores_refuse_what_is_no_assignment():
-    with pytest.raises(ValueError, match="equal length, got 2 and 3"):
+    with pytest.raises(ValueError):
         purity(torch.tensor([0, 1]), torch.tensor([0, 1, 1]))
     with pytest.raises(ValueError, match="assignments must be a non-empty"):
         nmi(torch.tensor([0.5, 1.0]), torch.tensor([0, 1]))

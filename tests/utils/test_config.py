@@ -3,19 +3,16 @@
 import argparse
 import dataclasses
 import os
-import typing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 import yaml
 
-from utils.engine.device import select_device, set_threads
+from utils.engine.device import select_device
 from utils.errors import UserError
 from utils.settings.config import add_config_arguments, config_hash, load_config, to_dict
-from utils.settings.options import Step1Config, Step2Config, option
+from utils.settings.options import Step1Config, Step2Config
 
 PRETRAINED = ["model.pretrained.RGBImg=imagenet", "model.pretrained.PointCloud=none"]
 
@@ -28,22 +25,6 @@ def write(tmp_path, text):
     path = tmp_path / "step1.yaml"
     path.write_text(text, encoding="utf-8")
     return str(path)
-
-
-def test_defaults_match_the_declared_types():
-    def check(config):
-        hints = typing.get_type_hints(type(config))
-        for field in dataclasses.fields(config):
-            value, hint = getattr(config, field.name), hints[field.name]
-            if dataclasses.is_dataclass(value):
-                check(value)
-            else:
-                assert field.metadata["doc"], field.name
-                assert not (hint is float and type(value) is not float), field.name
-
-    check(step1())
-    check(load_config(Step2Config, None, PRETRAINED))
-    assert step1().pla.lambda_1 == 0.25 and step1().data.modalities == ("RGBImg", "PointCloud")
 
 
 def test_file_then_overrides_in_order(tmp_path):
@@ -68,20 +49,19 @@ def test_values_of_every_kind():
 
 def test_round_trip_and_hash(tmp_path):
     config = step1("optim.epochs=8", "data.test_lists={RGBImg: x.txt}")
-    path = write(tmp_path, yaml.safe_dump(to_dict(config)))
-    assert load_config(Step1Config, path) == config
-    assert config_hash(load_config(Step1Config, path)) == config_hash(config)
+    again = load_config(Step1Config, write(tmp_path, yaml.safe_dump(to_dict(config))))
+    assert again == config and config_hash(again) == config_hash(config)
     assert config_hash(config) != config_hash(step1("optim.epochs=9", "data.test_lists={RGBImg: x.txt}"))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.optim.epochs = 4
 
 
-@pytest.mark.parametrize("name, hint", [("rcl", ", did you mean 'rcll'"), ("CE", ""), ("''", "")])
-def test_refused_robust_loss(name, hint):
-    with pytest.raises(ValueError) as caught:
-        load_config(Step2Config, None, [*PRETRAINED, f"rdl.loss={name}"])
-    shown = name.strip("'")
-    assert f"rdl.loss must be one of rcll, ce, mae, gce, aue, nce_agce, or module:Class, found {shown!r}{hint}" in str(caught.value)
+@pytest.mark.parametrize("override, message", [
+    ("rdl.loss=rcl", "rdl.loss must be one of rcll, ce, mae, gce, aue, nce_agce, or module:Class, found 'rcl', did you mean 'rcll'"),
+    ("rdl.loss=''", "or module:Class, found ''"), ("rdl.warmup_epochs=3", "this setting is now called rdl.unclipped_epochs"),
+])
+def test_refused_in_step_2(override, message):
+    with pytest.raises(UserError) as caught:
+        load_config(Step2Config, None, [*PRETRAINED, override])
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -92,13 +72,9 @@ def test_refused_robust_loss(name, hint):
         ("optim.zzz=3", "optim.zzz: unknown key, valid here: epochs, batch_size"),
         ("data.augment.point_jiter=0", "data.augment.point_jiter: unknown key, did you mean 'point_jitter'"),
         ("optim.epochs=2.0", "optim.epochs: expected int, got '2.0'"),
-        ("optim.epochs=true", "optim.epochs: expected int, got 'true'"),
         ("optim.learning_rate=true", "optim.learning_rate: expected float, got 'true'"),
-        ("optim.learning_rate=fast", "optim.learning_rate: expected float, got 'fast'"),
         ("optim.learning_rate=.nan", "optim.learning_rate: expected float, got '.nan'"),
-        ("optim.learning_rate=null", "optim.learning_rate: expected float, got 'null', that is nothing"),
         ("optim.learning_rate=1e999", "optim.learning_rate: expected float, got '1e999'"),
-        ("optim.epochs=1:30", "optim.epochs: expected int, got '1:30'"),
         ("optim.epochs='3'", "optim.epochs: expected int, got '3'"),
         ("optim.epochs=" + "9" * 400, "optim.epochs: expected int"),
         ("run.amp=1", "run.amp: expected bool, got '1'"),
@@ -122,6 +98,7 @@ def test_refused_robust_loss(name, hint):
         ("data.modalities=[RGBImage, PointCloud]", "unknown modality 'RGBImage', did you mean 'RGBImg'"),
         ("data.modalities=[RGBImg]", "at least two different modalities, got ['RGBImg']"),
         ("data.modalities=[RGBImg, RGBImg]", "at least two different modalities"),
+        ("pla.estimator=hard", "pla.symmetric_joint needs pla.estimator: class, found hard"),
         ("data.modalities=[GrayImg, PointCloud]", "model.pretrained says nothing about GrayImg: give imagenet (images only), none"),
         ("model.pretrained.PointCloud=imagenet", "model.pretrained.PointCloud: imagenet is for images only"),
         ("model.pretrained.Mehs=none", "model.pretrained: unknown modality 'Mehs'"),
@@ -129,6 +106,9 @@ def test_refused_robust_loss(name, hint):
         ("data.train_lists={Pointcloud: x}", "data.train_lists: unknown modality 'Pointcloud', did you mean 'PointCloud'"),
         ("data.instance_id=((", "data.instance_id is not a regular expression"),
         (r"data.instance_id=\d+", "needs exactly one group, got 0"),
+        ("data.views.RGBImg=0", "data.views: must be at least 1, got 0"),
+        ("data.views.RGBImg=1.5", "data.views.RGBImg: expected int, got '1.5'"),
+        ("run.threads=0", "run.threads: must be at least 1, got 0"),
         ("data.dataset=../up", "data.dataset names files and folders"),
         ("data.image_resize=200", "data.image_resize (200) must be at least data.image_size (224)"),
         ("data.num_points=10", "model.num_neighbors (20) must not exceed data.num_points (10)"),
@@ -142,7 +122,7 @@ def test_refused_robust_loss(name, hint):
 )
 def test_refused_override(override, message):
     with pytest.raises(UserError) as caught:
-        step1(override)
+        step1("pla.symmetric_joint=true", override)
     assert message in str(caught.value)
 
 
@@ -153,7 +133,7 @@ def test_refused_override(override, message):
         ("optim:\n  epochs: [1\n", "step1.yaml is not valid YAML"),
         ("optim: {epochs: 1}\noptim: {epochs: 2}", "key 'optim' is given twice"),
         ("- 1\n- 2", "step1.yaml must hold sections (data:, model:, ...), found a list"),
-        ("rdl: {alpha: 0.3}", "step1.yaml: rdl: unknown key, valid here: data, model, optim, mlm, pla, eval, run"),
+        ("rdl: {alpha: 0.3}", "step1.yaml: rdl: unknown key, valid here: data, model, optim, mlm, eval, run, pla"),
         ("optim: 3", "step1.yaml: optim: expected a section"),
         ("1: 2", "step1.yaml: 1: unknown key"),
         ("data: {modalities: [RGBImg, Foo]}", "step1.yaml with --set"),
@@ -173,7 +153,7 @@ def test_refused_file(tmp_path, text, message):
     assert message in str(caught.value)
 
 
-def test_words_and_switches_are_what_their_settings_say():
+def test_words_and_switches_are_what_their_settings_say(tmp_path):
     for text in ("off", "on", "no", "Yes", "2026-11-28", "1:30", "007", "1_000", "0x10", "1e3", ".inf", "3", "'null'", "a: b", "a #1"):
         assert step1(f"data.root={text}").data.root == text.strip("'")
     for text, expected in (("on", True), ("Yes", True), ("TRUE", True), ("off", False), ("no", False), ("False", False)):
@@ -181,9 +161,6 @@ def test_words_and_switches_are_what_their_settings_say():
     assert step1("run.compile=off").run.compile == "off" and step1("data.num_classes=~").data.num_classes is None
     assert step1("optim.epochs=010").optim.epochs == 10 and step1("data.dataset=no").data.dataset == "no"
     assert step1("data.modalities=[RGBImg, PointCloud]", "model.pretrained.Mesh=off").model.pretrained["Mesh"] == "off"
-
-
-def test_words_in_a_file(tmp_path):
     path = write(tmp_path, "data: {dataset: 2026-11-28, root: no}\nrun: {compile: off, amp: on}\noptim: {fused: yes}\n")
     config = step1(path=path)
     assert (config.data.dataset, config.data.root, config.run.compile) == ("2026-11-28", "no", "off")
@@ -272,40 +249,9 @@ def test_every_shipped_configuration_loads():
 def test_missing_or_empty_file(tmp_path):
     with pytest.raises(UserError, match="no configuration file .*gone.yaml"):
         load_config(Step1Config, str(tmp_path / "gone.yaml"))
+    with pytest.raises(UserError, match="defaults: model.pretrained says nothing about RGBImg, PointCloud"):
+        load_config(Step2Config, None)  # random weights are never a default
     assert step1(path=write(tmp_path, "# nothing\noptim:\n")) == step1()
-
-
-def test_the_joint_is_symmetric_for_classes_alone():
-    assert step1("pla.symmetric_joint=true").pla.symmetric_joint
-    with pytest.raises(UserError, match="pla.symmetric_joint needs pla.estimator: class, found hard"):
-        step1("pla.symmetric_joint=true", "pla.estimator=hard")
-
-
-def test_random_weights_are_never_a_default():
-    with pytest.raises(ValueError, match="defaults: model.pretrained says nothing about RGBImg, PointCloud"):
-        load_config(Step2Config, None)
-
-
-@dataclass(frozen=True)
-class Inner:
-    sizes: tuple[int, ...] = option((1, 2), "sizes", min=1)
-    weights: dict[str, float] = option({"a": 1}, "weights", max=2)
-    mode: Literal["x", 3] | None = option(None, "mode")
-
-
-@dataclass(frozen=True)
-class Outer:
-    inner: Inner = dataclasses.field(default_factory=Inner)
-    limit: int | None = option(None, "limit", min=2)
-
-
-def test_loader_knows_no_particular_dataclass():
-    config = load_config(Outer, None, ["inner.sizes=[]", "inner.weights.b=2", "inner.mode=3", "limit=5"])
-    assert config == Outer(Inner((), {"b": 2.0}, 3), 5)
-    for override in ("inner.sizes=[3, 0]", "inner.weights.b=3", "inner.mode=4", "limit=1", "inner.sizes=[1.5]"):
-        with pytest.raises(ValueError, match=override.partition("=")[0]):
-            load_config(Outer, None, [override])
-    assert Outer().inner.weights is not Outer().inner.weights
 
 
 def test_arguments():
@@ -333,13 +279,3 @@ def test_device(monkeypatch):
     assert select_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="sees 2 CUDA devices"):
         select_device("cuda:2")
-
-
-def test_threads():
-    before = torch.get_num_threads()
-    try:
-        assert set_threads(None) == before and set_threads(1) == 1 == torch.get_num_threads()
-        with pytest.raises(ValueError, match="at least 1, got 0"):
-            set_threads(0)
-    finally:
-        torch.set_num_threads(before)

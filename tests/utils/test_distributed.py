@@ -14,9 +14,12 @@ from torch import nn
 
 import train_step1
 import train_step2
+from datasets.samples import load_training_samples
 from models.kernels.edge_conv import EdgeConv
-from models.sync_batchnorm import SyncBatchNorm, synchronise
+from models.sync_batchnorm import synchronise
 from utils.engine import distributed
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORLD = 2
@@ -99,14 +102,6 @@ def test_shares_buffers_and_objects(tmp_path):
         assert result["mean"].tolist() == [1, 1] and result["made"] == {"rank": 0} and result["main"] == (rank == 0)
 
 
-def test_one_process_needs_no_group():
-    rows = batch(4, 2)
-    assert distributed.world() == 1 and distributed.own_share(7) == slice(0, 7)
-    assert distributed.gather_batch(rows) is rows and distributed.gather_shares(rows, 4) is rows
-    plain, synced = nn.BatchNorm1d(2).double(), SyncBatchNorm(2).double()
-    torch.testing.assert_close(synced(rows), plain(rows))
-
-
 def torchrun(script, arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}", script, *arguments]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -148,16 +143,8 @@ def test_views_as_positives_and_resume_under_torchrun(small_digits, tmp_path):
     assert (run / "last.pt").read_bytes() == before
 
 
-def test_uneven_batches_are_refused(small_digits, tmp_path, monkeypatch):
+def test_uneven_batches_are_refused(small_digits, monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 3)
+    config = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={small_digits}"])
     with pytest.raises(ValueError, match="batch of 16.*3 processes.*optim.batch_size"):
-        train_step1.PLALearner(*learner_arguments(small_digits))
-
-
-def learner_arguments(root):
-    from datasets.samples import load_training_samples
-    from utils.settings.config import load_config
-    from utils.settings.options import Step1Config
-
-    config = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}"])
-    return config, load_training_samples(config.data, torch.device("cpu")), torch.device("cpu")
+        train_step1.PLALearner(config, load_training_samples(config.data, torch.device("cpu")), torch.device("cpu"))

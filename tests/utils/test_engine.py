@@ -6,9 +6,7 @@ from stage_runs import assert_same_result, labels_of, log_lines, only_run, setti
 
 import train_step1
 import train_step2
-from datasets.batches import BatchSource
 from datasets.samples import load_training_samples
-from utils.engine.learner import plan_epoch
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config
 
@@ -32,33 +30,12 @@ def test_the_route_does_not_shift_the_masks_of_meshes(small_digits, tmp_path):
     assert [line["loss/mlm"] for line in runs[0]] == [line["loss/mlm"] for line in runs[1]]
 
 
-def test_both_routes_fetch_the_same_rows(small_digits):
-    four = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
-    samples = load_training_samples(config(small_digits, four).data, CPU)
-    sources = [BatchSource(samples, config(small_digits, four, f"data.placement={place}").data, CPU) for place in ("device", "host")]
-    assert not sources[0].on_host and sources[1].on_host
-    batches = []
-    for source in sources:
-        plan = plan_epoch(source.counts, source.stored_views, source.views, 16, torch.Generator().manual_seed(1))
-        batches.append(list(source.fetch(plan)))
-    assert len(batches[0]) == len(batches[1]) == 2
-    for (index, raw), (other_index, other_raw) in zip(*batches):
-        assert torch.equal(index, other_index) and len(raw) == 4
-        assert all(torch.equal(one, two) for one, two in zip(raw, other_raw))
-        assert torch.equal(raw[2], samples.arrays["PointCloud"][index[2], 0])
-
-
-def test_fused_adam_follows_the_plain_one(finished, small_digits, tmp_path):
-    train_step1.main(settings(small_digits, tmp_path, 1, "optim.fused=true"))
-    fused, plain = (log_lines(only_run(folder, 1)) for folder in (tmp_path, finished))
-    assert [line["loss/mlm"] for line in fused] == pytest.approx([line["loss/mlm"] for line in plain], rel=0.02)
-
-
-def test_bfloat16_losses_track_float32(finished, small_digits, tmp_path):
-    train_step1.main(settings(small_digits, tmp_path, 1, "run.amp=true"))
-    half, full = (log_lines(only_run(folder, 1)) for folder in (tmp_path, finished))
-    assert [line["loss/mlm"] for line in half] == pytest.approx([line["loss/mlm"] for line in full], rel=0.05)
-    assert half[0]["loss/mlm"] != full[0]["loss/mlm"]
+@pytest.mark.parametrize("switch, tolerance", [("optim.fused=true", 0.02), ("run.amp=true", 0.05)])
+def test_faster_steps_track_the_plain_ones(finished, small_digits, tmp_path, switch, tolerance):
+    train_step1.main(settings(small_digits, tmp_path, 1, switch))
+    fast, plain = ([line["loss/mlm"] for line in log_lines(only_run(folder, 1))] for folder in (tmp_path, finished))
+    assert fast == pytest.approx(plain, rel=tolerance)
+    assert switch == "optim.fused=true" or fast[0] != plain[0]
 
 
 @pytest.mark.parametrize("loss", ["ce", "mae", "gce", "aue", "nce_agce"])

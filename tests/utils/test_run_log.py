@@ -35,9 +35,12 @@ def test_create_and_open(tmp_path):
 
 def test_runs_of_the_same_second_get_their_own_folders(tmp_path):
     assert len({new_run(tmp_path).folder for _ in range(5)}) == 5
+    (tmp_path / "runs" / "digits" / "step2").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError):
+        RunLog.create(tmp_path / "runs", "digits", "step2", CONFIG, seed=3)
 
 
-def test_without_git(tmp_path, monkeypatch):
+def test_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     environment = run_log.environment(0)
     assert environment["git_sha"] is None and environment["git_dirty"] is None
@@ -82,22 +85,13 @@ def test_log_prints_and_appends(tmp_path, capsys):
 def test_epochs_round_trip(tmp_path):
     run = new_run(tmp_path)
     assert not run.has_record
-    rows = [
-        plain_row({"epoch": 1, "stage": "pla", "loss": torch.tensor(0.5), "map/RP": np.float64(0.25), "acc": None}),
-        plain_row({"epoch": 2, "loss": np.float32(2)}),
-    ]
-    run.write_epochs(rows)
-    assert run.read_epochs() == rows == [
-        {"epoch": 1, "stage": "pla", "loss": 0.5, "map/RP": 0.25, "acc": None},
-        {"epoch": 2, "loss": 2.0},
-    ]
+    row = plain_row({"epoch": 1, "stage": "pla", "loss": torch.tensor(0.5), "map/RP": np.float64(0.25), "acc": None})
+    run.write_epochs([row, {"epoch": 2}])
+    assert run.read_epochs() == [{"epoch": 1, "stage": "pla", "loss": 0.5, "map/RP": 0.25, "acc": None}, {"epoch": 2}]
     assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2 and run.has_record
-
-
-@pytest.mark.parametrize("value", [float("nan"), torch.tensor(float("inf"))])
-def test_only_finite_numbers_are_metrics(value):
-    with pytest.raises(ValueError, match="metric 'loss' is (nan|inf)"):
-        plain_row({"epoch": 2, "loss": value})
+    for value in (float("nan"), torch.tensor(float("inf"))):
+        with pytest.raises(ValueError, match="metric 'loss' is (nan|inf)"):
+            plain_row({"epoch": 2, "loss": value})
 
 
 @pytest.mark.parametrize("torn", ['{"epoch": 3, "lo', '{"epoch": 3', "\x00\x00"])
@@ -121,11 +115,9 @@ def test_same_config():
     moved = {**CONFIG, "run": {"seed": 3, "output": "elsewhere", "threads": 1}}
     assert check_same_config(CONFIG, moved) == [
         "run.output: 'runs' in the run, 'elsewhere' now", "run.threads: '(absent)' in the run, 1 now"]
-    new = {"optim": {"epochs": 5, "learning_rate": 1e-4}, "run": {"seed": 4, "output": "runs"}, "data": {"lists": {"RGBImg": "x"}}}
+    new = {"optim": {"epochs": 5, "learning_rate": 1e-4}, "run": {"output": "runs"}, "data": {"lists": {"RGBImg": "x"}}}
     with pytest.raises(UserError) as caught:
         check_same_config(CONFIG, new)
     message = str(caught.value)
-    assert "optim.epochs: 2 in the run, 5 now" in message and "run.seed: 3 in the run, 4 now" in message
+    assert "optim.epochs: 2 in the run, 5 now" in message and "run.seed: 3 in the run, '(absent)' now" in message
     assert "data.lists.RGBImg: '(absent)' in the run, 'x' now" in message and "learning_rate" not in message
-    with pytest.raises(UserError, match="run.seed"):
-        check_same_config(CONFIG, {**CONFIG, "run": {"output": "runs"}})

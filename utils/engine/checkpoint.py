@@ -20,8 +20,8 @@ _PLAIN_TYPES = (type(None), bool, int, float, str, bytes)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; folders cannot be opened on every system, hence the guard."""
-    if not hasattr(os, "O_DIRECTORY"):
+    """Make a rename survive a power cut."""
+    if not hasattr(os, "O_DIRECTORY"):  # a system on which folders cannot be opened
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -36,19 +36,14 @@ def _os_error(error: BaseException) -> OSError | None:
     return inner if isinstance(inner, OSError) else None
 
 
-def _failure(path: Path, existed: bool, error: OSError) -> OSError:
-    free = shutil.disk_usage(path.parent).free / 2**20
-    reason = f"{error.strerror or error} ({free:.1f} MiB free on that disk)"
-    state = "the previous file is intact" if existed else "no file was left behind"
-    return OSError(error.errno, f"could not write {path}: {reason}; {state}. Free space or choose another folder.")
-
-
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a binary file that replaces `path` when it is complete, creating its folder if needed.
 
-    Goes through `.NAME.tmp` in the same folder, fsync, rename over `path`, fsync the folder.
+    Goes through `.NAME.tmp` in the same folder, fsync, rename over `path`, fsync the folder. The temporary name is fixed on
+    purpose: what a killed process left is overwritten by the next save.
 
-    The temporary name is fixed on purpose: what a killed process left is overwritten by the next save.
+    Raises:
+        OSError: if it cannot be written, with the free space; the previous file stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,39 +59,26 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         cause = _os_error(error)
-        if cause is not None:
-            raise _failure(path, existed, cause) from error
-        raise
+        if cause is None:
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        state = "the previous file is intact" if existed else "no file was left behind"
+        raise OSError(cause.errno, f"could not write {path}: {cause.strerror or cause} ({free:.1f} MiB free on that disk); {state}. "
+                                   "Free space or choose another folder.") from error
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Replace the content of a UTF-8 text file in one step, creating its folder if needed.
-
-    Args:
-        path: target file.
-        text: whole new content; line ends are written as given.
-    Raises:
-        OSError: if it cannot be written (full disk, no permission); the previous file stays as it was.
-    """
+    """As `atomic_write`, of UTF-8 text; line ends are written as given."""
     atomic_write(path, lambda stream: stream.write(text.encode("utf-8")))
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON with a final line end, atomically.
-
-    Raises:
-        OSError: as `atomic_write_text`.
-        UserError: if the value holds NaN or infinity, which JSON does not know.
-    """
+    """As `atomic_write`, of `value` as indented JSON; NaN and infinity, which JSON does not know, are a ValueError."""
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        UserError: if the file is missing, damaged or holds something else.
-    """
+    """Read a JSON object; a UserError if the file is missing, damaged or holds something else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -121,34 +103,24 @@ def _check_plain(value: Any, where: str) -> None:
             _check_plain(entry, f"{where}[{index}]")
     else:
         kind = f"{type(value).__module__}.{type(value).__name__}"
-        raise UserError(f"{where} is a {kind}; a checkpoint holds only tensors, numbers, strings, dicts, lists and tuples")
+        raise ValueError(f"{where} is a {kind}; a checkpoint holds only tensors, numbers, strings, dicts, lists and tuples")
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write a checkpoint atomically, with a format version added.
+    """As `atomic_write`, of tensors and plain containers, so that they load with weights_only=True; adds a format version.
 
-    Args:
-        path: target file, e.g. RUN/last.pt.
-        state: string keys; tensors and plain containers, so that it loads with weights_only=True.
     Raises:
-        UserError: if an entry is neither a tensor nor plain (NumPy scalars included), naming it.
-        OSError: if it cannot be written, with the free space; the previous checkpoint stays intact.
+        ValueError: if an entry is neither a tensor nor plain (NumPy scalars included), naming it.
     """
     _check_plain(state, "state")
     atomic_write(path, lambda stream: torch.save({"format_version": FORMAT_VERSION, "state": state}, stream))
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
-    """Read what `save_checkpoint` wrote.
+    """Return the state that `save_checkpoint` wrote, its tensors on the device `map_location`.
 
-    Args:
-        path: checkpoint file.
-        map_location: device of the loaded tensors.
-    Returns:
-        The saved state.
     Raises:
-        UserError: if there is no such file.
-        UserError: if it is truncated, damaged, no checkpoint of this project, or of another format version.
+        UserError: if the file is missing, truncated, damaged, no checkpoint of this project, or of another format version.
     """
     path = Path(path)
     if not path.is_file():
@@ -160,11 +132,11 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             raise UserError(f"checksum of {damaged} does not match")
         content = torch.load(path, map_location=map_location, weights_only=True)
     except _UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} ({path.stat().st_size} bytes) is damaged or not a checkpoint: {reason}") from error
     if not isinstance(content, dict) or set(content) != {"format_version", "state"}:
         raise UserError(f"{path} is not a checkpoint of this project: expected the keys format_version and state")
     if content["format_version"] != FORMAT_VERSION:
-        found = content["format_version"]
-        raise UserError(f"{path} has checkpoint format {found!r}, this code reads {FORMAT_VERSION}: use the matching version")
+        raise UserError(f"{path} has checkpoint format {content['format_version']!r}, this code reads {FORMAT_VERSION}: use the "
+                        "matching version")
     return content["state"]

@@ -15,10 +15,8 @@ def select_device(name: str = "auto") -> torch.device:
     """Turn a setting into a device that exists.
 
     Args:
-        name: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N". Under torchrun, "auto" and "cuda" give each
-            process of a machine its own device.
-    Returns:
-        The device; plain "cuda" becomes "cuda:0".
+        name: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" (the first) or "cuda:N". Under torchrun, "auto" and "cuda"
+            give each process of a machine its own device.
     Raises:
         UserError: if the name is none of these, or asks for a CUDA device that torch does not see.
     """
@@ -50,18 +48,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def set_threads(threads: int | None) -> int:
-    """Limit torch's CPU threads.
-
-    Args:
-        threads: number of threads, or None to keep torch's choice.
-    Returns:
-        The number in effect.
-    Raises:
-        UserError: if the number is below 1.
-    """
+def set_threads(threads: int | None) -> None:
+    """Limit torch's CPU threads to a number >= 1; None keeps torch's choice."""
     if threads is not None:
-        if threads < 1:
-            raise UserError(f"run.threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-    return torch.get_num_threads()

@@ -54,10 +54,9 @@ def own_share(count: int) -> slice:
 
 def from_main(make: Callable[[], Any]) -> Any:
     """Return what `make` gives in the main process, in all of them; tensors in it must be on the CPU."""
-    if world() == 1:
-        return make()
     box = [make() if is_main() else None]
-    dist.broadcast_object_list(box, src=0)
+    if world() > 1:
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -83,7 +82,8 @@ def gather_shares(rows: Tensor, count: int) -> Tensor:
     """Join the shares of `own_share(count)`, (n, D) with n differing by at most one, to (count, D)."""
     if world() == 1:
         return rows
-    sizes = [count * (other + 1) // world() - count * other // world() for other in range(world())]
+    edges = [count * other // world() for other in range(world() + 1)]
+    sizes = [stop - start for start, stop in zip(edges, edges[1:])]
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,9 @@ RESULT_NEUTRAL = (
 
 def _git(*arguments: str) -> str | None:
     """Output of a git command in the repository, None without git or outside a repository."""
-    command = ["git", "-C", str(REPOSITORY), *arguments]
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _cpu_name() -> str:
@@ -46,22 +45,15 @@ def _cpu_name() -> str:
 
 
 def environment(seed: int) -> dict:
-    """Describe code revision, software and hardware, for env.json.
-
-    Args:
-        seed: the run's seed.
-    Returns:
-        Plain dictionary; git_sha and git_dirty are None where git cannot tell.
-    """
+    """Describe code revision, software and hardware, for env.json; git_sha and git_dirty are None where git cannot tell."""
     status = _git("status", "--porcelain")
-    has_gpu = torch.cuda.is_available()
     return {
         "git_sha": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name() if has_gpu else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "seed": seed,
@@ -80,15 +72,12 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_config(saved: dict, new: dict) -> list[str]:
-    """Refuse settings that would change the result of a run that was started with others.
+    """Refuse, by a UserError that names them all, settings that would change the result of a run that was started with others.
 
     Args:
-        saved: configuration of the run folder, as nested plain dictionaries.
-        new: configuration of this call.
+        saved, new: configurations of the run folder and of this call, as nested plain dictionaries.
     Returns:
         One line per setting of `RESULT_NEUTRAL` that differs.
-    Raises:
-        UserError: lists every other differing setting with both values.
     """
     old, now = _flatten(saved), _flatten(new)
     neutral, refused = [], []
@@ -104,11 +93,7 @@ def check_same_config(saved: dict, new: dict) -> list[str]:
 
 
 def plain_row(values: dict[str, Any]) -> dict[str, Any]:
-    """Return an epoch's metrics with tensor and NumPy scalars as Python numbers.
-
-    Raises:
-        ValueError: if a number is not finite.
-    """
+    """Return an epoch's metrics with tensor and NumPy scalars as Python numbers; a ValueError if one is not finite."""
     row = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
     for key, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -117,12 +102,9 @@ def plain_row(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class RunLog:
-    """One run folder `<output>/<dataset>/<stage>/<run-id>/`.
+    """One run folder `<output>/<dataset>/<stage>/<run-id>/`; a leading ~ is the home folder.
 
-    Attributes:
-        folder: the run folder; a leading ~ is the home folder.
-        run_id: its name.
-        writes: whether this process writes; of several processes only the main one does, the others' calls do nothing.
+    Of several processes the main one writes (`writes`); others' calls do nothing.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -135,35 +117,25 @@ class RunLog:
         """Make a new, unique run folder and write env.json and config.yaml.
 
         Args:
-            output: folder of all runs.
-            dataset, stage: the two levels below it, e.g. "digits", "step1".
+            output: folder of all runs; dataset and stage are the two levels below it.
             config: resolved configuration (utils.settings.config.to_dict).
             seed: the run's seed, part of the run id.
-        Returns:
-            The log of the new run.
         """
         parent = Path(output) / dataset / stage
         parent.mkdir(parents=True, exist_ok=True)
         stamp = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-seed{seed}"
-        attempt = 1
-        while True:
-            folder = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
-            try:
+        for ending in chain([""], map("-{}".format, count(2))):
+            folder = parent / (stamp + ending)
+            with suppress(FileExistsError):
                 folder.mkdir()  # atomic: two runs that start together get two folders
                 break
-            except FileExistsError:
-                attempt += 1
         atomic_write_json(folder / "env.json", environment(seed))
         atomic_write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))  # last: marks a usable folder
         return cls(folder)
 
     @classmethod
     def open(cls, folder: str | Path) -> "RunLog":
-        """Open an existing run folder; writes nothing.
-
-        Raises:
-            UserError: if the folder is missing or holds no config.yaml.
-        """
+        """Open an existing run folder, writing nothing; a UserError without its config.yaml."""
         run = cls(folder)
         if not (run.folder / "config.yaml").is_file():
             problem = "has no config.yaml" if run.folder.is_dir() else "is no folder" if run.folder.exists() else "does not exist"
@@ -171,11 +143,7 @@ class RunLog:
         return run
 
     def config(self) -> dict:
-        """Return the resolved configuration the run was started with.
-
-        Raises:
-            UserError: if config.yaml is damaged.
-        """
+        """Return the resolved configuration the run was started with; a UserError if config.yaml is damaged."""
         path = self.folder / "config.yaml"
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -211,11 +179,7 @@ class RunLog:
             raise
 
     def write_epochs(self, rows: list[dict[str, Any]]) -> None:
-        """Replace metrics.jsonl by these rows, one line per epoch; atomic, so no line is ever torn.
-
-        Args:
-            rows: of `plain_row`, in the order of the epochs.
-        """
+        """Replace metrics.jsonl by rows of `plain_row`, one line per epoch; atomic, so no line is ever torn."""
         if self.writes:
             atomic_write_text(self._metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
@@ -225,11 +189,7 @@ class RunLog:
         return (self.folder / "metrics.json").exists() or self._metrics.exists() and self._metrics.stat().st_size > 0
 
     def read_epochs(self) -> list[dict]:
-        """Return the lines of metrics.jsonl; a torn last line (no line end, no valid JSON) is left out.
-
-        Raises:
-            UserError: if any other line is damaged, naming file and row.
-        """
+        """Return the lines of metrics.jsonl without a torn last one; a UserError if another one is damaged, naming file and row."""
         if not self._metrics.is_file():
             return []
         lines = self._metrics.read_text(encoding="utf-8", errors="replace").split("\n")

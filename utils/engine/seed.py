@@ -11,17 +11,9 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (CPU and every CUDA device).
-
-    Args:
-        seed: integer in [0, 2**32), the range of NumPy's global generator.
-    Raises:
-        ValueError: if the seed is outside that range.
-    """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+    """Seed Python, NumPy and torch (CPU and every CUDA device) with an integer in [0, 2**32), the range of NumPy's generator."""
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # a ValueError outside that range
     torch.manual_seed(seed)  # seeds the CUDA generators as well
 
 
@@ -30,9 +22,6 @@ def set_deterministic(enabled: bool) -> None:
 
     Operations without a deterministic kernel only warn, so that a GPU run never stops half way. CPU runs are
     bit-reproducible for a fixed number of threads either way.
-
-    Args:
-        enabled: True for reproducible kernels, False for the fastest ones.
     """
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
@@ -41,13 +30,10 @@ def set_deterministic(enabled: bool) -> None:
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
-    """Hash a seed and keys into a new seed, the same in every process and on every machine.
+    """Hash a seed and keys into a new seed in [0, 2**63), the same in every process and on every machine.
 
     Args:
-        seed: the run's seed.
         keys: integers or strings that name the use, e.g. ("augment", epoch, index); 1 and "1" differ.
-    Returns:
-        Integer in [0, 2**63).
     Raises:
         ValueError: if the seed or a key is neither an integer nor a string.
     """
@@ -60,22 +46,17 @@ def derive_seed(seed: int, *keys: int | str) -> int:
 
 
 def generator_for(seed: int, *keys: int | str, device: str | torch.device = "cpu") -> torch.Generator:
-    """Return a torch generator that depends on the seed and the keys alone, not on what was drawn before.
-
-    Args:
-        seed, keys: see `derive_seed`.
-        device: where the generator lives.
-    """
+    """Return a torch generator that depends on the seed and the keys of `derive_seed` alone, not on what was drawn before."""
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))
 
 
 @dataclass(frozen=True)
 class BatchGenerator:
-    """Draws random numbers for a whole batch and keeps the rows of this process, so that the share does not matter.
+    """Draws numbers (b, ...) for a whole batch of `size` rows and keeps those of this process, so that the share does not matter.
 
     Attributes:
         generator: source of the numbers, on the device they are wanted on.
-        rows: of the whole batch that this process keeps; None keeps all (the sizes asked for are then those of the batch).
+        rows: of the whole batch that this process keeps; None keeps all (b is then the size of the batch).
         size: rows of the whole batch, if `rows` is given.
     """
 
@@ -89,15 +70,15 @@ class BatchGenerator:
         return self.generator.device
 
     def rand(self, *shape: int) -> torch.Tensor:
-        """Uniform numbers in [0, 1) of shape (b, ...)."""
+        """Uniform numbers in [0, 1)."""
         return self._keep(torch.rand(self._whole(shape), generator=self.generator, device=self.device))
 
     def randn(self, *shape: int) -> torch.Tensor:
-        """Standard normal numbers of shape (b, ...)."""
+        """Standard normal numbers."""
         return self._keep(torch.randn(self._whole(shape), generator=self.generator, device=self.device))
 
     def randint(self, high: int, *shape: int) -> torch.Tensor:
-        """Integers in 0..high-1 of shape (b, ...)."""
+        """Integers in 0..high-1."""
         return self._keep(torch.randint(high, self._whole(shape), generator=self.generator, device=self.device))
 
     def _whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:

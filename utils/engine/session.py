@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from utils.engine import distributed
 from utils.engine.checkpoint import load_checkpoint, save_checkpoint
 from utils.engine.device import keep_freed_memory, select_device, set_threads
+from utils.engine.learner import StageLearner
 from utils.engine.run_log import RunLog, check_same_config, plain_row
 from utils.engine.seed import seed_everything, set_deterministic
 from utils.errors import UserError
@@ -29,31 +30,13 @@ MENDABLE = {
 
 @dataclass
 class Session:
-    """One invocation of a training script.
+    """One invocation of a training script."""
 
-    Attributes:
-        stage: "step1" or "step2".
-        config: its settings.
-        device: where it trains.
-        run: its run folder.
-        checkpoint: what to continue from, if anything; `fit` loads it and lets it go.
-    """
-
-    stage: str
+    stage: str  # "step1" or "step2"
     config: Any
     device: torch.device
     run: RunLog
-    checkpoint: dict | None
-
-
-class Learner(Protocol):
-    """What `fit` drives; both stages implement it."""
-
-    def train_epoch(self, epoch: int) -> dict[str, float]: ...
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
+    checkpoint: dict | None  # what to continue from, if anything; `fit` loads it and lets it go
 
 
 def stage_parser(description: str) -> argparse.ArgumentParser:
@@ -70,8 +53,7 @@ def open_session(
     """Load the settings, choose the device, seed everything and make or reopen the run folder.
 
     Args:
-        config_class: utils.settings.options.Step1Config or Step2Config.
-        stage: "step1" or "step2".
+        config_class: of the stage's settings.
         arguments: of `stage_parser`.
         default_config: used when neither --config nor --resume is given; such a bare call needs a GPU.
         complete: fills in the settings of a new run that depend on what lies on the disk.
@@ -129,15 +111,13 @@ def _cpu_advice(stage: str, default_config: str) -> str:
     )
 
 
-def fit(session: Session, learner: Learner, evaluate: Callable[[], Mapping[str, float]] | None) -> list[dict[str, Any]]:
+def fit(session: Session, learner: StageLearner, evaluate: Callable[[], Mapping[str, float]] | None) -> list[dict[str, Any]]:
     """Train to the last epoch, one checkpoint and one line of metrics per epoch, continuing where the session says.
 
     The checkpoint carries the lines of all epochs so far, and metrics.jsonl is written from it: a process killed anywhere
     continues to the same result and the same record.
 
     Args:
-        session: settings, run folder and checkpoint.
-        learner: trains one epoch at a time and gives its state.
         evaluate: scores on the test set, for the log alone; nothing is selected by them. None skips them.
     Returns:
         The metrics of all epochs.
@@ -173,8 +153,7 @@ def _summary(row: Mapping[str, Any], epochs: int) -> str:
 def run_command(main: Callable[[], None]) -> int:
     """Run a script's main function; turn failures that a user can mend into one message, and leave bugs their traceback.
 
-    Returns:
-        Exit status: 0, 2 after such a message, 3 where another process of several has failed, 130 when interrupted.
+    The exit status is 0, 2 after such a message, 3 where another process of several has failed, 130 when interrupted.
     """
     try:
         main()

@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -32,29 +33,22 @@ def _check_rows(x: Tensor, num_clusters: int, init: Tensor | None, spherical: bo
 
 
 def kmeans(
-    x: Tensor,
-    num_clusters: int,
-    *,
-    init: Tensor | None = None,
-    seed: int = 0,
-    num_init: int = 10,
-    max_iter: int = 100,
+    x: Tensor, num_clusters: int, *, init: Tensor | None = None, seed: int = 0, num_init: int = 10, max_iter: int = 100,
     spherical: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cluster rows by k-means, deterministic for a seed.
 
     Without `init`, k-means++ with `num_init` starts: scikit-learn's for rows on the CPU, on one thread because its
     multi-threaded sums depend on timing; for other rows its starts and the iterations of `utils.evaluation.device_kmeans`, so
-    the two agree on the clustering, not bit for bit. With `init`, Lloyd's iterations go on from there, and
-    a cluster without rows keeps its centre (scikit-learn would move it to an outlier, which unties the ids from their origin).
+    the two agree on the clustering, not bit for bit. With `init`, Lloyd's iterations go on from there, and a cluster without rows
+    keeps its centre (scikit-learn would move it to an outlier, which unties the ids from their origin).
 
     Args:
         x: (N, D) floating-point tensor on any device.
         num_clusters: K, at most N.
         init: (K, D) starting centres, or None.
         seed: of the k-means++ starts, any integer.
-        num_init: number of starts without `init`; the one of lowest inertia is kept.
-        max_iter: upper bound of Lloyd's iterations.
+        num_init: number of starts without `init`; the one of lowest inertia is kept. max_iter: upper bound of the iterations.
         spherical: rows must have unit norm; centres then are unit directions and rows go to the largest cosine.
     Returns:
         Centroids (K, D) float32 and assignments (N,) int64, both on the device of `x`.
@@ -85,16 +79,10 @@ def joint_then_per_modality(
     """Cluster all modalities together, then each one from the joint centres (RoMo, Sec. III-C).
 
     Args:
-        banks: M tensors (N, D) of embeddings, one per modality; unit rows if `spherical`.
-        num_clusters: K, at most N.
-        seed, num_init, spherical: see `kmeans`.
+        banks: M tensors (N, D) of embeddings, one per modality; the rest as `kmeans`.
     Returns:
         Joint centroids (K, D); M per-modality centroids (K, D) and M assignments (N,) whose ids mean the same cluster.
-    Raises:
-        ValueError: if there is no bank, the widths differ, or as `kmeans`.
     """
-    if not banks or len({bank.shape[1:] for bank in banks}) != 1:
-        raise ValueError(f"banks must be (N, D) tensors of one width, got shapes {[tuple(bank.shape) for bank in banks]}")
     joint, _ = kmeans(torch.cat(list(banks)), num_clusters, seed=seed, num_init=num_init, spherical=spherical)
     results = [kmeans(bank, num_clusters, init=joint, spherical=spherical) for bank in banks]
     for position, (_, assignments) in enumerate(results):
@@ -109,17 +97,7 @@ def _label_pairs(assignments: Array, labels: Array) -> tuple[np.ndarray, np.ndar
     for name, values in zip(("assignments", "labels"), pair):
         if values.ndim != 1 or len(values) == 0 or values.dtype.kind not in "iu":
             raise ValueError(f"{name} must be a non-empty (N,) integer array, got shape {values.shape} of {values.dtype}")
-    if len(pair[0]) != len(pair[1]):
-        raise ValueError(f"assignments and labels must have equal length, got {len(pair[0])} and {len(pair[1])}")
-    return pair
-
-
-def _contingency(assignments: Array, labels: Array) -> np.ndarray:
-    """(K, C) counts over the ids that occur."""
-    clusters, classes = (np.unique(values, return_inverse=True)[1] for values in _label_pairs(assignments, labels))
-    table = np.zeros((clusters.max() + 1, classes.max() + 1), dtype=np.int64)
-    np.add.at(table, (clusters, classes), 1)
-    return table
+    return pair  # the scores refuse different lengths
 
 
 def clustering_accuracy(assignments: Array, labels: Array) -> float:
@@ -128,29 +106,24 @@ def clustering_accuracy(assignments: Array, labels: Array) -> float:
     With more clusters than classes the clusters left over count as errors; see `purity` for the many-to-one score.
 
     Args:
-        assignments: (N,) integer cluster ids.
-        labels: (N,) integer classes; any values.
-    Returns:
-        Accuracy in [0, 1].
+        assignments: (N,) integer cluster ids; labels: (N,) integer classes; any values. Alike in the scores below.
     """
-    table = _contingency(assignments, labels)
+    table = contingency_matrix(*_label_pairs(assignments, labels))
     rows, columns = linear_sum_assignment(table, maximize=True)
     return float(table[rows, columns].sum() / table.sum())
 
 
 def purity(assignments: Array, labels: Array) -> float:
     """Fraction of samples whose class is the most frequent one of their cluster; grows with the number of clusters."""
-    table = _contingency(assignments, labels)
+    table = contingency_matrix(*_label_pairs(assignments, labels))
     return float(table.max(axis=1).sum() / table.sum())
 
 
 def nmi(assignments: Array, labels: Array) -> float:
     """Normalised mutual information in [0, 1] (arithmetic mean of the entropies)."""
-    clusters, classes = _label_pairs(assignments, labels)
-    return float(normalized_mutual_info_score(classes, clusters))
+    return float(normalized_mutual_info_score(*_label_pairs(assignments, labels)))
 
 
 def ari(assignments: Array, labels: Array) -> float:
     """Adjusted Rand index: 1 for equal partitions, about 0 for independent ones."""
-    clusters, classes = _label_pairs(assignments, labels)
-    return float(adjusted_rand_score(classes, clusters))
+    return float(adjusted_rand_score(*_label_pairs(assignments, labels)))

@@ -19,16 +19,9 @@ def best_of_starts(x: Tensor, num_clusters: int, *, seed: int, num_init: int, ma
     scikit-learn draws the starts, on the CPU and from a copy of the rows, so every device has the same ones; results on two
     devices may still differ where rounding decides.
 
-    Args:
-        x: (N, D) float32, finite.
-        num_clusters: K, in 1..N.
-        seed: any integer.
-        num_init: number of starts; of equal inertia, the first is kept.
-        max_iter: upper bound of Lloyd's iterations per start.
+    Args, Raises: as `utils.evaluation.clustering.kmeans`; of starts with equal inertia, the first is kept.
     Returns:
         Centroids (K, D) float32 on the device of `x`.
-    Raises:
-        ValueError: if num_init is below 1.
     """
     if num_init < 1:
         raise ValueError(f"num_init must be at least 1, got {num_init}")

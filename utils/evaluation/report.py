@@ -21,7 +21,6 @@ def report_pretrained(run: RunLog, reports: Mapping[str, Any]) -> None:
     """Log which initial weights each modality got; every key goes to RUN/initial_weights.json.
 
     Args:
-        run: run folder.
         reports: modality -> models.pretrained.LoadReport, for the modalities that do not start random.
     """
     if not reports:
@@ -74,7 +73,6 @@ def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor
     """Print the scores and draw the figures of a finished run, in the main process; all processes must call it.
 
     Args:
-        run: run folder.
         evaluator: of the test set, None without one; arrays: its samples, for thumbnails.
         figures: whether to draw.
     """
@@ -87,23 +85,18 @@ def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor
         return
     write_scores(run, epochs)
     if figures:
-        plot_curves(epochs, run.folder / "figures" / "curves.png", chance=epochs[-1].get("map/chance"))
+        plot_curves(epochs, run.folder / "figures" / "curves.png")
         if evaluator:
             draw_figures(run, rows, evaluator.labels, arrays)
         run.log(f"figures in {run.folder / 'figures'}")
 
 
 def write_scores(run: RunLog, epochs: list[dict[str, Any]]) -> None:
-    """Print the last epoch's table, if it has scores, and write metrics.json.
-
-    Args:
-        run: run folder; its settings name the row.
-        epochs: lines of metrics.jsonl. The best one by test score appears as `oracle` only.
-    """
-    last, scored = epochs[-1], [row for row in epochs if "map/avg" in row]
+    """Print the last epoch's table, if it has scores, and write metrics.json. The best epoch by test score is `oracle` only."""
+    last = epochs[-1]
     name, oracle = row_name(run.config()), {}
     if "map/avg" in last:
-        best = max(scored, key=lambda row: row["map/avg"])
+        best = max((row for row in epochs if "map/avg" in row), key=lambda row: row["map/avg"])
         run.log(format_table([(name, last)]))
         run.log(
             f"oracle, not a result (best epoch chosen with test labels, as in the authors' release): "
@@ -127,7 +120,6 @@ def draw_figures(
     """Write tsne.png and one retrieval_<task>.png per task of `scored_tasks` into RUN/figures.
 
     Args:
-        run: run folder.
         embeddings: modality -> (N, D) of the test set.
         labels: modality -> (N,) ground truth, for colours and frames.
         arrays: modality -> (N, V, ...), as in `datasets.samples`, for thumbnails.

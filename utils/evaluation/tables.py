@@ -115,7 +115,8 @@ def format_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     keys = dict.fromkeys(key for _, scores in rows for key in scores if cross(key))  # tasks differ between runs
     columns = [*(key for key in keys if key not in ("map/avg", "map/chance")), "map/avg"]
     levels = list(dict.fromkeys(scores["map/chance"] for _, scores in rows))  # test sets differ: one line each
-    chances = [("chance", {key: level for key in columns if any(key in s and s["map/chance"] == level for _, s in rows)}) for level in levels]
+    known = lambda key, level: any(key in scores and scores["map/chance"] == level for _, scores in rows)
+    chances = [("chance", {key: level for key in columns if known(key, level)}) for level in levels]
     lines = [["mAP@All [%]", *(key.removeprefix("map/") for key in columns)]]
     for name, scores in [*chances, *rows]:
         lines.append([name, *(f"{100 * scores[key]:.1f}" if key in scores else "-" for key in columns)])

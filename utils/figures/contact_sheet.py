@@ -30,13 +30,8 @@ class Block:
 
 
 def draw_contact_sheet(title: str, columns: Sequence[str], blocks: Sequence[Block], path: str | Path) -> None:
-    """Draw the blocks side by side.
+    """Draw at least one block, each with at least one row of `len(columns)` tiles, side by side into a PNG.
 
-    Args:
-        title: headline.
-        columns: titles of the columns, the same in every block.
-        blocks: at least one, each with at least one row of `len(columns)` tiles.
-        path: PNG to write.
     Raises:
         ValueError: if there is nothing to draw or a row has another number of tiles.
     """

@@ -1,4 +1,4 @@
-"""Figures of a run, drawn without a display; matplotlib and scikit-learn are imported on first use only."""
+"""Figures of a run, PNGs drawn without a display; matplotlib and scikit-learn are imported on first use only."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -18,13 +18,10 @@ STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axe
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure of this size in inches that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Return an empty figure of this size in inches, which needs no display and none of pyplot's global state."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without touching pyplot's global state
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
@@ -33,71 +30,39 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _time_axis(epochs: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[tuple[float, str]]]:
-    """Return x of every entry (a restarted epoch count goes on) and (x, name) where each stage begins."""
-    positions, starts, offset = [], [], 0
-    for index, entry in enumerate(epochs):
-        if index and entry["epoch"] <= epochs[index - 1]["epoch"]:
-            offset = positions[-1]
-        positions.append(offset + entry["epoch"])
-        stage = entry.get("stage")
-        if stage is not None and (not index or stage != epochs[index - 1].get("stage")):
-            starts.append((positions[-1] - 0.5, str(stage)))
-    return positions, starts
-
-
-def _draw_panel(axis: Any, epochs: Sequence[Mapping[str, Any]], positions: list[int], prefix: str, scale: float) -> None:
-    """Draw one line per key that starts with `prefix`; entries without it leave no point, a new run breaks the line."""
+def _draw_lines(axis: Any, epochs: Sequence[Mapping[str, Any]], prefix: str, scale: float) -> None:
+    """Draw one line per key that starts with `prefix`; epochs without it leave no point."""
     keys = [key for key in dict.fromkeys(chain(*epochs)) if key.startswith(prefix) and key != "map/chance"]
     for key in keys:
-        points, offset = [], 0
-        for x, entry in zip(positions, epochs):
-            if x - entry["epoch"] != offset:
-                points.append((x - 0.5, float("nan")))
-            offset = x - entry["epoch"]
-            if entry.get(key) is not None:
-                points.append((x, scale * entry[key]))
+        points = [(entry["epoch"], scale * entry[key]) for entry in epochs if entry.get(key) is not None]
         width = 2.4 if key == prefix or key.endswith(("avg", "total")) else 1.3
-        axis.plot(*zip(*points), label=key.removeprefix(prefix).lstrip("/_ ") or key, marker="o", markersize=3, linewidth=width)
+        axis.plot(*zip(*points), label=key.removeprefix(prefix).lstrip("/") or key, marker="o", markersize=3, linewidth=width)
     if keys:
         axis.legend(frameon=False, fontsize=9)
+    axis.grid(alpha=0.25)
 
 
-def plot_curves(epochs: Sequence[Mapping[str, Any]], path: str | Path, chance: float | None = None) -> None:
-    """Draw losses (keys that start with "loss") above mAP (keys that start with "map") over the epochs.
+def plot_curves(epochs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draw losses (keys that start with "loss") above mAP in percent (keys that start with "map") over the epochs of a run.
 
     Args:
-        epochs: lines of metrics.jsonl, each with "epoch"; an optional "stage" text marks boundaries; the lines of two
-            runs may be joined, the axis then goes on. mAP as fractions, drawn in percent; "map/chance" is left out.
-        path: PNG to write.
-        chance: mAP of a random ranking as a fraction, drawn dashed.
-    Raises:
-        ValueError: if there are no epochs.
+        epochs: lines of metrics.jsonl, at least one, each with "epoch"; mAP as fractions. The "map/chance" of a random ranking in
+            the last one is drawn dashed.
     """
-    if not epochs:
-        raise ValueError("plot_curves needs at least one epoch, got none")
     import matplotlib
     from matplotlib.ticker import MaxNLocator
+
     with matplotlib.rc_context(STYLE):
         figure = new_figure(8, 6)
         losses, maps = figure.subplots(2, 1, sharex=True)
-        positions, starts = _time_axis(epochs)
-        _draw_panel(losses, epochs, positions, "loss", 1.0)
-        if chance is not None:
-            maps.axhline(100 * chance, color="0.5", linestyle="--", linewidth=1, label="chance")
-        _draw_panel(maps, epochs, positions, "map", 100.0)
-        losses.set_title("Training losses", loc="left", pad=18 if starts else 6)
+        _draw_lines(losses, epochs, "loss", 1.0)
+        if "map/chance" in epochs[-1]:
+            maps.axhline(100 * epochs[-1]["map/chance"], color="0.5", linestyle="--", linewidth=1, label="chance")
+        _draw_lines(maps, epochs, "map", 100.0)
+        losses.set_title("Training losses", loc="left")
         losses.set_ylabel("loss")
         maps.set_title("Cross-modal retrieval on the test split", loc="left")
-        maps.set_ylabel("mAP@All (%)")
-        for axis in (losses, maps):
-            axis.grid(alpha=0.25)
-            for x, _ in starts[1:]:
-                axis.axvline(x, color="0.3", linestyle=":", linewidth=1.2)
-        for x, name in starts:
-            losses.text(x, 1.02, f" {name}", transform=losses.get_xaxis_transform(), color="0.3")
-        maps.set_xlabel("epoch")
-        maps.set_xlim(positions[0] - 0.5, positions[-1] + 0.5)
+        maps.set(xlabel="epoch", ylabel="mAP@All (%)", xlim=(epochs[0]["epoch"] - 0.5, epochs[-1]["epoch"] + 0.5))
         maps.xaxis.set_major_locator(MaxNLocator(integer=True))
         save_figure(figure, path)
 
@@ -105,13 +70,12 @@ def plot_curves(epochs: Sequence[Mapping[str, Any]], path: str | Path, chance: f
 def _class_colors(classes: np.ndarray) -> dict[int, Any]:
     import matplotlib
 
-    palette = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
-    if len(classes) > len(palette):
-        palette = matplotlib.colormaps["turbo"](np.linspace(0, 1, len(classes)))
-    return {int(label): color for label, color in zip(classes, palette)}
+    count = len(classes)
+    short = matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors
+    return dict(zip(classes.tolist(), short if count <= 20 else matplotlib.colormaps["turbo"](np.linspace(0, 1, count))))
 
 
-def _project(rows: Sequence[np.ndarray], seed: int) -> np.ndarray:
+def _project(rows: Sequence[np.ndarray]) -> np.ndarray:
     """t-SNE of all modalities together on unit rows, M x (n, D) -> (sum of n, 2)."""
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
@@ -120,19 +84,15 @@ def _project(rows: Sequence[np.ndarray], seed: int) -> np.ndarray:
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     perplexity = min(30.0, max(1.0, (len(rows) - 1) / 3))
     with threadpool_limits(limits=1):  # threads that compete for few cores make it many times slower
-        return TSNE(perplexity=perplexity, init="pca", random_state=seed % 2**32).fit_transform(rows)
+        return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(rows)
 
 
-def plot_tsne(
-    embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], path: str | Path, seed: int = 0
-) -> None:
-    """Draw a joint t-SNE of the common space: colour is the class, marker the modality.
+def plot_tsne(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Draw a joint t-SNE of the common space, at most 1,000 objects per modality: colour is the class, marker the modality.
 
     Args:
         embeddings: modality -> (N, D) array with D >= 2; N may differ.
         labels: modality -> (N,) integer classes.
-        path: PNG to write.
-        seed: of the choice of at most 1,000 objects per modality and of t-SNE.
     Raises:
         ValueError: if the arrays do not fit together.
     """
@@ -145,8 +105,8 @@ def plot_tsne(
         raise ValueError(f"plot_tsne needs (N, D) embeddings, D >= 2, and N labels each, got {shapes} and {sizes}")
     if min(sizes.values()) < 2:
         raise ValueError(f"plot_tsne needs at least 2 objects, got {sizes}")
-    keep = {name: np.sort(np.random.default_rng(seed).permutation(size)[:MAX_TSNE_ROWS]) for name, size in sizes.items()}
-    points = _project([np.asarray(embeddings[name])[keep[name]] for name in shapes], seed)
+    keep = {name: np.sort(np.random.default_rng(0).permutation(size)[:MAX_TSNE_ROWS]) for name, size in sizes.items()}
+    points = _project([np.asarray(embeddings[name])[keep[name]] for name in shapes])
     clouds = np.split(points, np.cumsum([len(rows) for rows in keep.values()])[:-1])
     labels = {name: np.asarray(labels[name])[keep[name]] for name in shapes}
     colors = _class_colors(np.unique(np.concatenate(list(labels.values()))))
@@ -167,22 +127,16 @@ def plot_tsne(
 
 
 def plot_retrieval(
-    query_thumbnails: Sequence[np.ndarray],
-    gallery_thumbnails: Sequence[np.ndarray] | Mapping[int, np.ndarray],
-    ranks: np.ndarray,
-    correct: np.ndarray,
-    path: str | Path,
-    title: str = "Top retrieved items",
+    query_thumbnails: Sequence[np.ndarray], gallery_thumbnails: Mapping[int, np.ndarray], ranks: np.ndarray, correct: np.ndarray,
+    path: str | Path, title: str,
 ) -> None:
     """Draw one row per query: the query, then its first items, framed green where the class is right, red where not.
 
     Args:
         query_thumbnails: Q arrays (H, W, 3) uint8.
         gallery_thumbnails: index -> (H, W, 3) uint8; only the indices in `ranks` are read.
-        ranks: (Q, k) integer gallery indices, best first; k is 5 in our reports.
+        ranks: (Q, k) integer gallery indices, best first.
         correct: (Q, k) bool.
-        path: PNG to write.
-        title: headline, e.g. "RP: image query, point-cloud gallery".
     Raises:
         ValueError: if the shapes do not fit together.
     """

@@ -45,13 +45,7 @@ def _image_thumbnail(image: np.ndarray, side: int) -> np.ndarray:
 def point_cloud_thumbnail(points: np.ndarray, side: int = 96) -> np.ndarray:
     """Render a cloud as small shaded balls, orthographic, the y-z plane turned slightly, z up, seen from +x.
 
-    Args:
-        points: (P, 3) finite coordinates of any scale.
-        side: of the result in pixels.
-    Returns:
-        (side, side, 3) uint8 on white.
-    Raises:
-        ValueError: on another shape, no points, or non-finite coordinates.
+    Args, Returns, Raises: as `thumbnail`; the ground is white.
     """
     points = np.asarray(points, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0 or not np.isfinite(points).all():
@@ -72,13 +66,7 @@ def mesh_thumbnail(faces: np.ndarray, side: int = 96) -> np.ndarray:
 
     Both sides of a face are lit alike, since the order of its corners may be arbitrary.
 
-    Args:
-        faces: (F, 18) finite floats; a row is the centre, the vectors to the corners, the normal and the neighbours.
-        side: of the result in pixels.
-    Returns:
-        (side, side, 3) uint8 on white.
-    Raises:
-        ValueError: on another shape, no faces, or non-finite numbers.
+    Args, Returns, Raises: as `thumbnail`; the ground is white.
     """
     faces = np.asarray(faces, dtype=np.float64)
     if faces.ndim != 2 or faces.shape[1] != FACE_CHANNELS or len(faces) == 0 or not np.isfinite(faces).all():

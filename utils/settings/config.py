@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from utils.errors import UserError
+from utils.settings.data_options import nearest
 from utils.settings.files import Plain, Sources, apply_override, is_null, read_files
-from utils.settings.options import nearest
 
 T = TypeVar("T")
 _LIMITS = {
@@ -141,11 +141,9 @@ def load_config(cls: type[T], path: str | None, overrides: Sequence[str] = ()) -
     a bool is. A leading ~ in settings that hold paths is the home folder; variables such as $HOME are refused.
 
     Args:
-        cls: root dataclass, e.g. utils.settings.options.Step1Config.
+        cls: root dataclass, of `utils.settings.options`.
         path: YAML file, see `utils.settings.files.read_files`, or None for the defaults.
         overrides: "section.key=value" texts, e.g. "data.modalities=[GrayImg,PointCloud]".
-    Returns:
-        A frozen, fully checked instance of `cls`.
     Raises:
         UserError: on a missing file, invalid YAML, an unknown key (with the nearest valid one), a wrong type, a value out of
             range, or settings that contradict each other; names the file or the --set argument and the key.
@@ -171,12 +169,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --config, --set and --resume, common to the training scripts."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
+        "--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
         help="override settings, e.g. --set optim.epochs=5 data.modalities=[GrayImg,PointCloud]; may be repeated",
     )
     parser.add_argument(

@@ -39,11 +39,6 @@ def check_modalities(key: str, names: Iterable[str]) -> None:
             raise UserError(f"{key}: unknown modality {name!r}{nearest(name, MODALITIES)} (known: {known})")
 
 
-def _check_ordered(key: str, bounds: tuple[float, float]) -> None:
-    if bounds[0] > bounds[1]:
-        raise UserError(f"{key} must be [low, high] with low <= high, got {list(bounds)}")
-
-
 @dataclass(frozen=True)
 class AugmentConfig:
     """Random transforms of training samples; evaluation uses none."""
@@ -65,8 +60,10 @@ class AugmentConfig:
     point_jitter: float = option(0.01, "standard deviation of noise per coordinate, units of the unit sphere", min=0)
 
     def __post_init__(self) -> None:
-        _check_ordered("data.augment.image_scale", self.image_scale)
-        _check_ordered("data.augment.point_scale", self.point_scale)
+        for key in ("image_scale", "point_scale"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise UserError(f"data.augment.{key} must be [low, high] with low <= high, got {[low, high]}")
 
 
 @dataclass(frozen=True)

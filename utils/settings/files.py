@@ -62,12 +62,12 @@ def is_null(value: Any) -> bool:
 def read_files(path: str, sources: Sources, users: tuple[Path, ...] = ()) -> dict:
     """Read a configuration file on top of all that its key `extends` names: a file, or a list of files of which later ones win.
 
+    Sections are merged key by key, anything else is replaced.
+
     Args:
         path: the file; a relative path after `extends` starts in the folder of the file that holds it.
         sources: told where every value came from.
         users: the files by way of which this one was reached.
-    Returns:
-        Nested dictionaries; sections are merged key by key, anything else is replaced.
     Raises:
         UserError: if a file is missing, no YAML, no tree of sections, gives a key twice or extends itself; names the file.
     """

@@ -6,14 +6,9 @@ from typing import Literal
 
 from utils.errors import UserError
 from utils.modalities import MODALITIES
-from utils.settings.data_options import AugmentConfig, DataConfig, check_modalities, nearest, option
+from utils.settings.data_options import DataConfig, check_modalities, nearest, option
 
 ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")  # as in losses/robust.py, which stands by itself
-
-__all__ = [
-    "AugmentConfig", "DataConfig", "EvalConfig", "MLMConfig", "ModelConfig", "OptimConfig", "PLAConfig", "RDLConfig", "RunConfig",
-    "Step1Config", "Step2Config", "nearest",
-]
 
 
 @dataclass(frozen=True)
@@ -28,9 +23,7 @@ class ModelConfig:
     )
     mesh_width: int = option(1024, "channels of MeshNet's pooled feature (published: 1024)", min=1)
     mesh_conv_width: int = option(256, "channels of MeshNet's first mesh convolution (published: 256)", min=1)
-    mesh_mask_ratio: float = option(
-        0.95, "share of faces hidden from MeshNet's maximum in training (published: 0.95)", min=0, below=1
-    )
+    mesh_mask_ratio: float = option(0.95, "share of faces hidden from MeshNet's maximum in training (published: 0.95)", min=0, below=1)
     image_stages: int = option(4, "residual stages of ResNet18 (published: 4); 3 for 32-pixel images on a CPU", min=1, max=4)
     pretrained: dict[str, str] = option({}, "modality -> imagenet | none | PATH of a weight file", path=True)
     classifier_hidden: int = option(128, "hidden width of the step-2 classifier", min=1)
@@ -78,9 +71,7 @@ class PLAConfig:
     tau_2: float = option(0.5, "temperature of the modality-invariance loss", above=0)
     momentum: float = option(0.9, "eta of the memory update, Eq. 6", min=0, below=1)
     renormalise: bool = option(True, "memory rows go back to unit norm after Eq. 6; false is the equation as printed")
-    mlm_only_epochs: int = option(
-        5, "first epochs, of modality invariance alone before the banks are filled and clustered", min=0, formerly="warmup_epochs"
-    )
+    mlm_only_epochs: int = option(5, "first epochs, of modality invariance alone, before clustering", min=0, formerly="warmup_epochs")
     estimator: Literal["class", "instance", "hard"] = option("class", "reading of the joint probability in Eq. 7-8")
     symmetric_joint: bool = option(False, "estimator class: (J + J^T) / 2 in place of the joint J")
     memory_samples: int = option(1024, "N', memory rows sampled per step beside those of the batch, Eq. 7-8", min=0)
@@ -104,18 +95,12 @@ class RDLConfig:
     lambda_2: float = option(0.25, "weight of the robust loss in Eq. 4; 1 - lambda_2 weights modality invariance", min=0, max=1)
     alpha: float = option(0.3, "exponent of RCLL", min=0, max=1)
     tau_2: float = option(0.5, "temperature of the modality-invariance loss", above=0)
-    unclipped_epochs: int = option(
-        5, "first epochs with RCLL not clipped at p = 1/K (ours; 0 in the paper)", min=0, formerly="warmup_epochs"
-    )
+    unclipped_epochs: int = option(5, "first epochs with RCLL not clipped at 1/K (ours; paper: 0)", min=0, formerly="warmup_epochs")
     num_clusters: int | None = option(None, "K; default: read from the pseudo-labels' .meta.json", min=2)
     start: Literal["fresh", "inherited"] = option("fresh", "encoders: anew (paper), or as the run that wrote the labels left them")
     confidence: bool = option(False, "weigh a sample in RCLL by how sure the run that wrote its pseudo-label was")
-    fuse: Literal["none", "mean", "trusted"] = option(
-        "trusted", "as pla.fuse, for the labels that this run writes for another round"
-    )
-    pseudo_labels: str | None = option(
-        None, "folder of pseudo-labels; default: those of the newest finished run of step 1, see --from", path=True
-    )
+    fuse: Literal["none", "mean", "trusted"] = option("trusted", "as pla.fuse, for the labels that this run writes for another round")
+    pseudo_labels: str | None = option(None, "folder of pseudo-labels; default: of step 1's newest finished run, see --from", path=True)
 
     def __post_init__(self) -> None:
         if ":" not in self.loss and self.loss not in ROBUST_LOSSES:
@@ -151,36 +136,37 @@ class RunConfig:
     figures: bool = option(True, "draw figures at the end")
 
 
-def _check_pretrained(data: DataConfig, model: ModelConfig) -> None:
-    """No modality starts from random weights unless the configuration says so."""
-    missing = [name for name in data.modalities if name not in model.pretrained]
-    if missing:
-        raise UserError(
-            f"model.pretrained says nothing about {', '.join(missing)}: give imagenet (images only), "
-            f"none (random start) or the path of a weight file, e.g. --set model.pretrained.{missing[0]}=none"
-        )
-
-
-def _check_neighbors(data: DataConfig, model: ModelConfig) -> None:
-    if "PointCloud" in data.modalities and model.num_neighbors > data.num_points:
-        raise UserError(f"model.num_neighbors ({model.num_neighbors}) must not exceed data.num_points ({data.num_points})")
-
-
 @dataclass(frozen=True)
-class Step1Config:
-    """Settings of train_step1.py."""
+class StageConfig:
+    """The sections of both stages."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mlm: MLMConfig = dataclasses.field(default_factory=MLMConfig)
-    pla: PLAConfig = dataclasses.field(default_factory=PLAConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _check_pretrained(self.data, self.model)
-        _check_neighbors(self.data, self.model)
+        missing = [name for name in self.data.modalities if name not in self.model.pretrained]
+        if missing:  # no modality starts from random weights unless the configuration says so
+            raise UserError(
+                f"model.pretrained says nothing about {', '.join(missing)}: give imagenet (images only), "
+                f"none (random start) or the path of a weight file, e.g. --set model.pretrained.{missing[0]}=none"
+            )
+        neighbors, points = self.model.num_neighbors, self.data.num_points
+        if "PointCloud" in self.data.modalities and neighbors > points:
+            raise UserError(f"model.num_neighbors ({neighbors}) must not exceed data.num_points ({points})")
+
+
+@dataclass(frozen=True)
+class Step1Config(StageConfig):
+    """Settings of train_step1.py."""
+
+    pla: PLAConfig = dataclasses.field(default_factory=PLAConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = [name for name in self.pla.banks or () if name not in self.data.modalities]
         if unknown:
             raise UserError(f"pla.banks names {', '.join(unknown)}, but data.modalities is {list(self.data.modalities)}")
@@ -191,17 +177,9 @@ class Step1Config:
 
 
 @dataclass(frozen=True)
-class Step2Config:
+class Step2Config(StageConfig):
     """Settings of train_step2.py."""
 
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(embedding_dim=256))
     optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(epochs=50))
-    mlm: MLMConfig = dataclasses.field(default_factory=MLMConfig)
     rdl: RDLConfig = dataclasses.field(default_factory=RDLConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    run: RunConfig = dataclasses.field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        _check_pretrained(self.data, self.model)
-        _check_neighbors(self.data, self.model)
