@@ -14,10 +14,8 @@ class ModalityInvarianceLoss(nn.Module):
     positives. Eq. 14: the mean of -log P over the B objects, summed over the M modalities.
 
     Args:
-        temperature: tau_2, dimensionless, > 0.
+        temperature: tau_2, dimensionless, > 0, else a ValueError.
         self_term: keep the anchor in both sums, as Eq. 13 is printed.
-    Raises:
-        ValueError: if temperature <= 0.
     """
 
     def __init__(self, temperature: float, self_term: bool = False) -> None:

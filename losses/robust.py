@@ -104,14 +104,12 @@ class NCEAGCELoss(_LabelLoss):
 
 
 def build_robust_loss(name: str, num_clusters: int, alpha: float) -> nn.Module:
-    """Return a loss of step 2 with its published parameters.
+    """Return a loss of step 2 with its published parameters, a module with forward(logits (B, K), pseudo_labels (B,)) -> scalar.
 
     Args:
         name: one of ROBUST_LOSSES, or "module:Class" for a loss of the user's own, which is built without arguments.
         num_clusters: K >= 2; decides the clip level of "rcll" and the parameters of "nce_agce" (see MANY_CLASSES).
         alpha: exponent of "rcll", unused by the others.
-    Returns:
-        A module with forward(logits (B, K), pseudo_labels (B,)) -> scalar.
     Raises:
         ValueError: on an unknown name, a module or class that is not there, or num_clusters < 2.
         TypeError: if "module:Class" is no nn.Module that can be built without arguments.

@@ -14,12 +14,10 @@ class RobustConcentratingLoss(nn.Module):
     mean absolute error (Property 1), and a larger alpha moves the loss towards cross-entropy.
 
     Args:
-        alpha: exponent >= 0; the paper uses 0.25 to 0.35.
-        num_classes: K, the number of clusters that the pseudo-labels come from, >= 2.
+        alpha: exponent >= 0, else a ValueError; the paper uses 0.25 to 0.35.
+        num_classes: K >= 2, else a ValueError, the number of clusters that the pseudo-labels come from.
         clip: False leaves out Eq. 12's constant part, for the first epochs of a randomly started classifier: clusters
             that it gives less than 1/K everywhere would never get a gradient.
-    Raises:
-        ValueError: on alpha < 0 or num_classes < 2.
     """
 
     def __init__(self, alpha: float, num_classes: int, clip: bool = True) -> None:
@@ -33,14 +31,12 @@ class RobustConcentratingLoss(nn.Module):
         self.clip = clip
 
     def forward(self, logits: Tensor, pseudo_labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the mean loss of a batch.
+        """Return the mean loss of a batch, a dimensionless scalar >= 0.
 
         Args:
             logits: (B, K) unnormalised scores, any float type; computed in float32 or wider.
             pseudo_labels: (B,) int64 in 0..K-1.
             weights: (B,) float >= 0, with a sum > 0: the mean is weighted by them (ours; the paper has none).
-        Returns:
-            Scalar, dimensionless, >= 0.
         Raises:
             ValueError: on wrong shapes or types, an empty batch, or on labels outside 0..K-1 (checked on the CPU only; on a
                 GPU the check would make every step wait).

@@ -24,9 +24,7 @@ class SelfMatchingLoss(nn.Module):
     Args:
         temperature: tau_1, dimensionless, > 0; below 1 it sharpens.
         estimator: one of ESTIMATORS.
-        symmetric: "class" alone: (J + J^T) / 2 in place of J.
-    Raises:
-        ValueError: on a temperature <= 0, an unknown estimator, or `symmetric` with another one than "class".
+        symmetric: "class" alone: (J + J^T) / 2 in place of J. Other arguments are a ValueError.
     """
 
     def __init__(self, temperature: float, estimator: str = "class", symmetric: bool = False) -> None:
@@ -50,8 +48,6 @@ class SelfMatchingLoss(nn.Module):
                 rows; no gradient flows here.
         Returns:
             Scalar in nats: -MI <= 0, at least -log K ("class", N' = 0) or -log B ("instance"), or a cross-entropy >= 0 ("hard").
-        Raises:
-            ValueError: if the shapes do not fit, or the batch is empty.
         """
         fits = logits.dim() == memory_logits.dim() == 2 and logits.shape[1] == memory_logits.shape[1]
         if not fits or not 0 < len(logits) <= len(memory_logits):
@@ -91,13 +87,11 @@ def _marginal(current: Tensor, remembered: Tensor) -> Tensor:
 
 
 def mutual_information(joint: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
-    """Return the mutual information of a joint distribution (Eq. 7).
+    """Return the mutual information (Eq. 7) sum_rs J log(J / (J_r J_s)), a scalar in nats, with 0 log 0 = 0.
 
     Args:
         joint: (R, S) float, non-negative weights; normalised to sum 1 here.
         rows: (R,) and columns: (S,) marginals that were estimated on more samples; default: the joint's own.
-    Returns:
-        Scalar in nats, sum_rs J log(J / (J_r J_s)), with 0 log 0 = 0.
     """
     joint = joint / joint.sum()
     rows = joint.sum(dim=1) if rows is None else rows

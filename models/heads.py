@@ -8,11 +8,8 @@ from torch.nn import functional as F
 class LinearClassifier(nn.Module):
     """Bias-free linear classifier g on unit-norm embeddings; its rows start at k-means centres (Sec. III-C).
 
-    Args:
-        embedding_dim: D.
-        num_clusters: K.
-        scale: factor on the logits. Unit-norm embeddings and rows give cosines in [-1, 1], whose softmax over K is
-            nearly uniform; the scale is our addition and sets how sharp the first prediction is.
+    Unit-norm embeddings (D) and rows (K) give cosines in [-1, 1], whose softmax over K is nearly uniform; the factor `scale` on the
+    logits is our addition and sets how sharp the first prediction is.
     """
 
     def __init__(self, embedding_dim: int, num_clusters: int, scale: float) -> None:
@@ -38,13 +35,7 @@ class LinearClassifier(nn.Module):
 
 
 class MLPClassifier(nn.Sequential):
-    """MLP head h of step 2: embeddings (B, D), any norm, to logits (B, K).
-
-    Args:
-        embedding_dim: D.
-        hidden_dim: width of the hidden layer (128 in the authors' release).
-        num_clusters: K.
-    """
+    """MLP head h of step 2: embeddings (B, D), any norm, to logits (B, K); the hidden layer has 128 units in the authors' release."""
 
     def __init__(self, embedding_dim: int, hidden_dim: int, num_clusters: int) -> None:
         layers = nn.Linear(embedding_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_clusters)

@@ -35,10 +35,7 @@ def update_running_statistics(bn: nn.modules.batchnorm._BatchNorm, mean: Tensor,
     """Take a batch into the running statistics of a BatchNorm as torch does, without waiting for the device.
 
     Args:
-        bn: C channels; with momentum None it averages over all batches.
-        mean: (C,) of the batch.
-        variance: (C,) of the batch, biased.
-        count: values per channel in the batch, at least 2.
+        mean: (C,) of the batch; variance: (C,), biased; count: values per channel, at least 2.
     """
     bn.num_batches_tracked.add_(1)
     factor = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal() if bn.momentum is None else bn.momentum

@@ -19,11 +19,7 @@ BLOCK_ELEMENTS = 2**18  # of the pairs worked on at a time on a CPU: near the ca
 
 
 class SharedMLP(nn.Sequential):
-    """(1x1 convolution, BatchNorm, ReLU) triples on rows; the convolutions only hold their parameters.
-
-    Args:
-        channels: of the input and after every triple.
-    """
+    """(1x1 convolution, BatchNorm, ReLU) triples on rows; `channels` are those of the input and after every triple."""
 
     def __init__(self, *channels: int) -> None:
         layers = []
@@ -71,9 +67,7 @@ class Neighbours:
     def of(cls, neighbours: Tensor) -> "Neighbours":
         """From the indices (B, F, 3) int64, which count within a mesh.
 
-        Raises:
-            ValueError: on the CPU, if an index names no face of its mesh. Other devices are not waited for: their next
-                operation fails.
+        An index that names no face of its mesh is a ValueError on the CPU. Others are not waited for: their next operation fails.
         """
         batch, faces = neighbours.shape[:2]
         wrong = (neighbours < 0) | (neighbours >= faces)

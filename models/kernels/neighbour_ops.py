@@ -22,11 +22,7 @@ HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 @functools.cache
 def triton_operations(device: torch.device) -> ModuleType:
-    """Return `models.kernels.edge_conv_triton` after running its kernels once on a device.
-
-    Raises:
-        UserError: where they do not run; it names the cause.
-    """
+    """Return `models.kernels.edge_conv_triton` after running its kernels once on a device; a UserError where they do not run."""
     try:
         kernels = importlib.import_module("models.kernels.edge_conv_triton")
         kernels.check(device)

@@ -75,35 +75,15 @@ def test_gradient_equals_differences_of_the_slow_formula(name):
         assert float(grad[i, j]) == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
-SLOPES = {  # dL / dp
-    "ce": lambda p: -1 / p, "mae": lambda p: -2, "gce": lambda p: -(p**-0.3), "aue": lambda p: -((5.5 - p) ** 2),
-    "aue_mnist": lambda p: -((3 - p) ** -0.9), "agce_mnist": lambda p: -((4 + p) ** -0.8),
-}
-
-
-@pytest.mark.parametrize("name", SLOPES)
-@pytest.mark.parametrize("p", [1e-8, 0.5, 1 - 1e-8])
-def test_slope_by_hand(name, p):
-    logits = torch.tensor([[0.0, math.log(p) - math.log1p(-p)]], dtype=torch.float64)
-    _, grad = value_and_gradient(LOSSES[name], logits, torch.tensor([1]))
-    assert float(grad[0, 1]) == pytest.approx(SLOPES[name](p) * p * (1 - p), rel=1e-6)  # dp / dz = p (1 - p)
-
-
 def test_rcll_without_alpha_is_half_of_mae_above_chance():
     """Property 1, on samples that Eq. 12 does not clip; below chance RCLL is constant and MAE goes on falling."""
     labels = draw_labels(30, 6)
-    logits = draw(30, 6) + 3 * torch.nn.functional.one_hot(labels, 6)
-    above = logits.softmax(dim=1).gather(1, labels[:, None]).squeeze(1) > 1 / 6
-    assert above.sum() >= 20
-    kept = logits[above], labels[above]
-    expected, expected_slope = value_and_gradient(MAELoss(), *kept)
-    for alpha, tolerance in ((1e-4, 1e-2), (1e-9, 1e-7), (0, 1e-12)):
-        value, slope = value_and_gradient(RobustConcentratingLoss(alpha, 6), *kept)
-        assert float(value) == pytest.approx(float(expected) / 2, rel=tolerance)
-        torch.testing.assert_close(slope, expected_slope / 2, rtol=100 * tolerance + 1e-6, atol=1e-8 + tolerance)
-    opposite = -5.0 * torch.nn.functional.one_hot(labels, 6)
-    assert not value_and_gradient(RobustConcentratingLoss(0, 6), opposite, labels)[1].any()
-    assert value_and_gradient(MAELoss(), opposite, labels)[1].any()
+    own = torch.nn.functional.one_hot(labels, 6)
+    for logits, scale in ((draw(30, 6).clamp(-1, 1) + 3 * own, 0.5), (-5.0 * own, 0.0)):
+        _, expected = value_and_gradient(MAELoss(), logits, labels)
+        _, slope = value_and_gradient(RobustConcentratingLoss(0, 6), logits, labels)
+        torch.testing.assert_close(slope, scale * expected, rtol=1e-9, atol=1e-12, check_dtype=False)
+        assert expected.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_edge_conv import assert_same, make_pair, run, tied_problem
+from test_edge_conv import assert_same, make_pair, run
 
 from models.kernels.knn import knn
 from utils.errors import UserError
@@ -115,17 +115,6 @@ def test_more_neighbours_than_a_byte_can_number(kernels, device):
 
 
 @on_device
-def test_memory_that_is_not_contiguous(kernels, device):
-    rows = make_rows(1, 8, 3).T.contiguous().T.to(device)
-    u, x = torch.randn(6, 8, device=device).T, torch.randn(8, 6, device=device)[:, ::2]
-    best, slot = kernels.neighbour_max(u, rows, 8, torch.zeros(6, dtype=torch.bool, device=device))
-    assert torch.equal(best, u[rows].amax(1))
-    expected = kernels.transposed_sums(u.contiguous(), slot, x.contiguous(), rows.contiguous(), 8)
-    assert all(map(torch.equal, kernels.transposed_sums(u, slot, x, rows, 8), expected))
-    torch.testing.assert_close(kernels.neighbour_sum(x, rows), x[rows].sum(1))
-
-
-@on_device
 def test_hostile_neighbours_and_numbers(kernels, device):
     rows = torch.tensor([[0, 1], [2, -1], [1, 3]], device=device)  # those outside the points are not read
     u = torch.tensor([[1.0], [3.0], [2.0]], device=device)
@@ -143,19 +132,11 @@ def test_hostile_neighbours_and_numbers(kernels, device):
 
 
 @pytest.mark.parametrize("training, dtype", [(True, torch.float64), (True, torch.float32), (False, torch.float32)])
-@pytest.mark.parametrize("batch, points, c_in, c_out, k", [(2, 4, 5, 6, 3), (1, 5, 3, 130, 5)])
 @on_device
-def test_layer_equals_reference(device, batch, points, c_in, c_out, k, training, dtype):
-    layers = make_layers(c_in, c_out, k, dtype, device=device)
-    x = (torch.randn(batch, points, c_in, dtype=dtype) * 2 + 3).to(device)
-    assert_same(*(layer.train(training) for layer in layers), x, knn(x, k))
-
-
-@pytest.mark.parametrize("training", [True, False])
-@on_device
-def test_layer_with_ties(device, training):
-    layers = make_layers(3, 8, 6, torch.float32, device=device)
-    assert_same(*(layer.train(training) for layer in layers), *(t.to(device) for t in tied_problem(layers, points=7)))
+def test_layer_equals_reference(device, training, dtype):
+    layers = make_layers(3, 130, 5, dtype, device=device)
+    x = (torch.randn(2, 5, 3, dtype=dtype) * 2 + 3).to(device)
+    assert_same(*(layer.train(training) for layer in layers), x, knn(x, 5))
 
 
 @on_device

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models import DGCNN, LinearClassifier, MemoryBank, MeshNet, MLPClassifier, ResNet18
+from models import DGCNN, LinearClassifier, MemoryBank, MeshNet, ResNet18
 
 
 def draw(*shape, seed=0):
@@ -24,9 +24,9 @@ def slow_update(rows, index, embeddings, momentum, renormalise):
         rows[i] = [x / norm for x in mixed]
 
 
-def filled_bank(count=8, dim=5, momentum=0.9):
-    bank = MemoryBank(count, dim, momentum)
-    bank.fill(draw(count, dim, seed=9))
+def filled_bank():
+    bank = MemoryBank(8, 5, 0.9)
+    bank.fill(draw(8, 5, seed=9))
     return bank
 
 
@@ -42,26 +42,13 @@ def test_updates_equal_loops(momentum, renormalise):
     for step in range(20):
         index = torch.randperm(12, generator=torch.Generator().manual_seed(step))[:5]
         embeddings = draw(5, 5, seed=step) * 10.0 ** (step % 5 - 2)
+        before, others = bank.memory.clone(), [i for i in range(12) if i not in index]
         bank.update(index, embeddings)
         slow_update(rows, index, embeddings, momentum, renormalise)
+        assert torch.equal(bank.memory[others], before[others])
     expected = torch.tensor([rows[i] for i in range(12)], dtype=torch.float64)
     assert torch.allclose(bank.memory, expected, rtol=0, atol=1e-12)
     assert torch.allclose(bank.memory.norm(dim=1), torch.ones(12).double()) == (renormalise or momentum == 0)
-
-
-def test_rows_are_addressed_by_index_whatever_the_batch_order_and_others_stay_bit_for_bit():
-    order, embeddings = torch.tensor([5, 0, 3, 7, 1]), draw(5, 5)
-    banks = filled_bank(), filled_bank(), filled_bank()
-    before, shuffle = banks[0].memory.clone(), torch.tensor([4, 2, 0, 3, 1])
-    handed_out = banks[0](torch.arange(8))
-    banks[0].update(order, embeddings)
-    banks[1].update(order[shuffle], embeddings[shuffle])
-    for row in range(5):
-        banks[2].update(order[row:row + 1], embeddings[row:row + 1])
-    assert torch.equal(banks[0].memory, banks[1].memory) and torch.equal(handed_out, before)  # rows handed out are copies
-    assert torch.allclose(banks[0].memory, banks[2].memory, atol=1e-7)
-    assert torch.equal(banks[0](order), banks[0].memory[order]) and (banks[0].memory[order] != before[order]).any(dim=1).all()
-    assert torch.equal(banks[0].memory[[2, 4, 6]], before[[2, 4, 6]])
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -126,11 +113,6 @@ def test_linear_classifier_starts_at_the_centroids_and_stays_trainable():
     assert head(F.normalize(centroids.float(), dim=1)).argmax(1).tolist() == [0, 1, 2]
     with pytest.raises((ValueError, RuntimeError)):
         head.start_from(draw(4, 5))
-
-
-def test_mlp_classifier_maps_embeddings_to_logits():
-    head, x = MLPClassifier(6, 16, 4).eval(), draw(5, 6)
-    assert head(x).shape == (5, 4) and torch.allclose(head(x)[2:3], head(x[2:3]), atol=1e-6)
 
 
 # Encoders

@@ -70,21 +70,17 @@ def test_refused_in_step_2(override, message):
         ("optim.epoch=3", "--set optim.epoch=3: optim.epoch: unknown key, did you mean 'epochs'"),
         ("optm.epochs=3", "optm: unknown key, did you mean 'optim'"),
         ("optim.zzz=3", "optim.zzz: unknown key, valid here: epochs, batch_size"),
-        ("data.augment.point_jiter=0", "data.augment.point_jiter: unknown key, did you mean 'point_jitter'"),
         ("optim.epochs=2.0", "optim.epochs: expected int, got '2.0'"),
-        ("optim.learning_rate=true", "optim.learning_rate: expected float, got 'true'"),
         ("optim.learning_rate=.nan", "optim.learning_rate: expected float, got '.nan'"),
         ("optim.learning_rate=1e999", "optim.learning_rate: expected float, got '1e999'"),
         ("optim.epochs='3'", "optim.epochs: expected int, got '3'"),
         ("optim.epochs=" + "9" * 400, "optim.epochs: expected int"),
         ("run.amp=1", "run.amp: expected bool, got '1'"),
         ("data.root=[3]", "data.root: expected str, got ['3']"),
-        ("data.root=null", "data.root: expected str, got 'null', that is nothing"),
         ("run.output=~nobody-has-this-name/x", "there is no home folder '~nobody-has-this-name/x'"),
         ("run.output=$HOME/x", "run.output: '$HOME/x': variables are not replaced here"),
         ("model.pretrained.RGBImg=${HOME}/w.pth", "model.pretrained.RGBImg: '${HOME}/w.pth': variables"),
         ("optim.epochs.more=3", "optim.epochs: expected int, got {'more': '3'}"),
-        ("optim=3", "optim: expected a section with the keys epochs, "),
         ("data.modalities=RGBImg", "data.modalities: expected tuple[str, ...], got 'RGBImg'"),
         ("data.augment.image_scale=[1, 2, 3]", "image_scale: expected 2 values, got 3"),
         ("model.pretrained=none", "model.pretrained: expected dict[str, str], got 'none'"),
@@ -93,10 +89,8 @@ def test_refused_in_step_2(override, message):
         ("optim.learning_rate=0", "must be above 0, got 0"),
         ("pla.lambda_1=1.5", "pla.lambda_1: must be at most 1, got 1.5"),
         ("pla.momentum=1", "pla.momentum: must be below 1, got 1"),
-        ("data.augment.image_scale=[0, 1]", "image_scale: must be above 0, got 0"),
         ("data.augment.image_scale=[2, 1]", "data.augment.image_scale must be [low, high]"),
         ("data.modalities=[RGBImage, PointCloud]", "unknown modality 'RGBImage', did you mean 'RGBImg'"),
-        ("data.modalities=[RGBImg]", "at least two different modalities, got ['RGBImg']"),
         ("data.modalities=[RGBImg, RGBImg]", "at least two different modalities"),
         ("pla.estimator=hard", "pla.symmetric_joint needs pla.estimator: class, found hard"),
         ("data.modalities=[GrayImg, PointCloud]", "model.pretrained says nothing about GrayImg: give imagenet (images only), none"),
@@ -115,7 +109,6 @@ def test_refused_in_step_2(override, message):
         ("pla.warmup_epochs=3", "--set pla.warmup_epochs=3: pla.warmup_epochs: this setting is now called pla.mlm_only_epochs"),
         ("pla.mlm_only_epochs=21", "pla.mlm_only_epochs (21) must not exceed optim.epochs, 20"),
         ("run.seed", "--set expects section.key=value, got 'run.seed'"),
-        ("=3", "--set expects section.key=value, got '=3'"),
         ("run..seed=3", "--set expects section.key=value"),
         ("optim.epochs=[1", "--set optim.epochs=[1: the value is not valid YAML"),
     ],
@@ -129,7 +122,6 @@ def test_refused_override(override, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("optim: {epoch: 3}", "step1.yaml: optim.epoch: unknown key, did you mean 'epochs'"),
         ("optim:\n  epochs: [1\n", "step1.yaml is not valid YAML"),
         ("optim: {epochs: 1}\noptim: {epochs: 2}", "key 'optim' is given twice"),
         ("- 1\n- 2", "step1.yaml must hold sections (data:, model:, ...), found a list"),
@@ -140,7 +132,6 @@ def test_refused_override(override, message):
         ("pla: {warmup_epochs: 3}", "step1.yaml: pla.warmup_epochs: this setting is now called pla.mlm_only_epochs"),
         ("extends:", "step1.yaml: extends: expected a file or a list of files, got ''"),
         ("extends: {a: b}", "step1.yaml: extends: expected a file or a list of files, got {'a': 'b'}"),
-        ("extends: [[a.yaml]]", "step1.yaml: extends: expected a file or a list of files"),
         ("extends: gone.yaml", "gone.yaml, which "),
         ("extends: ~nobody-has-this-name/a.yaml", "no configuration file"),
         ("extends: step1.yaml", "step1.yaml extends itself by way of"),
@@ -148,7 +139,7 @@ def test_refused_override(override, message):
     ],
 )
 def test_refused_file(tmp_path, text, message):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         step1(path=write(tmp_path, text))
     assert message in str(caught.value)
 

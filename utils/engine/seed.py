@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -71,18 +73,17 @@ class BatchGenerator:
 
     def rand(self, *shape: int) -> torch.Tensor:
         """Uniform numbers in [0, 1)."""
-        return self._keep(torch.rand(self._whole(shape), generator=self.generator, device=self.device))
+        return self._draw(torch.rand, shape)
 
     def randn(self, *shape: int) -> torch.Tensor:
         """Standard normal numbers."""
-        return self._keep(torch.randn(self._whole(shape), generator=self.generator, device=self.device))
+        return self._draw(torch.randn, shape)
 
     def randint(self, high: int, *shape: int) -> torch.Tensor:
         """Integers in 0..high-1."""
-        return self._keep(torch.randint(high, self._whole(shape), generator=self.generator, device=self.device))
+        return self._draw(partial(torch.randint, high), shape)
 
-    def _whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape if self.rows is None else (self.size, *shape[1:])
-
-    def _keep(self, values: torch.Tensor) -> torch.Tensor:
+    def _draw(self, draw: Callable[..., torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        whole = shape if self.rows is None else (self.size, *shape[1:])
+        values = draw(whole, generator=self.generator, device=self.device)
         return values if self.rows is None else values[self.rows]

@@ -114,9 +114,7 @@ def label_note(run: RunLog) -> dict[str, Any]:
     return {"pseudo_labels": read_json(path)} if path.is_file() else {}
 
 
-def draw_figures(
-    run: RunLog, embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], arrays: Mapping[str, Tensor]
-) -> None:
+def draw_figures(run: RunLog, embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> None:
     """Write tsne.png and one retrieval_<task>.png per task of `scored_tasks` into RUN/figures.
 
     Args:

@@ -91,20 +91,16 @@ def plot_tsne(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndar
     """Draw a joint t-SNE of the common space, at most 1,000 objects per modality: colour is the class, marker the modality.
 
     Args:
-        embeddings: modality -> (N, D) array with D >= 2; N may differ.
+        embeddings: modality -> (N, D) array, both at least 2; N may differ.
         labels: modality -> (N,) integer classes.
-    Raises:
-        ValueError: if the arrays do not fit together.
     """
     import matplotlib
     from matplotlib.lines import Line2D
 
     shapes = {name: np.shape(values) for name, values in embeddings.items()}
     sizes = {name: len(labels[name]) if name in labels else None for name in shapes}
-    if not shapes or any(len(shape) != 2 or shape[0] != sizes[name] or shape[1] < 2 for name, shape in shapes.items()):
-        raise ValueError(f"plot_tsne needs (N, D) embeddings, D >= 2, and N labels each, got {shapes} and {sizes}")
-    if min(sizes.values()) < 2:
-        raise ValueError(f"plot_tsne needs at least 2 objects, got {sizes}")
+    if any(len(shape) != 2 or shape[0] != sizes[name] or min(shape) < 2 for name, shape in shapes.items()):
+        raise ValueError(f"plot_tsne needs (N >= 2, D >= 2) embeddings and N labels each, got {shapes} and {sizes}")
     keep = {name: np.sort(np.random.default_rng(0).permutation(size)[:MAX_TSNE_ROWS]) for name, size in sizes.items()}
     points = _project([np.asarray(embeddings[name])[keep[name]] for name in shapes])
     clouds = np.split(points, np.cumsum([len(rows) for rows in keep.values()])[:-1])
@@ -137,8 +133,6 @@ def plot_retrieval(
         gallery_thumbnails: index -> (H, W, 3) uint8; only the indices in `ranks` are read.
         ranks: (Q, k) integer gallery indices, best first.
         correct: (Q, k) bool.
-    Raises:
-        ValueError: if the shapes do not fit together.
     """
     ranks, correct = np.asarray(ranks), np.asarray(correct)
     if ranks.ndim != 2 or 0 in ranks.shape or ranks.shape != correct.shape or len(ranks) != len(query_thumbnails):
