@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from utils.engine.device import select_device
+from utils.engine.device import select_device, set_threads
 from utils.errors import UserError
 from utils.settings.config import add_config_arguments, config_hash, load_config, to_dict
 from utils.settings.options import Step1Config, Step2Config
@@ -270,3 +270,5 @@ def test_device(monkeypatch):
     assert select_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="sees 2 CUDA devices"):
         select_device("cuda:2")
+    with pytest.raises(UserError, match="at least 1, got 0"):
+        set_threads(0)

@@ -49,6 +49,8 @@ def keep_freed_memory() -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Limit torch's CPU threads to a number >= 1; None keeps torch's choice."""
+    """Limit torch's CPU threads to a number >= 1, else a UserError; None keeps torch's choice."""
     if threads is not None:
+        if threads < 1:
+            raise UserError(f"the number of threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
