@@ -1,6 +1,5 @@
 """datasets/mesh_faces.py and datasets/prepare/shapes/digit.py: faces against slow loops, hostile meshes and files, transforms, digits."""
 
-import functools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from datasets.lists import SampleList
-from datasets.mesh_faces import augment_faces, load_faces, mesh_to_faces, pad_faces, prepare_faces
+from datasets.mesh_faces import augment_faces, load_faces, mesh_to_faces, prepare_faces
 from utils.engine.seed import BatchGenerator
 
 NONE = dict(
@@ -39,21 +38,15 @@ def batch(count=4):
     return torch.from_numpy(np.stack([mesh_to_faces(vertices * (1 + m) - m, triangles) for m in range(count)]))
 
 
-# From vertices and triangles
-
-
-def test_one_face_by_hand():
-    faces = mesh_to_faces(np.array([[0.0, 0, 1], [3, 0, 1], [0, 6, 1]]), np.array([[0, 1, 2]]))
-    assert faces.shape == (1, 18) and faces.dtype == np.float32
-    assert faces[0].tolist() == [1, 2, 1, -1, -2, 0, 2, -2, 0, -1, 4, 0, 0, 0, 1, 0, 0, 0]
-
 
 def test_a_tetrahedron_by_hand():
     faces = mesh_to_faces(*TETRAHEDRON)
-    assert faces[:, 15:].tolist() == [[2, 3, 1], [0, 3, 2], [1, 3, 0], [0, 2, 1]]
+    assert faces[:, 15:].tolist() == [[2, 3, 1], [0, 3, 2], [1, 3, 0], [0, 2, 1]] and faces.dtype == np.float32
     root = 1 / math.sqrt(3)
     np.testing.assert_allclose(faces[:, 12:15], [[0, 0, -1], [0, -1, 0], [-1, 0, 0], [root, root, root]], atol=1e-7)
     np.testing.assert_allclose(faces[:, :3], [[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], atol=1e-6)
+    corners = TETRAHEDRON[0][TETRAHEDRON[1]]
+    np.testing.assert_allclose(faces[:, 3:12].reshape(4, 3, 3), corners - corners.mean(axis=1, keepdims=True), atol=1e-6)
 
 
 def test_neighbours_of_a_tangled_mesh_by_loops():
@@ -68,23 +61,15 @@ def test_neighbours_of_a_tangled_mesh_by_loops():
             assert found[face, k] == (others[0] if others else face)
 
 
-def test_vertices_at_one_position_are_welded():
+def test_faces_without_area_are_dropped_equal_positions_welded_and_narrow_faces_kept():
     vertices, triangles = TETRAHEDRON
-    soup = mesh_to_faces(vertices[triangles].reshape(-1, 3) * [1, 1, -1] * [1, 1, -1], np.arange(12).reshape(4, 3))
-    assert np.array_equal(soup, mesh_to_faces(vertices, triangles))
-
-
-def test_faces_without_area_are_dropped_and_neighbours_renumbered():
-    vertices = np.concatenate([TETRAHEDRON[0], [[1.5, 0, 0], [1.5, 1e-7, 0]]])
+    expected = mesh_to_faces(vertices, triangles)
+    assert np.array_equal(mesh_to_faces(vertices[triangles].reshape(-1, 3) * [1, 1, -1] * [1, 1, -1], np.arange(12).reshape(4, 3)), expected)
+    more = np.concatenate([vertices, [[1.5, 0, 0], [1.5, 1e-7, 0]]])
     thin = [[0, 0, 1], [0, 4, 1], [2, 2, 2], [0, 5, 1]]  # a repeated corner, collinear corners, one point, a needle
-    triangles = np.array([thin[0], TETRAHEDRON[1][0], thin[1], thin[2], *TETRAHEDRON[1][1:], thin[3]])
-    assert np.array_equal(mesh_to_faces(vertices, triangles), mesh_to_faces(*TETRAHEDRON))
-
-
-def test_small_and_narrow_faces_are_kept():
-    faces = mesh_to_faces(np.array([[0, 0, 0], [1e-9, 0, 0], [0, 1e-9, 0], [5, 0, 0], [9, 0, 0], [9, 1e-3, 0]]), np.arange(6).reshape(2, 3))
-    np.testing.assert_allclose(faces[:, 12:15], [[0, 0, 1], [0, 0, 1]], atol=1e-6)
-    np.testing.assert_allclose(prepare_faces(torch.from_numpy(faces)[None])[0, :, 12:15], [[0, 0, 1], [0, 0, 1]], atol=1e-6)
+    assert np.array_equal(mesh_to_faces(more, np.array([thin[0], triangles[0], thin[1], thin[2], *triangles[1:], thin[3]])), expected)
+    small = mesh_to_faces(np.array([[0, 0, 0], [1e-9, 0, 0], [0, 1e-9, 0], [5, 0, 0], [9, 0, 0], [9, 1e-3, 0]]), np.arange(6).reshape(2, 3))
+    np.testing.assert_allclose(prepare_faces(torch.from_numpy(small)[None])[0, :, 12:15], [[0, 0, 1], [0, 0, 1]], atol=1e-6)
 
 
 @pytest.mark.parametrize("vertices,triangles,message", [
@@ -99,22 +84,6 @@ def test_broken_meshes_are_refused(vertices, triangles, message):
         mesh_to_faces(vertices, np.array(triangles))
 
 
-# Padding and loading
-
-
-def test_padding_repeats_faces_after_the_original_ones():
-    faces = mesh_to_faces(*TETRAHEDRON)
-    padded = pad_faces(faces, 30, np.random.default_rng(0))
-    assert padded.shape == (30, 18) and padded.dtype == np.float32 and np.array_equal(padded[:4], faces)
-    copies = {face.tobytes() for face in padded[4:]}
-    assert copies == {face.tobytes() for face in faces}
-    assert np.array_equal(padded, pad_faces(faces, 30, np.random.default_rng(0)))
-    assert not np.array_equal(padded, pad_faces(faces, 30, np.random.default_rng(1)))
-    assert np.array_equal(pad_faces(faces, 4, np.random.default_rng(0)), faces)
-    for count in (0, 5):
-        with pytest.raises(ValueError, match=f"1 to 4 faces, found {count}"):
-            pad_faces(padded[:count], 4, np.random.default_rng(0))
-
 
 def sample_list(folder: Path, *arrays) -> SampleList:
     files = tuple(folder / f"Mesh_train_{i:06d}.npy" for i in range(len(arrays)))
@@ -123,12 +92,14 @@ def sample_list(folder: Path, *arrays) -> SampleList:
     return SampleList(folder / "list.txt", "Mesh", tuple(f.name for f in files), files, tuple(f"{i:06d}" for i in range(len(files))))
 
 
-def test_loading_pads_to_the_largest_and_fits_the_unit_sphere(tmp_path):
+def test_loading_pads_with_own_faces_and_fits_the_unit_sphere(tmp_path):
     tetrahedron, single = mesh_to_faces(*TETRAHEDRON), mesh_to_faces(np.array([[7.0, 0, 1], [9, 0, 1], [7, 4, 1]]), np.array([[0, 1, 2]]))
-    samples = sample_list(tmp_path, single, tetrahedron)
+    large = mesh_to_faces(np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).permutation(60).reshape(-1, 3) % 20)
+    samples = sample_list(tmp_path, single, tetrahedron, large)
     stored = load_faces(samples, unit_sphere=False)
-    assert stored.shape == (2, 4, 18) and stored.dtype == np.float32
-    assert np.array_equal(stored[1], tetrahedron) and np.array_equal(stored[0], single.repeat(4, axis=0))
+    assert stored.shape == (3, len(large), 18) and stored.dtype == np.float32 and np.array_equal(stored[2], large)
+    assert np.array_equal(stored[1, :4], tetrahedron) and np.array_equal(stored[0], single.repeat(len(large), axis=0))
+    assert {face.tobytes() for face in stored[1, 4:]} == {face.tobytes() for face in tetrahedron}
     loaded = load_faces(samples)
     for before, after in zip(stored, loaded):
         corners = corners_of(after)
@@ -137,14 +108,9 @@ def test_loading_pads_to_the_largest_and_fits_the_unit_sphere(tmp_path):
         scale = np.ptp(corners_of(before)[..., 0]) / np.ptp(corners[..., 0])
         np.testing.assert_allclose(np.diff(corners_of(before), axis=1), scale * np.diff(corners, axis=1), atol=1e-5)
         assert np.array_equal(before[:, 12:], after[:, 12:])
-
-
-def test_the_padding_of_a_mesh_does_not_depend_on_its_row(tmp_path):
-    large = mesh_to_faces(np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).permutation(60).reshape(-1, 3) % 20)
-    samples = sample_list(tmp_path, mesh_to_faces(*TETRAHEDRON), large)
-    swapped = SampleList(samples.path, "Mesh", samples.names[::-1], samples.files[::-1], samples.instance_ids[::-1])
-    assert np.array_equal(load_faces(samples)[::-1], load_faces(swapped))
-    assert not np.array_equal(load_faces(samples), load_faces(samples, seed=1))
+    turned = SampleList(samples.path, "Mesh", samples.names[::-1], samples.files[::-1], samples.instance_ids[::-1])
+    assert np.array_equal(loaded[::-1], load_faces(turned))  # a row's padding does not depend on its place
+    assert not np.array_equal(loaded, load_faces(samples, seed=1))
 
 
 def changed(column, value):
@@ -164,90 +130,45 @@ def test_broken_files_are_refused_by_name_and_row(tmp_path, array, message):
         load_faces(sample_list(tmp_path, mesh_to_faces(*TETRAHEDRON), array))
 
 
-def test_unreadable_files_are_refused(tmp_path):
-    samples = sample_list(tmp_path, mesh_to_faces(*TETRAHEDRON))
-    for content in (b"", b"no array", samples.files[0].read_bytes()[:200]):
-        samples.files[0].write_bytes(content)
-        with pytest.raises(ValueError, match="row 1: .* is not a readable .npy array"):
-            load_faces(samples)
-    with samples.files[0].open("wb") as file:
-        np.savez(file, faces=mesh_to_faces(*TETRAHEDRON))
-    with pytest.raises(ValueError, match="row 1: .* archive of several"):
-        load_faces(samples)
-
-
-# Transforms
-
-
 def test_evaluation_recomputes_the_normals_and_nothing_else():
     faces = batch()
-    torch.testing.assert_close(prepare_faces(faces), faces)
     turned = faces.clone()
     turned[..., 12:15] *= -3
-    assert torch.equal(prepare_faces(turned), prepare_faces(faces))
-    flat = faces.clone()
-    flat[0, 0, 3:12] = 0
-    assert prepare_faces(flat)[0, 0, 12:15].tolist() == [0, 0, 0]
+    torch.testing.assert_close(prepare_faces(turned), faces)
+    turned[0, 0, 3:12] = 0
+    assert prepare_faces(turned)[0, 0, 12:15].tolist() == [0, 0, 0]
 
 
 def test_the_starting_corner_turns_with_the_neighbours():
     faces = batch(8)
-    result = augment_faces(faces, only(), generator())
-    seen = set()
-    for mesh, (before, after) in enumerate(zip(faces, result)):
-        for face in range(4):
-            starts = [s for s in range(3) if torch.equal(before[face, 15:].roll(-s), after[face, 15:])]
-            assert len(starts) == 1
-            expected = before[face, 3:12].view(3, 3).roll(-starts[0], 0).flatten()
-            torch.testing.assert_close(after[face, 3:12], expected)
-            seen.add(starts[0])
+    result, seen = augment_faces(faces, only(), generator()), set()
+    for before, after in zip(faces.flatten(0, 1), result.flatten(0, 1)):
+        (start,) = [s for s in range(3) if torch.equal(before[15:].roll(-s), after[15:])]
+        torch.testing.assert_close(after[3:12], before[3:12].view(3, 3).roll(-start, 0).flatten())
+        seen.add(start)
     assert seen == {0, 1, 2}
-    torch.testing.assert_close(result[..., :3], faces[..., :3])
-    torch.testing.assert_close(result[..., 12:15], faces[..., 12:15])
+    torch.testing.assert_close(result[..., [0, 1, 2, 12, 13, 14]], faces[..., [0, 1, 2, 12, 13, 14]])
 
 
-def test_one_affine_map_per_mesh_and_normals_of_the_result():
+def test_one_affine_map_per_mesh_jitter_of_centres_alone_and_normals_of_the_result():
     settings = only(point_rotation_degrees=40.0, point_tilt_degrees=20.0, point_scale=(0.5, 2.0), point_shear=0.3, point_translate=0.2)
     faces = batch()
     result = augment_faces(faces, settings, generator(1)).double()
     maps = []
     for before, after in zip(faces.double(), result):
         known = torch.cat([before[:, :3], torch.ones(4, 1, dtype=torch.float64)], dim=1)
-        linear = torch.linalg.lstsq(known, after[:, :3]).solution  # (4, 3), exact for the four centres
-        maps.append(linear)
-        moved = corners_of(before) @ linear[:3] + linear[3]
+        maps.append(torch.linalg.lstsq(known, after[:, :3]).solution)  # (4, 3), exact for the four centres
+        moved = corners_of(before) @ maps[-1][:3] + maps[-1][3]
         for face, corners in enumerate(corners_of(after)):
             assert torch.cdist(moved[face], corners).min(dim=1).values.max() < 1e-4
             normal = torch.linalg.cross(corners[1] - corners[0], corners[2] - corners[0])
             torch.testing.assert_close(after[face, 12:15], normal / normal.norm(), rtol=0, atol=1e-5)
             assert (corners.mean(0) - corners_of(after).mean((0, 1))) @ after[face, 12:15] > 0  # still outward
-        torch.testing.assert_close(after[:, 3:12].view(4, 3, 3).sum(1), torch.zeros(4, 3).double(), rtol=0, atol=1e-5)
     assert min((a - b).abs().max() for i, a in enumerate(maps) for b in maps[:i]) > 1e-2
-
-
-def test_jitter_moves_the_centres_alone():
-    faces = batch(200)
-    plain, noisy = (augment_faces(faces, only(point_jitter=sigma), generator()) for sigma in (0.0, 0.05))
+    plain, noisy = (augment_faces(batch(200), only(point_jitter=sigma), generator()) for sigma in (0.0, 0.05))
     torch.testing.assert_close(corners_of(noisy), corners_of(plain), rtol=0, atol=1e-3)
-    torch.testing.assert_close(noisy[..., 12:], plain[..., 12:], rtol=0, atol=1e-4)
     moves = noisy[..., :3] - plain[..., :3]
     assert moves.std().item() == pytest.approx(0.05, rel=0.1) and moves.std(dim=1).min() > 0
-
-
-# Digits
-
-
-@functools.cache
-def scanned():
-    from sklearn.datasets import load_digits
-
-    return load_digits().images
-
-
-def digit(index):
-    from datasets.prepare.digits import enlarge_digit
-
-    return enlarge_digit(scanned()[index])
 
 
 def drawn(*boxes):
@@ -308,6 +229,17 @@ def extrude():
     return extrude_digit
 
 
+@pytest.fixture(scope="module")
+def scanned(extrude):
+    """Index -> one of scikit-learn's digits in the format of MNIST."""
+    from sklearn.datasets import load_digits
+
+    from datasets.prepare.digits import enlarge_digit
+
+    images = load_digits().images
+    return lambda index: enlarge_digit(images[index])
+
+
 def pixel_side(image):
     """In units of the mesh: one over the longest side of the box around the lit pixels, at least the depth of 6."""
     rows, cols = np.nonzero(image)
@@ -324,55 +256,39 @@ def test_shapes_with_parts_and_holes_are_watertight(extrude, name):
     assert len(mesh_to_faces(vertices, triangles)) == len(triangles)
 
 
-def test_real_digits_are_watertight_and_small(extrude):
+def test_real_digits_are_watertight_and_small(extrude, scanned):
     for index in range(0, 1797, 80):
-        image = digit(index)
+        image = scanned(index)
         vertices, triangles = extrude(image)
         volume, _ = check_watertight(vertices, triangles)
         assert len(triangles) <= 500 and np.ptp(vertices, axis=0).max() == pytest.approx(1)
         assert volume == pytest.approx(6 * (image > 0).sum() * pixel_side(image) ** 3, rel=2e-3)
         neighbours = mesh_to_faces(vertices, triangles)[:, 15:]
-        assert len(neighbours) == len(triangles)
-        assert (neighbours != np.arange(len(triangles))[:, None]).all()  # every edge has a neighbour
+        assert len(neighbours) == len(triangles) and (neighbours != np.arange(len(triangles))[:, None]).all()  # every edge has one
+    full, shape = len(triangles), check_watertight(vertices, triangles)[1]
+    for limit in (full - 1, full // 2):  # a simplified outline stays watertight and close
+        vertices, triangles = extrude(image, max_faces=limit)
+        volume, euler = check_watertight(vertices, triangles)
+        assert len(triangles) <= limit and euler == shape and volume == pytest.approx(6 * (image > 0).sum() * pixel_side(image) ** 3, rel=0.15)
+    with pytest.raises(ValueError, match=r"needs \d+ faces .* at most 500"):
+        extrude((np.indices((28, 28)).sum(0) % 2 * 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize("index", [0, 5, 8])
-def test_the_surface_and_the_point_cloud_coincide(extrude, index):
+def test_the_surface_and_the_point_cloud_coincide(extrude, scanned, index):
     from scipy.spatial import cKDTree
 
     from datasets.prepare.shapes.digit import digit_to_point_cloud
 
-    image = digit(index)
+    image = scanned(index)
     vertices, triangles = extrude(image)
     points, _ = digit_to_point_cloud(image)
     rng = np.random.default_rng(0)
-    assert distance_to_mesh(points[rng.choice(len(points), 150)], vertices, triangles).max() < 0.15 * pixel_side(image)
-    assert np.median(distance_to_mesh(points[rng.choice(len(points), 50)], vertices, triangles)) < 1e-9
-    weights = rng.dirichlet([1, 1, 1], size=(len(triangles), 5))
-    surface = np.einsum("tnc,tcx->tnx", weights, vertices[triangles]).reshape(-1, 3)
+    distances = distance_to_mesh(points[rng.choice(len(points), 150)], vertices, triangles)
+    assert distances.max() < 0.15 * pixel_side(image) and np.median(distances) < 1e-9
+    surface = np.einsum("tnc,tcx->tnx", rng.dirichlet([1, 1, 1], size=(len(triangles), 5)), vertices[triangles]).reshape(-1, 3)
     # Points are up to 0.25 pixels apart on the caps and 0.25 x 0.21 on the walls.
     assert cKDTree(points).query(surface)[0].max() < 0.2 * pixel_side(image)
-
-
-def test_a_simplified_outline_stays_watertight_and_close(extrude):
-    image = digit(8)
-    full = len(extrude(image)[1])
-    for limit in (full, full - 1, full // 2):
-        vertices, triangles = extrude(image, max_faces=limit)
-        volume, euler = check_watertight(vertices, triangles)
-        assert len(triangles) <= limit and euler == check_watertight(*extrude(image))[1]
-        assert volume == pytest.approx(6 * (image > 0).sum() * pixel_side(image) ** 3, rel=0.15)
-    assert len(extrude(image, max_faces=full)[1]) == full
-
-
-def test_what_is_no_digit_is_refused(extrude):
-    board = (np.indices((28, 28)).sum(0) % 2 * 255).astype(np.uint8)
-    with pytest.raises(ValueError, match=r"needs \d+ faces .* at most 500"):
-        extrude(board)
-    with pytest.raises(ValueError, match="no lit pixel"):
-        extrude(np.zeros((28, 28), np.uint8))
-    with pytest.raises(ValueError, match="28, 28"):
-        extrude(np.zeros((8, 8), np.uint8))
 
 
 def test_a_warped_mesh_stays_closed():

@@ -20,7 +20,7 @@ from models import LinearClassifier
 from utils.engine.learner import plan_epoch
 from utils.engine.seed import BatchGenerator
 from utils.errors import UserError
-from utils.evaluation.metrics import retrieval_metrics
+from utils.evaluation.metrics import chance_map, retrieval_metrics
 from utils.evaluation.report import row_name
 from utils.evaluation.tables import format_matrix, format_table, retrieval_table, scored_tasks
 from utils.modalities import MODALITIES, Modality
@@ -63,35 +63,11 @@ def test_four_modalities_at_once(small_digits, tmp_path, capsys):
     assert all(f"{a}{b} " in printed for a in "RGPM" for b in "RGPM")
 
 
-def test_every_modality_has_a_kind_and_an_encoder():
-    import models
-
-    for entry in MODALITIES.values():
-        assert entry.kind in KINDS and hasattr(models, entry.encoder)
-    assert len({entry.letter for entry in MODALITIES.values()}) == len(MODALITIES)
-
-
-def test_matrix_and_table_of_a_run():
-    scores = {"map/RR": 0.9, "map/RP": 0.5, "map/PR": 0.25, "map/avg": 0.375, "map/chance": 0.1}
-    lines = format_matrix(scores, ["RGBImg", "PointCloud"]).splitlines()
-    assert lines[1].split() == ["RGBImg", "RR", "90.0", "RP", "50.0"]
-    assert lines[2].split() == ["PointCloud", "PR", "25.0", "-"]
-    assert format_table([("run", scores)]).splitlines()[0].split()[2:] == ["RP", "PR", "avg"]
-
-
-def test_scored_tasks_join_2d_and_3d_unless_there_is_one_side_only():
-    assert scored_tasks(["RGBImg", "PointCloud", "Mesh"]) == [
-        ("RGBImg", "PointCloud"), ("RGBImg", "Mesh"), ("PointCloud", "RGBImg"), ("Mesh", "RGBImg"),
-    ]
-    assert scored_tasks(["RGBImg", "GrayImg"]) == [("RGBImg", "GrayImg"), ("GrayImg", "RGBImg")]
-
-
 def test_search_within_a_modality_leaves_the_query_out():
     rows = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
     labels = torch.tensor([0, 1, 1, 0])
     # Ranks without the query: 0 -> 1, 3, 2 (relevant: 3, second); 1 -> 0, 3, 2 (2, third); 2 -> 3, 1, 0 (1, second); 3 -> 2, 1, 0 (0, third).
     expected = (1 / 2 + 1 / 3 + 1 / 2 + 1 / 3) / 4
-    assert retrieval_metrics(rows, labels, rows, labels, exclude_self=True)["map"] == pytest.approx(expected)
     assert retrieval_metrics(rows, labels, rows, labels, exclude_self=True, chunk_size=1)["map"] == pytest.approx(expected)
     table = retrieval_table({"RGBImg": rows, "Mesh": rows}, {"RGBImg": labels, "Mesh": labels}, within=True)
     assert table["map/RR"] == pytest.approx(expected) and table["map/RM"] > expected
@@ -99,16 +75,19 @@ def test_search_within_a_modality_leaves_the_query_out():
         retrieval_metrics(rows, labels, rows[:3], labels[:3], exclude_self=True)
 
 
-def test_tables_of_sets_of_different_size():
+def test_tables_of_sets_of_different_size_average_the_tasks_between_2d_and_3d():
     generator = torch.Generator().manual_seed(0)
-    rows = {name: torch.nn.functional.normalize(torch.randn(count, 3, generator=generator), dim=1) for name, count in (("RGBImg", 7), ("Mesh", 5))}
-    labels = {"RGBImg": torch.tensor([0, 0, 1, 1, 2, 2, 2]), "Mesh": torch.tensor([0, 1, 2, 2, 2])}
-    table = retrieval_table(rows, labels)
+    rows = {name: torch.nn.functional.normalize(torch.randn(count, 3, generator=generator), dim=1) for name, count in (("RGBImg", 7), ("Mesh", 5), ("PointCloud", 5))}
+    labels = {"RGBImg": torch.tensor([0, 0, 1, 1, 2, 2, 2]), "Mesh": torch.tensor([0, 1, 2, 2, 2]), "PointCloud": torch.tensor([0, 1, 2, 2, 1])}
+    table, pairs = retrieval_table(rows, labels), [("RGBImg", "Mesh"), ("RGBImg", "PointCloud"), ("Mesh", "RGBImg"), ("PointCloud", "RGBImg")]
+    assert scored_tasks(rows) == pairs and scored_tasks(["RGBImg", "GrayImg"]) == [("RGBImg", "GrayImg"), ("GrayImg", "RGBImg")]
     assert table["map/RM"] == retrieval_metrics(rows["RGBImg"], labels["RGBImg"], rows["Mesh"], labels["Mesh"])["map"]
-    from utils.evaluation.metrics import chance_map
-
-    chances = [chance_map(labels["RGBImg"], labels["Mesh"]), chance_map(labels["Mesh"], labels["RGBImg"])]
-    assert table["map/chance"] == pytest.approx(sum(chances) / 2)
+    assert table["map/avg"] == pytest.approx(sum(table[f"map/{task}"] for task in ("RM", "RP", "MR", "PR")) / 4)
+    assert table["map/chance"] == pytest.approx(sum(chance_map(labels[a], labels[b]) for a, b in pairs) / 4)
+    lines = format_matrix({"map/RR": 0.9, "map/RP": 0.5, "map/PR": 0.25}, ["RGBImg", "PointCloud"]).splitlines()
+    assert [line.split()[1:] for line in lines[1:]] == [["RR", "90.0", "RP", "50.0"], ["PR", "25.0", "-"]]
+    runs = [("one", {"map/RP": 0.5, "map/avg": 0.5, "map/chance": 0.1}), ("two", {"map/RM": 0.6, "map/avg": 0.6, "map/chance": 0.3})]
+    assert [line.split() for line in format_table(runs).splitlines()[1:3]] == [["chance", "10.0", "-", "10.0"], ["chance", "-", "30.0", "30.0"]]
 
 
 def add_views(root, count):
@@ -130,6 +109,11 @@ def brightness(training, data):
     return source.augment(raw, BatchGenerator(torch.Generator().manual_seed(0)))[0].mean(dim=(2, 3))[:, 0]
 
 
+class Brightness(torch.nn.Module):
+    def forward(self, x):
+        return torch.stack([x.mean(dim=(1, 2, 3)), torch.ones(len(x))], dim=1)
+
+
 def test_views_random_in_training_first_or_mean_in_evaluation(small_digits):
     add_views(small_digits, 3)
     plain = "data.augment={image_rotation_degrees: 0, image_scale: [1, 1], image_translate: 0, image_shear_degrees: 0, " \
@@ -138,26 +122,15 @@ def test_views_random_in_training_first_or_mean_in_evaluation(small_digits):
     training = samples.load_training_samples(settings, torch.device("cpu"))
     assert training.arrays["GrayImg"].shape[:2] == (TRAIN, 3) and training.arrays["PointCloud"].shape[:2] == (TRAIN, 1)
     means = brightness(training, settings)
-    flat = [torch.isclose(means, (torch.tensor(v * 40 / 255) - 0.485) / 0.229, atol=1e-3) for v in (1, 2)]
-    counts = [int(mask.sum()) for mask in flat]
+    counts = [int(torch.isclose(means, (torch.tensor(v * 40 / 255) - 0.485) / 0.229, atol=1e-3).sum()) for v in (1, 2)]
     assert min(counts) > 4 and sum(counts) < TRAIN - 4  # all three views occur
-    first = config(small_digits, "data.num_views=3", "data.train_view=first", plain).data
-    means = brightness(training, first)
-    assert len(means.unique()) > 10  # only real pictures
-
-    class Brightness(torch.nn.Module):
-        def forward(self, x):
-            return torch.stack([x.mean(dim=(1, 2, 3)), torch.ones(len(x))], dim=1)
-
-    encoders = torch.nn.ModuleDict({"GrayImg": Brightness()})
+    assert len(brightness(training, config(small_digits, "data.num_views=3", "data.train_view=first", plain).data).unique()) > 10  # only real pictures
     heads = {"GrayImg": LinearClassifier(2, 3, 1.0)}
-    one = samples.describe_samples(encoders, heads, training, settings, torch.device("cpu"))["GrayImg"].embeddings
     averaged = config(small_digits, "data.num_views=3", "data.eval_view=mean").data
-    mean = samples.describe_samples(encoders, heads, training, averaged, torch.device("cpu"))["GrayImg"].embeddings
-    pictures = KINDS["image"].prepare(training.arrays["GrayImg"], averaged)
-    views = [torch.nn.functional.normalize(Brightness()(picture), dim=1) for picture in pictures]
-    torch.testing.assert_close(one, views[0])
-    torch.testing.assert_close(mean, torch.nn.functional.normalize(sum(views) / 3, dim=1))
+    views = [torch.nn.functional.normalize(Brightness()(picture), dim=1) for picture in KINDS["image"].prepare(training.arrays["GrayImg"], averaged)]
+    for data, expected in ((settings, views[0]), (averaged, torch.nn.functional.normalize(sum(views) / 3, dim=1))):
+        described = samples.describe_samples({"GrayImg": Brightness()}, heads, training, data, torch.device("cpu"))
+        torch.testing.assert_close(described["GrayImg"].embeddings, expected)
 
 
 def test_a_missing_view_is_named(small_digits):
@@ -237,17 +210,6 @@ def test_a_fifth_modality_is_one_entry(small_digits, tmp_path, monkeypatch):
     monkeypatch.setitem(MODALITIES, "Sketch", Modality("Sketch", "S", "RGBImgs", "rgb_imgs", "image", "ResNet81", True))
     with pytest.raises(KeyError, match="ResNet81"):
         both_stages(small_digits, tmp_path / "x", "data.modalities=[Sketch,PointCloud]", "model.pretrained.Sketch=none")
-
-
-def test_every_run_keeps_its_own_chance_level():
-    rows = [("one", {"map/RP": 0.5, "map/avg": 0.5, "map/chance": 0.1}), ("two", {"map/RM": 0.6, "map/avg": 0.6, "map/chance": 0.3})]
-    lines = [line.split() for line in format_table(rows).splitlines()]
-    assert lines[1] == ["chance", "10.0", "-", "10.0"] and lines[2] == ["chance", "-", "30.0", "30.0"]
-
-
-def test_unpaired_without_a_replacement_is_refused(small_digits):
-    with pytest.raises(ValueError, match="data.positives: views"):
-        config(small_digits, "data.pairing=none")
 
 
 def test_views_as_positives_contrast_the_views_of_each_modality(small_digits):

@@ -17,13 +17,12 @@ from datasets.prepare import inspect
 from datasets.prepare.checks import read_lists
 from datasets.prepare.inspect import load_data_config, make_block
 from utils.engine.session import run_command
-from utils.errors import UserError
-from utils.evaluation.tables import align
 from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = str(ROOT / "configs/smoke/step1.yaml")
 PAIR = "data.modalities=[GrayImg,PointCloud]"
+UNPAIRED = ["data.pairing=none", "data.positives=views"]
 CHECKS = {
     "parse": "list files exist and parse", "exist": "listed files exist", "pairs": "rows are paired",
     "labels": "labels agree between modalities", "splits": "training and test are disjoint", "load": "every file loads",
@@ -87,18 +86,14 @@ def failures(found):
     return {key for key, text in found.items() if "FAILED" in text}
 
 
-def test_sound_data_pass_every_check(data, capsys, sheets):
+def test_sound_data_pass_every_check_and_are_counted(data, capsys, sheets):
+    (data / "digits_pairs.json").write_text(json.dumps({"classes": ["zero", "one"]}))
     code, found, output = report(data, capsys)
     assert code == 0 and list(found) == list(CHECKS) and all(text.startswith("ok") for text in found.values())
     assert f"GrayImg        {TRAIN}    {TEST}" in output and "root        " + str(data) in output
     (title, columns, blocks, path), = sheets
     assert title == "digits, pairing: instance" and columns == ["GrayImg", "PointCloud"] and path == data / "sheet.png"
     assert [(block.title, len(block.rows)) for block in blocks] == [("train", 1), ("test", 1)]
-
-
-def test_counts_per_class_by_loops(data, capsys):
-    (data / "manifest.json").write_text(json.dumps({"classes": ["zero", "one"]}))
-    _, found, output = report(data, capsys)
     expected = {}
     for split in ("train", "test"):
         for row in list_file(data, "PointCloud", split).read_text().split("\n")[:-1]:
@@ -106,25 +101,17 @@ def test_counts_per_class_by_loops(data, capsys):
     table = [line.split() for line in output.split("class ")[1].split("\n\n")[0].splitlines()[1:]]
     assert {int(row[0]): {"train": int(row[-2]), "test": int(row[-1])} for row in table} == expected
     assert [row[1] for row in table[:2]] == ["zero", "one"] and len(table[2]) == 3
-    assert "nothing to compare" in found["counts"]
 
 
 def test_the_manifest_of_the_lists_completes_that_of_the_objects(data, capsys):
     (data / "manifest.json").write_text(json.dumps({"counts": {"train": 7, "test": 7}, "class_to_index": {"one": 1, "zero": 0}}))
     counts = {split: {"GrayImg": size, "PointCloud": size} for split, size in (("train", TRAIN), ("test", TEST))}
     (data / "digits_pairs.json").write_text(json.dumps({"counts": counts}))
-    code, found, output = report(data, capsys, "data.pairing=none", "data.positives=views")
+    code, found, output = report(data, capsys, *UNPAIRED)
     assert code == 0 and found["counts"] == "ok" and "\n0 zero" in output and "\n1 one" in output
     counts["test"]["PointCloud"] = 1
     (data / "digits_pairs.json").write_text(json.dumps({"counts": counts}))
-    assert failures(report(data, capsys, "data.pairing=none", "data.positives=views")[1]) == {"counts"}
-
-
-def test_classes_are_counted_per_list_where_the_modalities_differ(data, capsys):
-    edit(data, "PointCloud", "test", relabel(7))
-    _, _, output = report(data, capsys)
-    header = next(line for line in output.splitlines() if line.startswith("class"))
-    assert header.split() == ["class", "train", "test", "GrayImg", "test", "PointCloud"]
+    assert failures(report(data, capsys, *UNPAIRED)[1]) == {"counts"}
 
 
 @pytest.mark.parametrize("label, lines", [(lambda row: 20231128123456 + row % 3, 3), (lambda row: 10**18 + row, 21)])
@@ -138,37 +125,6 @@ def test_labels_are_counted_by_value(data, capsys, monkeypatch, label, lines):
     assert code == 0 and len(table) == lines and table[0].split()[0] == str(label(0))
 
 
-def test_training_lists_without_labels_are_fine(data, capsys):
-    for token in ("GrayImgs", "PointCloud"):
-        edit(data, token, "train", relabel(""))
-    code, found, output = report(data, capsys)
-    assert code == 0 and "without labels: train GrayImg, train PointCloud" in output
-    assert "train: fewer than two lists with labels" in found["labels"]
-
-
-def test_test_lists_without_labels_are_not(data, capsys):
-    edit(data, "GrayImgs", "test", relabel(""))
-    code, found, _ = report(data, capsys)
-    assert code == 1 and failures(found) == {"parse"} and "evaluation needs labels; add the class" in found["parse"]
-
-
-def test_a_missing_file(data, capsys, sheets):
-    (data / "test/point_cloud/PointCloud_test_000004.npy").unlink()
-    code, found, output = report(data, capsys)
-    assert code == 1 and failures(found) == {"exist"} and len(found) == len(CHECKS)
-    assert all(text in found["exist"] for text in ("row 5", "PointCloud_test_000004.npy", "prepare the data again"))
-    others = set(CHECKS) - {"parse", "exist"}
-    assert all("without test PointCloud: no readable list" in found[key] for key in others)
-    assert "PointCloud     40     -" in output and len(sheets) == 1
-
-
-def test_a_missing_list(data, capsys):
-    list_file(data, "GrayImgs", "train").unlink()
-    code, found, _ = report(data, capsys)
-    assert code == 1 and failures(found) == {"parse"}
-    assert "digits_GrayImgs_train_list.txt not found; make it with" in found["parse"]
-
-
 def test_all_lists_missing(data, capsys, sheets):
     for path in data.glob("*_list.txt"):
         path.unlink()
@@ -178,87 +134,82 @@ def test_all_lists_missing(data, capsys, sheets):
     assert "no contact sheet" in output and "no list with labels" in output and not sheets
 
 
-def test_broken_rows_of_two_lists_are_both_reported(data, capsys):
-    edit(data, "GrayImgs", "train", lambda rows: [*rows, rows[0]])
-    edit(data, "PointCloud", "test", lambda rows: [rows[0].rsplit(maxsplit=1)[0] + " 12", *rows[1:]])
-    _, found, _ = report(data, capsys)
-    assert failures(found) == {"parse"} and found["parse"].count("FAILED") == 2
-    assert "already in row 1" in found["parse"] and "label 12 is outside 0..9" in found["parse"]
+def change(token, split, function):
+    return lambda root: edit(root, token, split, function)
 
 
-def test_shuffled_rows(data, capsys):
-    edit(data, "PointCloud", "train", lambda rows: rows[::-1])
-    code, found, _ = report(data, capsys)
-    assert code == 1 and failures(found) == {"pairs"}  # labels are compared by object, so they still agree
-    assert "row 1 is not the same object: id 000000" in found["pairs"] and "digits_PointCloud_train_list.txt" in found["pairs"]
+def several(*harms):
+    return lambda root: [harm(root) for harm in harms]
 
 
-def test_a_wrong_label(data, capsys):
-    def swap(rows):
-        name, label = rows[6].split()
-        return [*rows[:6], f"{name} {(int(label) + 1) % 10}", *rows[7:]]
-    edit(data, "GrayImgs", "train", swap)
-    code, found, _ = report(data, capsys)
-    assert code == 1 and failures(found) == {"labels"}
-    assert "1 labels differ" in found["labels"] and found["labels"].count("row 7") == 2
+def manifest(content):
+    return lambda root: (root / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def test_a_shared_file(data, capsys):
-    for token in ("GrayImgs", "PointCloud"):
-        shared = list_file(data, token, "train").read_text().splitlines()[3]
-        edit(data, token, "test", lambda rows: [*rows[:3], shared, *rows[4:]])
-    code, found, _ = report(data, capsys)
-    assert code == 1 and failures(found) == {"splits"} and found["splits"].count("FAILED") == 2
-    assert "GrayImg_train_000003.png is in the training list" in found["splits"] and "warning" not in found["splits"]
+def wrong_label(rows):
+    name, label = rows[6].split()
+    return [*rows[:6], f"{name} {(int(label) + 1) % 10}", *rows[7:]]
 
 
-def test_a_copied_file_is_a_warning(data, capsys):
-    shutil.copy(data / "train/gray_imgs/GrayImg_train_000009.png", data / "test/gray_imgs/GrayImg_test_000002.png")
-    code, found, _ = report(data, capsys)
-    assert code == 0 and "warning: 1 test files of GrayImg" in found["splits"] and found["splits"].startswith("ok")
-    assert "GrayImg_test_000002.png and" in found["splits"] and "GrayImg_train_000009.png" in found["splits"]
+def share(token):
+    return lambda root: edit(root, token, "test", lambda rows: [*rows[:3], list_file(root, token, "train").read_text().splitlines()[3], *rows[4:]])
 
 
-def test_files_that_do_not_load(data, capsys):
-    np.save(data / "train/point_cloud/PointCloud_train_000002.npy", np.full((48, 3), np.nan, np.float32))
-    (data / "test/gray_imgs/GrayImg_test_000001.png").write_bytes(b"no image")
-    code, found, _ = report(data, capsys)
-    assert code == 1 and failures(found) == {"load"} and found["load"].count("FAILED") == 2
-    assert "row 3" in found["load"] and "GrayImg_test_000001.png is not a readable" in found["load"]
+def copy(root):
+    shutil.copy(root / "train/gray_imgs/GrayImg_train_000009.png", root / "test/gray_imgs/GrayImg_test_000002.png")
 
 
-def test_too_few_points_for_the_configuration(data, capsys):
-    _, found, _ = report(data, capsys, "data.num_points=4096")
-    assert failures(found) == {"load"} and "fewer than data.num_points = 4096" in found["load"]
+def unloadable(root):
+    np.save(root / "train/point_cloud/PointCloud_train_000002.npy", np.full((48, 3), np.nan, np.float32))
+    (root / "test/gray_imgs/GrayImg_test_000001.png").write_bytes(b"no image")
 
 
-@pytest.mark.parametrize("manifest,words", [
-    ({"counts": {"train": TRAIN, "test": TEST + 1}}, f"{TEST} rows, the manifest says {TEST + 1}"),
-    ({"counts": {"test": {"PointCloud": 3}}}, "the manifest says 3"),
-    ([1], "expected a JSON object, found list"), ("{", "not valid JSON"),
+REVERSED = change("PointCloud", "train", lambda rows: rows[::-1])
+UNLABELLED = several(*(change(token, "train", relabel("")) for token in ("GrayImgs", "PointCloud")))
+MISSING = "prepare the data again", "row 5", "PointCloud_test_000004.npy"
+
+
+@pytest.mark.parametrize("harm,overrides,failed,words", [
+    (UNLABELLED, [], "", [("labels", "train: fewer than two lists with labels")]),
+    (change("GrayImgs", "test", relabel("")), [], "parse", [("parse", "evaluation needs labels; add the class")]),
+    (lambda root: (root / "test/point_cloud/PointCloud_test_000004.npy").unlink(), [], "exist",
+     [*(("exist", word) for word in MISSING), *((key, "without test PointCloud: no readable list") for key in list(CHECKS)[2:])]),
+    (lambda root: list_file(root, "GrayImgs", "train").unlink(), [], "parse", [("parse", "GrayImgs_train_list.txt not found; make it with")]),
+    (several(change("GrayImgs", "train", lambda rows: [*rows, rows[0]]), change("PointCloud", "test", lambda rows: [*rows[1:], rows[0].split()[0] + " 12"])),
+     [], "parse", [("parse", "already in row 1"), ("parse", "label 12 is outside 0..9")]),
+    (REVERSED, [], "pairs", [("pairs", "row 1 is not the same object: id 000000"), ("pairs", "digits_PointCloud_train_list.txt")]),
+    (change("GrayImgs", "train", wrong_label), [], "labels", [("labels", "1 labels differ"), ("labels", "row 7")]),
+    (several(share("GrayImgs"), share("PointCloud")), [], "splits", [("splits", "GrayImg_train_000003.png is in the training list")]),
+    (copy, [], "", [("splits", "warning: 1 test files of GrayImg"), ("splits", "GrayImg_test_000002.png and"), ("splits", "GrayImg_train_000009.png")]),
+    (unloadable, [], "load", [("load", "row 3"), ("load", "GrayImg_test_000001.png is not a readable")]),
+    (several(), ["data.num_points=4096"], "load", [("load", "fewer than data.num_points = 4096")]),
+    (manifest({"counts": {"train": TRAIN, "test": TEST + 1}}), [], "counts", [("counts", f"{TEST} rows, the manifest says {TEST + 1}")]),
+    (manifest({"counts": {"test": {"PointCloud": 3}}}), [], "counts", [("counts", "the manifest says 3")]),
+    (manifest([1]), [], "counts", [("counts", "expected a JSON object, found list")]),
+    (manifest("{"), [], "counts", [("counts", "not valid JSON")]),
+    (manifest({}), [], "", [("counts", "nothing to compare")]),
+    (REVERSED, ["data.pairing=class"], "labels", [("pairs", "not unsupervised")]),
+    (several(REVERSED, change("GrayImgs", "train", lambda rows: rows[::-1]), change("PointCloud", "test", lambda rows: rows[:5])),
+     ["data.pairing=class"], "", []),
+    (change("PointCloud", "train", lambda rows: rows[:7]), ["data.pairing=class"], "pairs", [("pairs", "has 7")]),
+    (change("PointCloud", "train", lambda rows: rows[5:20]), UNPAIRED, "", [("pairs", "no row is a pair")]),
+], ids=[
+    "unlabelled training", "unlabelled test", "missing file", "missing list", "two broken lists", "shuffled", "wrong label", "shared file", "copied file",
+    "unloadable", "too few points", "count", "count per modality", "manifest list", "manifest text", "no counts", "class labels", "class pairs",
+    "class lengths", "unpaired",
 ])
-def test_a_manifest_that_disagrees(data, capsys, manifest, words):
-    (data / "manifest.json").write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
-    code, found, _ = report(data, capsys)
-    assert code == 1 and failures(found) == {"counts"} and words in found["counts"]
+def test_every_defect_is_reported_by_its_check_alone(data, capsys, sheets, harm, overrides, failed, words):
+    harm(data)
+    code, found, output = report(data, capsys, *overrides)
+    assert code == bool(failed) and failures(found) == set(failed.split()) and list(found) == list(CHECKS) and len(sheets) == 1
+    assert all(word in found[check] for check, word in words)
+    assert ("without labels: train GrayImg, train PointCloud" in output) == (harm is UNLABELLED)
 
 
-def test_pairs_of_one_class(data, capsys):
-    edit(data, "PointCloud", "train", lambda rows: rows[::-1])
-    code, found, _ = report(data, capsys, "data.pairing=class")
-    assert code == 1 and failures(found) == {"labels"} and "not unsupervised" in found["pairs"]
-    edit(data, "GrayImgs", "train", lambda rows: rows[::-1])
-    edit(data, "PointCloud", "test", lambda rows: rows[:5])
-    assert report(data, capsys, "data.pairing=class")[0] == 0
-    edit(data, "PointCloud", "train", lambda rows: rows[:7])
-    _, found, _ = report(data, capsys, "data.pairing=class")
-    assert failures(found) == {"pairs"} and "has 7" in found["pairs"]
-
-
-def test_no_pairs_at_all(data, capsys):
-    edit(data, "PointCloud", "train", lambda rows: rows[5:20])
-    code, found, _ = report(data, capsys, "data.pairing=none", "data.positives=views")
-    assert code == 0 and "no row is a pair" in found["pairs"] and found["labels"] == "ok"
+def test_classes_are_counted_per_list_where_the_modalities_differ(data, capsys):
+    edit(data, "PointCloud", "test", relabel(7))
+    header = next(line for line in report(data, capsys)[2].splitlines() if line.startswith("class"))
+    assert header.split() == ["class", "train", "test", "GrayImg", "test", "PointCloud"]
 
 
 def blocks_of(data, *overrides, count=4):
@@ -289,22 +240,20 @@ def test_the_sheet_marks_what_does_not_match(data):
 
 def test_unpaired_lists_are_spread_one_by_one(data):
     edit(data, "PointCloud", "train", lambda rows: rows[10:13])
-    train, test = blocks_of(data, "data.pairing=none", "data.positives=views")
+    train, test = blocks_of(data, *UNPAIRED)
     captions = [[tile.caption for tile in tiles] for _, tiles in train.rows]
     assert captions == [["000000", "000010"], ["000013", "000011"], ["000026", "000012"], ["000039", "no row"]]
     assert {title for title, _ in [*train.rows, *test.rows]} == {""} and "class" in test.rows[0][1][0].caption
 
 
 def test_modalities_prepared_beside_get_a_column_and_the_checks(data, capsys):
-    for split, size in (("train", TRAIN), ("test", TEST)):
-        rows = list_file(data, "GrayImgs", split).read_text()
-        list_file(data, "RGBImgs", split).write_text(rows)
+    for split in ("train", "test"):
+        list_file(data, "RGBImgs", split).write_text(list_file(data, "GrayImgs", split).read_text())
     _, found, output = report(data, capsys)
     assert "beside them RGBImg" in output and not failures(found)
     assert all(len(tiles) == 3 for block in blocks_of(data) for _, tiles in block.rows)
     edit(data, "RGBImgs", "test", lambda rows: rows[::-1])
-    _, found, _ = report(data, capsys)
-    assert failures(found) == {"pairs"}
+    assert failures(report(data, capsys)[1]) == {"pairs"}
     list_file(data, "RGBImgs", "train").unlink()  # only the configured modalities must be there
     assert "parse" not in failures(report(data, capsys)[1])
 
@@ -317,33 +266,17 @@ def test_the_drawn_sheet_has_a_red_frame_only_where_something_is_wrong(tmp_path)
         pixels = (matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3] * 255).round()
         assert bool((np.abs(pixels - [215, 48, 39]).max(axis=2) <= 2).any()) == wrong
         assert (np.abs(pixels - [0, 0, 255]).max(axis=2) <= 2).sum() > 4 * 100 * 100  # four tiles
-    for columns, blocks in (([], []), (["A"], []), (["A"], [Block("x", [])]), (["A"], [Block("x", [("", [])])])):
-        with pytest.raises(ValueError, match="a contact sheet needs blocks of rows"):
-            draw_contact_sheet("T", columns, blocks, tmp_path / "c.png")
-
-
-def test_both_stages_and_overrides_are_read(tmp_path):
-    assert load_data_config(str(ROOT / "configs/smoke/step2.yaml"), ["rdl.alpha=0.2", "data.num_points=8"]).num_points == 8
-    assert load_data_config(CONFIG, ["pla.tau_1=0.4"]).dataset == "digits"
-    (tmp_path / "bad.yaml").write_text("data: [")
-    with pytest.raises(ValueError, match="not valid YAML"):
-        load_data_config(str(tmp_path / "bad.yaml"))
-    with pytest.raises(UserError, match="no configuration file"):
-        load_data_config(str(tmp_path / "none.yaml"))
-
-
-def test_tables_are_aligned():
-    assert align([["a", "bb"], ["xyz", 1], ["q", 1000]]) == "a      bb\nxyz     1\nq    1000"
 
 
 def test_the_command_ends_with_1_on_a_failed_check_and_2_on_a_bad_call(data, tmp_path, monkeypatch, capsys):
     np.save(data / "train/point_cloud/PointCloud_train_000002.npy", np.zeros((0, 3)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     broken = subprocess.run(
-        [sys.executable, "-m", "datasets.inspect", CONFIG, "--set", f"data.root={data}", PAIR, "--samples", "1"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "datasets.inspect", str(ROOT / "configs/smoke/step2.yaml"), "--set", f"data.root={data}", PAIR, "--samples", "1"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )
     assert broken.returncode == 1 and "FAILED" in broken.stdout and broken.stderr == ""
     assert matplotlib.image.imread(tmp_path / "digits_contact_sheet.png").ndim == 3  # drawn, at the default place
-    monkeypatch.setattr(sys, "argv", ["inspect", CONFIG, "--samples", "0"])
-    assert run_command(inspect.main) == 2 and capsys.readouterr().err == "error: --samples must be at least 1, found 0\n"
+    (tmp_path / "bad.yaml").write_text("data: [")
+    for bad, words in (([CONFIG, "--samples", "0"], "--samples must be at least 1"), (["none.yaml"], "no configuration file"), ([str(tmp_path / "bad.yaml")], "YAML")):
+        monkeypatch.setattr(sys, "argv", ["inspect", *bad])
+        assert run_command(inspect.main) == 2 and words in capsys.readouterr().err
