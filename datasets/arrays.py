@@ -35,11 +35,8 @@ def load_images(sample_list: SampleList, resize: int) -> np.ndarray:
     """Read all images of a list, see `datasets.images`.
 
     Images that are square, of one size and not larger than `resize` keep their size (they are enlarged on the device
-    later); otherwise the shorter side of each becomes `resize` (bilinear) and the centre square is cut out.
+    later); otherwise the shorter side of each becomes `resize` pixels (bilinear) and the centre square is cut out.
 
-    Args:
-        sample_list: of a modality of kind "image".
-        resize: side in pixels.
     Returns:
         (N, 3, S, S) uint8. Of GrayImg, three equal channels: the luminance, so its list may point at colour pictures.
     Raises:
@@ -109,11 +106,7 @@ def load_points(
 
 
 def read_array(sample_list: SampleList, row: int) -> np.ndarray:
-    """Return the one array of a .npy file of a list.
-
-    Raises:
-        UserError: on a file that is none (names file and row).
-    """
+    """Return the one array of a .npy file of a list; a UserError names file and row of one that is none."""
     try:
         array = np.load(sample_list.files[row], allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

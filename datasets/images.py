@@ -14,10 +14,8 @@ GROUND = (255, 255, 255)
 
 
 def read_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Decode a picture: the first frame, upright as its EXIF orientation says, blended with white where it is transparent.
+    """Decode a file or binary stream: the first frame, upright as its EXIF orientation says, on white where it is transparent.
 
-    Args:
-        source: a file, or a binary stream of one.
     Returns:
         An image of mode RGB.
     Raises:
@@ -31,11 +29,7 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image:
 
 
 def image_size(source: str | Path | BinaryIO) -> tuple[int, int]:
-    """Return width and height before any turn by EXIF, from the header alone.
-
-    Raises:
-        UserError: as `read_image`.
-    """
+    """Return width and height before any turn by EXIF, from the header alone; errors as `read_image`."""
     with _opened(source) as image:
         return image.size
 

@@ -1,7 +1,7 @@
 """What each kind of file needs: how it is read, how its samples are augmented, and how they are prepared for evaluation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +39,15 @@ def view_list(sample_list: SampleList, view: int) -> SampleList:
     """
     if view == 0:
         return sample_list
-    files = tuple(file.parent / f"view_{view:02d}" / file.name for file in sample_list.files)
+    moved = lambda path: Path(path).parent / f"view_{view:02d}" / Path(path).name
+    files = tuple(map(moved, sample_list.files))
     for row, file in enumerate(files, start=1):
         if not file.is_file():
             raise UserError(
                 f"{sample_list.path}, row {row}: {file} does not exist; data.num_views asks for view {view}: prepare more views "
                 "or lower data.num_views"
             )
-    names = tuple(str(Path(name).parent / f"view_{view:02d}" / Path(name).name) for name in sample_list.names)
-    return SampleList(sample_list.path, sample_list.modality, names, files, sample_list.instance_ids)
+    return replace(sample_list, names=tuple(str(moved(name)) for name in sample_list.names), files=files)
 
 
 def _load_image_views(sample_list: SampleList, data: DataConfig) -> np.ndarray:
@@ -59,16 +59,12 @@ def _load_image_views(sample_list: SampleList, data: DataConfig) -> np.ndarray:
 
 def _load_clouds(sample_list: SampleList, data: DataConfig) -> np.ndarray:
     clouds = load_points(sample_list, max(MAX_POINTS, data.num_points))
-    if clouds.shape[1] < data.num_points:
-        raise UserError(
-            f"{sample_list.path}: clouds hold {clouds.shape[1]} points, fewer than data.num_points = {data.num_points}; prepare "
-            "more points or lower data.num_points"
-        )
-    if clouds.shape[1] < data.num_points * data.eval_subsets:
-        raise UserError(
-            f"{sample_list.path}: clouds hold {clouds.shape[1]} points, fewer than data.eval_subsets = {data.eval_subsets} disjoint "
-            f"subsets of data.num_points = {data.num_points}; prepare more points or lower one of them"
-        )
+    for subsets, what in ((1, ""), (data.eval_subsets, f"data.eval_subsets = {data.eval_subsets} disjoint subsets of ")):
+        if clouds.shape[1] < data.num_points * subsets:
+            raise UserError(
+                f"{sample_list.path}: clouds hold {clouds.shape[1]} points, fewer than {what}data.num_points = {data.num_points}; "
+                "prepare more points or lower the setting"
+            )
     return clouds[:, None]
 
 

@@ -31,10 +31,8 @@ class SampleList:
     """The samples of one list file, without labels.
 
     Attributes:
-        path: the list file.
-        modality: key of `MODALITIES`.
-        names: paths as written in the list.
-        files: the same paths, resolved to existing files.
+        path: the list file; modality: key of `MODALITIES`.
+        names: paths as written in the list; files: the same paths, resolved to existing files.
         instance_ids: the object each sample shows; equal ids in two lists are the same object.
     """
 
@@ -53,14 +51,8 @@ class SampleList:
 
 
 def default_list_path(root: str | Path, dataset: str, modality: str, split: str) -> Path:
-    """Return `{root}/{dataset}_{list name of the modality}_{split}_list.txt`.
-
-    Raises:
-        UserError: on an unknown modality or split.
-    """
+    """Return `{root}/{dataset}_{list name of the modality}_{split}_list.txt`; a UserError names an unknown modality."""
     _check_modality(modality)
-    if split not in ("train", "test"):
-        raise UserError(f"split must be 'train' or 'test', found {split!r}")
     return Path(root) / f"{dataset}_{MODALITIES[modality].list_name}_{split}_list.txt"
 
 
@@ -90,52 +82,40 @@ def read_labelled_list(
     path: str | Path, *, modality: str, root: str | Path, instance_id: str = r"(\d+)$", num_classes: int | None = None,
     unique: Sequence[str] = ("path", "instance id"),
 ) -> tuple[SampleList, np.ndarray]:
-    """Read a list with its labels; for evaluation and data preparation alone.
+    """Return what `read_training_list` does and the (N,) int64 labels; for evaluation and data preparation alone.
 
-    Args, Raises: as `read_training_list`, and MissingLabelsError without labels. Returns: the samples and their (N,) int64 labels.
+    Raises:
+        MissingLabelsError: without labels, and UserErrors as `read_training_list`.
     """
     samples, labels = _read(Path(path), modality, Path(root), instance_id, num_classes, unique)
     if labels is None:
-        raise MissingLabelsError(f"{path}, row 1: expected `path label`, found {samples.names[0]!r} without a label; evaluation needs labels")
+        found = f"found {samples.names[0]!r} without a label"
+        raise MissingLabelsError(f"{path}, row 1: expected `path label`, {found}; evaluation needs labels")
     return samples, labels
 
 
 def check_paired(lists: Sequence[SampleList]) -> None:
-    """Check that row k of every list shows the same object.
-
-    Raises:
-        UserError: on different lengths, or at the first row with different ids (names both files, row and ids).
-    """
-    if not lists:
-        raise UserError("expected at least one list to pair, found none")
+    """Raise a UserError where row k of two lists does not show the same object: both files, row and ids."""
     advice = "write both lists in the same order of ids (for the authors' lists: python -m datasets.prepare_mnist3d --authors DIR)"
-    first = lists[0]
-    for other in lists[1:]:
-        if len(first) != len(other):
-            raise UserError(f"{first.path} has {len(first)} rows, {other.path} has {len(other)}; {advice}")
+    check_same_length(lists, advice)
+    first, *others = lists
+    for other in others:
         for row, (left, right) in enumerate(zip(first.instance_ids, other.instance_ids, strict=True), start=1):
             if left != right:
                 raise UserError(f"row {row} is not the same object: id {left} in {first.path}, id {right} in {other.path}; {advice}")
 
 
-def check_same_length(lists: Sequence[SampleList]) -> None:
-    """Check that all lists have as many rows as the first: what pairs of one class need, whose ids differ.
-
-    Raises: UserError naming both files and their lengths.
-    """
+def check_same_length(
+    lists: Sequence[SampleList], advice: str = "with data.pairing: class, row k of every list must show the same class"
+) -> None:
+    """Raise a UserError where two lists differ in length: all that pairs of one class need, whose ids differ."""
     for other in lists[1:]:
         if len(other) != len(lists[0]):
-            raise UserError(
-                f"{lists[0].path} has {len(lists[0])} rows, {other.path} has {len(other)}; with data.pairing: class, row k of every "
-                "list must show the same class"
-            )
+            raise UserError(f"{lists[0].path} has {len(lists[0])} rows, {other.path} has {len(other)}; {advice}")
 
 
 def check_disjoint(train: SampleList, test: SampleList) -> None:
-    """Check that no file is in both lists.
-
-    Raises: UserError naming the first shared file and its rows.
-    """
+    """Raise a UserError if a file is in both lists: the first such file and its rows."""
     rows = {file.resolve(): row for row, file in enumerate(train.files, start=1)}
     for row, file in enumerate(test.files, start=1):
         if file.resolve() in rows:
@@ -143,6 +123,24 @@ def check_disjoint(train: SampleList, test: SampleList) -> None:
                 f"{file} is in the training list {train.path}, row {rows[file.resolve()]}, and in the test list {test.path}, "
                 f"row {row}; remove it from one of them"
             )
+
+
+def text_rows(content: bytes, path: Path, columns: str) -> list[str]:
+    """Return the non-empty rows of a text file without the blanks around them.
+
+    Args:
+        content: of the file; path: its place, for messages; columns: what a row holds, for messages.
+    Raises:
+        UserError: naming the first row that is not UTF-8.
+    """
+    rows = [row for line in re.split(rb"\r\n|\r|\n", content.removeprefix(b"\xef\xbb\xbf")) if (row := line.strip())]
+    for number, row in enumerate(rows, start=1):
+        try:
+            rows[number - 1] = row.decode().strip()
+        except UnicodeDecodeError as error:
+            found = f"found other bytes ({error.reason})"
+            raise UserError(f"{path}, row {number}: expected UTF-8 text with rows `{columns}`, {found}") from error
+    return rows
 
 
 def _check_modality(modality: str) -> None:
@@ -163,14 +161,15 @@ def _read(
             raise UserError(f"{where}: label {label} is outside 0..{num_classes - 1 if num_classes else '2^63'}; see data.num_classes")
         if parsed and (label is None) != (parsed[0][1] is None):
             raise UserError(f"{where}: either all rows carry a label or none; row 1 and this row differ ({text!r})")
-        parsed.append((name, label, file))
-    names, labels, files = zip(*parsed, strict=True)
-    ids = [_find_id(file, pattern, f"{path}, row {row}") for row, file in enumerate(files, start=1)]
+        match = pattern.search(file.stem)
+        if not match or not match.group(1):
+            raise UserError(f"{where}: instance_id {pattern.pattern!r} finds no id in the file stem {file.stem!r}")
+        parsed.append((name, label, file, match.group(1)))
+    names, labels, files, ids = zip(*parsed, strict=True)
     for what, values in (("path", files), ("instance id", ids)):
         if what in unique:
             _check_unique(values, what, path)
-    samples = SampleList(path, modality, names, files, tuple(ids))
-    return samples, None if labels[0] is None else np.array(labels, dtype=np.int64)
+    return SampleList(path, modality, names, files, ids), None if labels[0] is None else np.array(labels, dtype=np.int64)
 
 
 def _rows(path: Path) -> list[str]:
@@ -181,23 +180,6 @@ def _rows(path: Path) -> list[str]:
     rows = text_rows(path.read_bytes(), path, "path label")
     if not rows:
         raise UserError(f"{path}: expected rows `path label`, found an empty file")
-    return rows
-
-
-def text_rows(content: bytes, path: Path, columns: str) -> list[str]:
-    """Return the non-empty rows of a text file without the blanks around them.
-
-    Args:
-        content: of the file; path: its place, for messages; columns: what a row holds, for messages.
-    Raises:
-        UserError: naming the first row that is not UTF-8.
-    """
-    rows = [row for line in re.split(rb"\r\n|\r|\n", content.removeprefix(b"\xef\xbb\xbf")) if (row := line.strip())]
-    for number, row in enumerate(rows, start=1):
-        try:
-            rows[number - 1] = row.decode().strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}, row {number}: expected UTF-8 text with rows `{columns}`, found other bytes ({error.reason})") from error
     return rows
 
 
@@ -235,16 +217,8 @@ def _compile(instance_id: str) -> re.Pattern:
     return pattern
 
 
-def _find_id(file: Path, pattern: re.Pattern, where: str) -> str:
-    match = pattern.search(file.stem)
-    if not match or not match.group(1):
-        raise UserError(f"{where}: instance_id {pattern.pattern!r} finds no id in the file stem {file.stem!r}")
-    return match.group(1)
-
-
 def _check_unique(values: Sequence, what: str, path: Path) -> None:
     seen: dict = {}
     for row, value in enumerate(values, start=1):
-        if value in seen:
+        if seen.setdefault(value, row) != row:
             raise UserError(f"{path}, row {row}: {what} {str(value)!r} is already in row {seen[value]}; expected each once")
-        seen[value] = row

@@ -30,8 +30,7 @@ def mesh_to_faces(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
     than two faces share an edge, the neighbour is the one of lowest index that is not the face itself.
 
     Args:
-        vertices: (V, 3) float.
-        triangles: (T, 3) integer indices of vertices.
+        vertices: (V, 3) float; triangles: (T, 3) integer indices of vertices.
     Returns:
         (F, 18) float32, F <= T, in the order of the triangles.
     Raises:
@@ -80,33 +79,16 @@ def _neighbours(triangles: np.ndarray) -> np.ndarray:
     return np.where(lowest[edge] != face, lowest[edge], second[edge]).reshape(-1, 3)
 
 
-def pad_faces(faces: np.ndarray, max_faces: int, generator: np.random.Generator) -> np.ndarray:
-    """Bring a mesh to `max_faces` rows by repeating faces drawn at random, with their neighbours, after its own.
-
-    Args:
-        faces: (F, 18), 1 <= F <= max_faces.
-        max_faces: rows of the result.
-        generator: of the draw.
-    Returns:
-        (max_faces, 18) of the same type.
-    Raises:
-        UserError: if the mesh has no face or too many.
-    """
-    if not 1 <= len(faces) <= max_faces:
-        raise UserError(f"expected 1 to {max_faces} faces, found {len(faces)}; simplify the mesh first")
-    return np.concatenate([faces, faces[generator.integers(len(faces), size=max_faces - len(faces))]])
-
-
 def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 0, unit_sphere: bool = True) -> np.ndarray:
-    """Read all meshes of a list, padded to the number of faces of the largest.
+    """Read all meshes of a list; smaller ones repeat faces drawn at random, with their neighbours, after their own.
 
     Args:
         sample_list: of a modality of kind "mesh": .npy files of shape (F, 18), see the module.
         max_faces: no mesh may have more.
-        seed: of the padding, together with the instance id.
+        seed: of the draw, together with the instance id.
         unit_sphere: apply `datasets.arrays.to_unit_sphere` to the corners, with the centre of their bounding box.
     Returns:
-        (N, F, 18) float32.
+        (N, F, 18) float32, F of the largest.
     Raises:
         UserError: on an unreadable file or an array that is no such mesh (names file and row).
     """
@@ -116,8 +98,10 @@ def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 
         _check_faces(faces, max_faces, sample_list.where(row))
         meshes.append(_to_unit_sphere(faces) if unit_sphere else faces.astype(np.float32))
     stored = max(len(faces) for faces in meshes)
-    generators = (np.random.default_rng([seed, zlib.crc32(name.encode())]) for name in sample_list.instance_ids)
-    return np.stack([pad_faces(faces, stored, generator) for faces, generator in zip(meshes, generators, strict=True)])
+    for row, (faces, name) in enumerate(zip(meshes, sample_list.instance_ids, strict=True)):
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        meshes[row] = np.concatenate([faces, faces[rng.integers(len(faces), size=stored - len(faces))]])
+    return np.stack(meshes)
 
 
 def _check_faces(faces: np.ndarray, max_faces: int, where: str) -> None:
@@ -159,11 +143,9 @@ def augment_faces(faces: Tensor, augment, generator: BatchGenerator) -> Tensor:
     the transformed corners.
 
     Args:
-        faces: (B, F, 18) float32, z up.
+        faces: (B, F, 18) float32, z up; the result is of the same shape.
         augment: ranges, see `utils.settings.options.AugmentConfig` (the point_* fields).
         generator: on the device of the faces.
-    Returns:
-        (B, F, 18) float32.
     """
     if augment.point_warp:
         faces = _warp(faces, random_warp(len(faces), augment.point_warp, generator))

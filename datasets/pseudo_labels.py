@@ -19,11 +19,7 @@ COMMAND = "python train_step1.py"
 
 
 def pseudo_label_path(folder: str | Path, dataset: str, modality: str) -> Path:
-    """Return `<folder>/<dataset>_<list name>_train_list_pseudo_labelling.txt`.
-
-    Raises:
-        UserError: on an unknown modality.
-    """
+    """Return `<folder>/<dataset>_<list name>_train_list_pseudo_labelling.txt`."""
     path = default_list_path(folder, dataset, modality, "train")
     return path.with_name(f"{path.stem}_pseudo_labelling.txt")
 
@@ -31,38 +27,28 @@ def pseudo_label_path(folder: str | Path, dataset: str, modality: str) -> Path:
 def write_pseudo_labels(
     path: str | Path, sample_list: SampleList, pseudo_labels: np.ndarray, *, dataset: str, num_clusters: int, provenance: dict
 ) -> None:
-    """Write rows `name pseudo_label` in list order, and `<path>.meta.json`; both atomically.
+    """Write rows `name pseudo_label` in list order, and `<path>.meta.json`; both atomically, so an older file stays intact on failure.
 
     Args:
         path: the text file; its folder is made if need be.
-        sample_list: the training list.
+        sample_list: the training list, of the data set `dataset`.
         pseudo_labels: (N,) integers in 0..num_clusters-1, in list order.
-        dataset: name of the data set.
-        num_clusters: K.
         provenance: plain values on the run (id, epoch, configuration hash ...), kept in the meta file.
     Raises:
         UserError: on another shape or type, or a value outside 0..K-1.
-        OSError: if writing fails; an older file is then intact.
     """
     path, labels = Path(path), np.asarray(pseudo_labels)
     if labels.shape != (len(sample_list),) or labels.dtype.kind not in "iu":
-        raise UserError(
-            f"{path}: expected {len(sample_list)} integer pseudo-labels for {sample_list.path}, found shape {labels.shape} and "
-            f"dtype {labels.dtype}"
-        )
+        expected = f"{len(sample_list)} integer pseudo-labels for {sample_list.path}"
+        raise UserError(f"{path}: expected {expected}, found shape {labels.shape} and dtype {labels.dtype}")
     bad = np.flatnonzero((labels < 0) | (labels >= num_clusters))
     if len(bad):
         raise UserError(f"{path}: pseudo-label {labels[bad[0]]} of sample {bad[0]} is outside 0..{num_clusters - 1}")
     text = "".join(f"{name} {label}\n" for name, label in zip(sample_list.names, labels.tolist(), strict=True))
     meta = {
-        "dataset": dataset,
-        "modality": sample_list.modality,
-        "num_clusters": num_clusters,
-        "count": len(labels),
-        "histogram": np.bincount(labels, minlength=num_clusters).tolist(),
-        "sha256": _sha256(text.encode()),
-        "names_sha256": _sha256("\n".join(sample_list.names).encode()),
-        "provenance": provenance,
+        "dataset": dataset, "modality": sample_list.modality, "num_clusters": num_clusters, "count": len(labels),
+        "histogram": np.bincount(labels, minlength=num_clusters).tolist(), "sha256": _sha256(text.encode()),
+        "names_sha256": _sha256("\n".join(sample_list.names).encode()), "provenance": provenance,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)
@@ -78,29 +64,26 @@ def read_pseudo_labels(
     Rows may come in any order. The meta file, if there is one, is checked.
 
     Args:
-        path: the text file.
-        sample_list: the training list it was made for.
-        dataset: name of the data set.
+        path: the text file, made for the training list `sample_list` of the data set `dataset`.
         num_clusters: K, needed for files without a meta file.
     Returns:
         (N,) int64 pseudo-labels in list order, and K.
     Raises:
-        UserError: if the file is missing.
-        UserError: if it belongs to another data set or modality, was altered, has bad rows or values outside 0..K-1, or K
-            is unknown.
+        UserError: if the file is missing, belongs to another data set or modality, was altered, has bad rows or values outside
+            0..K-1, or K is unknown.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"pseudo-label file {path} not found; make it with: {COMMAND}, with the step1.yaml of the same data set and folder")
     content = path.read_bytes()
-    num_clusters = _resolve_clusters(path, _read_meta(path, content), sample_list.modality, dataset, num_clusters)
+    num_clusters = _resolve_clusters(path, content, sample_list.modality, dataset, num_clusters)
     labels = _match_rows(path, content, sample_list, dataset, num_clusters)
     _warn_if_degenerate(labels, num_clusters, path)
     return labels, num_clusters
 
 
 def posteriors_path(folder: str | Path, dataset: str) -> Path:
-    """Return `<folder>/<dataset>_train_posteriors.npz`, beside the pseudo-label files."""
+    """Return `<folder>/<dataset>_train_posteriors.npz`."""
     return Path(folder) / f"{dataset}_train_posteriors.npz"
 
 
@@ -131,11 +114,7 @@ def read_posteriors(path: Path, modalities: Iterable[str], run_id: str | None, c
 
 
 def read_origin(path: str | Path) -> dict:
-    """Return what a file's meta file says of the run that wrote it ("run_id", "pairing" ...); nothing if there is none.
-
-    Raises:
-        UserError: if the meta file is damaged.
-    """
+    """Return what a file's meta file says of the run that wrote it ("run_id", "pairing" ...); nothing if there is none."""
     meta = _meta_path(Path(path))
     origin = read_json(meta).get("provenance", {}) if meta.is_file() else {}
     if not isinstance(origin, dict):
@@ -148,35 +127,28 @@ def file_hash(path: Path) -> str:
     return _sha256(path.read_bytes())
 
 
-def _read_meta(path: Path, content: bytes) -> dict | None:
+def _resolve_clusters(path: Path, content: bytes, modality: str, dataset: str, num_clusters: int | None) -> int:
+    """Check the file and what is asked for against the meta file, if there is one, and return K."""
     meta_path = _meta_path(path)
     if not meta_path.is_file():
-        return None
+        if num_clusters is None:
+            unknown = f"{path} has no {meta_path.name}, so the number of clusters is unknown"
+            raise UserError(f"{unknown}: give num_clusters (rdl.num_clusters)")
+        return num_clusters
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
         recorded = {key: meta[key] for key in ("dataset", "modality", "num_clusters", "sha256")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{meta_path}: expected the JSON that {COMMAND} writes, found a broken file ({error!r})") from error
     if recorded["sha256"] != _sha256(content):
-        raise UserError(
-            f"{path} is not the file described by {meta_path} (sha256 differs): it was edited, or writing was cut off; "
-            f"run {COMMAND} again"
-        )
-    return recorded
-
-
-def _resolve_clusters(path: Path, meta: dict | None, modality: str, dataset: str, num_clusters: int | None) -> int:
-    """Check the meta file against what is asked for, and return K."""
-    if meta is None:
-        if num_clusters is None:
-            raise UserError(f"{path} has no {_meta_path(path).name}, so the number of clusters is unknown: give num_clusters (rdl.num_clusters)")
-        return num_clusters
+        differs = f"{path} is not the file described by {meta_path} (sha256 differs)"
+        raise UserError(f"{differs}: it was edited, or writing was cut off; run {COMMAND} again")
     for key, wanted in (("dataset", dataset), ("modality", modality)):
-        if meta[key] != wanted:
-            raise UserError(f"{path} belongs to another dataset or modality: expected {key} {wanted!r}, found {meta[key]!r}")
-    if num_clusters is not None and num_clusters != meta["num_clusters"]:
-        raise UserError(f"{path}: expected {num_clusters} clusters, but it was written with {meta['num_clusters']}")
-    return meta["num_clusters"]
+        if recorded[key] != wanted:
+            raise UserError(f"{path} belongs to another dataset or modality: expected {key} {wanted!r}, found {recorded[key]!r}")
+    if num_clusters not in (None, recorded["num_clusters"]):
+        raise UserError(f"{path}: expected {num_clusters} clusters, but it was written with {recorded['num_clusters']}")
+    return recorded["num_clusters"]
 
 
 def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: str, num_clusters: int) -> np.ndarray:
@@ -185,26 +157,25 @@ def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: st
         for spelling in _spellings(name):
             position.setdefault(spelling, []).append(index)
     labels = np.full(len(sample_list), -1, dtype=np.int64)
-    seen = np.zeros(len(sample_list), dtype=bool)
     rows = text_rows(content, path, "path pseudo_label")
     for row, line in enumerate(rows, start=1):
-        name, value = _split_row(line, position, f"{path}, row {row}")
+        where = f"{path}, row {row}"
+        name, value = _split_row(line, position, where)
         if not 0 <= value < num_clusters:
-            raise UserError(f"{path}, row {row}: pseudo-label {value} is outside 0..{num_clusters - 1}")
+            raise UserError(f"{where}: pseudo-label {value} is outside 0..{num_clusters - 1}")
         if name not in position:
             raise UserError(
-                f"{path}, row {row}: {name!r} is not in {sample_list.path}; the file belongs to another dataset than "
+                f"{where}: {name!r} is not in {sample_list.path}; the file belongs to another dataset than "
                 f"{dataset!r} (first path expected: {sample_list.names[0]!r})"
             )
-        index = next((place for place in position[name] if not seen[place]), None)
+        index = next((place for place in position[name] if labels[place] < 0), None)
         if index is None:
-            raise UserError(f"{path}, row {row}: {name!r} stands in the file twice, or once more than in {sample_list.path}")
-        labels[index], seen[index] = value, True
-    if not seen.all():
-        missing = sample_list.names[int(np.argmin(seen))]
+            raise UserError(f"{where}: {name!r} stands in the file twice, or once more than in {sample_list.path}")
+        labels[index] = value
+    if (labels < 0).any():
         raise UserError(
             f"{path} belongs to another dataset or is cut short: it has {len(rows)} rows for the {len(sample_list)} of "
-            f"{sample_list.path}; the first one missing is {missing!r}"
+            f"{sample_list.path}; the first one missing is {sample_list.names[int(np.argmin(labels))]!r}"
         )
     return labels
 

@@ -20,7 +20,7 @@ from datasets.lists import (
 )
 from datasets.prepare.ownership import MANIFEST, SPLITS, read_manifest
 from datasets.samples import UNIQUE, list_path
-from utils.errors import MissingFileError, UserError
+from utils.errors import MissingFileError, MissingLabelsError, UserError
 from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
 
@@ -38,10 +38,8 @@ class Check:
     """Outcome of one check.
 
     Attributes:
-        name: what should hold.
-        problems: one text per finding: what, where, what to do.
-        notes: what a reader should know although nothing failed.
-        done: False if there was nothing to look at.
+        name: what should hold; problems: one text per finding: what, where, what to do.
+        notes: what a reader should know although nothing failed; done: False if there was nothing to look at.
     """
 
     name: str
@@ -76,7 +74,7 @@ Lists = dict[tuple[str, str], Listed]  # (split, modality) -> list
 
 
 def prepared_modalities(data: DataConfig) -> list[str]:
-    """Return `data.modalities`, then all other modalities of which a list file exists."""
+    """Return `data.modalities`, then all others of which a list file exists."""
     others = [name for name in MODALITIES if name not in data.modalities]
     return [*data.modalities, *(name for name in others if any(list_path(data, name, split).is_file() for split in SPLITS))]
 
@@ -91,41 +89,32 @@ def read_lists(data: DataConfig) -> tuple[Lists, list[Check]]:
     for split in SPLITS:
         for name in prepared_modalities(data):
             path = list_path(data, name, split)
-            if name in data.modalities or path.is_file():
-                check, advice = (found, REPAIR) if _lacks_a_file(data, name, split) else (parsed, "")
-                samples = check.attempt(advice, _read, read_training_list, data, name, split)
-                if samples is not None:
-                    lists[split, name] = Listed(samples, _labels(data, name, split, parsed))
+            if name not in data.modalities and not path.is_file():
+                continue
+            try:
+                lists[split, name] = _read(data, name, split)
+            except MissingFileError as error:
+                if path.is_file():
+                    found.problems.append(f"{error}; {REPAIR}")
+                else:
+                    parsed.problems.append(str(error))
+            except (UserError, OSError) as error:
+                parsed.problems.append(str(error))
+            if split == "test" and (split, name) in lists and lists[split, name].labels is None:
+                parsed.problems.append(f"{path}: expected rows `path label`: evaluation needs labels; add the class to every row")
     found.done = bool(lists or found.problems)
     return lists, [parsed, found]
 
 
-def _read(reader: Callable, data: DataConfig, name: str, split: str) -> Any:
-    return reader(
-        list_path(data, name, split), modality=name, root=data.root, instance_id=data.instance_id,
-        num_classes=data.num_classes, unique=UNIQUE[split][data.pairing],
-    )
-
-
-def _lacks_a_file(data: DataConfig, name: str, split: str) -> bool:
-    """Whether the list is there, but not all files that it names."""
+def _read(data: DataConfig, name: str, split: str) -> Listed:
+    path, options = list_path(data, name, split), {
+        "modality": name, "root": data.root, "instance_id": data.instance_id, "num_classes": data.num_classes,
+        "unique": UNIQUE[split][data.pairing],
+    }
     try:
-        _read(read_training_list, data, name, split)
-    except MissingFileError:
-        return list_path(data, name, split).is_file()
-    except (UserError, OSError):
-        return False
-    return False
-
-
-def _labels(data: DataConfig, name: str, split: str, parsed: Check) -> np.ndarray | None:
-    """Return the labels of a list whose rows parse, None if it has none; a test list must have them."""
-    try:
-        return _read(read_labelled_list, data, name, split)[1]
-    except ValueError as error:
-        if split == "test":
-            parsed.problems.append(f"{error}; add the class to every row")
-    return None
+        return Listed(*read_labelled_list(path, **options))
+    except MissingLabelsError:
+        return Listed(read_training_list(path, **options), None)
 
 
 def run_checks(data: DataConfig, lists: Lists) -> Iterator[Check]:
@@ -161,11 +150,11 @@ def _check_labels(data: DataConfig, lists: Lists) -> Check:
     """Objects (with class pairs: rows) have one label in all modalities."""
     check = Check("labels agree between modalities")
     for split in _paired_splits(data):
-        labelled = [listed for listed in _by_split(lists, split) if listed.labels is not None]
-        if len(labelled) < 2:
+        first, *others = [listed for listed in _by_split(lists, split) if listed.labels is not None] or [None]
+        if not others:
             check.notes.append(f"{split}: fewer than two lists with labels, nothing to compare")
-        for other in labelled[1:]:
-            _compare_labels(check, labelled[0], other, by_id=data.pairing == "instance")
+        for other in others:
+            _compare_labels(check, first, other, by_id=data.pairing == "instance")
     return check
 
 
@@ -225,19 +214,17 @@ def manifest_of(data: DataConfig) -> dict:
 def _check_manifest(data: DataConfig, lists: Lists) -> Check:
     """Only for lists under the data root; where rows are not paired by object, only counts given per modality say anything."""
     check = Check("lists are as long as the manifest says")
-    manifest = check.attempt("", manifest_of, data)
-    counts = (manifest or {}).get("counts")
+    counts = (check.attempt("", manifest_of, data) or {}).get("counts")
     if not isinstance(counts, dict):
         check.notes.append(f"no manifest with counts in {data.root}: nothing to compare")
         return check
     for (split, name), listed in lists.items():
-        expected = counts.get(split)
-        per_modality = isinstance(expected, dict)
-        expected = expected.get(name) if per_modality else expected
+        expected, found = counts.get(split), len(listed.samples)
+        if isinstance(expected, dict):
+            expected = expected.get(name)
+        elif data.pairing != "instance":
+            expected = None
         prepared = listed.samples.path == default_list_path(data.root, data.dataset, name, split)
-        comparable = prepared and expected is not None and (per_modality or data.pairing == "instance")
-        if comparable and expected != len(listed.samples):
-            check.problems.append(
-                f"{listed.samples.path} has {len(listed.samples)} rows, the manifest says {expected}; prepare the data again"
-            )
+        if prepared and expected is not None and expected != found:
+            check.problems.append(f"{listed.samples.path} has {found} rows, the manifest says {expected}; prepare the data again")
     return check

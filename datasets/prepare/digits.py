@@ -35,11 +35,9 @@ class DigitSplit:
     ids: np.ndarray
 
     def __post_init__(self) -> None:
-        if not len(self.images) == len(self.labels) == len(self.ids) == len(set(self.ids.tolist())):
-            raise UserError(
-                f"images, labels and distinct ids must be equally many, found {len(self.images)}, {len(self.labels)} and "
-                f"{len(set(self.ids.tolist()))}"
-            )
+        lengths = [len(self.images), len(self.labels), len(self.ids), len(set(self.ids.tolist()))]
+        if len(set(lengths)) > 1:
+            raise UserError(f"images, labels, ids and distinct ids must be equally many, found {lengths}")
 
     def sha256(self) -> str:
         """Return the hash of everything this split is made from."""
@@ -80,7 +78,7 @@ def write_digits(
 
     Args:
         root: data folder; dataset: prefix of the list files; splits: "train" and "test"; source: a line on the origin.
-        num_points, rgb, seed: see `make_digit`; workers, overwrite: see `write_dataset`.
+        num_points, rgb, seed: see `make_digit`.
     Returns:
         False if the same data were there already and nothing was done.
     """
@@ -103,14 +101,10 @@ def write_digits(
 
 
 def enlarge_digit(image: np.ndarray) -> np.ndarray:
-    """Turn an 8x8 digit into the format of MNIST.
+    """Turn an (8, 8) digit with values in 0..16 into the (28, 28) uint8 format of MNIST.
 
-    Args:
-        image: (8, 8) float, 0..16.
-    Returns:
-        (28, 28) uint8: enlarged three times (bicubic), pixels below half of the maximum set to zero, framed by 2 pixels.
-    Raises:
-        UserError: on another shape or values outside 0..16.
+    It is enlarged three times (bicubic), pixels below half of the maximum become zero, and 2 pixels frame it. A UserError names
+    another shape or values outside 0..16.
     """
     if image.shape != (8, 8) or not (image.min() >= 0 and 0 < image.max() <= 16):
         found = f"{image.shape}, {image.min()} to {image.max()}"

@@ -29,11 +29,7 @@ MAX_CLASSES = 100  # lines of the table; more are identifiers rather than classe
 
 
 def load_data_config(path: str, overrides: Sequence[str] = ()) -> DataConfig:
-    """Return the data section of a step-1 or step-2 configuration; one with a section `rdl` is of step 2.
-
-    Raises:
-        UserError: as `utils.settings.config.load_config`.
-    """
+    """Return the data section of a step-1 or step-2 configuration; one with a section `rdl` is of step 2."""
     second = "rdl" in read_files(path, Sources())
     return load_config(Step2Config if second else Step1Config, path, overrides).data
 
@@ -51,14 +47,6 @@ def class_names(data: DataConfig) -> list[str]:
 
 def _class_title(label: int, names: Sequence[str]) -> str:
     return f"{label} {names[label]}" if label < len(names) else str(label)
-
-
-def count_rows(lists: Lists, modalities: Sequence[str]) -> str:
-    """Return the table of rows per modality and split; `-` for a list that could not be read."""
-    rows = [
-        [name, *(len(lists[split, name].samples) if (split, name) in lists else "-" for split in SPLITS)] for name in modalities
-    ]
-    return align([["rows", *SPLITS], *rows])
 
 
 def count_classes(lists: Lists, names: Sequence[str]) -> str:
@@ -90,24 +78,18 @@ def make_block(data: DataConfig, lists: Lists, split: str, count: int, names: Se
     shown = {name: lists[split, name] for name in prepared_modalities(data) if (split, name) in lists}
     if not shown:
         return None
-    by_object = data.pairing == "instance"
-    first, lines = next(iter(shown)), []
-    for rows in _lines(shown, count, paired=by_object or (data.pairing, split) == ("class", "train")):
+    by_object, sizes, lines = data.pairing == "instance", {name: len(listed.samples) for name, listed in shown.items()}, []
+    first = next(iter(shown))
+    columns = {name: _spread(size, count) for name, size in sizes.items()}
+    if by_object or (data.pairing, split) == ("class", "train"):
+        columns = dict.fromkeys(shown, columns[first])
+    for place in range(max(map(len, columns.values()))):
+        rows = {name: rows[place] for name, rows in columns.items() if place < len(rows) and rows[place] < sizes[name]}
         expected = shown[first].samples.instance_ids[rows[first]] if by_object else None
         title = _describe(shown[first], rows[first], split, names) if by_object else ""
         tiles = [_make_tile(data, shown.get(name), rows.get(name), expected, split, names) for name in prepared_modalities(data)]
         lines.append((title, tiles))
     return Block(split, lines)
-
-
-def _lines(shown: dict[str, Listed], count: int, paired: bool) -> list[dict[str, int]]:
-    """Return, for every line of the sheet, modality -> row of its list."""
-    sizes = {name: len(listed.samples) for name, listed in shown.items()}
-    if paired:
-        return [{name: row for name, size in sizes.items() if row < size} for row in _spread(next(iter(sizes.values())), count)]
-    columns = {name: _spread(size, count) for name, size in sizes.items()}
-    longest = max(map(len, columns.values()))
-    return [{name: rows[place] for name, rows in columns.items() if place < len(rows)} for place in range(longest)]
 
 
 def _spread(size: int, count: int) -> list[int]:
@@ -125,11 +107,8 @@ def _make_tile(
 ) -> Tile:
     if listed is None or row is None:
         return Tile(None, "no row" if listed else "list not read", wrong=True)
-    samples = listed.samples
-    part = slice(row, row + 1)
-    one = dataclasses.replace(
-        samples, names=samples.names[part], files=samples.files[part], instance_ids=samples.instance_ids[part]
-    )
+    samples, part = listed.samples, slice(row, row + 1)
+    one = dataclasses.replace(samples, **{key: getattr(samples, key)[part] for key in ("names", "files", "instance_ids")})
     try:
         sample = KINDS[MODALITIES[samples.modality].kind].load(one, dataclasses.replace(data, num_views=1, num_points=2))[0, 0]
     except (ValueError, OSError):
@@ -140,19 +119,11 @@ def _make_tile(
 
 
 def _print_counts(data: DataConfig, lists: Lists, names: Sequence[str]) -> None:
-    besides = prepared_modalities(data)[len(data.modalities) :]
+    modalities = prepared_modalities(data)
+    rows = [[name, *(len(lists[split, name].samples) if (split, name) in lists else "-" for split in SPLITS)] for name in modalities]
     print(f"data set    {data.dataset}\nroot        {data.root}\nmodalities  {', '.join(data.modalities)}")
-    print(f"beside them {', '.join(besides) or 'none'}\npairing     {data.pairing}\n")
-    print(count_rows(lists, prepared_modalities(data)), count_classes(lists, names), sep="\n\n", end="\n\n")
-
-
-def _write_sheet(data: DataConfig, lists: Lists, path: Path, count: int, names: Sequence[str]) -> None:
-    blocks = [block for split in SPLITS if (block := make_block(data, lists, split, count, names))]
-    if not blocks:
-        print("no contact sheet: no list could be read")
-        return
-    draw_contact_sheet(f"{data.dataset}, pairing: {data.pairing}", prepared_modalities(data), blocks, path)
-    print(f"contact sheet in {path}")
+    print(f"beside them {', '.join(modalities[len(data.modalities) :]) or 'none'}\npairing     {data.pairing}\n")
+    print(align([["rows", *SPLITS], *rows]), count_classes(lists, names), sep="\n\n", end="\n\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,10 +146,16 @@ def main(arguments: list[str] | None = None) -> None:
     names = class_names(data)
     lists, checks = read_lists(data)
     _print_counts(data, lists, names)
-    failed = 0
+    failed = False
     for check in itertools.chain(checks, run_checks(data, lists)):
         print(*check.lines(), sep="\n", flush=True)
-        failed += bool(check.problems)
-    _write_sheet(data, lists, options.output or Path(f"{data.dataset}_contact_sheet.png"), options.samples, names)
+        failed |= bool(check.problems)
+    blocks = [block for split in SPLITS if (block := make_block(data, lists, split, options.samples, names))]
+    if blocks:
+        path = options.output or Path(f"{data.dataset}_contact_sheet.png")
+        draw_contact_sheet(f"{data.dataset}, pairing: {data.pairing}", prepared_modalities(data), blocks, path)
+        print(f"contact sheet in {path}")
+    else:
+        print("no contact sheet: no list could be read")
     if failed:
         raise SystemExit(1)

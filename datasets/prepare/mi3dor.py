@@ -13,20 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from datasets.lists import default_list_path
-from datasets.mesh_faces import mesh_to_faces
 from datasets.prepare.ownership import SPLITS, check_manifest, check_root, package_versions
 from datasets.prepare.parallel import add_writer_options, user_path
-from datasets.prepare.readers.mi3dor import (
-    Item,
-    Release,
-    by_name_hash,
-    check_official,
-    check_photographs,
-    draw_of_same_class,
-    read_release,
-)
+from datasets.prepare.readers.mi3dor import Item, by_name_hash, check_official, check_photographs, draw_of_same_class, read_release
 from datasets.prepare.readers.obj import read_obj
-from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise, simplify
+from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise, simplified_faces
 from datasets.prepare.writer import ObjectTask, object_file, report, write_dataset
 from utils.engine.checkpoint import atomic_write_text
 from utils.errors import UserError
@@ -38,11 +29,8 @@ GENERATOR = "datasets.prepare_mi3dor"
 
 
 def make_mesh(root: Path, max_faces: int, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
-    """Make the Mesh of one model.
+    """Make the Mesh of the model whose OBJ file is `task.member` below `root`, the folder of the release.
 
-    Args:
-        root: folder of the release; max_faces: of the simplified mesh.
-        task: the model; `member` is its OBJ file below `root`, or None.
     Returns:
         "Mesh" -> (F, 18) float32, in the unit sphere; the sha256 of the OBJ file with the record of the simplification.
     Raises:
@@ -52,11 +40,7 @@ def make_mesh(root: Path, max_faces: int, task: ObjectTask) -> tuple[dict[str, n
         raise MeshError("the release holds no OBJ file of this name")
     data = (root / task.member).read_bytes()
     vertices, triangles = clean_mesh(*read_obj(data))
-    small, record = simplify(normalise(vertices), triangles, max_faces)
-    try:
-        faces = mesh_to_faces(*small)
-    except ValueError as error:
-        raise MeshError(f"no mesh is left after simplification: {error}") from error
+    faces, record = simplified_faces(normalise(vertices), triangles, max_faces)
     return {"Mesh": faces}, {"source_sha256": hashlib.sha256(data).hexdigest(), **record}
 
 
@@ -90,10 +74,12 @@ def main(arguments: list[str] | None = None) -> None:
         found = "; ".join(line for line in differences.values() if line)
         raise UserError(f"{options.root}: {found}; fetch the complete release, or accept it as it is with --any-counts")
     tasks = [ObjectTask(number, m.name, m.split, m.label, m.file) for number, m in enumerate(by_name_hash(release.models))]
+    sizes = [(options.root / task.member).stat().st_size if task.member else None for task in tasks]
+    listing = "".join(f"{task.name} {task.label} {size}\n" for task, size in zip(tasks, sizes, strict=True))
     settings = {
         "format": 1, "dataset": DATASETS["none"], "generator": GENERATOR, "modalities": ["Mesh"], "layout": release.layout,
         "official_counts": differences["models"] is None, "class_to_index": release.class_to_index,
-        "input_sha256": _models_hash(options.root, tasks), "max_faces": options.max_faces, "packages": packages,
+        "input_sha256": hashlib.sha256(listing.encode()).hexdigest(), "max_faces": options.max_faces, "packages": packages,
     }
     check_root(options.output, settings, options.overwrite)
     print(f"checking {len(release.images)} photographs, then making {len(release.models)} meshes")
@@ -106,28 +92,17 @@ def main(arguments: list[str] | None = None) -> None:
     report(options.output, made, meshes)
     left_out = {entry["name"] for entry in meshes["left_out"]}
     kept = [task for task in tasks if task.name not in left_out]
-    photographs = _choose(release, kept, options.pairing, options.seed)
+    photographs = {split: by_name_hash(image for image in release.images if image.split == split) for split in SPLITS}
+    if options.pairing == "class":
+        labels = [task.label for task in kept if task.split == "train"]
+        photographs["train"] = draw_of_same_class(photographs["train"], labels, options.seed)
     _publish(options, differences, photographs, kept, hashes, meshes)
-
-
-def _models_hash(root: Path, tasks: list[ObjectTask]) -> str:
-    """Return the sha256 of names, labels and sizes; the content of every OBJ file is hashed in the journal."""
-    sizes = {task.number: (root / task.member).stat().st_size if task.member else None for task in tasks}
-    return hashlib.sha256("".join(f"{task.name} {task.label} {sizes[task.number]}\n" for task in tasks).encode()).hexdigest()
 
 
 def _paths(output: Path, dataset: str) -> dict[tuple[str, str] | str, Path]:
     """Return the lists of one pairing by (modality, split) and, last, its "manifest"."""
     lists = {(name, split): default_list_path(output, dataset, name, split) for split in SPLITS for name in MODALITIES}
     return {**lists, "manifest": output / f"{dataset}_pairs.json"}
-
-
-def _choose(release: Release, models: list[ObjectTask], pairing: str, seed: int) -> dict[str, list[Item]]:
-    """Return split -> photographs in the order of the lists."""
-    chosen = {split: by_name_hash(image for image in release.images if image.split == split) for split in SPLITS}
-    if pairing == "class":
-        chosen["train"] = draw_of_same_class(chosen["train"], [task.label for task in models if task.split == "train"], seed)
-    return chosen
 
 
 def _publish(

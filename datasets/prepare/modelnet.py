@@ -14,30 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.mesh_faces import mesh_to_faces
 from datasets.prepare.ownership import package_versions, read_journal
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.archives import read_member
-from datasets.prepare.readers.modelnet import (
-    OFFICIAL,
-    Source,
-    check_official,
-    make_tasks,
-    read_archive,
-    read_hdf5,
-    read_npz,
-    to_z_up,
-)
+from datasets.prepare.readers.modelnet import OFFICIAL, Source, check_official, make_tasks, read_archive, read_hdf5, read_npz, to_z_up
 from datasets.prepare.readers.off import read_off
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
-from datasets.prepare.shapes.mesh import (
-    MeshError,
-    clean_mesh,
-    farthest_points,
-    normalise,
-    sample_surface,
-    simplify,
-)
+from datasets.prepare.shapes.mesh import MeshError, clean_mesh, farthest_points, normalise, sample_surface, simplified_faces
 from datasets.prepare.shapes.render import luminance, probe_renderer, render_views, ring_of_cameras, splat_views
 from datasets.prepare.writer import ObjectTask, report, write_dataset
 from utils.errors import UserError
@@ -88,25 +71,16 @@ def make_object(recipe: Recipe, archive: Path | None, needs_cloud: bool, task: O
         return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": task.cloud}, {}
     vertices, triangles = clean_mesh(*read_off(read_member(archive, task.member)))
     vertices = normalise(vertices)
-    small, record = simplify(vertices, triangles, recipe.max_faces)
+    faces, record = simplified_faces(vertices, triangles, recipe.max_faces)
     cloud = _sample(vertices, triangles, recipe, task.name) if task.cloud is None else task.cloud
     images = render_views(vertices, triangles, cameras, recipe.size)
-    try:
-        faces = mesh_to_faces(*small)
-    except ValueError as error:
-        raise MeshError(f"no mesh is left after simplification: {error}") from error
     return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": cloud, "Mesh": faces}, record
 
 
 def make_from_pcd(recipe: Recipe, up: str, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
-    """Make the modalities of one object from the PCD file `task.member`, see `make_object`.
+    """Make the modalities of one object from the PCD file `task.member`, as `make_object` does.
 
-    Args:
-        recipe: sizes and counts; up: "y" or "z", the vertical axis of the file; task: the object.
-    Returns:
-        The arrays, and `dropped_points`, how many points of the file were not valid.
-    Raises:
-        MeshError: when the file cannot be used.
+    Its facts are `dropped_points`, how many points of the file were not valid; `up` is the vertical axis of the file, "y" or "z".
     """
     cloud, dropped = read_pcd(Path(task.member).read_bytes())
     arrays, facts = make_object(recipe, None, False, replace(task, cloud=to_z_up(cloud, up)))
@@ -153,13 +127,6 @@ def _read_sources(options: argparse.Namespace) -> tuple[Source, Source | None]:
     return (read_archive(options.archive), clouds) if options.archive else (clouds, None)
 
 
-def _report_dropped(root: Path) -> None:
-    """Say how many points of PCD files were not valid; the journal has the number of each object."""
-    dropped = [entry["dropped_points"] for entry in read_journal(root)[1].values() if entry.get("dropped_points")]
-    if dropped:
-        print(f"{sum(dropped)} invalid points dropped from {len(dropped)} clouds (`dropped_points` in objects.jsonl)")
-
-
 def _settings(recipe: Recipe, source: Source, clouds: Source | None, official: bool) -> dict:
     meshes = recipe.max_faces is not None
     return {
@@ -195,4 +162,6 @@ def main(arguments: list[str] | None = None) -> None:
         make = partial(make_from_pcd, recipe, options.up or "z")
     made, manifest = write_dataset(root, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
     report(root, made, manifest)
-    _report_dropped(root)
+    dropped = [entry["dropped_points"] for entry in read_journal(root)[1].values() if entry.get("dropped_points")]
+    if dropped:
+        print(f"{sum(dropped)} invalid points dropped from {len(dropped)} clouds (`dropped_points` in objects.jsonl)")

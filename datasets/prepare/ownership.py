@@ -13,11 +13,7 @@ MANIFEST, JOURNAL, STAGING = "manifest.json", "objects.jsonl", ".preparing"
 
 
 def package_versions(names: Sequence[str]) -> dict[str, str]:
-    """Return package -> version of what meshes are made with.
-
-    Raises:
-        UserError: naming requirements-data.txt, when one is not installed.
-    """
+    """Return package -> version of what meshes are made with; a UserError names requirements-data.txt when one is not installed."""
     try:
         return {name: version(name) for name in names}
     except PackageNotFoundError as error:
@@ -68,21 +64,16 @@ def check_root(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> No
 
 
 def check_manifest(path: Path, manifest: Mapping[str, Any], overwrite: bool) -> None:
-    """Refuse, without `overwrite`, to replace lists whose manifest says something else than the new one.
-
-    Raises:
-        UserError: naming what differs.
-    """
+    """Raise a UserError where lists whose manifest says something else would be replaced, unless `overwrite`."""
     found = read_manifest(path)
     if found:
         _check_settings(path, found, manifest, overwrite)
 
 
 def _check_settings(place: Path, found: Mapping[str, Any], settings: Mapping[str, Any], overwrite: bool) -> None:
-    if found.get("dataset") != settings["dataset"]:
-        dataset = found.get("dataset")
+    dataset, differences = found.get("dataset"), _differences(found, settings)
+    if dataset != settings["dataset"]:
         raise UserError(f"{place} is of the data set {dataset!r}, not {settings['dataset']!r}; choose another folder")
-    differences = _differences(found, settings)
     if differences and not overwrite:
         raise UserError(
             f"{place} was made with other settings or input ({'; '.join(differences[:4])}). Repeat the command with those, "
@@ -91,20 +82,16 @@ def _check_settings(place: Path, found: Mapping[str, Any], settings: Mapping[str
 
 
 def read_manifest(path: Path) -> dict:
-    """Return a manifest; empty if there is none.
-
-    Raises:
-        UserError: if it is no JSON object.
-    """
+    """Return a manifest; empty if there is none. A UserError names one that is no JSON object."""
     if not path.is_file():
         return {}
+    advice = "move it away and prepare the data again"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); move it away and prepare the data again") from error
+        raise UserError(f"{path} is not valid JSON ({error}); {advice}") from error
     if not isinstance(manifest, dict):
-        found = type(manifest).__name__
-        raise UserError(f"{path}: expected a JSON object, found {found}; move it away and prepare the data again")
+        raise UserError(f"{path}: expected a JSON object, found {type(manifest).__name__}; {advice}")
     return manifest
 
 

@@ -30,10 +30,8 @@ def run_tasks(produce: Callable[[Any], Any], todo: Sequence, workers: int, title
     """Yield produce(task) of all tasks in the order they are ready, and show the progress.
 
     Args:
-        produce: picklable, if there are several workers.
-        todo: tasks; each has a `name`, for messages.
-        workers: processes; 1 works in this one.
-        title: what the tasks are, for the progress.
+        produce: picklable, if there are several workers; todo: tasks, each with a `name` for messages.
+        workers: processes; 1 works in this one; title: what the tasks are, for the progress.
     Raises:
         UserError: when a worker process dies, naming the tasks in flight. Whatever `produce` raises is raised here.
     """

@@ -33,9 +33,7 @@ class ObjectTask:
 
     Attributes:
         number: unique in its split; name: for messages; split: "train" or "test"; label: for the list files.
-        member: file of its shape, in an archive or a folder, or None.
-        cloud: (n, 3) float32 points, z up, or None.
-        image: (28, 28) uint8 digit, or None.
+        member: file of its shape, in an archive or a folder; cloud: (n, 3) float32 points, z up; image: (28, 28) uint8 digit.
     """
 
     number: int
@@ -161,11 +159,11 @@ def _encode(array: np.ndarray, name: str) -> bytes:
 
 def _is_intact(root: Path, record: dict) -> bool:
     """Whether every file of a record is, as recorded, among the half-built or the finished ones."""
-    for name, digest in record.get("files", {}).items():
-        places = [path for path in (root / STAGING / name, root / name) if path.is_file()]
-        if not any(hashlib.sha256(path.read_bytes()).hexdigest() == digest for path in places):
-            return False
-    return True
+    def found(name: str) -> set[str]:
+        places = (root / STAGING / name, root / name)
+        return {hashlib.sha256(path.read_bytes()).hexdigest() for path in places if path.is_file()}
+
+    return all(digest in found(name) for name, digest in record.get("files", {}).items())
 
 
 def _finish(root: Path, settings: dict, records: Records, fresh: list[dict]) -> None:

@@ -17,19 +17,17 @@ def as_list(files, modality="RGBImg"):
     return SampleList(root / "list.txt", modality, tuple(f.name for f in files), tuple(files), tuple(f.stem for f in files))
 
 
-def save_images(root, *arrays, suffix="png"):
-    files = []
-    for number, array in enumerate(arrays):
-        files.append(root / f"{number}.{suffix}")
-        Image.fromarray(array).save(files[-1])
+def save_images(root, *arrays):
+    files = [root / f"{number}.png" for number in range(len(arrays))]
+    for file, array in zip(files, arrays, strict=True):
+        Image.fromarray(array).save(file)
     return as_list(files)
 
 
 def save_clouds(root, *arrays):
-    files = []
-    for number, array in enumerate(arrays):
-        files.append(root / f"{number}.npy")
-        np.save(files[-1], array)
+    files = [root / f"{number}.npy" for number in range(len(arrays))]
+    for file, array in zip(files, arrays, strict=True):
+        np.save(file, array)
     return as_list(files, "PointCloud")
 
 
@@ -47,12 +45,11 @@ def test_other_images_are_resized_and_cropped(tmp_path, shape):
     flat = np.full((*shape, 3), 90, dtype=np.uint8)
     assert load_images(save_images(tmp_path, flat), 8).shape == (1, 3, 8, 8)
     assert load_images(save_images(tmp_path, flat, np.full((8, 8, 3), 90, np.uint8)), 8).min() == 90
-
-
-def test_centre_crop_takes_the_middle(tmp_path):
     wide = np.zeros((8, 24, 3), dtype=np.uint8)
     wide[:, 8:16] = 255
-    assert load_images(save_images(tmp_path, wide), 8)[0, :, :, 1:-1].min() == 255
+    assert load_images(save_images(tmp_path, wide), 8)[0, :, :, 1:-1].min() == 255  # the middle
+    with pytest.raises(UserError, match="at least 1"):
+        load_images(save_images(tmp_path, wide), 0)
 
 
 INK = np.zeros((16, 16, 4), np.uint8)  # a red drawing on transparent ground whose hidden colour is black
@@ -71,15 +68,14 @@ def decode(data):
     return np.asarray(read_image(io.BytesIO(data)))
 
 
-def palette():
-    image = Image.fromarray(INK[..., :3]).quantize(4)
-    return image, image.getpixel((0, 0))
+PALETTE = Image.fromarray(INK[..., :3]).quantize(4)
+CLEAR = PALETTE.getpixel((0, 0))
 
 
 @pytest.mark.parametrize("data", [
     encode(Image.fromarray(INK)), encode(Image.fromarray(INK), "WEBP", lossless=True), encode(Image.fromarray(INK[..., :3]), transparency=(0, 0, 0)),
-    encode(palette()[0], transparency=palette()[1]), encode(palette()[0], "GIF", transparency=palette()[1]),
-    encode(palette()[0], transparency=bytes(0 if number == palette()[1] else 255 for number in range(4))),
+    encode(PALETTE, transparency=CLEAR), encode(PALETTE, "GIF", transparency=CLEAR),
+    encode(PALETTE, transparency=bytes(0 if number == CLEAR else 255 for number in range(4))),
 ], ids=["RGBA", "webp", "colour key", "palette", "gif", "palette alpha"])
 def test_transparent_pictures_stand_on_white(data):
     image = decode(data)
@@ -96,13 +92,11 @@ def test_gray_drawings_half_transparency_and_white_on_transparent():
 
 
 @pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_turned_upright(suffix, orientation):
-    turns = Image.Transpose
-    undo = [None, turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.FLIP_TOP_BOTTOM, turns.TRANSPOSE, turns.ROTATE_90, turns.TRANSVERSE, turns.ROTATE_270]
+@pytest.mark.parametrize("orientation,undo", enumerate("ROTATE_0 FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270".split(), start=1))
+def test_photographs_are_turned_upright(suffix, orientation, undo):
     image, exif = Image.fromarray(SCENE), Image.Exif()
     exif[274] = orientation
-    stored = image if orientation == 1 else image.transpose(undo[orientation - 1])
+    stored = image if orientation == 1 else image.transpose(Image.Transpose[undo])
     assert np.abs(decode(encode(stored, suffix, exif=exif)).astype(int) - SCENE).mean() < 3
 
 
@@ -114,15 +108,10 @@ def test_damaged_exif_is_no_reason_to_refuse(exif):
 
 @pytest.mark.parametrize("mode,suffix,options", [
     ("1", "PNG", {}), ("L", "PNG", {}), ("P", "BMP", {}), ("RGB", "JPEG", {"progressive": True}), ("CMYK", "JPEG", {}), ("YCbCr", "TIFF", {}),
+    *(("RGB", suffix, {"save_all": True, "append_images": [Image.new("RGB", (32, 16))]}) for suffix in ("GIF", "PNG", "WEBP", "TIFF")),
 ])
-def test_opaque_modes(mode, suffix, options):
+def test_opaque_modes_and_the_first_frame_of_animations(mode, suffix, options):
     assert np.abs(decode(encode(Image.fromarray(SCENE).convert(mode), suffix, **options)).astype(int) - SCENE).mean() < 3
-
-
-@pytest.mark.parametrize("suffix", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_the_first_frame_of_animations(suffix):
-    frames = [Image.new("RGB", (8, 8), (level,) * 3) for level in (10, 200)]
-    assert (decode(encode(frames[0], suffix, save_all=True, append_images=frames[1:])) == 10).all()
 
 
 def noise_bytes(suffix, **options):
@@ -146,11 +135,6 @@ def test_broken_images_are_named(tmp_path, content, words):
     images.files[1].write_bytes(content)
     with pytest.raises(UserError, match=rf"list.txt, row 2: .*1\.png is not a readable 8-bit image: .*{words}"):
         load_images(images, 64)
-
-
-def test_resize_must_be_positive(tmp_path):
-    with pytest.raises(UserError, match="at least 1"):
-        load_images(save_images(tmp_path, np.zeros((8, 8), np.uint8)), 0)
 
 
 def by_rows(points):
@@ -184,23 +168,16 @@ def test_the_order_of_storage_means_nothing(tmp_path, most):
     cloud = rng.normal(size=(300, 3)).round(1)  # many equal coordinates
     cloud[0, 0] = -0.0
     orders = [np.arange(300), cloud[:, 2].argsort(), rng.permutation(300)]
-    loaded = []
-    for order in orders:
-        np.save(tmp_path / "cloud.npy", cloud[order])
-        loaded.append(load_points(as_list([tmp_path / "cloud.npy"], "PointCloud"), most).tobytes())
-    assert len(set(loaded)) == 1
+    assert len({load_points(save_clouds(tmp_path, cloud[order]), most).tobytes() for order in orders}) == 1
 
 
-def test_a_beginning_of_a_cloud_is_a_random_part_of_it(tmp_path):
+def test_a_beginning_of_a_cloud_is_a_random_part_that_depends_on_the_object_not_on_the_row(tmp_path):
     height = np.linspace(0, 1, 1000)
     points = load_points(save_clouds(tmp_path, np.stack([height * 0, height * 0, height], axis=1)), unit_sphere=False)[0, :, 2]
     assert abs(points[:200].mean() - 0.5) < 0.06 and np.abs(np.diff(points[:200])).mean() > 0.2
-
-
-def test_sampling_depends_on_the_object_not_on_the_row(tmp_path):
     samples = save_clouds(tmp_path, *np.random.default_rng(0).normal(size=(3, 20, 3)))
-    points, turned = load_points(samples, 5), load_points(as_list(samples.files[::-1], "PointCloud"), 5)
-    np.testing.assert_array_equal(points, turned[::-1])
+    points = load_points(samples, 5)
+    np.testing.assert_array_equal(points, load_points(as_list(samples.files[::-1], "PointCloud"), 5)[::-1])
     assert (points != load_points(samples, 5, seed=1)).any()
     same = load_points(save_clouds(tmp_path, *[np.arange(60.0).reshape(20, 3)] * 2), 5)
     assert (same[0] != same[1]).any()

@@ -22,37 +22,27 @@ def read(path, reader=read_training_list, **options):
     return reader(path, **{"modality": "RGBImg", "root": path.parent, **options})
 
 
-def test_training_list_has_no_labels(tmp_path):
-    path = make(tmp_path, ["a_1.png 3", "b_02.png 0"], files=["a_1.png", "b_02.png"])
-    samples = read(path)
+def test_training_lists_carry_no_labels_and_labelled_lists_do(tmp_path):
+    path = make(tmp_path, ["a_1.png 20231128123456", "b_02.png 9223372036854775807"], files=["a_1.png", "b_02.png"])
+    samples, labels = read(path, read_labelled_list)
+    assert labels.dtype == np.int64 and labels.tolist() == [20231128123456, 2**63 - 1]
     assert [field.name for field in fields(SampleList)] == ["path", "modality", "names", "files", "instance_ids"]
-    assert samples.names == ("a_1.png", "b_02.png") and samples.instance_ids == ("1", "02") and len(samples) == 2
-    assert samples.files == (tmp_path / "a_1.png", tmp_path / "b_02.png")
-    path.write_text("a_1.png 0\nb_02.png 3\n")
-    assert read(path) == samples  # permuting labels changes nothing
-
-
-def test_labels_are_optional_for_training_only(tmp_path):
-    path = make(tmp_path, ["a_1.png", "b_2.png"], files=["a_1.png", "b_2.png"])
-    assert read(path).names == ("a_1.png", "b_2.png")
+    assert samples == SampleList(path, "RGBImg", ("a_1.png", "b_02.png"), (tmp_path / "a_1.png", tmp_path / "b_02.png"), ("1", "02"))
+    for text in ("a_1.png 9\nb_02.png 3\n", "a_1.png\nb_02.png\n"):
+        path.write_text(text)
+        assert read(path) == samples  # other labels or none change nothing
     with pytest.raises(ValueError, match="row 1.*without a label"):
         read(path, read_labelled_list)
 
 
-def test_labelled_list(tmp_path):
-    path = make(tmp_path, ["a_1.png 3", "b_2.png 0"], files=["a_1.png", "b_2.png"])
-    samples, labels = read(path, read_labelled_list, num_classes=4)
-    assert samples == read(path)
-    assert labels.dtype == np.int64 and labels.tolist() == [3, 0]
-
-
-def test_blank_lines_crlf_bom_and_spaces_in_paths(tmp_path):
+def test_spellings_of_rows_and_own_instance_ids(tmp_path):
     path = make(
-        tmp_path, ["my dir/a 1.png 3", "", "  ", "my dir/b 2.png 0", ""], files=["my dir/a 1.png", "my dir/b 2.png"],
+        tmp_path, ["my dir/a 1.png 3", "", "  ", "my dir/chair-7_view2.png 0", ""], files=["my dir/a 1.png", "my dir/chair-7_view2.png"],
         encoding="utf-8-sig", newline="\r\n",
     )
     samples, labels = read(path, read_labelled_list)
-    assert samples.names == ("my dir/a 1.png", "my dir/b 2.png") and labels.tolist() == [3, 0]
+    assert samples.names == ("my dir/a 1.png", "my dir/chair-7_view2.png") and labels.tolist() == [3, 0] and samples.instance_ids == ("1", "2")
+    assert read(path, instance_id=r"^(\w+)[- ]\d").instance_ids == ("a", "chair")
 
 
 def test_paths_relative_to_the_current_directory(tmp_path, monkeypatch):
@@ -61,12 +51,6 @@ def test_paths_relative_to_the_current_directory(tmp_path, monkeypatch):
         read(path, root=tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     assert read(path, root=tmp_path / "elsewhere").files[0].is_file()
-
-
-def test_own_instance_id(tmp_path):
-    path = make(tmp_path, ["chair-7_view3.png"], files=["chair-7_view3.png"])
-    assert read(path).instance_ids == ("3",)
-    assert read(path, instance_id=r"^(\w+-\d+)_").instance_ids == ("chair-7",)
 
 
 @pytest.mark.parametrize(
@@ -112,35 +96,17 @@ def test_other_encodings_are_named_with_their_row(tmp_path, content, row):
         read(tmp_path / "list.txt")
 
 
-def test_any_label_that_fits_64_bits(tmp_path):
-    path = make(tmp_path, ["a_1.png 20231128123456", "b_2.png 9223372036854775807"], files=["a_1.png", "b_2.png"])
-    assert read(path, read_labelled_list)[1].tolist() == [20231128123456, 2**63 - 1]
+def test_pairs_and_splits(tmp_path):
+    def listed(path, *ids):
+        files = tuple(tmp_path / f"{path}_{i}.png" for i in ids)
+        return SampleList(tmp_path / path, "RGBImg", tuple(f.name for f in files), files, ids)
 
-
-def sample_list(path, ids, tmp_path):
-    files = tuple(tmp_path / f"{path}_{i}.png" for i in ids)
-    return SampleList(tmp_path / path, "RGBImg", tuple(f.name for f in files), files, tuple(ids))
-
-
-def test_pairing(tmp_path):
-    first, same = sample_list("a", ["1", "2", "3"], tmp_path), sample_list("b", ["1", "2", "3"], tmp_path)
+    first, same = listed("a", "1", "2", "3"), listed("b", "1", "2", "3")
     check_paired([first, same])
-    with pytest.raises(ValueError, match=r"row 2 is not the same object: id 2 in .*a, id 3 in .*c; .*--authors"):
-        check_paired([first, same, sample_list("c", ["1", "3", "2"], tmp_path)])
-    with pytest.raises(ValueError, match="a has 3 rows, .*d has 2"):
-        check_paired([first, sample_list("d", ["1", "2"], tmp_path)])
-    with pytest.raises(ValueError, match="at least one"):
-        check_paired([])
-
-
-def test_disjoint(tmp_path):
-    train, test = sample_list("a", ["1", "2"], tmp_path), sample_list("b", ["1", "2"], tmp_path)
-    check_disjoint(train, test)
-    with pytest.raises(ValueError, match="row 2"):
-        check_disjoint(train, sample_list("a", ["9", "2"], tmp_path))
-
-
-def test_default_path(tmp_path):
-    assert default_list_path(tmp_path, "mnist3d", "GrayImg", "test") == tmp_path / "mnist3d_GrayImgs_test_list.txt"
-    with pytest.raises(ValueError, match="split"):
-        default_list_path(tmp_path, "mnist3d", "GrayImg", "valid")
+    check_disjoint(first, same)
+    with pytest.raises(UserError, match=r"row 2 is not the same object: id 2 in .*a, id 3 in .*c; .*--authors"):
+        check_paired([first, same, listed("c", "1", "3", "2")])
+    with pytest.raises(UserError, match="a has 3 rows, .*d has 2"):
+        check_paired([first, listed("d", "1", "2")])
+    with pytest.raises(UserError, match="row 2"):
+        check_disjoint(first, listed("a", "9", "2"))

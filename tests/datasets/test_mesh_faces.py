@@ -38,7 +38,6 @@ def batch(count=4):
     return torch.from_numpy(np.stack([mesh_to_faces(vertices * (1 + m) - m, triangles) for m in range(count)]))
 
 
-
 def test_a_tetrahedron_by_hand():
     faces = mesh_to_faces(*TETRAHEDRON)
     assert faces[:, 15:].tolist() == [[2, 3, 1], [0, 3, 2], [1, 3, 0], [0, 2, 1]] and faces.dtype == np.float32
@@ -82,7 +81,6 @@ def test_faces_without_area_are_dropped_equal_positions_welded_and_narrow_faces_
 def test_broken_meshes_are_refused(vertices, triangles, message):
     with pytest.raises(ValueError, match=message):
         mesh_to_faces(vertices, np.array(triangles))
-
 
 
 def sample_list(folder: Path, *arrays) -> SampleList:

@@ -219,12 +219,13 @@ def test_views_as_positives_contrast_the_views_of_each_modality(small_digits):
     learner = train_step1.PLALearner(settings, training, torch.device("cpu"))
     plan = next(plan_epoch(learner.source.counts, [1, 1], [3, 2], 8, torch.Generator().manual_seed(0)))
     ((_, raw),) = learner.source.fetch([plan])
-    embeddings = learner.embed(raw, batch_generator(1))
+    embeddings = learner.embed(raw, BatchGenerator(torch.Generator().manual_seed(1)))
     assert [rows.shape[:2] for rows in embeddings] == [(3, 8), (2, 8)]
     parts = [ModalityInvarianceLoss(settings.pla.tau_2)(rows) for rows in embeddings]
     torch.testing.assert_close(learner.invariance(embeddings), (parts[0] + parts[1]) / 2)
-    with pytest.raises(UserError, match="at least two views of a sample, found data.views.GrayImg = 1"):
-        config(small_digits, "data.positives=views", "data.views={GrayImg: 1}")
+    for overrides, words in ((["data.positives=views", "data.views={GrayImg: 1}"], "at least two views.*found data.views.GrayImg = 1"), (["data.pairing=none"], "data.positives: views")):
+        with pytest.raises(UserError, match=words):
+            config(small_digits, *overrides)
 
 
 def test_several_views_of_all_modalities_are_positives_and_weigh_as_one(small_digits):
@@ -240,10 +241,6 @@ def test_several_views_of_all_modalities_are_positives_and_weigh_as_one(small_di
             others = sum(similar[u, i] for u in range(3) if u != v)
             total += -torch.log(others / (similar.sum() - similar[v, i])) / 6
     torch.testing.assert_close(learner.invariance(views), total * 2 / 3)
-
-
-def batch_generator(seed):
-    return BatchGenerator(torch.Generator().manual_seed(seed))
 
 
 def test_batches_of_pairs_and_of_unpaired_sets():

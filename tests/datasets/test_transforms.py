@@ -57,7 +57,6 @@ def to_unit(images):
     return images * STD + MEAN
 
 
-
 @pytest.mark.parametrize("stored,size,resize", [(28, 24, 32), (30, 31, 36), (64, 24, 32), (8, 224, 256)])
 def test_image_shapes_types_and_finiteness(stored, size, resize):
     images = noise_images(3, stored)
@@ -208,7 +207,6 @@ def test_outside_the_image_the_edge_continues():
     white = torch.full((20, 3, 16, 16), 255, dtype=torch.uint8)
     strong = only(image_rotation_degrees=180.0, image_translate=0.5, image_scale=(0.4, 0.5), image_shear_degrees=30.0)
     assert torch.allclose(to_unit(augment_images(white, 16, 16, strong, generator())), torch.ones(1), atol=1e-4)
-
 
 
 @pytest.mark.parametrize("count", [1, 20, 50])

@@ -49,11 +49,7 @@ def list_members(path: str | Path, pattern: re.Pattern) -> list[zipfile.ZipInfo]
 
 
 def read_member(path: str | Path, name: str) -> bytes:
-    """Return the content of one member.
-
-    Raises:
-        MeshError: when it is damaged. UserError: when the whole archive cannot be read.
-    """
+    """Return the content of one member; a MeshError says that it is damaged, a UserError that the whole archive cannot be read."""
     try:
         return _open(str(path)).read(name)
     except (RuntimeError, NotImplementedError) as error:

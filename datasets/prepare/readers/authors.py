@@ -18,7 +18,6 @@ def join_authors_lists(folder: str | Path, root: str | Path) -> list[str]:
 
     Args:
         folder: the release's `dataset` folder (or the folder above it), with `mnist3d_*_list.txt`.
-        root: where the corrected lists go.
     Returns:
         One line per split and modality on the rows that were mispaired.
     Raises:
@@ -89,7 +88,6 @@ def _report(read: dict[str, tuple[SampleList, np.ndarray]], split: str) -> list[
     for name, (rows, other) in read.items():
         if name != "PointCloud":
             wrong = sum(a != b for a, b in zip(rows.instance_ids, clouds.instance_ids, strict=True))
-            classes = int((labels != other).sum())
-            found = f"{wrong} of {len(rows)} rows were mispaired, {classes} of them across classes"
+            found = f"{wrong} of {len(rows)} rows were mispaired, {(labels != other).sum()} of them across classes"
             lines.append(f"{split} {name}-PointCloud: {found}; joined on id")
     return lines

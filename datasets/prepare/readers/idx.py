@@ -3,6 +3,7 @@
 import gzip
 import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from utils.errors import UserError
 
 SPLIT_SIZES = {"train": 5000, "test": 1000}
 IDX_STEMS = {"train": "train", "test": "t10k"}
+FILES = tuple(f"{stem}-{kind}-ubyte" for stem in IDX_STEMS.values() for kind in ("images-idx3", "labels-idx1"))
 CLASS_COUNTS = {
     "train": (479, 563, 488, 493, 535, 434, 501, 550, 462, 495),
     "test": (85, 126, 116, 107, 110, 87, 87, 99, 89, 94),
@@ -20,12 +22,8 @@ CLASS_COUNTS = {
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read one idx file of unsigned bytes, gzip-compressed or not.
+    """Read one idx file of unsigned bytes, gzip-compressed or not, as a uint8 array of the shape in its header.
 
-    Args:
-        path: the file; compression is recognised by content.
-    Returns:
-        uint8 array of the shape in the header.
     Raises:
         UserError: on a wrong magic number, a truncated or too long file, or broken compression.
     """
@@ -49,44 +47,33 @@ def _find_idx(folder: Path, name: str) -> Path:
     for candidate in (folder / name, folder / f"{name}.gz"):
         if candidate.is_file():
             return candidate
-    raise UserError(
-        f"{folder / name}[.gz] not found: expected the four MNIST files train-images-idx3-ubyte, train-labels-idx1-ubyte, "
-        f"t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte (.gz or unpacked) in {folder}"
-    )
+    raise UserError(f"{folder / name}[.gz] not found: expected the four MNIST files {', '.join(FILES)} (.gz or unpacked) in {folder}")
 
 
-def read_mnist(folder: str | Path, sizes: dict[str, int] | None = None) -> dict[str, DigitSplit]:
-    """Read the first digits of MNIST's two halves; the id of a digit is its position in the file.
+def read_mnist(folder: str | Path, sizes: Mapping[str, int] = SPLIT_SIZES) -> dict[str, DigitSplit]:
+    """Read "train" and "test", the first digits of MNIST's two halves; the id of a digit is its position in the file.
 
     Args:
         folder: holds the four idx files.
-        sizes: most digits per split, 5,000 and 1,000 by default; a shorter file gives all it has.
-    Returns:
-        "train" and "test".
+        sizes: most digits per split; a shorter file gives all it has.
     Raises:
         UserError: on a missing or damaged file, or when images and labels do not match.
     """
     splits = {}
-    for name, size in (sizes or SPLIT_SIZES).items():
-        images_path = _find_idx(Path(folder), f"{IDX_STEMS[name]}-images-idx3-ubyte")
-        labels_path = _find_idx(Path(folder), f"{IDX_STEMS[name]}-labels-idx1-ubyte")
+    for name, size in sizes.items():
+        images_path, labels_path = (_find_idx(Path(folder), file) for file in FILES if file.startswith(IDX_STEMS[name]))
         images, labels = read_idx(images_path), read_idx(labels_path)
         if images.shape[1:] != (DIGIT_SIZE, DIGIT_SIZE) or len(images) == 0:
             raise UserError(f"{images_path}: expected images of 28x28, found shape {images.shape}")
         if labels.shape != images.shape[:1] or labels.max() > 9:
-            raise UserError(
-                f"{labels_path}: expected {len(images)} labels in 0..9, found shape {labels.shape} and maximum {labels.max()}"
-            )
+            found = f"found shape {labels.shape} and maximum {labels.max()}"
+            raise UserError(f"{labels_path}: expected {len(images)} labels in 0..9, {found}")
         splits[name] = DigitSplit(images[:size], labels[:size].astype(np.int64), np.arange(min(size, len(images))))
     return splits
 
 
 def download_mnist(folder: str | Path) -> Path:
-    """Download MNIST with torchvision and return the folder of its idx files.
-
-    Raises:
-        UserError: when it cannot be had, with what to fetch and where to put it.
-    """
+    """Download MNIST with torchvision and return the folder of its idx files; a UserError says what to fetch where it cannot be had."""
     import torchvision
 
     try:
@@ -94,20 +81,16 @@ def download_mnist(folder: str | Path) -> Path:
             torchvision.datasets.MNIST(str(folder), train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"MNIST could not be downloaded ({' '.join(str(error).split())}). Fetch train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, "
-            "t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz by hand, put them into one folder and run "
-            "python -m datasets.prepare_mnist3d --mnist FOLDER"
+            f"MNIST could not be downloaded ({' '.join(str(error).split())}). Fetch {', '.join(f'{name}.gz' for name in FILES)} "
+            "by hand, put them into one folder and run python -m datasets.prepare_mnist3d --mnist FOLDER"
         ) from error
     return Path(folder) / "MNIST" / "raw"
 
 
 def check_class_counts(splits: dict[str, DigitSplit]) -> None:
-    """Check that these are the digits of 3D MNIST, by the number of samples of each class.
+    """Check by the number of samples of each class that these are the digits of 3D MNIST.
 
-    A split of another size is a subset or a set of the user's own: that is a warning only.
-
-    Raises:
-        UserError: on the official size with other class counts.
+    A split of another size is a subset or a set of the user's own: that is a warning only. Other class counts are a UserError.
     """
     for name, split in splits.items():
         found = tuple(np.bincount(split.labels, minlength=10).tolist())

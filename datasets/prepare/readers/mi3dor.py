@@ -61,8 +61,8 @@ def read_release(root: str | Path) -> Release:
         root: holds image/{train,test}/CLASS and model/{train,test}/CLASS (folder release), or data/ and
             split/shrec2019_{Image,View}_{train,test}.txt (track release).
     Raises:
-        FileNotFoundError: when neither layout is there, a listed photograph is missing, or no model has an OBJ file.
-        UserError: when both layouts are there, on a broken list, or on a photograph or model that occurs twice.
+        UserError: when neither or both layouts are there, a listed photograph is missing, no model has an OBJ file, on a broken
+            list, or on a photograph or model that occurs twice.
     """
     root = Path(root)
     missing = {layout: [path for path in paths if not (root / path).exists()] for layout, paths in LAYOUTS.items()}
@@ -92,33 +92,26 @@ def check_official(release: Release) -> dict[str, str | None]:
         "images" and "models" -> None, or one line on the difference.
     """
     images, models = (Counter((item.split, item.label) for item in items) for items in (release.images, release.models))
-    per_image_class = {images[split, label] for split in SPLITS for label in range(NUM_CLASSES)}
-    official = {
-        "images": per_image_class == {IMAGES_PER_CLASS} and len(images) == 2 * NUM_CLASSES,
-        "models": _totals(models) == OFFICIAL_MODELS and {label for _, label in models} == set(range(NUM_CLASSES)),
-    }
-    total = NUM_CLASSES * IMAGES_PER_CLASS
+    everywhere = {(split, label): IMAGES_PER_CLASS for split in SPLITS for label in range(NUM_CLASSES)}
+    all_models = _totals(models) == OFFICIAL_MODELS and {label for _, label in models} == set(range(NUM_CLASSES))
+    total, (train, test) = NUM_CLASSES * IMAGES_PER_CLASS, OFFICIAL_MODELS.values()
     expected = {
-        "images": f"{total} / {total} images, {IMAGES_PER_CLASS} of each of {NUM_CLASSES} classes",
-        "models": f"{OFFICIAL_MODELS['train']} / {OFFICIAL_MODELS['test']} models of {NUM_CLASSES} classes",
+        "images": (images == everywhere, images, f"{total} / {total} images, {IMAGES_PER_CLASS} of each of {NUM_CLASSES} classes"),
+        "models": (all_models, models, f"{train} / {test} models of {NUM_CLASSES} classes"),
     }
     return {
-        kind: None if official[kind] else
-        f"expected {expected[kind]}, found {' / '.join(map(str, _totals(counts).values()))} of "
+        kind: None if official else
+        f"expected {wanted}, found {' / '.join(map(str, _totals(counts).values()))} of "
         f"{len({label for _, label in counts})}, {min(counts.values(), default=0)} to {max(counts.values(), default=0)} of each"
-        for kind, counts in (("images", images), ("models", models))
+        for kind, (official, counts, wanted) in expected.items()
     }
 
 
 def check_photographs(root: str | Path, images: Sequence[Item], workers: int) -> dict[str, str]:
-    """Read every photograph to its end.
+    """Read every photograph below `root` to its end; a UserError names those that are no complete 8-bit pictures.
 
-    Args:
-        root: folder of the release; images: its photographs; workers: processes.
     Returns:
         name -> sha256 of the file.
-    Raises:
-        UserError: naming photographs that are no complete 8-bit pictures.
     """
     hashes, broken = {}, []
     for name, digest, error in run_tasks(partial(_check_photograph, str(root)), images, workers, "photographs"):
@@ -141,11 +134,7 @@ def draw_of_same_class(images: Sequence[Item], labels: Sequence[int], seed: int)
     """Draw one photograph of each label: without replacement within a class, shuffled and started again when it is used up.
 
     Args:
-        images: the photographs to draw from, in any order.
-        labels: of the models to be paired.
-        seed: of the draw.
-    Returns:
-        One photograph per label.
+        images: the photographs to draw from, in any order; labels: of the models to be paired.
     Raises:
         UserError: when a label has no photograph.
     """

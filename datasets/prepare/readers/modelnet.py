@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.prepare.ownership import SPLITS
 from datasets.prepare.readers.archives import READ_ERRORS, list_members, problem
 from datasets.prepare.writer import ObjectTask
 from utils.errors import UserError
@@ -49,7 +50,7 @@ class Shape:
 
     @property
     def object_class(self) -> str:
-        """The class, which is the name without the number at its right end."""
+        """The name without the number at its right end."""
         return self.name.rsplit("_", 1)[0]
 
 
@@ -149,28 +150,22 @@ def to_z_up(points: np.ndarray, up: str) -> np.ndarray:
 
 
 def check_official(source: Source, hdf5: bool) -> str | None:
-    """Compare a source with the official classes and counts.
+    """Compare a source with the official classes and counts; with `hdf5`, ModelNet40 may lack the three clouds its HDF5 set lacks.
 
-    Args:
-        source: what was read.
-        hdf5: the 9,840 training clouds of modelnet40_ply_hdf5_2048 count as official.
     Returns:
         None, or one line on the first differences.
     """
-    official = OFFICIAL[source.dataset]
     found = Counter((shape.object_class, shape.split) for shape in source.shapes)
-    splits = ("train", "test")
-    expected = Counter({(name, split): n for name, counts in official.items() for split, n in zip(splits, counts, strict=True)})
+    official = OFFICIAL[source.dataset].items()
+    expected = Counter({(name, split): n for name, counts in official for split, n in zip(SPLITS, counts, strict=True)})
     missing = expected - found
-    if found == expected or (
-        hdf5 and source.dataset == "modelnet40" and not found - expected and sum(missing.values()) == 9843 - HDF5_TRAINING_CLOUDS
-        and all(split == "train" for _, split in missing)
-    ):
+    few = not found - expected and missing.total() == 9843 - HDF5_TRAINING_CLOUDS and all(split == "train" for _, split in missing)
+    if found == expected or (hdf5 and source.dataset == "modelnet40" and few):
         return None
     differing = sorted(key for key in expected | found if expected[key] != found[key])
     examples = ", ".join(f"{'/'.join(key)}: {found[key]} instead of {expected[key]}" for key in differing[:4])
-    total = {split: sum(n for (_, part), n in found.items() if part == split) for split in splits}
-    return f"{source.dataset}: found {total['train']} / {total['test']} objects, {len(differing)} counts differ ({examples})"
+    total = " / ".join(str(sum(n for (_, part), n in found.items() if part == split)) for split in SPLITS)
+    return f"{source.dataset}: found {total} objects, {len(differing)} counts differ ({examples})"
 
 
 def make_tasks(source: Source, clouds: dict[str, np.ndarray] | None = None) -> list[ObjectTask]:
@@ -179,7 +174,6 @@ def make_tasks(source: Source, clouds: dict[str, np.ndarray] | None = None) -> l
     Numbers follow the hash of the name: they, and so the file names and the order of the lists, tell nothing about the class.
 
     Args:
-        source: what was read.
         clouds: name -> cloud to use instead of sampling the mesh; names without one keep None.
     Raises:
         UserError: on an unknown class or a name that occurs twice.

@@ -16,8 +16,6 @@ from datasets.prepare.shapes.mesh import MeshError
 def read_obj(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Parse the vertices and faces of an OBJ file; everything else is passed over, polygons become fans of triangles.
 
-    Args:
-        data: bytes of the file.
     Returns:
         vertices (V, 3) float64 and triangles (T, 3) int64 into them.
     Raises:

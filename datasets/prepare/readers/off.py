@@ -17,8 +17,6 @@ def read_off(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     Understood: counts on the line of the magic word, with or without a space (`OFF8 12 0`), COFF, comments, blank lines,
     CRLF, any or no edge count, polygons (cut into a fan of triangles), colours after a vertex or a face.
 
-    Args:
-        data: bytes of the file.
     Returns:
         vertices (V, 3) float64 and triangles (T, 3) int64 into them, in file order.
     Raises:

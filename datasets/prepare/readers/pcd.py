@@ -1,7 +1,7 @@
-"""Reads PCD files (Point Cloud Library) with pypcd4, and lists folders of them laid out like ModelNet. Called by `datasets.prepare_modelnet`.
+"""Reads PCD files (Point Cloud Library) with pypcd4, and lists folders of them laid out like ModelNet.
 
-pypcd4 returns what is left of a file that was cut short, and knows one spelling of a header only. So the header is written anew and
-compared with the size of the body first.
+pypcd4 returns what is left of a file that was cut short, and knows one spelling of a header only. So the header is written anew
+and compared with the size of the body first.
 """
 
 import hashlib
@@ -28,8 +28,6 @@ def read_pcd(data: bytes) -> tuple[np.ndarray, int]:
 
     Other fields (rgb, normals, padding) are skipped; VIEWPOINT, the pose of the sensor, is not applied.
 
-    Args:
-        data: bytes of the file.
     Returns:
         (n, 3) float32 points in file order, and how many points more were dropped because a coordinate was NaN or infinite,
         which is how PCD marks a point that was not measured.
@@ -58,20 +56,19 @@ def read_pcd(data: bytes) -> tuple[np.ndarray, int]:
     except DAMAGES as error:
         raise MeshError(f"not a readable {meta.data.value} body of x, y, z: {error}") from error
     valid = np.isfinite(cloud).all(axis=1)
-    if len(cloud) != meta.points or not valid.any():
-        raise MeshError(f"none of the {meta.points} points is valid" if not valid.any() else f"{meta.points} points promised, {len(cloud)} found")
+    if len(cloud) != meta.points:
+        raise MeshError(f"{meta.points} points promised, {len(cloud)} found")
+    if not valid.any():
+        raise MeshError(f"none of the {meta.points} points is valid")
     return cloud[valid], int((~valid).sum())
 
 
 def read_pcd_folder(folder: str | Path, up: str) -> Source:
     """List the clouds FOLDER/CLASS/train/CLASS_0001.pcd, also with ModelNet10 or ModelNet40 between FOLDER and CLASS.
 
-    A cloud is parsed when its object is made; `member` is its path. The hash covers names, contents and `up`. Other files than
-    .pcd, and hidden ones, are ignored.
+    A cloud is parsed when its object is made; `member` is its path. The hash covers names, contents and `up`, "y" or "z", the
+    vertical axis. Other files than .pcd, and hidden ones, are ignored.
 
-    Args:
-        folder: holds the classes.
-        up: "y" or "z", the vertical axis of the clouds.
     Raises:
         UserError: when there is no cloud, one in another place, or two data sets.
     """
@@ -116,11 +113,7 @@ def _split(data: bytes) -> tuple[dict[str, list[str]], bytes]:
 
 
 def _sized(body: bytes, encoding: str, points: int, stride: int) -> bytes:
-    """Return the body as pypcd4 understands it.
-
-    Raises:
-        ValueError: when it does not hold `points` points of `stride` bytes.
-    """
+    """Return the body as pypcd4 understands it; a ValueError says that it does not hold `points` points of `stride` bytes."""
     if encoding == "ascii":
         rows = [b" ".join(words) for line in body.splitlines() if (words := line.split())]
         body, found = b"\n".join(rows), len(rows)

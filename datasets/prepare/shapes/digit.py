@@ -18,27 +18,17 @@ CHAMFER = 0.2  # pixels cut from two corners that meet in one point, where the s
 TOLERANCES = (0.0, 0.75, 1.0, 1.5, 2.0, 3.0)  # pixels the outline may move; 0.71 flattens the steps of a slanted stroke
 
 
-def _face(z: np.ndarray, r: np.ndarray, c: np.ndarray, normal: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (n, 3) offsets (r, c, z) of one face, z slowest and c fastest, and its (n, 3) normals."""
-    zs, rs, cs = np.meshgrid(z, r, c, indexing="ij")
-    offsets = np.stack([rs.ravel(), cs.ravel(), zs.ravel()], axis=1)
-    return offsets, np.tile(np.array(normal, dtype=np.float64), (len(offsets), 1))
-
-
 def _face_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the six faces of a voxel: offsets (650, 3), normals (650, 3) in the rotated frame, face number (650,)."""
-    low, high, g5 = np.array([-0.5]), np.array([0.5]), np.linspace(-0.5, 0.5, 5)
-    near, far, g30 = np.array([HALF_DEPTH]), np.array([-HALF_DEPTH]), np.linspace(-HALF_DEPTH, HALF_DEPTH, 30)
-    faces = [
-        _face(near, g5, g5, (1, 0, 0)),
-        _face(far, g5, g5, (-1, 0, 0)),
-        _face(g30, low, g5, (0, 0, 1)),
-        _face(g30, high, g5, (0, 0, -1)),
-        _face(g30, g5, low, (0, -1, 0)),
-        _face(g30, g5, high, (0, 1, 0)),
+    """Return the six faces of a voxel: offsets (650, 3) as (r, c, z), normals (650, 3) in the rotated frame, face number (650,)."""
+    low, high, g5 = [-0.5], [0.5], np.linspace(-0.5, 0.5, 5)
+    near, far, g30 = [HALF_DEPTH], [-HALF_DEPTH], np.linspace(-HALF_DEPTH, HALF_DEPTH, 30)
+    faces = [  # places along z, which changes slowest, r and c; normal
+        (near, g5, g5, (1.0, 0, 0)), (far, g5, g5, (-1.0, 0, 0)), (g30, low, g5, (0, 0, 1.0)), (g30, high, g5, (0, 0, -1.0)),
+        (g30, g5, low, (0, -1.0, 0)), (g30, g5, high, (0, 1.0, 0)),
     ]
-    numbers = np.repeat(np.arange(6), [len(offsets) for offsets, _ in faces])
-    return np.concatenate([o for o, _ in faces]), np.concatenate([n for _, n in faces]), numbers
+    zrc = [np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3) for *axes, _ in faces]
+    numbers = np.repeat(np.arange(6), [len(offsets) for offsets in zrc])
+    return np.concatenate(zrc)[:, [1, 2, 0]], np.array([normal for *_, normal in faces])[numbers], numbers
 
 
 _OFFSETS, _NORMALS, _FACE_NUMBERS = _face_table()
@@ -51,15 +41,7 @@ def _check_digit(image: np.ndarray) -> None:
 
 
 def gray_image(image: np.ndarray) -> np.ndarray:
-    """Put the digit in the middle of a 30x30 black frame; byte values are kept.
-
-    Args:
-        image: (28, 28) uint8.
-    Returns:
-        (30, 30) uint8.
-    Raises:
-        UserError: on another shape or dtype.
-    """
+    """Put a digit, (28, 28) uint8, in the middle of a (30, 30) black frame; bytes are kept. A UserError names another shape or dtype."""
     _check_digit(image)
     return np.pad(image, (FRAME_SIZE - DIGIT_SIZE) // 2)
 
@@ -100,7 +82,7 @@ def copper(value: np.ndarray) -> np.ndarray:
     return np.minimum(1.0, value[..., None] * np.array([1.0 / 0.809524, 0.7812, 0.4975]))
 
 
-def project_rgb(points: np.ndarray, size: int = FRAME_SIZE) -> np.ndarray:
+def project_rgb(points: np.ndarray) -> np.ndarray:
     """Draw the orthographic projection of a cloud on the plane with normal (1, 0.65, 0).
 
     This is our reconstruction of the undocumented RGB images of 3D MNIST: colour is the copper map of the projected y
@@ -110,9 +92,8 @@ def project_rgb(points: np.ndarray, size: int = FRAME_SIZE) -> np.ndarray:
 
     Args:
         points: (M, 3) float, the frame of `digit_to_point_cloud`.
-        size: side of the image in pixels.
     Returns:
-        (size, size, 3) uint8.
+        (30, 30, 3) uint8.
     Raises:
         UserError: when points are not a non-empty, finite (M, 3) array.
     """
@@ -121,28 +102,21 @@ def project_rgb(points: np.ndarray, size: int = FRAME_SIZE) -> np.ndarray:
     normal = VIEW_NORMAL / np.linalg.norm(VIEW_NORMAL)
     projected = points - np.outer(points @ normal, normal)
     right = np.cross([0.0, 0.0, 1.0], normal)  # viewer at +normal, z up
-    grid = size * OVERSAMPLING
+    grid = FRAME_SIZE * OVERSAMPLING
     to_cell = grid / (2 * VIEW_HALF_WIDTH)
     col = np.clip(np.floor((projected @ right + VIEW_HALF_WIDTH) * to_cell), 0, grid - 1).astype(np.int64)
     row = np.clip(np.floor((VIEW_HALF_WIDTH - projected[:, 2]) * to_cell), 0, grid - 1).astype(np.int64)
     y = projected[:, 1]
     canvas = np.tile(BACKGROUND, (grid, grid, 1))
     canvas[row, col] = copper((y - y.min()) / max(np.ptp(y), 1e-12))
-    cells = canvas.reshape(size, OVERSAMPLING, size, OVERSAMPLING, 3)
+    cells = canvas.reshape(FRAME_SIZE, OVERSAMPLING, FRAME_SIZE, OVERSAMPLING, 3)
     return np.rint(cells.mean(axis=(1, 3)) * 255).astype(np.uint8)
 
 
 def colourise(image: np.ndarray) -> np.ndarray:
     """Colour the gray digit itself: copper from left to right on the background of `project_rgb`, blended by intensity.
 
-    The alternative RGB image, made of the handwriting and not of the cloud.
-
-    Args:
-        image: (28, 28) uint8.
-    Returns:
-        (30, 30, 3) uint8.
-    Raises:
-        UserError: on another shape or dtype.
+    The alternative RGB image, made of the handwriting and not of the cloud: (28, 28) uint8 -> (30, 30, 3) uint8.
     """
     ink = gray_image(image)[..., None] / 255.0  # (30, 30, 1)
     colour = copper(np.linspace(0.0, 1.0, FRAME_SIZE))[None]  # (1, 30, 3)

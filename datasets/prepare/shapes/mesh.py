@@ -6,6 +6,7 @@ The simplification needs `requirements-data.txt`; everything else needs NumPy al
 import numpy as np
 
 from datasets.arrays import box_centre, to_unit_sphere
+from datasets.mesh_faces import mesh_to_faces
 from utils.errors import UserError
 
 Seed = int | tuple[int, ...]
@@ -102,11 +103,8 @@ def sample_surface(vertices: np.ndarray, triangles: np.ndarray, count: int, seed
 
 
 def farthest_points(points: np.ndarray, count: int, seed: Seed) -> np.ndarray:
-    """Pick well-spread points: the first at random, then always the one farthest from those picked.
+    """Pick `count` well-spread points of (n, 3): the first at random, then always the one farthest from those picked.
 
-    Args:
-        points: (n, 3) float.
-        count: 1..n; seed: of the first point.
     Returns:
         (count, 3) in the order picked.
     Raises:
@@ -137,8 +135,7 @@ def simplify(vertices: np.ndarray, triangles: np.ndarray, max_faces: int = 500) 
         The mesh (cleaned even where nothing is to be reduced) and its record: faces_before, faces_after, area_ratio,
         silhouette (smallest overlap of the three axis views, 0..1), method, flagged (area or silhouette badly kept).
     Raises:
-        MeshError: when the mesh is empty or nothing of it is left.
-        UserError: naming requirements-data.txt, without the libraries.
+        MeshError: when the mesh is empty or nothing of it is left. UserError: when a library is missing.
     """
     original = clean_mesh(vertices, triangles)
     if len(original[1]) <= max_faces:
@@ -158,6 +155,15 @@ def simplify(vertices: np.ndarray, triangles: np.ndarray, max_faces: int = 500) 
     return mesh, record
 
 
+def simplified_faces(vertices: np.ndarray, triangles: np.ndarray, max_faces: int) -> tuple[np.ndarray, dict]:
+    """Return `mesh_to_faces` (F, 18) of the simplified mesh and the record of `simplify`; a MeshError when no face is left."""
+    small, record = simplify(vertices, triangles, max_faces)
+    try:
+        return mesh_to_faces(*small), record
+    except UserError as error:
+        raise MeshError(f"no mesh is left after simplification: {error}") from error
+
+
 def silhouette_overlap(first: Mesh, second: Mesh) -> float:
     """Return the smallest intersection over union, 0..1, of the silhouettes of two meshes along the three axes.
 
@@ -169,11 +175,9 @@ def silhouette_overlap(first: Mesh, second: Mesh) -> float:
     cells = [np.minimum((cloud - low) / extent * SILHOUETTE_CELLS, SILHOUETTE_CELLS - 1).astype(np.int64) for cloud in clouds]
     overlaps = []
     for axes in ((1, 2), (0, 2), (0, 1)):
-        masks = np.zeros((2, SILHOUETTE_CELLS, SILHOUETTE_CELLS), dtype=bool)
-        for mask, cell in zip(masks, cells, strict=True):
-            mask[cell[:, axes[0]], cell[:, axes[1]]] = True
-        overlaps.append((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum())
-    return float(min(overlaps))
+        one, two = (set(map(tuple, cell[:, axes].tolist())) for cell in cells)
+        overlaps.append(len(one & two) / len(one | two))
+    return min(overlaps)
 
 
 def _record(original: Mesh, mesh: Mesh, method: str) -> dict:
@@ -187,10 +191,7 @@ def _record(original: Mesh, mesh: Mesh, method: str) -> dict:
 
 def _presimplify(original: Mesh) -> tuple[Mesh, list[str]]:
     """Reduce to `PRE_FACES` if that keeps the area, else return the original."""
-    try:
-        import fast_simplification
-    except ImportError as error:
-        raise UserError("mesh simplification needs fast-simplification: pip install -r requirements-data.txt") from error
+    import fast_simplification
     vertices, triangles = fast_simplification.simplify(
         original[0].astype(np.float32), original[1].astype(np.int32), target_count=PRE_FACES
     )
@@ -205,12 +206,12 @@ def _presimplify(original: Mesh) -> tuple[Mesh, list[str]]:
 
 def _decimate(vertices: np.ndarray, triangles: np.ndarray, max_faces: int) -> Mesh | None:
     """Return VTK's quadric decimation, or None when it leaves nothing."""
+    if len(triangles) <= max_faces:
+        return vertices, triangles
     try:
         import pyvista
     except ImportError as error:
-        raise UserError("mesh simplification needs pyvista: pip install -r requirements-data.txt") from error
-    if len(triangles) <= max_faces:
-        return vertices, triangles
+        raise UserError(f"mesh simplification needs pyvista ({error}): pip install -r requirements-data.txt") from error
     mesh = pyvista.PolyData.from_regular_faces(vertices, triangles)
     reduced = mesh.decimate(1 - (max_faces - 0.5) / len(triangles), volume_preservation=True)
     try:

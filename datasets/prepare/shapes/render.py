@@ -71,8 +71,7 @@ def luminance(images: np.ndarray) -> np.ndarray:
 def probe_renderer() -> None:
     """Draw one triangle in a child process, because a machine without the graphics libraries may crash the process.
 
-    Raises:
-        UserError: saying what to install, when the child fails.
+    A UserError says what to install when the child fails.
     """
     code = (
         "import numpy as np; from datasets.prepare.shapes.render import Camera, render_views; "
@@ -93,8 +92,7 @@ def render_views(vertices: np.ndarray, triangles: np.ndarray, cameras: Sequence[
 
     Args:
         vertices: (V, 3) float inside the unit sphere, z up; triangles: (T, 3) int.
-        cameras: at least one viewpoint.
-        size: side of the pictures in pixels.
+        cameras: at least one viewpoint; size: side of the pictures in pixels.
     Returns:
         (len(cameras), size, size, 3) uint8 on white, R and B apart only through the colours of the lights.
     Raises:
@@ -125,21 +123,19 @@ def render_views(vertices: np.ndarray, triangles: np.ndarray, cameras: Sequence[
 
 def _photograph(plotter, camera: Camera) -> np.ndarray:
     _, up, viewer = camera.axes()
-    plotter.camera.position = tuple(viewer * DISTANCE)
-    plotter.camera.focal_point = (0.0, 0.0, 0.0)
-    plotter.camera.up = tuple(up)
-    plotter.camera.clipping_range = (DISTANCE - 1.5, DISTANCE + 1.5)
+    view = plotter.camera
+    view.position, view.focal_point, view.up = tuple(viewer * DISTANCE), (0.0, 0.0, 0.0), tuple(up)
+    view.clipping_range = (DISTANCE - 1.5, DISTANCE + 1.5)
     plotter.render()  # a screenshot alone would repeat the last picture
     return np.asarray(plotter.screenshot(return_img=True))[..., :3]
 
 
 def splat_views(points: np.ndarray, cameras: Sequence[Camera], size: int) -> np.ndarray:
-    """Draw a point cloud as opaque shaded discs with a depth buffer; farther discs are darker. Deterministic, NumPy alone.
+    """Draw a point cloud as opaque shaded discs with a depth buffer; farther discs are darker. Deterministic.
 
     Args:
         points: (n, 3) float inside the unit sphere, z up, n > `NEIGHBOURS`.
-        cameras: at least one viewpoint.
-        size: side of the pictures in pixels.
+        cameras: at least one viewpoint; size: side of the pictures in pixels.
     Returns:
         (len(cameras), size, size, 3) uint8 on white.
     Raises:
@@ -152,10 +148,8 @@ def splat_views(points: np.ndarray, cameras: Sequence[Camera], size: int) -> np.
 
 
 def estimate_surface(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fit a plane to each point's neighbourhood.
+    """Fit a plane to the neighbourhood of each of (n, 3) points, n > `NEIGHBOURS`.
 
-    Args:
-        points: (n, 3) float, n > `NEIGHBOURS`.
     Returns:
         Unit normals (n, 3) of arbitrary sign, and the radii (n,) of discs that close the gaps between neighbours.
     Raises:

@@ -16,7 +16,7 @@ from datasets.prepare import mnist3d
 from datasets.prepare.digits import DigitSplit, digits_splits, enlarge_digit, write_digits
 from datasets.prepare.readers.authors import join_authors_lists
 from datasets.prepare.readers.hdf5 import read_kaggle
-from datasets.prepare.readers.idx import check_class_counts, download_mnist, read_idx, read_mnist
+from datasets.prepare.readers.idx import check_class_counts, read_mnist
 from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, extrude_digit, gray_image, project_rgb
 from utils.errors import UserError
 
@@ -39,69 +39,36 @@ def idx_bytes(array: np.ndarray) -> bytes:
     return struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
 
 
-def write_mnist(folder, packed=True):
+def write_mnist(folder, pack=gzip.compress, suffix=".gz"):
     for number, (stem, count) in enumerate((("train", 6), ("t10k", 3))):
         for kind, array in (("images-idx3", digits(count, number)), ("labels-idx1", np.arange(count) % 10)):
-            data = idx_bytes(array)
-            name = folder / f"{stem}-{kind}-ubyte"
-            if packed:
-                name.with_name(name.name + ".gz").write_bytes(gzip.compress(data))
-            else:
-                name.write_bytes(data)
+            (folder / f"{stem}-{kind}-ubyte{suffix}").write_bytes(pack(idx_bytes(array)))
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_read_mnist(tmp_path, packed):
-    write_mnist(tmp_path, packed)
+@pytest.mark.parametrize("pack,suffix", [(gzip.compress, ".gz"), (bytes, "")])
+def test_read_mnist(tmp_path, pack, suffix):
+    write_mnist(tmp_path, pack, suffix)
     read = read_mnist(tmp_path, SIZES)
     np.testing.assert_array_equal(read["train"].images, digits(6, 0)[:4])
     assert read["test"].labels.tolist() == [0, 1] and read["test"].ids.tolist() == [0, 1]
 
 
-def test_damaged_mnist_is_refused(tmp_path):
+IMAGES = idx_bytes(digits(6, 0))
+
+
+@pytest.mark.parametrize("name,content,words", [
+    ("train-images-idx3", gzip.compress(IMAGES)[:-20], "truncated or corrupt"), ("train-images-idx3", IMAGES[:-5], "header promises"),
+    ("train-images-idx3", IMAGES + b"x", "header promises"), ("train-images-idx3", b"\x00\x00\x0d\x03" + IMAGES[4:], "magic"),
+    ("train-images-idx3", b"", "magic"), ("train-images-idx3", b"GIF89a", "magic"), ("train-images-idx3", idx_bytes(np.zeros((6, 28, 27))), "28x28"),
+    ("train-images-idx3", idx_bytes(np.zeros((0, 28, 28))), "28x28"), ("train-images-idx3", None, "four MNIST files"),
+    ("t10k-labels-idx1", idx_bytes(np.zeros(2)), "t10k-labels.*expected 3 labels"), ("t10k-labels-idx1", idx_bytes(np.array([1, 2, 11])), "expected 3 labels"),
+])
+def test_damaged_mnist_is_refused(tmp_path, name, content, words):
     write_mnist(tmp_path)
-    path = tmp_path / "train-images-idx3-ubyte.gz"
-    data = path.read_bytes()
-    plain = gzip.decompress(data)
-    cases = [
-        (data[: len(data) // 2], "truncated or corrupt"),
-        (plain[:-5], "header promises"),
-        (plain + b"x", "header promises"),
-        (b"\x00\x00\x0d\x03" + plain[4:], "magic"),
-        (b"", "magic"),
-        (idx_bytes(np.zeros((6, 28, 27))), "28x28"),
-        (idx_bytes(np.zeros((0, 28, 28))), "28x28"),
-    ]
-    for content, words in cases:
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=words):
-            read_mnist(tmp_path, SIZES)
-    path.unlink()
-    with pytest.raises(UserError, match="four MNIST files"):
+    path = tmp_path / f"{name}-ubyte.gz"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
         read_mnist(tmp_path, SIZES)
-
-
-def test_labels_must_fit_the_images(tmp_path):
-    write_mnist(tmp_path)
-    path = tmp_path / "t10k-labels-idx1-ubyte.gz"
-    for labels in (np.zeros(2), np.array([1, 2, 11])):
-        path.write_bytes(idx_bytes(labels))
-        with pytest.raises(ValueError, match="t10k-labels.*expected 3 labels"):
-            read_mnist(tmp_path, SIZES)
-    with pytest.raises(ValueError, match="magic"):
-        (tmp_path / "x").write_bytes(b"GIF89a")
-        read_idx(tmp_path / "x")
-
-
-def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
-    torchvision = pytest.importorskip("torchvision")
-
-    def offline(*args, **kwargs):
-        raise RuntimeError("no network")
-
-    monkeypatch.setattr(torchvision.datasets, "MNIST", offline)
-    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz.*--mnist FOLDER"):
-        download_mnist(tmp_path)
 
 
 def test_other_digits_are_not_3d_mnist():
@@ -124,41 +91,30 @@ def write_kaggle(folder, change=lambda archive: None):
             change(archive)
 
 
-def test_read_kaggle_in_numeric_order(tmp_path):
+def replaced(name, change):
+    """Store something else under a name of group 3."""
+    def harm(archive):
+        values = change(archive[f"3/{name}"][()])
+        del archive[f"3/{name}"]
+        archive[f"3/{name}"] = values
+    return harm
+
+
+@pytest.mark.parametrize("harm,words", [
+    (replaced("img", lambda values: values * 256 / 255), "group 3.*k/256"), (replaced("points", lambda values: values + 0.1), "group 3.*differ"),
+    (replaced("points", lambda values: values[:-1]), "group 3.*shape"), (lambda archive: archive.create_group("readme"), "readme"),
+    (lambda archive: archive.pop("3/img"), "not a readable"),
+])
+def test_kaggle_files_are_read_in_numeric_order_or_refused(tmp_path, harm, words):
+    with pytest.raises(UserError, match="train_point_clouds.h5"):
+        read_kaggle(tmp_path)
     write_kaggle(tmp_path)  # 12 groups: as strings, "10" would come before "2"
     read = read_kaggle(tmp_path)["train"]
     assert read.ids.tolist() == list(range(12)) and read.labels.tolist() == [key % 10 for key in range(12)]
     np.testing.assert_array_equal(read.images, digits(12, 0))
-
-
-def test_bad_kaggle_files_are_refused(tmp_path):
-    pytest.importorskip("h5py")
-    with pytest.raises(UserError, match="train_point_clouds.h5"):
+    write_kaggle(tmp_path, harm)
+    with pytest.raises(ValueError, match=words):
         read_kaggle(tmp_path)
-
-    def brighter(archive):
-        archive["3/img"][...] = archive["3/img"][()] * 256 / 255
-
-    def moved(archive):
-        archive["3/points"][...] = archive["3/points"][()] + 0.1
-
-    def fewer(archive):
-        points = archive["3/points"][:-1]
-        del archive["3/points"]
-        archive["3/points"] = points
-
-    def stranger(archive):
-        archive.create_group("readme")
-
-    def no_image(archive):
-        del archive["3/img"]
-
-    for change, words in (
-        (brighter, "group 3.*k/256"), (moved, "group 3.*differ"), (fewer, "group 3.*shape"), (stranger, "readme"), (no_image, "not a readable"),
-    ):
-        write_kaggle(tmp_path, change)
-        with pytest.raises(ValueError, match=words):
-            read_kaggle(tmp_path)
     (tmp_path / "train_point_clouds.h5").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not a readable"):
         read_kaggle(tmp_path)
@@ -168,9 +124,8 @@ def test_written_digits(tmp_path):
     assert write_digits(tmp_path, "own", splits(), num_points=50, source="test")
     lists = {}
     for modality in ("RGBImg", "GrayImg", "PointCloud", "Mesh"):
-        lists[modality], labels = read_labelled_list(
-            default_list_path(tmp_path, "own", modality, "train"), modality=modality, root=tmp_path, num_classes=3
-        )
+        path = default_list_path(tmp_path, "own", modality, "train")
+        lists[modality], labels = read_labelled_list(path, modality=modality, root=tmp_path, num_classes=3)
         assert labels.tolist() == [0, 1, 2, 0]
     check_paired(list(lists.values()))
     assert lists["GrayImg"].names[3] == "train/gray_imgs/GrayImg_train_000006.png"
@@ -178,23 +133,14 @@ def test_written_digits(tmp_path):
     full, _ = digit_to_point_cloud(image)
     np.testing.assert_array_equal(np.asarray(Image.open(lists["GrayImg"].files[3])), gray_image(image))
     np.testing.assert_array_equal(np.asarray(Image.open(lists["RGBImg"].files[3])), project_rgb(full))
-    points = np.load(lists["PointCloud"].files[3])
-    kept = np.random.default_rng((0, 0, 6)).permutation(len(full))[:50]
-    np.testing.assert_array_equal(points, full[kept].astype(np.float32))
+    order = np.random.default_rng((0, 0, 6)).permutation(len(full))
+    np.testing.assert_array_equal(np.load(lists["PointCloud"].files[3]), full[order[:50]].astype(np.float32))
     np.testing.assert_array_equal(np.load(lists["Mesh"].files[3]), mesh_to_faces(*extrude_digit(image)))
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["counts"] == SIZES and set(manifest["content_sha256"]["test"]) == set(lists)
+    assert json.loads((tmp_path / "manifest.json").read_text())["counts"] == SIZES
     assert not write_digits(tmp_path, "own", splits(), num_points=50, source="test")
-    assert write_digits(tmp_path, "own", splits(), num_points=50, rgb="colourised", source="test", overwrite=True)
+    assert write_digits(tmp_path, "own", splits(), num_points=0, rgb="colourised", source="test", overwrite=True)
     np.testing.assert_array_equal(np.asarray(Image.open(lists["RGBImg"].files[3])), colourise(image))
-
-
-def test_full_clouds_are_shuffled_but_complete(tmp_path):
-    write_digits(tmp_path, "own", splits(), num_points=0, source="test")
-    full = digit_to_point_cloud(splits()["train"].images[0])[0].astype(np.float32)
-    points = np.load(tmp_path / "train/point_cloud/PointCloud_train_000000.npy")
-    assert (points != full).any()
-    np.testing.assert_array_equal(points[np.lexsort(points.T)], full[np.lexsort(full.T)])
+    np.testing.assert_array_equal(np.load(lists["PointCloud"].files[3]), full[order].astype(np.float32))  # complete, but shuffled
 
 
 def test_bad_options_and_digits_are_refused(tmp_path):
@@ -225,14 +171,12 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
 def write_authors(folder):
     """Four objects per split; image rows in the order of ids, cloud rows 0 and 1 exchanged (one pair of two classes)."""
     for split in ("train", "test"):
-        for modality, sub, token, order in (("RGBImg", "rgb_imgs", "RGBImgs", [0, 1, 2, 3]), ("PointCloud", "point_cloud", "PointCloud", [1, 0, 2, 3])):
-            suffix = "npy" if modality == "PointCloud" else "png"
-            names = [f"./dataset/3dmnist/{split}/{sub}/{i % 3}_{modality}_{split}_{i:06d}.{suffix}" for i in order]
+        for stem, token, suffix, order in (("rgb_imgs/{}_RGBImg", "RGBImgs", "png", [0, 1, 2, 3]), ("point_cloud/{}_PointCloud", "PointCloud", "npy", [1, 0, 2, 3])):
+            names = [f"./dataset/3dmnist/{split}/{stem.format(i % 3)}_{split}_{i:06d}.{suffix}" for i in order]
             for name in names:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).touch()
-            rows = [f"{name} {i % 3}" for name, i in zip(names, order, strict=True)]
-            (folder / f"dataset/mnist3d_{token}_{split}_list.txt").write_text("\n".join(rows))
+            (folder / f"dataset/mnist3d_{token}_{split}_list.txt").write_text("\n".join(f"{name} {i % 3}" for name, i in zip(names, order, strict=True)))
 
 
 @pytest.mark.parametrize("given", ["dataset", "."])
@@ -255,27 +199,21 @@ def test_authors_errors(tmp_path):
     with pytest.raises(UserError, match="authors' lists"):
         join_authors_lists(tmp_path, tmp_path / "out")
     write_authors(tmp_path)
-    with pytest.raises(ValueError, match="overwritten"):
-        join_authors_lists(tmp_path / "dataset", tmp_path / "dataset")
     write_digits(tmp_path / "made", "mnist3d", splits(), num_points=9, source="test")
-    with pytest.raises(UserError, match="other settings or input"):
-        join_authors_lists(tmp_path, tmp_path / "made")
+    for source, root, words in ((tmp_path / "dataset", "dataset", "overwritten"), (tmp_path, "made", "other settings or input")):
+        with pytest.raises(UserError, match=words):
+            join_authors_lists(source, tmp_path / root)
     path = tmp_path / "dataset/mnist3d_PointCloud_train_list.txt"
     rows = path.read_text().split("\n")
-    path.write_text("\n".join(rows[:-1]))
-    with pytest.raises(ValueError, match="same objects.*000003"):
-        join_authors_lists(tmp_path, tmp_path / "out")
-    path.write_text("\n".join([*rows[:-1], rows[-1][:-1] + "1"]))
-    with pytest.raises(ValueError, match="object 000003 different labels"):
-        join_authors_lists(tmp_path, tmp_path / "out")
+    for last, words in (([], "same objects.*000003"), ([rows[-1][:-1] + "1"], "object 000003 different labels")):
+        path.write_text("\n".join([*rows[:-1], *last]))
+        with pytest.raises(UserError, match=words):
+            join_authors_lists(tmp_path, tmp_path / "out")
 
 
 def test_digits_split_is_fixed_and_complete():
-    made = digits_splits()
-    assert (len(made["train"].ids), len(made["test"].ids)) == (1437, 360)
-    assert sorted(np.concatenate([part.ids for part in made.values()]).tolist()) == list(range(1797))
-    order = np.random.default_rng(0).permutation(1797)
-    assert set(made["test"].ids.tolist()) == set(order[1437:].tolist())  # labels play no part
+    made, order = digits_splits(), np.random.default_rng(0).permutation(1797)
+    assert (made["train"].ids.tolist(), made["test"].ids.tolist()) == (sorted(order[:1437].tolist()), sorted(order[1437:].tolist()))  # labels play no part
     np.testing.assert_array_equal(made["test"].labels, load_digits().target[made["test"].ids])
     for part in made.values():
         assert part.images.dtype == np.uint8 and (part.images.max(axis=(1, 2)) > 0).all()

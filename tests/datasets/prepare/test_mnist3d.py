@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, gray_image, project_rgb
+from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, project_rgb
 
 MNIST = Path(__file__).resolve().parents[4] / "shared" / "data" / "mnist"
 needs_mnist = pytest.mark.skipif(not MNIST.is_dir(), reason="the real MNIST idx files are not in ../shared/data/mnist")
@@ -70,19 +70,6 @@ def test_equals_the_loop_reference(seed):
     np.testing.assert_array_equal(normals, expected_normals)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((28, 28), np.uint8), np.ones((30, 30), np.uint8), np.ones((28, 28)), [[1]]])
-def test_bad_images_are_refused(bad):
-    with pytest.raises(ValueError, match="lit pixel|uint8"):
-        digit_to_point_cloud(bad)
-
-
-def test_gray_image_keeps_bytes():
-    image = image_with((0, 0), (27, 27))
-    gray = gray_image(image)
-    assert gray.shape == (30, 30) and gray.dtype == np.uint8
-    assert gray[1, 1] == 1 and gray[28, 28] == 2 and gray.sum() == 3
-
-
 def ink(rgb: np.ndarray) -> np.ndarray:
     return np.abs(rgb.astype(int) - rgb[0, 0].astype(int)).sum(-1) > 60
 
@@ -102,19 +89,16 @@ def test_projection_is_upright_not_mirrored_and_copper():
     assert inside == sorted(inside) and inside[0] < 150 < 400 < inside[-1]  # dark on the left, copper on the right
 
 
-def test_projection_ignores_point_order_and_refuses_bad_clouds():
+def test_projection_ignores_point_order_and_bad_clouds_and_images_are_refused():
     points, _ = digit_to_point_cloud(image_with((3, 3), (3, 4), (4, 4)))
-    flipped = project_rgb(points[::-1])
-    assert (ink(flipped) == ink(project_rgb(points))).all()
+    assert (ink(project_rgb(points[::-1])) == ink(project_rgb(points))).all()
+    assert np.argwhere(ink(colourise(image_with((3, 3)) * np.uint8(255)))).tolist() == [[4, 4]]
     for bad in (np.zeros((0, 3)), np.zeros((4, 2)), np.full((4, 3), np.nan)):
         with pytest.raises(ValueError, match="points must be"):
             project_rgb(bad)
-
-
-def test_colourise_shows_the_strokes_only():
-    rgb = colourise(image_with((3, 3)) * np.uint8(255))
-    assert rgb.shape == (30, 30, 3) and rgb.dtype == np.uint8
-    assert np.argwhere(ink(rgb)).tolist() == [[4, 4]]
+    for bad in (np.zeros((28, 28), np.uint8), np.ones((30, 30), np.uint8), np.ones((28, 28)), [[1]]):
+        with pytest.raises(ValueError, match="lit pixel|uint8"):
+            digit_to_point_cloud(bad)
 
 
 @needs_mnist

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.lists import check_paired, default_list_path, read_labelled_list
 from datasets.prepare import modelnet as prepare_modelnet
 from datasets.prepare.readers.modelnet import MODELNET10, MODELNET40
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
@@ -144,7 +143,6 @@ def test_bodies_with_more_than_the_header_says():
     ]:
         with pytest.raises(MeshError, match="not a readable binary_compressed body"):
             read_pcd(header(XYZ, 120, "binary_compressed") + struct.pack("<II", len(packed), size) + packed)
-
 
 
 def sphere(seed: int, count: int = 60) -> np.ndarray:

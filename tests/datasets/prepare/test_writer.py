@@ -268,4 +268,3 @@ def dies(task: ObjectTask):
 def test_a_dead_worker_is_one_message(tmp_path):
     with pytest.raises(UserError, match="a worker process died.*thing 0.*fewer --workers"):
         write_dataset(tmp_path, SETTINGS, TASKS[:2], dies, workers=2)
-
