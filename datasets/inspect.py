@@ -1,9 +1,7 @@
 """Command: python -m datasets.inspect CONFIG; see `datasets.prepare.inspect`."""
 
-import sys
-
 from datasets.prepare.inspect import main
 from utils.engine.session import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    raise SystemExit(run_command(main))

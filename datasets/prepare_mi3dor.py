@@ -1,9 +1,7 @@
 """Command: python -m datasets.prepare_mi3dor; see `datasets.prepare.mi3dor`."""
 
-import sys
-
 from datasets.prepare.mi3dor import main
 from utils.engine.session import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    raise SystemExit(run_command(main))

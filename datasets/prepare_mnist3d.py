@@ -1,9 +1,7 @@
 """Command: python -m datasets.prepare_mnist3d; see `datasets.prepare.mnist3d`."""
 
-import sys
-
 from datasets.prepare.mnist3d import main
 from utils.engine.session import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    raise SystemExit(run_command(main))

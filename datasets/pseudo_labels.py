@@ -182,27 +182,23 @@ def _match_rows(path: Path, content: bytes, sample_list: SampleList, dataset: st
 
 def _split_row(text: str, known: dict[str, list[int]], where: str) -> tuple[str, int]:
     """Return path and pseudo-label of a row with two columns, or three whose last is dropped; paths may hold spaces."""
-    two, three = text.rsplit(maxsplit=1), text.rsplit(maxsplit=2)
+    two, three, normal = text.rsplit(maxsplit=1), text.rsplit(maxsplit=2), os.path.normpath  # ./a and a are one path
     if len(two) < 2:
         raise UserError(f"{where}: expected `path pseudo_label`, found {text!r}")
-    is_three = len(three) == 3 and _normal(two[0]) not in known and (
-        _normal(three[0]) in known or re.fullmatch(r"[+-]?[0-9]+", three[1])
+    is_three = len(three) == 3 and normal(two[0]) not in known and (
+        normal(three[0]) in known or re.fullmatch(r"[+-]?[0-9]+", three[1])
     )
     name, value = three[:2] if is_three else two
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):  # fits int64
         raise UserError(f"{where}: expected an integer pseudo-label, found {value!r}")
-    return _normal(name), int(value)
+    return normal(name), int(value)
 
 
 def _spellings(name: str) -> list[str]:
     """Return a path and, if it is absolute, its endings: the authors' files name `./dataset/...`, lists joined from theirs do not."""
-    parts = Path(_normal(name)).parts
+    parts = Path(os.path.normpath(name)).parts
     starts = len(parts) - 1 if os.path.isabs(name) else 1  # never the bare file name
     return [os.path.join(*parts[start:]) for start in range(max(1, starts))]
-
-
-def _normal(name: str) -> str:
-    return os.path.normpath(name)  # ./a and a are one path
 
 
 def _warn_if_degenerate(labels: np.ndarray, num_clusters: int, path: Path) -> None:

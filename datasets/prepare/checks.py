@@ -120,11 +120,15 @@ def _read(data: DataConfig, name: str, split: str) -> Listed:
 def run_checks(data: DataConfig, lists: Lists) -> Iterator[Check]:
     """Run all checks of the lists that could be read, one at a time: pairs, labels, splits, files, manifest."""
     unread = [f"{split} {name}" for split in SPLITS for name in prepared_modalities(data) if (split, name) not in lists]
-    for action in (_check_pairs, _check_labels, _check_splits, _check_files, _check_manifest):
-        check = action(data, lists)
+    for name, action in {
+        "rows are paired": _check_pairs, "labels agree between modalities": _check_labels,
+        "training and test are disjoint": _check_splits, "every file loads": _check_files,
+        "lists are as long as the manifest says": _check_manifest,
+    }.items():
+        check = Check(name, done=bool(lists))
+        action(data, lists, check)
         if unread:
             check.notes.append(f"without {', '.join(unread)}: no readable list")
-        check.done = bool(lists)
         yield check
 
 
@@ -136,26 +140,23 @@ def _paired_splits(data: DataConfig) -> tuple[str, ...]:
     return {"instance": SPLITS, "class": ("train",), "none": ()}[data.pairing]
 
 
-def _check_pairs(data: DataConfig, lists: Lists) -> Check:
-    check = Check("rows are paired", notes=[PAIRING_NOTES[data.pairing]])
+def _check_pairs(data: DataConfig, lists: Lists, check: Check) -> None:
+    check.notes.append(PAIRING_NOTES[data.pairing])
     compare = check_paired if data.pairing == "instance" else check_same_length
     for split in _paired_splits(data):
         first, *others = _by_split(lists, split) or [None]
         for other in others:
             check.attempt("", compare, [first.samples, other.samples])
-    return check
 
 
-def _check_labels(data: DataConfig, lists: Lists) -> Check:
+def _check_labels(data: DataConfig, lists: Lists, check: Check) -> None:
     """Objects (with class pairs: rows) have one label in all modalities."""
-    check = Check("labels agree between modalities")
     for split in _paired_splits(data):
         first, *others = [listed for listed in _by_split(lists, split) if listed.labels is not None] or [None]
         if not others:
             check.notes.append(f"{split}: fewer than two lists with labels, nothing to compare")
         for other in others:
             _compare_labels(check, first, other, by_id=data.pairing == "instance")
-    return check
 
 
 def _compare_labels(check: Check, first: Listed, other: Listed, by_id: bool) -> None:
@@ -171,8 +172,7 @@ def _compare_labels(check: Check, first: Listed, other: Listed, by_id: bool) -> 
         )
 
 
-def _check_splits(data: DataConfig, lists: Lists) -> Check:
-    check = Check("training and test are disjoint")
+def _check_splits(data: DataConfig, lists: Lists, check: Check) -> None:
     for name in prepared_modalities(data):
         if ("train", name) in lists and ("test", name) in lists:
             train, test = (lists[split, name].samples for split in SPLITS)
@@ -183,7 +183,6 @@ def _check_splits(data: DataConfig, lists: Lists) -> Check:
                     f"warning: {len(copies)} test files of {name} have the content of a training file, the first: "
                     f"{copies[0][1]} and {copies[0][0]}"
                 )
-    return check
 
 
 def _copies(train: tuple[Path, ...], test: tuple[Path, ...]) -> list[tuple[Path, Path]]:
@@ -194,30 +193,23 @@ def _copies(train: tuple[Path, ...], test: tuple[Path, ...]) -> list[tuple[Path,
     return [(same_content[key], file) for key, file in fresh if key in same_content]
 
 
-def _check_files(data: DataConfig, lists: Lists) -> Check:
-    check = Check("every file loads")
+def _check_files(data: DataConfig, lists: Lists, check: Check) -> None:
     for (_, name), listed in lists.items():
         check.attempt(REPAIR, KINDS[MODALITIES[name].kind].load, listed.samples, data)
-    return check
 
 
 def manifest_of(data: DataConfig) -> dict:
-    """Return the manifest of the data root, completed by that of the lists `{dataset}_pairs.json`; empty if there is none.
-
-    Raises:
-        UserError: if one of them is no JSON object.
-    """
+    """Return the manifest of the data root, completed by that of the lists `{dataset}_pairs.json`; empty if there is none."""
     paths = (Path(data.root) / MANIFEST, Path(data.root) / f"{data.dataset}_pairs.json")
     return {key: value for path in paths for key, value in read_manifest(path).items()}
 
 
-def _check_manifest(data: DataConfig, lists: Lists) -> Check:
+def _check_manifest(data: DataConfig, lists: Lists, check: Check) -> None:
     """Only for lists under the data root; where rows are not paired by object, only counts given per modality say anything."""
-    check = Check("lists are as long as the manifest says")
     counts = (check.attempt("", manifest_of, data) or {}).get("counts")
     if not isinstance(counts, dict):
         check.notes.append(f"no manifest with counts in {data.root}: nothing to compare")
-        return check
+        return
     for (split, name), listed in lists.items():
         expected, found = counts.get(split), len(listed.samples)
         if isinstance(expected, dict):
@@ -225,6 +217,5 @@ def _check_manifest(data: DataConfig, lists: Lists) -> Check:
         elif data.pairing != "instance":
             expected = None
         prepared = listed.samples.path == default_list_path(data.root, data.dataset, name, split)
-        if prepared and expected is not None and expected != found:
+        if prepared and expected not in (None, found):
             check.problems.append(f"{listed.samples.path} has {found} rows, the manifest says {expected}; prepare the data again")
-    return check

@@ -189,7 +189,10 @@ def _splat(points: np.ndarray, normals: np.ndarray, radii: np.ndarray, axes: np.
             places, depth, weight, disc = _cut(discs[part], first[part], int(width), scale, size)
             fragments.append((places, depth, weight, part[disc]))
     places, depth, weight, disc = map(np.concatenate, zip(*fragments, strict=True))
-    return _compose(places, depth, weight, _shade(normals), disc, size)
+    light = np.full((len(normals), 3), AMBIENT)
+    for direction, colour in LIGHTS:
+        light += np.maximum(normals @ (np.array(direction) / np.linalg.norm(direction)), 0)[:, None] * colour
+    return _compose(places, depth, weight, ALBEDO * np.minimum(light, 1.0), disc, size)
 
 
 def _cut(discs: np.ndarray, first: np.ndarray, width: int, scale: float, size: int) -> tuple[np.ndarray, ...]:
@@ -212,15 +215,6 @@ def _cut(discs: np.ndarray, first: np.ndarray, width: int, scale: float, size: i
     hit = np.flatnonzero(weight > 0)
     places = (rows[:, :, None] * size + columns[:, None, :]).reshape(-1)
     return places[hit], depth.reshape(-1)[hit], weight[hit], hit // width**2
-
-
-def _shade(normals: np.ndarray) -> np.ndarray:
-    """Return the (n, 3) light in 0..1 that normals (n, 3) in camera axes reflect."""
-    light = np.full((len(normals), 3), AMBIENT)
-    for direction, colour in LIGHTS:
-        unit = np.array(direction) / np.linalg.norm(direction)
-        light += np.maximum(normals @ unit, 0)[:, None] * colour
-    return ALBEDO * np.minimum(light, 1.0)
 
 
 def _compose(

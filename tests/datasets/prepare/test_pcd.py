@@ -101,13 +101,20 @@ def test_wrong_headers(encoding, changes):
         read_pcd(write_pcd(POINTS.tolist(), encoding, **changes))
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"\n\n", b"OFF\n8 6 0\n", b"\x00" * 100, b"\xff\xfe\n" * 10, b"# .PCD v0.7\n", header(XYZ, 1, "ascii")[:-1],
-    header(XYZ, 1, "ascii").replace(b"POINTS", b"POINT"), header(XYZ, 1, "ascii").replace(b"DATA ascii\n", b""),
+@pytest.mark.parametrize("data,words", [
+    *((data, "expected a PCD header") for data in (
+        b"", b"\n\n", b"OFF\n8 6 0\n", b"\x00" * 100, b"\xff\xfe\n" * 10, b"# .PCD v0.7\n", header(XYZ, 1, "ascii")[:-1],
+        header(XYZ, 1, "ascii").replace(b"POINTS", b"POINT"), header(XYZ, 1, "ascii").replace(b"DATA ascii\n", b""),
+    )),
+    *((header(XYZ, 3, "ascii") + rows, words) for rows, words in (
+        (b"1 2 3\n4 5\n7 8 9\n", "not a readable"), (b"1 2 3 4\n4 5 6\n7 8 9\n", "not a readable"), (b"1 2 3\n4 5 six\n7 8 9\n", "six"),
+        (b"1 2 3\n4 5 \xff\n7 8 9\n", "not a readable"), (b"1 2 3\n#5 5 5\n7 8 9\n", "3 points promised, 2 found"),
+        (b"1 2 3\n", "promises 3 points, 1 follow"), (b"1 2 3\n" * 4, "promises 3 points, 4 follow"),
+    )),
 ])
-def test_other_files(data):
+def test_other_files_and_wrong_bodies(data, words):
     pytest.importorskip("pypcd4")
-    with pytest.raises(MeshError, match="expected a PCD header"):
+    with pytest.raises(MeshError, match=words):
         read_pcd(data)
 
 
@@ -118,16 +125,6 @@ def test_every_cut_is_noticed(encoding):
     for length in range(last):
         with pytest.raises(MeshError):
             read_pcd(whole[:length])
-
-
-@pytest.mark.parametrize("rows,words", [
-    (b"1 2 3\n4 5\n7 8 9\n", "not a readable"), (b"1 2 3 4\n4 5 6\n7 8 9\n", "not a readable"), (b"1 2 3\n4 5 six\n7 8 9\n", "six"), (b"1 2 3\n4 5 \xff\n7 8 9\n", "not a readable"),
-    (b"1 2 3\n#5 5 5\n7 8 9\n", "3 points promised, 2 found"), (b"1 2 3\n", "promises 3 points, 1 follow"), (b"1 2 3\n" * 4, "promises 3 points, 4 follow"),
-])
-def test_wrong_ascii_bodies(rows, words):
-    pytest.importorskip("pypcd4")
-    with pytest.raises(MeshError, match=words):
-        read_pcd(header(XYZ, 3, "ascii") + rows)
 
 
 def test_bodies_with_more_than_the_header_says():
@@ -229,40 +226,37 @@ def test_the_hash_follows_content_and_names_but_not_the_place(tmp_path):
     assert first == same and len({first, *others}) == 4
 
 
-def test_folders_that_do_not_fit(tmp_path):
+@pytest.mark.parametrize("stray", [
+    "bed/train/chair_0001.pcd", "bed/valid/bed_0009.pcd", "bed/train/bed.pcd", "ModelNet10/bed/bed_0009.pcd", "ModelNet30/bed/train/bed_0009.pcd",
+])
+def test_folders_that_do_not_fit(tmp_path, stray):
     with pytest.raises(UserError, match="expected CLASS/train/CLASS_0001.pcd"):
         read_pcd_folder(tmp_path, "z")
     write_folder(tmp_path / "in")
-    (tmp_path / "in/README.txt").write_text("x")
-    (tmp_path / "in/bed/train/._bed_0001.pcd").write_bytes(b"x")
-    (tmp_path / "in/bed/train/bed_0001.off").write_bytes(b"x")
+    for ignored in ("README.txt", "bed/train/._bed_0001.pcd", "bed/train/bed_0001.off"):
+        (tmp_path / "in" / ignored).write_bytes(b"x")
     assert len(read_pcd_folder(tmp_path / "in", "z").shapes) == 9
-    for stray in (
-        "bed/train/chair_0001.pcd", "bed/valid/bed_0009.pcd", "bed/train/bed.pcd", "ModelNet10/bed/bed_0009.pcd",
-        "ModelNet30/bed/train/bed_0009.pcd",
-    ):
-        path = tmp_path / "in" / stray
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-        with pytest.raises(ValueError, match=f"{path.name}: expected CLASS/train/CLASS_0001.pcd"):
-            read_pcd_folder(tmp_path / "in", "z")
-        path.unlink()
+    path = tmp_path / "in" / stray
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    with pytest.raises(UserError, match=f"{path.name}: expected CLASS/train/CLASS_0001.pcd"):
+        read_pcd_folder(tmp_path / "in", "z")
+    path.unlink()
     write_folder(tmp_path / "in/ModelNet10")
-    with pytest.raises(ValueError, match="one data set, found ModelNet10 and classes"):
+    with pytest.raises(UserError, match="one data set, found ModelNet10 and classes"):
         read_pcd_folder(tmp_path / "in", "z")
 
 
 def test_refusals_of_the_command(tmp_path):
     write_folder(tmp_path / "in")
+    write_folder(tmp_path / "both/ModelNet10", ("bed", "sofa", "car"))
     with pytest.raises(UserError, match="modelnet10: found 6 / 3 objects.*--any-counts"):
         prepare_modelnet.main(["--pcd", str(tmp_path / "in"), "--root", str(tmp_path / "out")])
     for other in (["--npz", "a.npz"], ["--archive", "a.zip"], ["--points", "h"]):
         with pytest.raises(UserError, match="expected --archive.*or --pcd DIR"):
             run("--pcd", tmp_path / "in", *other)
-    write_folder(tmp_path / "both/ModelNet10", ("bed", "sofa", "car"))
-    with pytest.raises(ValueError, match="car_000. occurs twice or is of no class"):
-        run("--pcd", tmp_path / "both", "--root", tmp_path / "out")
     (tmp_path / "in/bed/test/bed_0001.pcd").write_bytes(b"x")
-    with pytest.raises(ValueError, match="bed_0001 occurs twice"):
-        run("--pcd", tmp_path / "in", "--root", tmp_path / "out")
+    for folder, words in (("both", "car_000. occurs twice or is of no class"), ("in", "bed_0001 occurs twice")):
+        with pytest.raises(UserError, match=words):
+            run("--pcd", tmp_path / folder, "--root", tmp_path / "out")
     assert not (tmp_path / "out").exists()
