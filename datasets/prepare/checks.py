@@ -107,10 +107,8 @@ def read_lists(data: DataConfig) -> tuple[Lists, list[Check]]:
 
 
 def _read(data: DataConfig, name: str, split: str) -> Listed:
-    path, options = list_path(data, name, split), {
-        "modality": name, "root": data.root, "instance_id": data.instance_id, "num_classes": data.num_classes,
-        "unique": UNIQUE[split][data.pairing],
-    }
+    path, unique = list_path(data, name, split), UNIQUE[split][data.pairing]
+    options = {"modality": name, "root": data.root, "instance_id": data.instance_id, "num_classes": data.num_classes, "unique": unique}
     try:
         return Listed(*read_labelled_list(path, **options))
     except MissingLabelsError:

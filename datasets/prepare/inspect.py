@@ -78,8 +78,8 @@ def make_block(data: DataConfig, lists: Lists, split: str, count: int, names: Se
     shown = {name: lists[split, name] for name in prepared_modalities(data) if (split, name) in lists}
     if not shown:
         return None
-    by_object, sizes, lines = data.pairing == "instance", {name: len(listed.samples) for name, listed in shown.items()}, []
-    first = next(iter(shown))
+    by_object, first, lines = data.pairing == "instance", next(iter(shown)), []
+    sizes = {name: len(listed.samples) for name, listed in shown.items()}
     columns = {name: _spread(size, count) for name, size in sizes.items()}
     if by_object or (data.pairing, split) == ("class", "train"):
         columns = dict.fromkeys(shown, columns[first])
