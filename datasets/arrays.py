@@ -82,7 +82,6 @@ def load_points(
 
     Args:
         sample_list: of a modality of kind "points": .npy files of shape (n, 3).
-        max_points: upper limit of P.
         seed: of the shuffle, together with the instance id, so the row does not matter.
         unit_sphere: apply `to_unit_sphere` with the mean of each stored cloud.
     Returns:

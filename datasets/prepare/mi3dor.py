@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.lists import default_list_path
-from datasets.prepare.ownership import SPLITS, check_manifest, check_root, package_versions
+from datasets.prepare.ownership import SPLITS, check_root, check_settings, package_versions, read_manifest
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.mi3dor import Item, by_name_hash, check_official, check_photographs, draw_of_same_class, read_release
 from datasets.prepare.readers.obj import read_obj
@@ -129,7 +129,7 @@ def _publish(
     }
     texts["manifest"] = json.dumps(manifest, indent=2) + "\n"
     paths = _paths(options.output, dataset)
-    check_manifest(paths["manifest"], manifest, options.overwrite)
+    check_settings(paths["manifest"], read_manifest(paths["manifest"]), manifest, options.overwrite)
     files = {path: texts[key] for key, path in paths.items()}
     done = all(path.is_file() and path.read_bytes() == text.encode() for path, text in files.items())
     if not done:

@@ -52,25 +52,19 @@ def check_root(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> No
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; expected the folder of a data set: choose another one")
     found = read_journal(folder)[0] or read_manifest(folder / MANIFEST)
-    if found:
-        _check_settings(folder, found, settings, overwrite)
-        return
+    check_settings(folder, found, settings, overwrite)
     foreign = [path for pattern in (*SPLITS, f"{settings['dataset']}_*_list.txt") for path in folder.glob(pattern)]
-    if foreign:
+    if foreign and not found:
         raise UserError(
             f"{foreign[0]} exists, but {folder} has no {MANIFEST}: no preparation command made it; "
             "choose another folder or move it away"
         )
 
 
-def check_manifest(path: Path, manifest: Mapping[str, Any], overwrite: bool) -> None:
-    """Raise a UserError where lists whose manifest says something else would be replaced, unless `overwrite`."""
-    found = read_manifest(path)
-    if found:
-        _check_settings(path, found, manifest, overwrite)
-
-
-def _check_settings(place: Path, found: Mapping[str, Any], settings: Mapping[str, Any], overwrite: bool) -> None:
+def check_settings(place: Path, found: Mapping[str, Any], settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Raise a UserError where data made with the settings `found`, if any, would be replaced by others: always or unless `overwrite`."""
+    if not found:
+        return
     dataset, differences = found.get("dataset"), _differences(found, settings)
     if dataset != settings["dataset"]:
         raise UserError(f"{place} is of the data set {dataset!r}, not {settings['dataset']!r}; choose another folder")

@@ -228,6 +228,9 @@ def test_nothing_to_do_the_second_time(prepared, folder_release, capsys):
         assert "already prepared, nothing to do" in text and "lists already there" in text
         assert ("read the class labels" in text) == (pairing == "class")
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*") if path.is_file()} == before
+    for option, value in (("--max-faces", "3"), ("--seed", "-1"), ("--workers", "0")):
+        with pytest.raises(UserError, match=f"{option} must be at least"):
+            run(folder_release, prepared, option, value)
 
 
 def test_interrupted_lists(prepared, folder_release, tmp_path, monkeypatch):
@@ -350,12 +353,6 @@ def test_bad_releases(folder_release, track_release, tmp_path, layout, harm, wor
     with pytest.raises(UserError, match=words):
         run(root, tmp_path / "o")
     assert not list(tmp_path.glob("o/*_list.txt"))
-
-
-@pytest.mark.parametrize("option,value", [("--max-faces", "3"), ("--seed", "-1"), ("--workers", "0")])
-def test_bad_options(folder_release, tmp_path, option, value):
-    with pytest.raises(ValueError, match=f"{option} must be at least"):
-        run(folder_release, tmp_path / "o", option, value)
 
 
 def test_what_goes_to_the_workers_can_be_pickled():
