@@ -57,7 +57,7 @@ def make_digit(num_points: int, rgb: str, seed: int, task: ObjectTask) -> tuple[
         "RGBImg" (1, 30, 30, 3) uint8, "GrayImg" (1, 30, 30) uint8, "PointCloud" (n, 3) float32, "Mesh" (F, 18) float32; no facts.
     """
     try:
-        points, _ = digit_to_point_cloud(task.image)
+        points = digit_to_point_cloud(task.image)
     except ValueError as error:
         raise UserError(f"{task.name}: {error}") from error
     rng = np.random.default_rng((seed, SPLITS.index(task.split), task.number))

@@ -92,7 +92,9 @@ def test_gray_drawings_half_transparency_and_white_on_transparent():
 
 
 @pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation,undo", enumerate("ROTATE_0 FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270".split(), start=1))
+@pytest.mark.parametrize("orientation,undo", [
+    (1, "ROTATE_0"), (2, "FLIP_LEFT_RIGHT"), (3, "ROTATE_180"), (4, "FLIP_TOP_BOTTOM"), (5, "TRANSPOSE"), (6, "ROTATE_90"), (7, "TRANSVERSE"), (8, "ROTATE_270"),
+])
 def test_photographs_are_turned_upright(suffix, orientation, undo):
     image, exif = Image.fromarray(SCENE), Image.Exif()
     exif[274] = orientation

@@ -280,7 +280,7 @@ def test_the_surface_and_the_point_cloud_coincide(extrude, scanned, index):
 
     image = scanned(index)
     vertices, triangles = extrude(image)
-    points, _ = digit_to_point_cloud(image)
+    points = digit_to_point_cloud(image)
     rng = np.random.default_rng(0)
     distances = distance_to_mesh(points[rng.choice(len(points), 150)], vertices, triangles)
     assert distances.max() < 0.15 * pixel_side(image) and np.median(distances) < 1e-9

@@ -94,7 +94,7 @@ def test_the_cloud_and_the_mesh_of_a_digit_look_alike():
     images = [np.pad(np.kron((image * 15).astype(np.uint8), np.ones((3, 3), np.uint8)), 2) for image in load_digits().images[:2]]
     clouds, meshes = [], []
     for image in images:
-        points = np.random.default_rng(0).permutation(digit_to_point_cloud(image)[0])[:1024]
+        points = np.random.default_rng(0).permutation(digit_to_point_cloud(image))[:1024]
         clouds.append(inked(point_cloud_thumbnail(points)))
         meshes.append(inked(mesh_thumbnail(mesh_to_faces(*extrude_digit(image)))))
     overlap = np.array([[(cloud & mesh).sum() / (cloud | mesh).sum() for mesh in meshes] for cloud in clouds])

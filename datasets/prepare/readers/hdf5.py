@@ -50,7 +50,7 @@ def _read_groups(archive, path: Path) -> DigitSplit:
         labels.append(int(group.attrs["label"]))
         if not 0 <= labels[-1] <= 9:
             raise UserError(f"{where}: expected a label in 0..9, found {labels[-1]}")
-        points, _ = digit_to_point_cloud(images[-1])
+        points = digit_to_point_cloud(images[-1])
         stored = group["points"]
         if stored.shape != points.shape:
             raise UserError(f"{where}: the recipe gives points of shape {points.shape}, the file holds {stored.shape}")

@@ -1,4 +1,4 @@
-"""One handwritten digit -> oriented surface points, gray image and RGB image (the recipe of 3D MNIST), and a watertight mesh (ours)."""
+"""One handwritten digit -> surface points, gray image and RGB image (the recipe of 3D MNIST), and a watertight mesh (ours)."""
 
 import numpy as np
 import shapely
@@ -18,20 +18,16 @@ CHAMFER = 0.2  # pixels cut from two corners that meet in one point, where the s
 TOLERANCES = (0.0, 0.75, 1.0, 1.5, 2.0, 3.0)  # pixels the outline may move; 0.71 flattens the steps of a slanted stroke
 
 
-def _face_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the six faces of a voxel: offsets (650, 3) as (r, c, z), normals (650, 3) in the rotated frame, face number (650,)."""
+def _face_table() -> tuple[np.ndarray, np.ndarray]:
+    """Return the points of the six faces of a voxel: offsets (650, 3) as (r, c, z), and face number (650,)."""
     low, high, g5 = [-0.5], [0.5], np.linspace(-0.5, 0.5, 5)
     near, far, g30 = [HALF_DEPTH], [-HALF_DEPTH], np.linspace(-HALF_DEPTH, HALF_DEPTH, 30)
-    faces = [  # places along z, which changes slowest, r and c; normal
-        (near, g5, g5, (1.0, 0, 0)), (far, g5, g5, (-1.0, 0, 0)), (g30, low, g5, (0, 0, 1.0)), (g30, high, g5, (0, 0, -1.0)),
-        (g30, g5, low, (0, -1.0, 0)), (g30, g5, high, (0, 1.0, 0)),
-    ]
-    zrc = [np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3) for *axes, _ in faces]
-    numbers = np.repeat(np.arange(6), [len(offsets) for offsets in zrc])
-    return np.concatenate(zrc)[:, [1, 2, 0]], np.array([normal for *_, normal in faces])[numbers], numbers
+    faces = [(near, g5, g5), (far, g5, g5), (g30, low, g5), (g30, high, g5), (g30, g5, low), (g30, g5, high)]  # z, slowest, r and c
+    zrc = [np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3) for axes in faces]
+    return np.concatenate(zrc)[:, [1, 2, 0]], np.repeat(np.arange(6), [len(offsets) for offsets in zrc])
 
 
-_OFFSETS, _NORMALS, _FACE_NUMBERS = _face_table()
+_OFFSETS, _FACE_NUMBERS = _face_table()
 
 
 def _check_digit(image: np.ndarray) -> None:
@@ -46,7 +42,7 @@ def gray_image(image: np.ndarray) -> np.ndarray:
     return np.pad(image, (FRAME_SIZE - DIGIT_SIZE) // 2)
 
 
-def digit_to_point_cloud(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def digit_to_point_cloud(image: np.ndarray) -> np.ndarray:
     """Turn a digit into the full surface point set of its extrusion, exactly as 3D MNIST does.
 
     Every non-zero pixel is a box of 1 x 1 x 6; front and back carry 25 points each, every side without a lit neighbour
@@ -55,8 +51,7 @@ def digit_to_point_cloud(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Args:
         image: (28, 28) uint8; every non-zero pixel is lit, whatever its intensity.
     Returns:
-        points (M, 3) float64 with M = 50 * lit pixels + 150 * exposed sides, zero mean, longest side 1, x = depth,
-        y = right, z = up; and unit normals (M, 3) float64 in the same frame.
+        (M, 3) float64 with M = 50 * lit pixels + 150 * exposed sides, zero mean, longest side 1, x = depth, y = right, z = up.
     Raises:
         UserError: on another shape or dtype, or when no pixel is lit.
     """
@@ -74,7 +69,7 @@ def digit_to_point_cloud(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # The original first subtracts one axis' minimum from all three axes; centring undoes that, so it is left out.
     extent = np.ptp(points, axis=0).max()
     points = (points - points.mean(axis=0)) / extent
-    return np.stack([points[:, 2], points[:, 1], -points[:, 0]], axis=1), _NORMALS[template]  # (r, c, z) -> (z, c, -r)
+    return np.stack([points[:, 2], points[:, 1], -points[:, 0]], axis=1)  # (r, c, z) -> (z, c, -r)
 
 
 def copper(value: np.ndarray) -> np.ndarray:
@@ -139,7 +134,7 @@ def extrude_digit(image: np.ndarray, max_faces: int = 500) -> tuple[np.ndarray, 
     Raises:
         UserError: on another shape or dtype, when no pixel is lit, or when no tolerance gives `max_faces` or fewer.
     """
-    points, _ = digit_to_point_cloud(image)
+    points = digit_to_point_cloud(image)
     region = _pixel_region(gray_image(image) > 0)
     scale = np.ptp(points[:, 0]) / (2 * HALF_DEPTH)
     shift = points[:, 1:].min(axis=0) - scale * np.array(region.bounds[:2])

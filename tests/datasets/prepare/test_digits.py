@@ -85,8 +85,7 @@ def write_kaggle(folder, change=lambda archive: None):
         with h5py.File(folder / f"{name}_point_clouds.h5", "w") as archive:
             for key, image in enumerate(digits(12, 0)):
                 group = archive.create_group(str(key))
-                points, normals = digit_to_point_cloud(image)
-                group["img"], group["points"], group["normals"] = gray_image(image) / 256, points, normals
+                group["img"], group["points"] = gray_image(image) / 256, digit_to_point_cloud(image)
                 group.attrs["label"] = key % 10
             change(archive)
 
@@ -130,7 +129,7 @@ def test_written_digits(tmp_path):
     check_paired(list(lists.values()))
     assert lists["GrayImg"].names[3] == "train/gray_imgs/GrayImg_train_000006.png"
     image = splits()["train"].images[3]
-    full, _ = digit_to_point_cloud(image)
+    full = digit_to_point_cloud(image)
     np.testing.assert_array_equal(np.asarray(Image.open(lists["GrayImg"].files[3])), gray_image(image))
     np.testing.assert_array_equal(np.asarray(Image.open(lists["RGBImg"].files[3])), project_rgb(full))
     order = np.random.default_rng((0, 0, 6)).permutation(len(full))

@@ -18,34 +18,27 @@ def image_with(*pixels: tuple[int, int]) -> np.ndarray:
     return image
 
 
-def reference(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def reference(image: np.ndarray) -> np.ndarray:
     """The recipe as written, with loops, the scaling step that subtracts one minimum from all axes, and a rotation matrix."""
     padded = np.zeros((30, 30))
     padded[1:29, 1:29] = image
-    g5, g30 = np.linspace(-0.5, 0.5, 5), np.linspace(-3, 3, 30)
-    points, normals = [], []
+    g5, g30, points = np.linspace(-0.5, 0.5, 5), np.linspace(-3, 3, 30), []
     for r in range(30):
         for c in range(30):
             if not padded[r, c]:
                 continue
-            faces = [([3.0], g5, g5, (1, 0, 0)), ([-3.0], g5, g5, (-1, 0, 0))]
-            faces += [(g30, [-0.5], g5, (0, 0, 1))] if not padded[r - 1, c] else []
-            faces += [(g30, [0.5], g5, (0, 0, -1))] if not padded[r + 1, c] else []
-            faces += [(g30, g5, [-0.5], (0, -1, 0))] if not padded[r, c - 1] else []
-            faces += [(g30, g5, [0.5], (0, 1, 0))] if not padded[r, c + 1] else []
-            for zs, rs, cs, normal in faces:
-                for z in zs:
-                    for dr in rs:
-                        for dc in cs:
-                            points.append((r + dr, c + dc, z))
-                            normals.append(normal)
+            faces = [([3.0], g5, g5), ([-3.0], g5, g5)]
+            faces += [(g30, [-0.5], g5)] if not padded[r - 1, c] else []
+            faces += [(g30, [0.5], g5)] if not padded[r + 1, c] else []
+            faces += [(g30, g5, [-0.5])] if not padded[r, c - 1] else []
+            faces += [(g30, g5, [0.5])] if not padded[r, c + 1] else []
+            points += [(r + dr, c + dc, z) for zs, rs, cs in faces for z in zs for dr in rs for dc in cs]
     points = np.array(points)
     extents = points.max(0) - points.min(0)
     axis = int(np.argmax(extents))
     points = (points - points[:, axis].min()) / extents[axis]
     points -= points.mean(0)
-    rotation = np.array([[0, 0, -1], [0, 1, 0], [1, 0, 0]])  # rows (r, c, z) -> (z, c, -r)
-    return points @ rotation, np.array(normals, dtype=float)
+    return points @ np.array([[0, 0, -1], [0, 1, 0], [1, 0, 0]])  # rows (r, c, z) -> (z, c, -r)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -53,11 +46,9 @@ def test_equals_the_loop_reference(seed):
     rng = np.random.default_rng(seed)
     image = np.zeros((28, 28), dtype=np.uint8)
     image[seed * 20 : seed * 20 + 8, :5] = rng.integers(1, 256, (8, 5)) * (rng.random((8, 5)) < 0.6)  # touches the border
-    points, normals = digit_to_point_cloud(image)
-    assert points.dtype == normals.dtype == np.float64
-    expected_points, expected_normals = reference(image)
-    np.testing.assert_allclose(points, expected_points, atol=1e-13)
-    np.testing.assert_array_equal(normals, expected_normals)
+    points = digit_to_point_cloud(image)
+    assert points.dtype == np.float64
+    np.testing.assert_allclose(points, reference(image), atol=1e-13)
 
 
 def ink(rgb: np.ndarray) -> np.ndarray:
@@ -67,7 +58,7 @@ def ink(rgb: np.ndarray) -> np.ndarray:
 def test_projection_is_upright_not_mirrored_and_copper():
     image = np.zeros((28, 28), dtype=np.uint8)
     image[4:24, 6:8] = image[22:24, 6:20] = 200  # an L: stem left, foot right and below
-    rgb = project_rgb(digit_to_point_cloud(image)[0])
+    rgb = project_rgb(digit_to_point_cloud(image))
     assert rgb.shape == (30, 30, 3) and rgb.dtype == np.uint8
     assert tuple(rgb[0, 0]) == (242, 242, 217)
     mask = ink(rgb)
@@ -80,7 +71,7 @@ def test_projection_is_upright_not_mirrored_and_copper():
 
 
 def test_projection_ignores_point_order_and_bad_clouds_and_images_are_refused():
-    points, _ = digit_to_point_cloud(image_with((3, 3), (3, 4), (4, 4)))
+    points = digit_to_point_cloud(image_with((3, 3), (3, 4), (4, 4)))
     assert (ink(project_rgb(points[::-1])) == ink(project_rgb(points))).all()
     assert np.argwhere(ink(colourise(image_with((3, 3)) * np.uint8(255)))).tolist() == [[4, 4]]
     for bad in (np.zeros((0, 3)), np.zeros((4, 2)), np.full((4, 3), np.nan)):
@@ -97,11 +88,11 @@ def test_published_counts():
 
     splits = read_mnist(MNIST)
     check_class_counts(splits)
-    count = lambda split, row: len(digit_to_point_cloud(splits[split].images[row])[0])
+    count = lambda split, row: len(digit_to_point_cloud(splits[split].images[row]))
     assert [count("train", row) for row in range(2)] == [25_700, 26_200]
     assert [count("test", row) for row in range(5)] == [19_000, 25_050, 11_900, 25_250, 21_600]
     assert (count("test", 918), count("test", 876)) == (9_700, 34_800)
-    points, _ = digit_to_point_cloud(splits["train"].images[0])
+    points = digit_to_point_cloud(splits["train"].images[0])
     assert len(np.unique(points.round(9), axis=0)) == 18_770
     np.testing.assert_allclose(np.ptp(points, axis=0)[0], 0.3)
     lit = np.pad(splits["test"].images, ((0, 0), (1, 1), (1, 1))) > 0
