@@ -67,18 +67,6 @@ def test_the_best_of_the_starts_is_kept(monkeypatch):
     assert len(set(inertias)) == 6 and torch.equal(centroids, done[int(np.argmin(inertias))][0])
 
 
-@pytest.mark.parametrize("chunk", [7, 50, 300, 301])
-def test_chunks_change_nothing_but_rounding(monkeypatch, chunk):
-    x = cloud()
-    whole = best_of_starts(x, 8, seed=0, num_init=3, max_iter=100)
-    ids, inertia = lloyd(x, whole, 0)[1], inertia_of(x, whole)
-    monkeypatch.setattr(device_kmeans, "CHUNK_ELEMENTS", 8 * chunk)  # 8 = max(K, D): `chunk` rows at a time
-    assert device_kmeans._rows_per_chunk(whole) == chunk
-    split = best_of_starts(x, 8, seed=0, num_init=3, max_iter=100)
-    assert torch.allclose(split, whole, atol=1e-5) and torch.equal(lloyd(x, split, 0)[1], ids)
-    assert inertia_of(x, split) == pytest.approx(inertia, rel=1e-6)
-
-
 def test_as_many_clusters_as_rows_and_one_cluster():
     x = cloud(40)
     assert inertia_of(x, best_of_starts(x, 40, seed=0, num_init=1, max_iter=10)) < 1e-10
