@@ -53,7 +53,8 @@ def check_root(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> No
         raise UserError(f"{folder} is a file; expected the folder of a data set: choose another one")
     found = read_journal(folder)[0] or read_manifest(folder / MANIFEST)
     check_settings(folder, found, settings, overwrite)
-    foreign = [path for pattern in (*SPLITS, f"{settings['dataset']}_*_list.txt") for path in folder.glob(pattern)]
+    patterns = ("*",) if folder.name == STAGING else (*SPLITS, f"{settings['dataset']}_*_list.txt")
+    foreign = [path for pattern in patterns for path in folder.glob(pattern) if path.name != f".{JOURNAL}.tmp"]
     if foreign and not found:
         raise UserError(
             f"{foreign[0]} exists, but {folder} has no {MANIFEST}: no preparation command made it; "

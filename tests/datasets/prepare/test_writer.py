@@ -187,7 +187,7 @@ def test_files_of_others_stay(tmp_path):
     assert all((tmp_path / name).read_bytes() == b"mine" for name in names)
 
 
-@pytest.mark.parametrize("name", ["train/precious.txt", "test/.DS_Store", "own_RGBImgs_train_list.txt", ".preparing/train/x.png"])
+@pytest.mark.parametrize("name", ["train/precious.txt", "test/.DS_Store", "own_RGBImgs_train_list.txt", ".preparing/notes.txt"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_data_that_no_preparation_made_are_refused(tmp_path, name, overwrite):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
