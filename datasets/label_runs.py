@@ -39,7 +39,7 @@ def labels_of_run(folder: str | Path, data: DataConfig) -> Path:
     run = RunLog.open(folder)
     config = run.config()
     command = COMMAND if "pla" in config else "python train_step2.py"
-    labels = exported_folder(run, config["run"]["pseudo_labels"])
+    labels = exported_folder(run, (config.get("run") or {}).get("pseudo_labels"))
     for name in data.modalities:
         path = pseudo_label_path(labels, data.dataset, name)
         if not path.is_file():

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from stage_runs import settings
+from stage_runs import distinct
 
 TRAIN, TEST = 40, 16
 FOLDERS = {
@@ -73,6 +73,6 @@ def finished(tmp_path_factory, _digits_folder) -> Path:
     import train_step1
     import train_step2
 
-    train_step1.main(settings(root, out, 1))
-    train_step2.main(settings(root, out, 2))
+    train_step1.main(distinct(root, out, 1))
+    train_step2.main(distinct(root, out, 2))
     return out

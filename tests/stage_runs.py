@@ -17,6 +17,18 @@ def settings(root: Path, out: Path, step: int, *more: str) -> list[str]:
     return ["--config", str(config), "--set", f"data.root={root}", f"run.output={out / 'runs'}", *more]
 
 
+# Settings of step 1 under which every modality gets at least four clusters: equal label files then prove something
+DISTINCT = (
+    "optim.epochs=4", "optim.batch_size=4", "optim.learning_rate=0.002", "pla.num_clusters=16", "pla.lambda_1=0.5", "pla.tau_2=0.2",
+    "pla.recluster_every=1",
+)
+
+
+def distinct(root: Path, out: Path, step: int, *more: str) -> list[str]:
+    """As `settings`, for runs that are compared with those of the fixture `finished`."""
+    return settings(root, out, step, *(DISTINCT if step == 1 else ()), *more)
+
+
 def only_run(out: Path, step: int) -> Path:
     (run,) = (out / "runs" / "digits" / f"step{step}").iterdir()
     return run

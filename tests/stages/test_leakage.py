@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAIN, write_lists
-from stage_runs import assert_same_result, settings
+from stage_runs import assert_same_result, distinct, settings
 
 import train_step1
 import train_step2
@@ -23,15 +23,15 @@ def test_training_labels_change_no_bit_of_either_stage(finished, small_digits, t
         "absent": [None] * TRAIN,
     }[kind]
     write_lists(small_digits, "train", labels)
-    train_step1.main(settings(small_digits, tmp_path, 1))
-    train_step2.main(settings(small_digits, tmp_path, 2))
+    train_step1.main(distinct(small_digits, tmp_path, 1))
+    train_step2.main(distinct(small_digits, tmp_path, 2))
     for step in (1, 2):
         assert_same_result(finished, tmp_path, step)
 
 
 def test_test_labels_change_no_bit_either(finished, small_digits, tmp_path):
     write_lists(small_digits, "test", [7] * 16)
-    train_step1.main(settings(small_digits, tmp_path, 1))
+    train_step1.main(distinct(small_digits, tmp_path, 1))
     assert_same_result(finished, tmp_path, 1)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stage_runs import PSEUDO_LABELS, REPOSITORY, assert_same_result, labels_of, log_lines, only_run, settings, weights
+from stage_runs import PSEUDO_LABELS, REPOSITORY, assert_same_result, distinct, labels_of, log_lines, only_run, settings, weights
 
 import evaluate
 import train_step1
@@ -28,13 +28,14 @@ def test_files_of_both_stages(finished, small_digits):
         rows = (labels_of(finished) / name).read_text().splitlines()
         source = (small_digits / name.replace("_pseudo_labelling", "")).read_text().splitlines()
         assert [row.split()[0] for row in rows] == [row.split()[0] for row in source]
-        assert all(0 <= int(row.split()[1]) < 6 and len(row.split()) == 2 for row in rows)
-        assert json.loads((labels_of(finished) / f"{name}.meta.json").read_text())["num_clusters"] == 6
+        assert all(0 <= int(row.split()[1]) < 16 and len(row.split()) == 2 for row in rows)
+        assert len({row.split()[1] for row in rows}) >= 4  # equal files prove something
+        assert json.loads((labels_of(finished) / f"{name}.meta.json").read_text())["num_clusters"] == 16
     for step in (1, 2):
         run = only_run(finished, step)
         assert {"config.yaml", "env.json", "log.txt", "metrics.jsonl", "last.pt", "metrics.json"} <= set(os.listdir(run))
-        assert [line["epoch"] for line in log_lines(run)] == [1, 2, 3]
-    first, second, _ = log_lines(only_run(finished, 1))
+        assert [line["epoch"] for line in log_lines(run)] == [1, 2, 3, 4][: 5 - step]
+    first, second, *_ = log_lines(only_run(finished, 1))
     assert "loss/ssm" not in first and {"loss/ssm", "loss/mlm", "agreement"} <= second.keys()
 
 
@@ -42,7 +43,7 @@ def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small
     runs = [str(only_run(finished, step)) for step in (1, 2)]
     evaluate.main(["--run", *runs, "--device", "cpu"])
     table = capsys.readouterr().out
-    assert all(word in table for word in ("GP", "PG", "map/avg".removeprefix("map/"), "chance", "step 1, PLA", "step 2, RDL"))
+    assert all(word in table for word in ("GP", "PG", "avg", "chance", "step 1, PLA", "step 2, RDL"))
     for run in runs:
         scores = json.loads((Path(run) / "metrics.json").read_text())
         assert scores["map/avg"] == pytest.approx((scores["map/GP"] + scores["map/PG"]) / 2)
@@ -59,9 +60,9 @@ def test_figures(finished, small_digits, tmp_path):
 
 
 def test_same_seed_same_result_other_seed_another(finished, small_digits, tmp_path):
-    train_step1.main(settings(small_digits, tmp_path / "same", 1))
+    train_step1.main(distinct(small_digits, tmp_path / "same", 1))
     assert_same_result(finished, tmp_path / "same", 1)
-    train_step1.main(settings(small_digits, tmp_path / "other", 1, "run.seed=1"))
+    train_step1.main(distinct(small_digits, tmp_path / "other", 1, "run.seed=1"))
     one, two = weights(only_run(finished, 1)), weights(only_run(tmp_path / "other", 1))
     assert not torch.equal(one[".encoders.PointCloud.conv5.weight"], two[".encoders.PointCloud.conv5.weight"])
 
@@ -86,7 +87,7 @@ def test_stopped_around_a_checkpoint_and_resumed_equals_uninterrupted(
 
     monkeypatch.setattr(trainer, "save_checkpoint", interrupted)
     with pytest.raises(Killed):
-        module.main(settings(small_digits, tmp_path, step, *more))
+        module.main(distinct(small_digits, tmp_path, step, *more))
     monkeypatch.setattr(trainer, "save_checkpoint", save)
     torch.manual_seed(123)  # a fresh process would not share this generator's state either
     module.main(["--resume", str(only_run(tmp_path, step))])
@@ -96,7 +97,7 @@ def test_stopped_around_a_checkpoint_and_resumed_equals_uninterrupted(
 
 @pytest.mark.parametrize("seconds_after_start", [0.0, 1.2])
 def test_sigkill_and_resume_equals_uninterrupted(finished, small_digits, tmp_path, seconds_after_start):
-    command = [sys.executable, "train_step1.py", *settings(small_digits, tmp_path, 1)]
+    command = [sys.executable, "train_step1.py", *distinct(small_digits, tmp_path, 1)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/digits/step1/*/config.yaml")):
@@ -114,11 +115,6 @@ def test_resuming_a_finished_run_changes_nothing(finished, small_digits):
     before = (run / "last.pt").read_bytes()
     train_step1.main(["--resume", str(run)])
     assert (run / "last.pt").read_bytes() == before
-
-
-def test_resume_refuses_other_settings(finished):
-    with pytest.raises(ValueError, match="optim.learning_rate"):
-        train_step1.main(["--resume", str(only_run(finished, 1)), "--set", "optim.learning_rate=0.5"])
 
 
 def test_errors_of_a_stage_name_the_mend(finished, small_digits, tmp_path):
@@ -160,7 +156,7 @@ def test_non_finite_loss_stops_with_epoch_and_step():
 
 
 def test_step_2_refuses_pseudo_label_files_of_two_runs(finished, small_digits, tmp_path):
-    train_step1.main(settings(small_digits, tmp_path, 1, "run.seed=1"))
+    train_step1.main(distinct(small_digits, tmp_path, 1, "run.seed=1"))
     for path in labels_of(finished).glob("*GrayImgs*"):  # as if step 1 had been cut off before the second file
         shutil.copy(path, labels_of(tmp_path))
     with pytest.raises(ValueError, match="different runs.*train_step1.py"):
@@ -182,9 +178,9 @@ def test_resume_refuses_changed_inputs(finished, small_digits, tmp_path, step, c
 
 
 def write_other_pseudo_labels(path: Path) -> None:
-    """Move every sample to the next of the 6 clusters and mend the meta file."""
+    """Move every sample to the next of the 16 clusters and mend the meta file."""
     rows = [row.split() for row in path.read_text().splitlines()]
-    path.write_text("".join(f"{name} {(int(label) + 1) % 6}\n" for name, label in rows))
+    path.write_text("".join(f"{name} {(int(label) + 1) % 16}\n" for name, label in rows))
     meta = path.with_name(path.name + ".meta.json")
     facts = json.loads(meta.read_text())
     meta.write_text(json.dumps({**facts, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from stage_runs import labels_of, only_run, settings, weights
+from stage_runs import PSEUDO_LABELS, labels_of, only_run, settings, weights
 from torch import nn
 
 import train_step1
@@ -18,6 +18,8 @@ from datasets.samples import load_training_samples
 from models.kernels.edge_conv import EdgeConv
 from models.sync_batchnorm import synchronise
 from utils.engine import distributed
+from utils.engine.run_log import RunLog
+from utils.evaluation import tables
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config
 
@@ -102,6 +104,28 @@ def test_shares_buffers_and_objects(tmp_path):
         assert result["mean"].tolist() == [1, 1] and result["made"] == {"rank": 0} and result["main"] == (rank == 0)
 
 
+def ranked(rank):
+    calls = []
+    tables.retrieval_table = lambda *_, **__: calls.append(rank) or {"map/avg": 0.5}
+    scores = tables.Evaluator(lambda: {}, {})()
+    try:
+        with RunLog(os.environ["RUN_FOLDER"]).failures_logged():
+            if rank == 1:
+                raise KeyError("a bug of one process")
+    except KeyError:
+        pass
+    return {"calls": calls, "scores": scores}
+
+
+def test_the_main_process_alone_ranks_and_any_process_logs_its_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_FOLDER", str(tmp_path))
+    results = run_in_processes(ranked, tmp_path)
+    assert [result["calls"] for result in results] == [[0], []]
+    assert all(result["scores"] == {"map/avg": 0.5} for result in results)
+    log = (tmp_path / "log.txt").read_text()
+    assert "process 1: Traceback" in log and "KeyError: 'a bug of one process'" in log and "process 0" not in log
+
+
 def torchrun(script, arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}", script, *arguments]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -116,7 +140,8 @@ def losses(run):
 
 def test_torchrun_with_two_processes_equals_one_process(small_digits, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    more = ("optim.epochs=2", "optim.learning_rate=0.0001")  # Adam's first steps are signs: small ones keep rounding small
+    # Adam's first steps are signs: small ones keep rounding small
+    more = ("optim.epochs=2", "optim.learning_rate=0.0001", "pla.num_clusters=30")
     train_step1.main(settings(small_digits, one, 1, *more))
     printed = torchrun("train_step1.py", settings(small_digits, two, 1, *more)).stdout
     assert printed.count("epoch 2/2") == 1 and printed.count("run folder") == 1
@@ -126,9 +151,10 @@ def test_torchrun_with_two_processes_equals_one_process(small_digits, tmp_path):
     for key in ours:
         if ".encoders" in key and ours[key].is_floating_point():
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-2, atol=2e-3, msg=key)
-    for name in ("digits_GrayImgs_train_list_pseudo_labelling.txt", "digits_PointCloud_train_list_pseudo_labelling.txt"):
+    for name in PSEUDO_LABELS:
         assert (labels_of(one) / name).read_text() == (labels_of(two) / name).read_text()
-    labels = f"rdl.pseudo_labels={labels_of(one)}"
+    assert len({row.split()[1] for row in (labels_of(one) / PSEUDO_LABELS[0]).read_text().splitlines()}) >= 4
+    labels, more = f"rdl.pseudo_labels={labels_of(one)}", more[:2]
     train_step2.main(settings(small_digits, one, 2, *more))
     torchrun("train_step2.py", settings(small_digits, two, 2, labels, *more))
     torch.testing.assert_close(losses(only_run(two, 2)), losses(only_run(one, 2)), rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""utils.engine.progress: a log gets at most eleven lines, a terminal one bar."""
+"""utils.engine.progress: a log gets at most ten lines, a terminal one bar."""
 
 import io
 import sys
