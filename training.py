@@ -11,8 +11,8 @@ from datasets.label_runs import exported_folder
 from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin, write_posteriors, write_pseudo_labels
 from datasets.samples import PairedSamples, describe_samples, load_test_samples, load_training_samples
 from models.build import load_pretrained
+from utils.engine.checkpoint import read_json
 from utils.engine.learner import StageLearner
-from utils.engine.run_log import environment
 from utils.engine.session import Session, fit
 from utils.errors import MissingLabelsError
 from utils.evaluation.report import finish, report_pretrained
@@ -82,10 +82,11 @@ def write_annotation(
     config, run = session.config, session.run
     if not run.writes:
         return
-    place, dataset = exported_folder(run, folder), config.data.dataset
+    place, dataset, noted = exported_folder(run, folder), config.data.dataset, run.folder / "env.json"
+    environment = read_json(noted) if noted.is_file() else {}  # of the commit that trained, which a resume may not be
     provenance = {
         "run_id": run.run_id, "stage": learner.stage, "epoch": config.optim.epochs, "config_hash": config_hash(config),
-        "git_sha": environment(config.run.seed)["git_sha"], "seed": config.run.seed, "pairing": config.data.pairing,
+        "git_sha": environment.get("git_sha"), "seed": config.run.seed, "pairing": config.data.pairing,
         "agreement": annotation.agreement, "reliability": annotation.reliability, "clusters": dict(clusters),
     }
     for name, labels in annotation.ids.items():
@@ -98,10 +99,11 @@ def write_annotation(
         run.log(f"wrote {path}" + (f", replacing that of {replaced}" if replaced != run.run_id else ""))
     posteriors = {name: rows.numpy() for name, rows in annotation.posteriors.items()}
     write_posteriors(posteriors_path(place, dataset), posteriors, run.run_id)
-    run.log(
-        f"{clusters['num_clusters']} clusters, the modalities agree on {annotation.agreement} of the objects; reliability of the "
-        f"modalities: {annotation.reliability}" if annotation.agreement is not None else f"{clusters['num_clusters']} clusters"
-    )
+    facts = [f"{clusters['num_clusters']} clusters"]
+    if annotation.agreement is not None:
+        facts.append(f"the modalities agree on {annotation.agreement:.3f} of the objects")
+    facts += [f"reliability of {name} {share:.3f}" for name, share in annotation.reliability.items()]
+    run.log("; ".join(facts))
 
 
 def _circumstances(samples: PairedSamples, session: Session) -> str:

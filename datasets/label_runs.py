@@ -57,7 +57,7 @@ def newest_labels(runs: Path, data: DataConfig) -> Path:
         UserError: if there is none, saying what is wrong with the newest.
     """
     problem = "no run is there"
-    for config in sorted(runs.glob("*/config.yaml"), reverse=True):
+    for config in sorted(runs.glob("*T*Z-seed*/config.yaml"), reverse=True):
         try:
             return labels_of_run(config.parent, data)
         except UserError as error:
@@ -135,7 +135,7 @@ def load_pseudo_labels(
 
 def _check_it_helped(folder: str, origin: Mapping[str, Any]) -> None:
     """Stop the rounds when one has not helped: no label is needed to see that its modalities agree less than before."""
-    before, now = origin.get("clusters", {}).get("agreement_before"), origin.get("agreement")
+    before, now = (origin.get("clusters") or {}).get("agreement_before"), origin.get("agreement")
     if before is not None and now is not None and now < before:
         raise UserError(
             f"the round that wrote {folder} did not help: its modalities agree on {now:.4f} of the objects, after {before:.4f} "

@@ -4,6 +4,7 @@ import argparse
 import errno
 import re
 import sys
+import warnings
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -155,6 +156,7 @@ def run_command(main: Callable[[], None]) -> int:
 
     The exit status is 0, 2 after such a message, 3 where another process of several has failed, 130 when interrupted.
     """
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of our source
     try:
         main()
     except (UserError, MemoryError, torch.OutOfMemoryError, OSError) as error:
