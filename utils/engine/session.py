@@ -4,8 +4,8 @@ import argparse
 import errno
 import re
 import sys
-import warnings
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
