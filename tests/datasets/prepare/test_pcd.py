@@ -2,6 +2,7 @@
 
 import json
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from datasets.prepare.readers.modelnet import MODELNET10, MODELNET40
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
 from datasets.prepare.shapes.mesh import MeshError
 from utils.errors import UserError
+
+needs_pypcd4 = pytest.mark.skipif(find_spec("pypcd4") is None, reason="pypcd4 of requirements-data.txt is not installed")
 
 NAN = float("nan")
 POINTS = np.array([[0.5, -1.25, 3.0], [1e-3, 2e5, -7.0], [0.1, 0.2, 0.3]])
@@ -174,6 +177,7 @@ def stored_cloud(root: Path, entry: dict) -> np.ndarray:
     return np.load(root / next(name for name in entry["files"] if name.endswith(".npy")))
 
 
+@needs_pypcd4
 def test_a_folder_end_to_end(tmp_path, capsys):
     clouds = write_folder(tmp_path / "in")
     root = tmp_path / "out"
@@ -187,6 +191,7 @@ def test_a_folder_end_to_end(tmp_path, capsys):
         assert entries[name]["label"] == list(MODELNET10).index(name[:-5]) and entries[name]["split"] == ("test" if name.endswith("3") else "train")
 
 
+@needs_pypcd4
 def test_up_and_a_folder_in_between(tmp_path):
     clouds = write_folder(tmp_path / "in/ModelNet40", ("bed", "bench", "chair"))
     for extra, turn in (([], np.eye(3)), (["--up", "y", "--overwrite"], [[1, 0, 0], [0, 0, 1], [0, -1, 0]])):  # another axis is another data set
@@ -197,6 +202,7 @@ def test_up_and_a_folder_in_between(tmp_path):
             np.testing.assert_array_equal(stored_cloud(tmp_path / "out", entries[name]), points @ np.array(turn, np.float32))
 
 
+@needs_pypcd4
 def test_invalid_points_and_broken_files(tmp_path, capsys):
     points = write_folder(tmp_path / "in")["bed_0001"]
     points[[3, 30], 1] = NAN
