@@ -18,7 +18,7 @@ PREPARATION = {
     "digits": "python -m datasets.prepare_digits",
     "mnist3d": "python -m datasets.prepare_mnist3d",
     "modelnet10_splat": "python -m datasets.prepare_modelnet --npz modelnet10_points.npz",
-    "modelnet40_splat": "python -m datasets.prepare_modelnet --points HDF5_DIR",
+    "modelnet40_splat": "python -m datasets.prepare_modelnet --npz modelnet40_points.npz",
     "modelnet10": "python -m datasets.prepare_modelnet --archive ModelNet10.zip",
     "modelnet40": "python -m datasets.prepare_modelnet --archive ModelNet40.zip",
     "mi3dor_class": "python -m datasets.prepare_mi3dor --root DIR --pairing class",
