@@ -13,9 +13,10 @@ import zipfile
 from pathlib import Path
 
 from benchmarks.floors import start, write_report
-from datasets.prepare.modelnet import MESH_SIZE, Recipe, make_object
+from datasets.prepare.modelnet import make_object
 from datasets.prepare.readers.modelnet import MODELNET40, make_tasks, read_archive
 from datasets.prepare.readers.off import read_off
+from datasets.prepare.recipe import MESH_SIZE, Recipe
 from datasets.prepare.shapes.mesh import clean_mesh
 from utils.engine.session import run_command
 from utils.errors import UserError

@@ -7,8 +7,7 @@ python -m datasets.prepare_modelnet --pcd DIR
 """
 
 import argparse
-import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,35 +19,13 @@ from datasets.prepare.readers.archives import read_member
 from datasets.prepare.readers.modelnet import OFFICIAL, Source, check_official, make_tasks, read_archive, read_hdf5, read_npz, to_z_up
 from datasets.prepare.readers.off import read_off
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
-from datasets.prepare.shapes.mesh import MeshError, clean_mesh, farthest_points, normalise, sample_surface, simplified_faces
-from datasets.prepare.shapes.render import luminance, probe_renderer, render_views, ring_of_cameras, splat_views
+from datasets.prepare.recipe import MESH_SIZE, SPLAT_SIZE, Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh
+from datasets.prepare.shapes.mesh import MeshError, clean_mesh
+from datasets.prepare.shapes.render import probe_renderer
 from datasets.prepare.writer import ObjectTask, report, write_dataset
 from utils.errors import UserError
 
-CANDIDATES = 4  # surface points drawn per point kept by farthest-point sampling
-SAMPLINGS = ("farthest", "surface")
-MESH_SIZE, SPLAT_SIZE = 224, 112  # pixels; a thousand points do not fill more
 MESH_PACKAGES = ("fast-simplification", "pyvista", "vtk")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the content of the files, apart from the source; passed to the worker processes."""
-
-    size: int
-    views: int
-    elevation: float
-    num_points: int | None
-    sampling: str | None
-    max_faces: int | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        ring_of_cameras(self.views, self.elevation)  # refuses bad values before anything is read
-        for key, least in (("size", 8), ("num_points", 1), ("max_faces", 4), ("seed", 0)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise UserError(f"--{key.replace('_', '-')} must be at least {least}, found {value}")
 
 
 def make_object(recipe: Recipe, archive: Path | None, needs_cloud: bool, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
@@ -65,16 +42,9 @@ def make_object(recipe: Recipe, archive: Path | None, needs_cloud: bool, task: O
     """
     if needs_cloud and task.cloud is None:
         raise MeshError("the folder of clouds has none of this object")
-    cameras = ring_of_cameras(recipe.views, recipe.elevation)
     if archive is None:
-        images = splat_views(normalise(task.cloud), cameras, recipe.size)
-        return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": task.cloud}, {}
-    vertices, triangles = clean_mesh(*read_off(read_member(archive, task.member)))
-    vertices = normalise(vertices)
-    faces, record = simplified_faces(vertices, triangles, recipe.max_faces)
-    cloud = _sample(vertices, triangles, recipe, task.name) if task.cloud is None else task.cloud
-    images = render_views(vertices, triangles, cameras, recipe.size)
-    return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": cloud, "Mesh": faces}, record
+        return modalities_of_cloud(recipe, task.cloud), {}
+    return modalities_of_mesh(recipe, *clean_mesh(*read_off(read_member(archive, task.member))), task.name, task.cloud)
 
 
 def make_from_pcd(recipe: Recipe, up: str, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
@@ -87,14 +57,6 @@ def make_from_pcd(recipe: Recipe, up: str, task: ObjectTask) -> tuple[dict[str, 
     return arrays, {**facts, "dropped_points": dropped}
 
 
-def _sample(vertices: np.ndarray, triangles: np.ndarray, recipe: Recipe, name: str) -> np.ndarray:
-    seed = (recipe.seed, zlib.crc32(name.encode()))
-    if recipe.sampling == "surface":
-        return sample_surface(vertices, triangles, recipe.num_points, seed).astype(np.float32)
-    candidates = sample_surface(vertices, triangles, CANDIDATES * recipe.num_points, seed)
-    return farthest_points(candidates, recipe.num_points, seed).astype(np.float32)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archive", metavar="ZIP", type=user_path, help="ModelNet10.zip or ModelNet40.zip: all four modalities")
@@ -102,14 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--npz", metavar="FILE", type=user_path, help="modelnet10_points.npz or ...40_...: clouds and splats")
     parser.add_argument("--pcd", metavar="DIR", type=user_path, help="DIR/CLASS/{train,test}/CLASS_0001.pcd: clouds and splats")
     parser.add_argument("--root", type=user_path, help="where it goes; default dataset/modelnet10, modelnet40 or ..._splat")
-    parser.add_argument("--size", type=int, help=f"side of the pictures; default {MESH_SIZE}, from points {SPLAT_SIZE}")
-    parser.add_argument("--views", type=int, default=12, help="cameras around the object")
-    parser.add_argument("--elevation", type=float, default=30.0, help="of the cameras, degrees")
-    parser.add_argument("--num-points", type=int, default=2048, help="points drawn from each mesh")
-    parser.add_argument("--sampling", choices=SAMPLINGS, default="farthest", help="farthest: any beginning is well spread")
-    parser.add_argument("--max-faces", type=int, default=500, help="of the simplified mesh")
+    add_recipe_options(parser)
     parser.add_argument("--up", choices=("y", "z"), help="vertical axis of the clouds; default y in --points, z in --pcd")
-    parser.add_argument("--seed", type=int, default=0, help="of the surface points")
     parser.add_argument("--any-counts", action="store_true", help="accept other than the official counts; noted in the manifest")
     add_writer_options(parser)
     return parser

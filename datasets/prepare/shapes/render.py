@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import cKDTree
 
+from datasets.prepare.shapes.looks import Part, put_on
 from datasets.prepare.shapes.mesh import MeshError
 from utils.errors import UserError
 
@@ -75,7 +76,7 @@ def probe_renderer() -> None:
     """
     code = (
         "import numpy as np; from datasets.prepare.shapes.render import Camera, render_views; "
-        "image = render_views(np.eye(3), np.array([[0, 1, 2]]), [Camera(45, 30)], 16); raise SystemExit(int(image.min() > 250))"
+        "image = render_views([(np.eye(3), np.array([[0, 1, 2]]), None)], [Camera(45, 30)], 16); raise SystemExit(int(image.min() > 250))"
     )
     try:
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PROBE_SECONDS)
@@ -87,14 +88,14 @@ def probe_renderer() -> None:
         raise UserError(RENDER_HELP.format(reason=reason))
 
 
-def render_views(vertices: np.ndarray, triangles: np.ndarray, cameras: Sequence[Camera], size: int) -> np.ndarray:
-    """Draw a mesh of neutral gray material, flat-shaded on both sides, off-screen through VTK.
+def render_views(parts: Sequence[Part], cameras: Sequence[Camera], size: int) -> np.ndarray:
+    """Draw the parts of a mesh, flat-shaded on both sides, off-screen through VTK.
 
     Args:
-        vertices: (V, 3) float inside the unit sphere, z up; triangles: (T, 3) int.
+        parts: vertices (V, 3) float inside the unit sphere, z up; triangles (T, 3) int; look, None for neutral gray material.
         cameras: at least one viewpoint; size: side of the pictures in pixels.
     Returns:
-        (len(cameras), size, size, 3) uint8 on white, R and B apart only through the colours of the lights.
+        (len(cameras), size, size, 3) uint8 on white, of neutral parts R and B apart only through the colours of the lights.
     Raises:
         UserError: naming requirements-data.txt, when pyvista or a library below it is missing.
     """
@@ -108,8 +109,10 @@ def render_views(vertices: np.ndarray, triangles: np.ndarray, cameras: Sequence[
     plotter = pyvista.Plotter(off_screen=True, window_size=(side, side), lighting="none")
     try:
         plotter.set_background("white")
-        mesh = pyvista.PolyData.from_regular_faces(vertices, triangles)
-        plotter.add_mesh(mesh, color=(ALBEDO,) * 3, ambient=AMBIENT, diffuse=1.0, specular=0.0, smooth_shading=False)
+        for vertices, triangles, look in parts:
+            mesh = pyvista.PolyData.from_regular_faces(vertices, triangles)
+            paint = {"color": (ALBEDO,) * 3, **put_on(mesh, look)}
+            plotter.add_mesh(mesh, ambient=AMBIENT, diffuse=1.0, specular=0.0, smooth_shading=False, **paint)
         for direction, colour in LIGHTS:
             plotter.add_light(pyvista.Light(position=direction, color=colour, light_type="camera light"))
         plotter.camera.view_angle = VIEW_ANGLE

@@ -197,10 +197,10 @@ def test_renderings_agree_with_splats(renderer):
     vertices, triangles = clean_mesh(*read_off((SAMPLES / "bathtub_0002.off").read_bytes()))
     vertices = normalise(vertices)
     cameras = [Camera(30, 30), Camera(100, 30), Camera(270, 10)]
-    images = render_views(vertices, triangles, cameras, 56)
+    images = render_views([(vertices, triangles, None)], cameras, 56)
     assert images.shape == (3, 56, 56, 3) and images.dtype == np.uint8 and (images[:, 0, 0] == 255).all()
     assert all((images[i] != images[j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))  # every camera took its own picture
-    np.testing.assert_array_equal(images[1], render_views(vertices, triangles, cameras[1:2], 56)[0])
+    np.testing.assert_array_equal(images[1], render_views([(vertices, triangles, None)], cameras[1:2], 56)[0])
     splats = splat_views(sample_surface(vertices, triangles, 3000, seed=0), cameras, 56)
     for image, splat in zip(images, splats, strict=True):
         both, either = ink(image) & ink(splat), ink(image) | ink(splat)

@@ -1,0 +1,35 @@
+"""What the surface of a mesh looks like, from trimesh's reading of a file to VTK's drawing of it. Used in preparation."""
+
+from typing import Any
+
+import numpy as np
+
+# Colours (T, 3) uint8 of the triangles; or coordinates (V, 2) of the vertices in a picture (H, W, 3) uint8; or None, neutral
+Look = np.ndarray | tuple[np.ndarray, np.ndarray] | None
+Part = tuple[np.ndarray, np.ndarray, Look]  # vertices (V, 3), triangles (T, 3)
+
+
+def look_of(mesh: Any) -> Look:
+    """Return the look of a trimesh.Trimesh: its texture, else the colours given to its material, faces or vertices, else None."""
+    visual = mesh.visual
+    if visual.kind != "texture":
+        return np.asarray(visual.face_colors)[:, :3] if visual.kind else None
+    material = visual.material
+    picture = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
+    if picture is not None and visual.uv is not None:
+        return np.asarray(visual.uv, dtype=np.float32), np.asarray(picture.convert("RGB"))
+    colour = np.asarray(material.main_color)[:3]
+    unset = np.asarray(type(material)().main_color)[:3]
+    return None if np.array_equal(colour, unset) else np.tile(colour, (len(mesh.faces), 1))
+
+
+def put_on(surface: Any, look: Look) -> dict[str, Any]:
+    """Give a pyvista.PolyData its look; return the arguments of `add_mesh` that show it, none for None."""
+    if look is None:
+        return {}
+    if isinstance(look, tuple):
+        import pyvista
+        surface.active_texture_coordinates = look[0]
+        return {"texture": pyvista.Texture(look[1]), "color": "white"}
+    surface.cell_data["colours"] = look
+    return {"scalars": "colours", "rgb": True}
