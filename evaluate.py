@@ -48,7 +48,7 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
         raise UserError(f"{checkpoint} is not a checkpoint of a training stage: it holds {sorted(state)}")
     config = load_config(CONFIGS[state["stage"]], str(run.folder / "config.yaml"), overrides)
     check_same_config(run.config(), to_dict(config))
-    encoders = build_encoders(config.data.modalities, config.model).to(device)
+    encoders = build_encoders(config.data, config.model).to(device)
     try:
         scale = config.pla.logit_scale if state["stage"] == "step1" else None
         classifiers = build_classifiers(encoders, config.model, state["learner"]["num_clusters"], scale).to(device)

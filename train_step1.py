@@ -46,7 +46,7 @@ class PLALearner(StageLearner):
         needed = NEIGHBOURS + 1 if pla.num_clusters == "auto" else pla.num_clusters
         if needed > min(samples.counts.values()):
             raise UserError(f"pla.num_clusters: {pla.num_clusters} needs at least {needed} training samples, found {samples.counts}")
-        encoders = build_encoders(config.data.modalities, config.model, config.run.sync_batchnorm)
+        encoders = build_encoders(config.data, config.model, config.run.sync_batchnorm)
         source = BatchSource(samples, config.data, device)
         super().__init__("step1", config, source, samples.arrays, encoders, nn.ModuleDict(), device)
         self.clusters: dict = {}

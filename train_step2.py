@@ -42,7 +42,7 @@ class RDLLearner(StageLearner):
         self.samples, self.source_labels, self.num_clusters = samples, pseudo_labels, pseudo_labels.num_clusters
         self.pseudo_labels = {name: values.to(device) for name, values in pseudo_labels.labels.items()}
         self.confidence = {name: values.to(device) for name, values in (pseudo_labels.confidence or {}).items()}
-        encoders = build_encoders(config.data.modalities, config.model, config.run.sync_batchnorm)
+        encoders = build_encoders(config.data, config.model, config.run.sync_batchnorm)
         classifiers = build_classifiers(encoders, config.model, self.num_clusters)
         inputs = {**samples.arrays, **{f"pseudo-labels of {name}": values for name, values in self.pseudo_labels.items()}}
         super().__init__("step2", config, BatchSource(samples, config.data, device), inputs, encoders, classifiers, device)

@@ -14,7 +14,6 @@ from datasets.samples import PairedSamples, describe_samples
 from utils.engine.seed import BatchGenerator, generator_for
 from utils.evaluation.consensus import fuse, trust, view_agreement
 from utils.evaluation.features import extract_features
-from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
 
 
@@ -83,7 +82,7 @@ def measure_reliability(
     """Return modality -> `view_agreement` of two augmented views of every sample, in eval mode."""
     shares = {}
     for name, encoder in encoders.items():
-        array, kind = samples.arrays[name], KINDS[MODALITIES[name].kind]
+        array, kind = samples.arrays[name], KINDS[data.kind_of(name)]
         views = []
         for view in range(2):
             numbers = BatchGenerator(generator_for(seed, "reliability", name, view, device=device))

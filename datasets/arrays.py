@@ -104,6 +104,24 @@ def load_points(
     return np.stack([points[np.arange(stored) % len(points)] for points in clouds])
 
 
+def load_vectors(sample_list: SampleList, width: int) -> np.ndarray:
+    """Read the feature vectors of a list, one .npy file of shape (width,) per sample: (N, width) float32.
+
+    Raises:
+        UserError: on an unreadable file, another shape or type, NaN or infinity (names file and row).
+    """
+    rows = np.empty((len(sample_list), width), dtype=np.float32)
+    for row in range(len(sample_list)):
+        vector, where = read_array(sample_list, row), sample_list.where(row)
+        if vector.shape != (width,) or vector.dtype.kind not in "fiu":
+            found = f"shape {vector.shape} and dtype {vector.dtype}"
+            raise UserError(f"{where}: expected {width} numbers (data.features.{sample_list.modality}), found {found}")
+        rows[row] = vector
+        if not np.isfinite(rows[row]).all():
+            raise UserError(f"{where}: expected finite float32 features, found NaN or infinity")
+    return rows
+
+
 def read_array(sample_list: SampleList, row: int) -> np.ndarray:
     """Return the one array of a .npy file of a list; a UserError names file and row of one that is none."""
     try:

@@ -14,7 +14,6 @@ from datasets.kinds import KINDS
 from datasets.samples import PairedSamples
 from utils.engine import distributed
 from utils.engine.seed import BatchGenerator
-from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
 
 
@@ -34,7 +33,7 @@ class BatchSource:
     def __init__(self, samples: PairedSamples, data: DataConfig, device: torch.device) -> None:
         self.data, self.device = data, device
         self.arrays = list(samples.arrays.values())
-        self.kinds = [KINDS[MODALITIES[name].kind] for name in samples.arrays]
+        self.kinds = [KINDS[data.kind_of(name)] for name in samples.arrays]
         self.counts = list(samples.counts.values())
         self.stored_views = [array.shape[1] if data.train_view == "random" else 1 for array in self.arrays]
         self.views = [data.views_of(name) for name in samples.arrays]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.arrays import MAX_POINTS, load_images, load_points
+from datasets.arrays import MAX_POINTS, load_images, load_points, load_vectors
 from datasets.lists import SampleList
 from datasets.mesh_faces import augment_faces, load_faces, prepare_faces
 from datasets.transforms import augment_images, augment_points, prepare_images, prepare_points
@@ -86,5 +86,10 @@ KINDS: dict[str, Kind] = {
         load=lambda sample_list, data: load_faces(sample_list, data.max_faces)[:, None],
         augment=lambda rows, data, generator: augment_faces(rows, data.augment, generator),
         prepare=lambda rows, data: [prepare_faces(rows[:, 0])],
+    ),
+    "features": Kind(
+        load=lambda sample_list, data: load_vectors(sample_list, data.features[sample_list.modality])[:, None],
+        augment=lambda rows, data, generator: rows,
+        prepare=lambda rows, data: [rows[:, 0]],
     ),
 }

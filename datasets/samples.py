@@ -22,7 +22,6 @@ from datasets.lists import (
 )
 from utils.errors import MissingLabelsError, UserError
 from utils.evaluation.features import Features, extract_features
-from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
 
 DEVICE_SHARE = 0.5  # of the device's free memory that samples may take with data.placement: auto
@@ -41,7 +40,7 @@ class PairedSamples:
     Attributes:
         lists: modality -> list file it came from.
         arrays: modality -> (N, V, 3, S, S) uint8 pictures, V views each, (N, 1, P, 3) float32 points, or (N, 1, F, 18)
-            float32 faces. N may differ between modalities where rows are not pairs.
+            float32 faces, or (N, 1, d) float32 features. N may differ between modalities where rows are not pairs.
     """
 
     lists: dict[str, SampleList]
@@ -132,7 +131,7 @@ def describe_samples(
     """
     features = {}
     for name, encoder in encoders.items():
-        array, kind = samples.arrays[name], KINDS[MODALITIES[name].kind]
+        array, kind = samples.arrays[name], KINDS[data.kind_of(name)]
         inputs = lambda index: kind.prepare(array[index].to(device), data)  # noqa: B023
         features[name] = extract_features(encoder, classifiers[name], inputs, len(array), array.device)
         norms = torch.linalg.vector_norm(features[name].embeddings, dim=1)
@@ -152,7 +151,7 @@ def list_path(data: DataConfig, modality: str, split: str) -> Path:
 
 
 def _load(lists: dict[str, SampleList], data: DataConfig, device: torch.device) -> dict[str, Tensor]:
-    arrays = {name: torch.from_numpy(KINDS[MODALITIES[name].kind].load(rows, data)) for name, rows in lists.items()}
+    arrays = {name: torch.from_numpy(KINDS[data.kind_of(name)].load(rows, data)) for name, rows in lists.items()}
     if device.type == "cpu" or data.placement == "host":
         return arrays
     needed = sum(array.nbytes for array in arrays.values())

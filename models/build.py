@@ -9,11 +9,12 @@ from models.pretrained import LoadReport, load_dgcnn_checkpoint, load_meshnet_ch
 from models.sync_batchnorm import synchronise
 from utils.engine import distributed
 from utils.modalities import MODALITIES
+from utils.settings.data_options import DataConfig
 from utils.settings.options import ModelConfig
 
 
-def build_encoders(modalities: Sequence[str], model: ModelConfig, sync_batchnorm: bool = False) -> nn.ModuleDict:
-    """Return modality -> encoder, in the order given, randomly initialised from torch's global generator.
+def build_encoders(data: DataConfig, model: ModelConfig, sync_batchnorm: bool = False) -> nn.ModuleDict:
+    """Return modality -> encoder, in the order of `data.modalities`, randomly initialised from torch's global generator.
 
     With sync_batchnorm and several processes, batch statistics are taken over all of them.
     """
@@ -23,7 +24,10 @@ def build_encoders(modalities: Sequence[str], model: ModelConfig, sync_batchnorm
         "MeshNet": lambda: models.MeshNet(dim, model.mesh_width, model.mesh_mask_ratio, model.mesh_conv_width),
         "ResNet18": lambda: models.ResNet18(dim, model.image_stages),
     }
-    encoders = nn.ModuleDict({name: makers[MODALITIES[name].encoder]() for name in modalities})
+    make = lambda name: (
+        models.FeatureMLP(data.features[name], model.feature_hidden, dim) if name in data.features else makers[MODALITIES[name].encoder]()
+    )
+    encoders = nn.ModuleDict({name: make(name) for name in data.modalities})
     return synchronise(encoders) if sync_batchnorm and distributed.world() > 1 else encoders
 
 

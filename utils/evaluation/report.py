@@ -120,13 +120,15 @@ def draw_figures(run: RunLog, embeddings: Mapping[str, Tensor], labels: Mapping[
     Args:
         embeddings: modality -> (N, D) of the test set.
         labels: modality -> (N,) ground truth, for colours and frames.
-        arrays: modality -> (N, V, ...), as in `datasets.samples`, for thumbnails.
+        arrays: modality -> (N, V, ...), as in `datasets.samples`, for thumbnails; modalities of features get no panel.
     """
     folder = run.folder / "figures"
     labels = {name: values.numpy() for name, values in labels.items()}
     if min(map(len, labels.values())) > 1:
         plot_tsne({name: rows.cpu().numpy() for name, rows in embeddings.items()}, labels, folder / "tsne.png")
     for query, gallery in scored_tasks(embeddings):
+        if arrays[query].dim() == 3 or arrays[gallery].dim() == 3:  # features show nothing
+            continue
         path = folder / f"retrieval_{task_name(query, gallery)}.png"
         _draw_panel(query, gallery, embeddings, labels, arrays, path)
 

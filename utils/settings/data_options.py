@@ -77,6 +77,9 @@ class DataConfig:
     test_lists: dict[str, str] = option({}, "modality -> test list; default: the prepared name under root", path=True)
     instance_id: str = option(r"(\d+)$", "expression on the file stem; group 1 is the id that pairs modalities")
     num_classes: int | None = option(None, "number of classes: checks label ranges in evaluation, never used for training", min=1)
+    features: dict[str, int] = option(
+        {}, "modality -> width of its vectors, for modalities whose files hold features of a trained encoder instead of samples", min=1
+    )
     image_size: int = option(224, "side of the encoder's input, pixels", min=8)
     image_resize: int = option(256, "side after resizing, before the crop, pixels", min=8)
     num_points: int = option(1024, "points per cloud", min=2)
@@ -104,7 +107,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.dataset):
             raise UserError(f"data.dataset names files and folders: letters, digits, '_', '-', '.' only, got {self.dataset!r}")
-        for key in ("modalities", "train_lists", "test_lists", "views"):
+        for key in ("modalities", "train_lists", "test_lists", "features", "views"):
             check_modalities(f"data.{key}", getattr(self, key))
         if len(self.modalities) < 2 or len(set(self.modalities)) != len(self.modalities):
             raise UserError(f"data.modalities needs at least two different modalities, got {list(self.modalities)}")
@@ -124,6 +127,10 @@ class DataConfig:
             raise UserError(f"data.instance_id is not a regular expression: {self.instance_id!r} ({error})") from error
         if groups != 1:
             raise UserError(f"data.instance_id needs exactly one group, got {groups} in {self.instance_id!r}")
+
+    def kind_of(self, modality: str) -> str:
+        """Return the kind of a modality's files, a key of `datasets.kinds.KINDS`."""
+        return "features" if modality in self.features else MODALITIES[modality].kind
 
     def views_of(self, modality: str) -> int:
         """Return how many augmented views of a sample a training step sees."""

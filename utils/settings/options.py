@@ -26,6 +26,7 @@ class ModelConfig:
     mesh_mask_ratio: float = option(0.95, "share of faces hidden from MeshNet's maximum in training (published: 0.95)", min=0, below=1)
     image_stages: int = option(4, "residual stages of ResNet18 (published: 4); 3 for 32-pixel images on a CPU", min=1, max=4)
     pretrained: dict[str, str] = option({}, "modality -> imagenet | none | PATH of a weight file", path=True)
+    feature_hidden: int = option(512, "hidden width of the MLP that encodes the modalities of data.features", min=1)
     classifier_hidden: int = option(128, "hidden width of the step-2 classifier", min=1)
 
     def __post_init__(self) -> None:
@@ -154,6 +155,9 @@ class StageConfig:
                 f"model.pretrained says nothing about {', '.join(missing)}: give imagenet (images only), "
                 f"none (random start) or the path of a weight file, e.g. --set model.pretrained.{missing[0]}=none"
             )
+        loaded = [name for name in self.data.features if self.model.pretrained.get(name, "none") != "none"]
+        if loaded:
+            raise UserError(f"model.pretrained.{loaded[0]} must be none: the MLP of data.features has no weights to start from")
         neighbors, points = self.model.num_neighbors, self.data.num_points
         if "PointCloud" in self.data.modalities and neighbors > points:
             raise UserError(f"model.num_neighbors ({neighbors}) must not exceed data.num_points ({points})")
