@@ -19,10 +19,10 @@ import torch
 from datasets.prepare.parallel import user_path
 from experiments.cells import all_cells, expand
 from experiments.documents import rewrite
-from experiments.jobs import code_state, make_job
+from experiments.jobs import DONE, FAILED, SKIPPED, Job
 from experiments.protocol import SCALES, find_setup, load_protocol
-from experiments.records import publish, record_run, table_path
-from experiments.runner import DONE, FAILED, SKIPPED, Job, hold, run_jobs, states
+from experiments.records import publish, record_run
+from experiments.runner import hold, run_jobs, states
 from experiments.tables import render
 from utils.engine.device import select_device
 from utils.engine.run_log import REPOSITORY
@@ -81,21 +81,21 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
     setup = find_setup(protocol, arguments.dataset, arguments.scale, arguments.tasks)
     rows = expand(protocol["tables"][arguments.table], setup, range(arguments.seeds))
     root = arguments.runs / f"{setup.dataset}-{setup.scale}"
-    jobs = [make_job(cell, root) for cell in all_cells(rows)]
+    jobs = [Job(cell, root) for cell in all_cells(rows)]
     if arguments.list:
-        found = [state["status"] for state in states(jobs).values()]
-        print("\n".join(f"{status:12s} {job.id}  {job.units:4d} epochs  {job.name}" for job, status in zip(jobs, found)))
-        print(f"{len(jobs)} cells: " + ", ".join(f"{count} {status}" for status, count in Counter(found).items()))
+        found = [state["status"] for state in states(jobs)]
+        cells = [f"{status:12s} {job.cell.id}  {job.cell.epochs:4d} epochs  {job.cell.name}" for job, status in zip(jobs, found)]
+        print("\n".join([*cells, f"{len(jobs)} cells: " + ", ".join(f"{count} {status}" for status, count in Counter(found).items())]))
         return COMPLETE
-    stopped, path = False, table_path(arguments.results, arguments.table, setup)
+    stopped, path = False, arguments.results / f"{arguments.table}-{setup.dataset}-{setup.scale}.jsonl"
     with hold(REPOSITORY / root) as lock:
         budget = None if arguments.budget is None else 60 * arguments.budget
         try:
-            run_jobs(jobs, devices(arguments), lock, code_state, budget, arguments.resume)
+            run_jobs(jobs, devices(arguments), lock, budget, arguments.resume)
         except KeyboardInterrupt:
             stopped = True
         publish(path, rows, jobs, command_of(arguments))
-        return report(jobs, states(jobs), render(path, protocol), stopped)
+        return report(jobs, render(path, protocol), stopped)
 
 
 def devices(arguments: argparse.Namespace) -> list[str]:
@@ -106,25 +106,17 @@ def devices(arguments: argparse.Namespace) -> list[str]:
     return names * (arguments.workers or (min(2, os.cpu_count() or 1) if device.type == "cpu" else 1))
 
 
-def report(jobs: list[Job], found: dict[str, dict], written: list[Path], stopped: bool) -> int:
+def report(jobs: list[Job], written: list[Path], stopped: bool) -> int:
     """Say what was written, what failed and what is left; return the exit status."""
     print("".join(f"wrote {path}\n" for path in written), end="")
-    lines = [(found[job.id]["status"], job.name, f": {found[job.id].get('reason')}") for job in jobs]
-    troubled = [f"{status}: {name}{reason}" for status, name, reason in lines if status in (FAILED, SKIPPED)]
-    left = [f"{status}: {name}" for status, name, _ in lines if status not in (DONE, FAILED, SKIPPED)]
+    found = [(state["status"], f"{state['status']}: {job.cell.name}", state.get("reason")) for job, state in zip(jobs, states(jobs))]
+    troubled = [f"{text}: {reason}" for status, text, reason in found if status in (FAILED, SKIPPED)]
+    left = [text for status, text, _ in found if status not in (DONE, FAILED, SKIPPED)]
     for title, entries in (("not done", troubled), ("left, go on with the same command and --resume", left)):
         more = [f"... and {len(entries) - SHOWN} more, see --list"] if len(entries) > SHOWN else []
         if entries:
             print("\n  ".join([f"{len(entries)} of {len(jobs)} cells {title}:", *entries[:SHOWN], *more]))
     return STOPPED if stopped else LEFT if left else SOME_FAILED if troubled else COMPLETE
-
-
-def render_all(results: Path, protocol: dict[str, dict]) -> None:
-    """Render every table of a folder, and the documents if it is the repository's own."""
-    written = [entry for path in sorted(results.glob("*.jsonl")) for entry in render(path, protocol)]
-    if results.resolve() == REPOSITORY / "results":
-        written += rewrite(REPOSITORY, results, protocol)
-    print("\n".join(f"wrote {path}" for path in written))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,10 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     protocol = load_protocol(arguments.add)
     if arguments.table not in ("record", "render"):
         return reproduce(arguments, protocol)
-    if arguments.table == "record":
-        for folder in arguments.record[1:]:
-            record_run(arguments.results / f"{arguments.record[0]}.jsonl", user_path(folder), arguments.row, arguments.variant)
-    render_all(arguments.results, protocol)
+    for folder in arguments.record[1:]:
+        record_run(arguments.results / f"{arguments.record[0]}.jsonl", user_path(folder), arguments.row, arguments.variant)
+    written = [entry for path in sorted(arguments.results.glob("*.jsonl")) for entry in render(path, protocol)]
+    if arguments.results.resolve() == REPOSITORY / "results":
+        written += rewrite(REPOSITORY, arguments.results, protocol)
+    print("\n".join(f"wrote {path}" for path in written))
     return COMPLETE
 
 

@@ -28,7 +28,7 @@ class Cell:
 
     Attributes:
         id: 12 hexadecimal digits of what decides its result; commit, device and threads do not count.
-        stage: "step1", "step2", or the module that is run: "release_protocol", "memory_bank", "loss_shapes".
+        stage: "step1", "step2", or a key of `experiments.jobs.MODULES`.
         name: for people.
         arguments: of its command line, without seed, device and places.
         epochs: that it trains, the unit of progress; 1 if it trains none.
@@ -54,14 +54,13 @@ class Row:
 
 
 @functools.cache
-def load(stage: str, config: Path, overrides: tuple[str, ...]) -> Any:
-    """Return the settings of a stage from a folder below the repository's root."""
+def _load(stage: str, config: Path, overrides: tuple[str, ...]) -> Any:
     return load_config(CONFIGS[stage], str(REPOSITORY / config / f"{stage}.yaml"), overrides)
 
 
-def decisive(stage: str, config: Path, overrides: Sequence[str]) -> dict:
-    """Return the settings of a run that decide its result, without the seed."""
-    tree = to_dict(load(stage, config, tuple(overrides)))
+def _decisive(stage: str, config: Path, overrides: Sequence[str]) -> dict:
+    """The settings of a run that decide its result, without the seed."""
+    tree = to_dict(_load(stage, config, tuple(overrides)))
     return {section: {key: value for key, value in entries.items() if key not in NEUTRAL.get(section, ())}
             for section, entries in tree.items()}
 
@@ -70,24 +69,24 @@ def _identify(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def training_cell(stage: str, setup: Setup, letters: str, overrides: Sequence[str], seed: int, needs: tuple[Cell, ...] = ()) -> Cell:
-    """Return the cell of a training stage on some modalities, with settings on top of the configuration and the setup's own."""
+def _training(stage: str, setup: Setup, letters: str, overrides: Sequence[str], seed: int, needs: tuple[Cell, ...] = ()) -> Cell:
+    """The cell of a training stage on some modalities, with settings on top of the configuration and the setup's own."""
     names = modalities_of(letters)
     own = [text.replace("{2D}", names[0]).replace("{3D}", names[-1]) for text in overrides]
     given = (*getattr(setup, stage), f"data.modalities=[{','.join(names)}]", *own)
-    identity = _identify(stage, seed, [cell.id for cell in needs], decisive(stage, setup.config, given))
+    identity = _identify(stage, seed, [cell.id for cell in needs], _decisive(stage, setup.config, given))
     arguments = ("--config", str(setup.config / f"{stage}.yaml"), "--set", *given)
     inherited = [word for cell in needs for word in cell.name.split()[4:]]  # what the needed cells were given
     name = " ".join([stage, letters, "seed", str(seed), *inherited, *own])
-    return Cell(identity, stage, name, arguments, seed, load(stage, setup.config, given).optim.epochs, needs)
+    return Cell(identity, stage, name, arguments, seed, _load(stage, setup.config, given).optim.epochs, needs)
 
 
-def release_cell(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
-    """Return the cell of one departure of the authors' code; it trains both stages itself."""
-    chosen, stage = f"data.modalities=[{','.join(modalities_of(pair))}]", "release_protocol"
+def _release(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
+    """The cell of one departure of the authors' code; it trains both stages itself."""
+    stage, chosen = "release_protocol", f"data.modalities=[{','.join(modalities_of(pair))}]"
     given = {name: (*getattr(setup, name), chosen) for name in CONFIGS}
-    identity = _identify(stage, seed, variant, [decisive(name, setup.config, given[name]) for name in CONFIGS])
-    epochs = sum(load(name, setup.config, given[name]).optim.epochs for name in CONFIGS)
+    identity = _identify(stage, seed, variant, [_decisive(name, setup.config, given[name]) for name in CONFIGS])
+    epochs = sum(_load(name, setup.config, given[name]).optim.epochs for name in CONFIGS)
     arguments = ("--config-dir", str(setup.config), "--variant", variant, "--set1", *given["step1"], "--set2", *given["step2"])
     return Cell(identity, stage, f"{stage} {variant} {pair} seed {seed}", arguments, seed, epochs)
 
@@ -101,11 +100,11 @@ def all_cells(rows: Iterable[Row]) -> list[Cell]:
 
 def describe_setup(setup: Setup) -> dict[str, Any]:
     """Return the folder of the settings that all rows start from, what the paper states too, and a hash: tables show one hash."""
-    first, second = (load(stage, setup.config, getattr(setup, stage)) for stage in CONFIGS)
+    first, second = (_load(stage, setup.config, getattr(setup, stage)) for stage in CONFIGS)
     return {
         "config": str(setup.config), "batch_size": first.optim.batch_size, "learning_rate": first.optim.learning_rate,
         "lambda_1": first.pla.lambda_1, "lambda_2": second.rdl.lambda_2, "alpha": second.rdl.alpha,
-        "hash": _identify([decisive(stage, setup.config, getattr(setup, stage)) for stage in CONFIGS]),
+        "hash": _identify([_decisive(stage, setup.config, getattr(setup, stage)) for stage in CONFIGS]),
     }
 
 
@@ -126,29 +125,25 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
         if own is None:
             raise UserError(f"row {name!r} needs as_printed of {setup.dataset}, {setup.scale} scale, in the protocol")
         pairs = [options["modalities"]] if "modalities" in options else () if "numbers" in options else own.pairs
-        cells = {seed: {pair: _row_cell(options, own, pair, seed) for pair in pairs} for seed in seeds}
-        rows.append(Row(name, cells, describe_setup(own)))
+        rows.append(Row(name, {seed: {pair: _cell(options, own, pair, seed) for pair in pairs} for seed in seeds}, describe_setup(own)))
     return rows
 
 
-def _row_cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) -> Cell:
+def _cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) -> Cell:
     if "variant" in options:
-        return release_cell(setup, pair, options["variant"], seed)
-    first = training_cell("step1", setup, pair, options.get("step1", ()), seed)
-    if options.get("stage") == "step1":
-        return first
-    return training_cell("step2", setup, pair, options.get("step2", ()), seed, (first,))
+        return _release(setup, pair, options["variant"], seed)
+    first = _training("step1", setup, pair, options.get("step1", ()), seed)
+    return first if options.get("stage") == "step1" else _training("step2", setup, pair, options.get("step2", ()), seed, (first,))
 
 
 def _measured(table: Mapping[str, Any], setup: Setup) -> dict[str, Cell]:
     """Name -> cell of the rows that are benchmarks, which train nothing and have no seed."""
-    config = load("step1", setup.config, setup.step1)
+    config = _load("step1", setup.config, setup.step1)
+    dim, sizes = config.model.embedding_dim, ("--batch-size", config.optim.batch_size, "--samples")
+    given = {f"{count} x {dim}": ("memory_bank", "--dim", dim, *sizes, count) for count in setup.samples}
     if table["kind"] == "shapes":
         given = {"losses": ("loss_shapes", "--num-clusters", config.pla.num_clusters, "--alpha", *table["values"])}
-    elif setup.samples:
-        sizes = ("memory_bank", "--dim", config.model.embedding_dim, "--batch-size", config.optim.batch_size, "--samples")
-        given = {f"{count} x {config.model.embedding_dim}": (*sizes, count) for count in setup.samples}
-    else:
+    if not given:
         raise UserError(f"no size of a bank of {setup.dataset}: give datasets.{setup.dataset}.samples in a --add file")
     words = {name: (stage, tuple(map(str, arguments))) for name, (stage, *arguments) in given.items()}
     return {name: Cell(_identify(stage, texts), stage, " ".join([stage, *texts]), texts) for name, (stage, texts) in words.items()}

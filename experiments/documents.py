@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records import load_table
-from experiments.tables import table_lines
+from experiments.tables import markdown, table_lines
 from utils.engine.checkpoint import atomic_write_text
 
-BENCHMARK_FACTS = ("speedup", "memory_ratio", "largest_relative_difference", "difference", "differences", "seconds_per_epoch",
-                   "extrapolated_seconds", "mean_seconds", "modelnet40_hours_extrapolated")
+TIMES = ("seconds", "flop_floor_seconds", "byte_floor_seconds")
+MARKED = re.compile(r"(<!-- (table|benchmark): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+FACTS = ("speedup", "memory_ratio", "largest_relative_difference", "difference", "differences", "seconds_per_epoch",
+         "extrapolated_seconds", "mean_seconds", "modelnet40_hours_extrapolated")
 
 
 def rewrite(root: Path, results: Path, protocol: Mapping[str, dict]) -> list[Path]:
@@ -23,11 +25,10 @@ def rewrite(root: Path, results: Path, protocol: Mapping[str, dict]) -> list[Pat
         "table": lambda name: "\n".join(table_lines(load_table(results / f"{name}.jsonl", protocol))),
         "benchmark": lambda name: benchmark(results / "benchmarks", name),
     }
-    marked = re.compile(r"(<!-- (table|benchmark): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
     documents = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
     for document in documents:
         made = lambda match: f"{match[1]}{makers[match[2]](match[3])}\n{match[4]}"
-        atomic_write_text(document, marked.sub(made, document.read_text(encoding="utf-8")))
+        atomic_write_text(document, MARKED.sub(made, document.read_text(encoding="utf-8")))
     return documents
 
 
@@ -37,16 +38,10 @@ def benchmark(folder: Path, name: str) -> str:
     for path in sorted(folder.glob(f"{name}-*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
-        machine = f"{report['device']}, {threads}, torch {report['torch']}, `{report['commit'][:7]}`"
-        parts.append(f"`{report['command']}`, {machine}:\n")
-        if rows := list(_times(report)):
-            parts += ["| | seconds | FLOP floor, s | byte floor, s | of matmul rate |", "| --- | --- | --- | --- | --- |"]
-            parts += [
-                f"| {title} | {row['seconds']:.3g} | {row['flop_floor_seconds']:.3g} | {row['byte_floor_seconds']:.3g} | "
-                f"{row['share_of_matmul_rate']:.1%} |" for title, row in rows
-            ]
-            parts.append("")
-        facts = [f"{key.replace('_', ' ')} {_rounded(report[key])}" for key in BENCHMARK_FACTS if report.get(key) is not None]
+        parts.append(f"`{report['command']}`, {report['device']}, {threads}, torch {report['torch']}, `{report['commit'][:7]}`:\n")
+        rows = [[title, *(f"{row[key]:.3g}" for key in TIMES), f"{row['share_of_matmul_rate']:.1%}"] for title, row in _times(report)]
+        parts += [*markdown([["measured", "seconds", "FLOP floor, s", "byte floor, s", "of matmul rate"], *rows]), ""] if rows else []
+        facts = [f"{key.replace('_', ' ')} {_rounded(report[key])}" for key in FACTS if report.get(key) is not None]
         parts += ["; ".join(facts), ""] if facts else []
     return "\n".join(parts).rstrip() or "not run"
 

@@ -8,8 +8,7 @@ from statistics import mean
 import numpy as np
 
 from experiments.records import Table
-from experiments.statistics import estimate
-from experiments.summary import summarize, trusted
+from experiments.summary import estimate, summarize
 from utils.figures.plots import STYLE, new_figure, save_figure
 
 
@@ -30,7 +29,7 @@ def _panels(path: Path, count: int, width: float, height: float, **options: obje
 
 def draw_shapes(table: Table, path: Path) -> bool:
     """Draw loss and absolute slope against p (Figure 3), both on a logarithmic scale, since the losses' scales differ."""
-    for found in (record["measured"] for record in trusted(table)[-1:]):
+    for found in (record["measured"] for record in table.trusted()[-1:]):
         with _panels(path, 2, 11, 4.5) as axes:
             for axis, key, title in zip(axes, ("loss", "slope"), ("loss L(p)", "|dL / dp|")):
                 for name, curve in found["curves"].items():
@@ -39,31 +38,38 @@ def draw_shapes(table: Table, path: Path) -> bool:
                     axis.plot(found["p"], shown, label=name, linewidth=2.4 if name.startswith("RCLL") else 1.3)
                 axis.axvline(1 / found["num_clusters"], color="0.5", linestyle=":", linewidth=1)
                 axis.set(title=title, xlabel="p, probability of the pseudo-label (dotted: 1/K)", yscale="log", ylim=(1e-2, 1e2))
-    return bool(trusted(table))
+    return bool(table.trusted())
 
 
 def draw_sensitivity(table: Table, path: Path) -> bool:
     """Draw mAP against the value of each grid (Figure 4), one panel per grid, bars for one standard deviation over seeds."""
-    points: dict[str, list[tuple]] = {}
+    points: dict[str, dict[str, list[tuple]]] = {}  # grid -> task -> value, mean, deviation
     for entry in summarize(table):
-        options = entry.options
-        for task, seeds in entry.scores.items() if "grid" in options else ():
-            found = estimate(list(seeds.values()))
-            points.setdefault(options["grid"], []).append((task, options["value"], 100 * found.mean, 100 * (found.std or 0)))
+        for task, seeds in entry.scores.items() if "grid" in entry.options else ():
+            found, lines = estimate(list(seeds.values())), points.setdefault(entry.options["grid"], {})
+            lines.setdefault(task, []).append((entry.options["value"], 100 * found.mean, 100 * (found.std or 0)))
     if points:
         with _panels(path, len(points), 5.5 * len(points), 4.2, sharey=True) as axes:
-            for axis, (grid, entries) in zip(axes, points.items()):
-                for task in dict.fromkeys(entry[0] for entry in entries):
-                    _, x, y, spread = zip(*sorted(entry for entry in entries if entry[0] == task))
-                    width = 2.4 if task == "avg" else 1.3
-                    axis.errorbar(x, y, yerr=spread, label=task, marker="o", markersize=3, linewidth=width)
+            for axis, (grid, lines) in zip(axes, points.items()):
+                for task, entries in lines.items():
+                    x, y, spread = zip(*sorted(entries))
+                    axis.errorbar(x, y, yerr=spread, label=task, marker="o", markersize=3, linewidth=2.4 if task == "avg" else 1.3)
                 axis.set(title=grid, xlabel=grid, ylabel="mAP@All (%)", xscale="log")
     return bool(points)
 
 
 def draw_curves(table: Table, path: Path) -> bool:
-    """Draw mAP over the epochs of step 2 (Figure 5): the mean over seeds and pairs, a band of one deviation over seeds."""
-    lines = {entry.name: curve for entry in summarize(table) if (curve := _mean_curve(table, entry.name))}
+    """Draw mAP over the epochs of step 2 (Figure 5): the mean over seeds and pairs, a band of one deviation over seeds.
+
+    A seed whose pairs are not all there is left out.
+    """
+    lines = {}
+    for row in dict.fromkeys(entry.name for entry in summarize(table)):
+        seeds = [[table.shown.get((row, pair, seed)) for pair in table.pairs] for seed in sorted({seed for _, _, seed in table.shown})]
+        seeds = [[record["curve"] for record in found] for found in seeds if not any(map(table.fault, found))]
+        if seeds:
+            scores = 100 * np.array([[mean(point) for point in zip(*(curve["map/avg"] for curve in curves))] for curves in seeds])
+            lines[row] = seeds[0][0]["epoch"], scores.mean(axis=0), scores.std(axis=0, ddof=1) if len(scores) > 1 else 0
     if lines:
         with _panels(path, 1, 8, 4.8) as (axis,):
             for name, (epochs, center, spread) in lines.items():
@@ -71,16 +77,3 @@ def draw_curves(table: Table, path: Path) -> bool:
                 axis.fill_between(epochs, center - spread, center + spread, color=line.get_color(), alpha=0.15, linewidth=0)
             axis.set(title=table.options["title"], xlabel="epoch of step 2", ylabel="mAP@All (%)")
     return bool(lines)
-
-
-def _mean_curve(table: Table, row: str) -> tuple[np.ndarray, ...] | None:
-    """Epochs, mean and deviation over seeds in percent; a seed whose pairs are not all there is left out."""
-    clean, curves = trusted(table), []
-    for seed in sorted({seed for _, _, seed in table.shown}):
-        found = [table.shown.get((row, pair, seed)) for pair in table.pairs]
-        curves += [[record["curve"] for record in found]] if all(record in clean for record in found) else []
-    if not curves:
-        return None
-    values = 100 * np.array([[mean(point) for point in zip(*(curve["map/avg"] for curve in seed))] for seed in curves])
-    spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-    return np.array(curves[0][0]["epoch"]), values.mean(axis=0), spread

@@ -16,10 +16,12 @@ from utils.settings.options import Step1Config
 
 HERE = Path(__file__).resolve().parent
 SCALES = ("full", "small")
-KEYS = {
-    "datasets": {"paper", "samples", *SCALES}, "scale": {"config", "pairs", "step1", "step2", "as_printed"},
-    "tables": {"title", "kind", "paper", "baseline", "ranking", "logged", "notes", "rows", "grids", "values"},
-    "row": {"step1", "step2", "stage", "settings", "modalities", "paper", "numbers", "against", "variant"},
+_SCALE = dict.fromkeys(("config", "pairs", "step1", "step2", "as_printed"))
+_TABLE = dict.fromkeys(("title", "kind", "paper", "baseline", "ranking", "logged", "notes", "grids", "values"))
+_ROW = dict.fromkeys(("step1", "step2", "stage", "settings", "modalities", "paper", "numbers", "against", "variant"))
+KEYS = {  # key -> the keys below it, None: anything; ANY stands for names
+    "datasets": {"ANY": {"paper": None, "samples": None, **dict.fromkeys(SCALES, _SCALE)}},
+    "tables": {"ANY": {**_TABLE, "rows": {"ANY": _ROW}}},
 }
 
 
@@ -28,7 +30,6 @@ class Setup:
     """A data set at one scale.
 
     Attributes:
-        dataset, scale: their names.
         config: folder with step1.yaml and step2.yaml; step1, step2: settings on top.
         pairs: letters of the modalities that are trained together, one training each.
         paper: the paper's name for the data set; samples: training rows per memory bank.
@@ -57,7 +58,7 @@ def load_protocol(added: Path | None = None) -> dict[str, dict]:
         if not path.is_file():
             raise UserError(f"no file {path}: give a YAML file with datasets: or tables:, see docs/reproduce.md")
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        _check_protocol(tree, path)
+        _check_keys(tree, KEYS, path)
         protocol["datasets"] |= tree.get("datasets", {})
         for name, table in tree.get("tables", {}).items():
             known = protocol["tables"].get(name, {})
@@ -69,6 +70,17 @@ def load_protocol(added: Path | None = None) -> dict[str, dict]:
     return protocol
 
 
+def _check_keys(tree: Any, known: Mapping[str, Any], path: Path, *keys: str) -> None:
+    place = f"{path}: {'.'.join(keys) or 'top level'}"
+    if not isinstance(tree, dict):
+        raise UserError(f"{place} must hold keys of {', '.join(known)}, found {tree!r}")
+    for key, below in tree.items():
+        if key not in known and "ANY" not in known:
+            raise UserError(f"{place}: unknown key {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+        if known_below := known.get("ANY", known.get(key)):
+            _check_keys(below, known_below, path, *keys, str(key))
+
+
 def rows_of(table: Mapping[str, Any]) -> dict[str, dict]:
     """Return name -> options of every row: one per grid and value, which also carries both for the figure, and the others."""
     grids = {
@@ -76,26 +88,6 @@ def rows_of(table: Mapping[str, Any]) -> dict[str, dict]:
         for grid, keys in table.get("grids", {}).items() for stage, key in keys.items() for value in table["values"]
     }
     return {**grids, **table.get("rows", {})}
-
-
-def _check_protocol(tree: Any, path: Path) -> None:
-    _check_keys(tree, {"datasets", "tables"}, str(path))
-    for name, entry in tree.get("datasets", {}).items():
-        _check_keys(entry, KEYS["datasets"], f"{path}: datasets.{name}")
-        for scale in SCALES:
-            _check_keys(entry.get(scale, {}), KEYS["scale"], f"{path}: datasets.{name}.{scale}")
-    for name, entry in tree.get("tables", {}).items():
-        _check_keys(entry, KEYS["tables"], f"{path}: tables.{name}")
-        for row, options in entry.get("rows", {}).items():
-            _check_keys(options, KEYS["row"], f"{path}: tables.{name}.rows.{row}")
-
-
-def _check_keys(tree: Any, known: set[str], place: str) -> None:
-    if not isinstance(tree, dict):
-        raise UserError(f"{place} must hold keys of {', '.join(sorted(known))}, found {tree!r}")
-    for key in tree:
-        if key not in known:
-            raise UserError(f"{place}: unknown key {key!r}{nearest(key, known)}; known: {', '.join(sorted(known))}")
 
 
 def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Sequence[str] = ()) -> Setup:
@@ -106,30 +98,25 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
     Raises:
         UserError: on an unknown data set or task, or a scale that the data set does not have.
     """
-    known = protocol["datasets"]
-    folders = [f"{dataset}_cpu", dataset] if scale == "small" else [dataset]
-    found = [f"configs/{name}" for name in folders if (REPOSITORY / "configs" / name / "step1.yaml").is_file()]
+    known, folders = protocol["datasets"], [f"configs/{dataset}_cpu"] * (scale == "small") + [f"configs/{dataset}"]
+    found = [folder for folder in folders if (REPOSITORY / folder / "step1.yaml").is_file()]
     if dataset not in known and not found:
         raise UserError(f"unknown data set {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}, and folders of configs/")
     entry = known[dataset] if dataset in known else {scale: {"config": found[0]}}
     if scale not in entry:
-        scales = ", ".join(key for key in SCALES if key in entry)
-        raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {scales}")
+        raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {', '.join(key for key in SCALES if key in entry)}")
     options = entry[scale]
-    pairs = [pair_of(task) for task in tasks] or options.get("pairs") or [_configured_pair(options)]
-    common = {"dataset": dataset, "scale": scale, "pairs": tuple(dict.fromkeys(pairs)), "paper": entry.get("paper"),
-              "samples": tuple(entry.get("samples", ()))}
-    printed = Setup(**common, **_places(options["as_printed"])) if "as_printed" in options else None
-    return Setup(**common, **_places(options), as_printed=printed)
+    pairs = [pair_of(task) for task in tasks] or options.get("pairs")
+    if not pairs:  # those of its configuration
+        data = load_config(Step1Config, str(REPOSITORY / options["config"] / "step1.yaml"), options.get("step1", ())).data
+        pairs = [pair_of("".join(MODALITIES[name].letter for name in data.modalities))]
 
+    def setup(places: Mapping[str, Any], as_printed: Setup | None = None) -> Setup:
+        given = (tuple(places.get(stage, ())) for stage in ("step1", "step2"))
+        return Setup(dataset, scale, Path(places["config"]), tuple(dict.fromkeys(pairs)), *given, entry.get("paper"),
+                     tuple(entry.get("samples", ())), as_printed)
 
-def _places(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"config": Path(options["config"]), **{stage: tuple(options.get(stage, ())) for stage in ("step1", "step2")}}
-
-
-def _configured_pair(options: Mapping[str, Any]) -> str:
-    names = load_config(Step1Config, str(REPOSITORY / options["config"] / "step1.yaml"), options.get("step1", ())).data.modalities
-    return pair_of("".join(MODALITIES[name].letter for name in names))
+    return setup(options, setup(options["as_printed"]) if "as_printed" in options else None)
 
 
 def pair_of(task: str) -> str:

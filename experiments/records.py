@@ -9,14 +9,15 @@ from typing import Any
 import yaml
 
 from experiments.cells import Row, describe_setup
-from experiments.jobs import training_scores
+from experiments.jobs import MARKER, Job, training_scores
 from experiments.protocol import HERE, SCALES, Setup, find_setup
-from experiments.runner import MARKER, Job
-from utils.engine.checkpoint import atomic_write_text
+from utils.engine.checkpoint import atomic_write_text, read_json
 from utils.engine.run_log import RunLog
 from utils.errors import UserError
 from utils.evaluation.report import row_name
 from utils.modalities import MODALITIES
+
+NOT_RUN, DIRTY = "not run", "dirty tree"
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Table:
     """What rendering needs; for a table that the protocol does not know, the records alone.
 
     Attributes:
+        place: data set and scale, for people.
         paper_dataset, paper: the paper's name of the data set, and task -> row -> its printed number.
         records: id -> record of every run, also those that others rest on.
         shown: (row, letters of the modalities, seed) -> the record that counts.
@@ -31,14 +33,27 @@ class Table:
     """
 
     name: str
-    dataset: str = ""
-    scale: str = ""
+    records: Mapping[str, dict]
+    shown: Mapping[tuple[str, str, int], dict]
+    pairs: tuple[str, ...]
+    place: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     paper_dataset: str | None = None
     paper: Mapping[str, Any] = field(default_factory=dict)
-    records: Mapping[str, dict] = field(default_factory=dict)
-    shown: Mapping[tuple[str, str, int], dict] = field(default_factory=dict)
-    pairs: tuple[str, ...] = ()
+
+    def chain(self, record: dict | None) -> list[dict | None]:
+        """Return a record and all that it needs; None for one that was not run."""
+        needs = record["needs"] if record else []
+        return [record, *(entry for need in needs for entry in self.chain(self.records.get(need)))]
+
+    def fault(self, record: dict | None) -> str:
+        """Return why a record does not count: a run that it rests on is missing, or was made from a dirty tree; "" if it does."""
+        chain = self.chain(record)
+        return NOT_RUN if None in chain else DIRTY if any(entry["dirty"] for entry in chain) else ""
+
+    def trusted(self) -> list[dict]:
+        """Return the shown records that count."""
+        return [record for record in self.shown.values() if not self.fault(record)]
 
 
 def read_records(path: Path) -> list[dict]:
@@ -58,7 +73,7 @@ def add_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def publish(path: Path, rows: Iterable[Row], jobs: Iterable[Job], command: str) -> None:
     """Add the records of a table's finished cells, and of those they need, to its file."""
-    done = {job.id: json.loads((job.folder / MARKER).read_text(encoding="utf-8")) for job in jobs if job.done}
+    done = {job.cell.id: read_json(job.folder / MARKER) for job in jobs if job.done}
     shown, needed = [], {}
     for row in rows:
         for cell, pair in ((cell, pair) for pairs in row.cells.values() for pair, cell in pairs.items()):
@@ -77,7 +92,7 @@ def record_run(path: Path, folder: Path, row: str | None = None, variant: str | 
         UserError: if the run is not finished, was made from uncommitted code, or its place holds the run of another command.
     """
     run = RunLog.open(folder)
-    config, environment = run.config(), json.loads((folder / "env.json").read_text(encoding="utf-8"))
+    config, environment = run.config(), read_json(folder / "env.json")
     if environment["git_dirty"] is not False:
         raise UserError(f"{folder} was made from uncommitted code, its commit would not repeat it: commit, and run it again")
     command = ["python", *environment["command"]]
@@ -91,11 +106,10 @@ def record_run(path: Path, folder: Path, row: str | None = None, variant: str | 
         "commit": environment["git_sha"], "dirty": False, "device": environment["gpu"] or environment["cpu"],
         "threads": environment["threads"], "torch": environment["torch"], "command": " ".join(command),
     }
-    before = read_records(path)
     place = lambda entry: (entry["row"], entry["pair"], entry["seed"])
-    others = [entry["command"] for entry in before if place(entry) == place(record) and entry["command"] != record["command"]]
-    if others:
-        raise UserError(f"{path} holds a run of another command in its place ({others[-1]}): give another table, or --row NAME")
+    for other in read_records(path):
+        if place(other) == place(record) and other["command"] != record["command"]:
+            raise UserError(f"{path} holds a run of another command in its place ({other['command']}): give another table, or --row NAME")
     add_records(path, [record])
 
 
@@ -113,13 +127,8 @@ def load_table(path: Path, protocol: Mapping[str, dict]) -> Table:
     pairs = tuple(dict.fromkeys(pair for _, pair, _ in shown if len(pair) == 2))
     name, dataset, scale = [*path.stem.rsplit("-", 2), "", ""][:3]
     if name not in protocol["tables"] or scale not in SCALES:
-        return Table(path.stem, records=by_id, shown=shown, pairs=pairs)
+        return Table(path.stem, by_id, shown, pairs)
     options, setup = protocol["tables"][name], find_setup(protocol, dataset, scale)
     numbers = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))
     paper = numbers.get(options.get("paper"), {}).get(setup.paper, {})
-    return Table(name, dataset, scale, options, setup.paper, paper, by_id, shown, pairs or setup.pairs)
-
-
-def table_path(folder: Path, name: str, setup: Setup) -> Path:
-    """Return where the records of a table lie; the rendered files have the same name and other endings."""
-    return folder / f"{name}-{setup.dataset}-{setup.scale}.jsonl"
+    return Table(name, by_id, shown, pairs or setup.pairs, f"{dataset}, {scale} scale", options, setup.paper, paper)

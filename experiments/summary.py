@@ -1,21 +1,56 @@
 """Gathers what a row's runs say: scores of clean runs by task and seed, what is missing, the paper's numbers, comparisons."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
+from scipy import stats
+
 from experiments.protocol import rows_of
-from experiments.records import Table
-from experiments.statistics import Estimate, compare
+from experiments.records import DIRTY, NOT_RUN, Table
 from utils.evaluation.tables import scored_tasks
 from utils.modalities import MODALITIES, task_name
 
-NOT_RUN, DIRTY = "not run", "dirty tree"
 _CROSS = sorted(scored_tasks(MODALITIES), key=lambda pair: not MODALITIES[pair[0]].is_2d)
 PAPER_TASKS = [task_name(*pair) for pair in _CROSS]  # one side 2D, the other 3D; 2D queries first
 TASKS = [*PAPER_TASKS, *(task_name(*pair) for pair in permutations(MODALITIES, 2) if pair not in _CROSS)]
+LEVEL, MIN_PAIRS = 0.95, 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n values, their standard deviation (n - 1), and the confidence interval of the mean; None where n is too small."""
+
+    n: int
+    mean: float | None = None
+    std: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Of differences: "n/a", "better", "worse", or "within noise" if the interval holds 0, whatever the sign of the mean."""
+        if self.low is None:
+            return "n/a"
+        return "within noise" if self.low <= 0 <= self.high else "better" if self.mean > 0 else "worse"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return mean, standard deviation and the 95 % interval of Student's t of independent values, at least one."""
+    if len(values) == 1:
+        return Estimate(1, values[0])
+    center, spread = mean(values), stdev(values)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    return Estimate(len(values), center, spread, center - half, center + half)
+
+
+def compare(ours: Mapping[int, float], others: Mapping[int, float]) -> Estimate:
+    """Estimate ours - others, seed by seed, on the seeds that both rows (seed -> score) have; fewer than 3 give n alone."""
+    shared = sorted(ours.keys() & others.keys())
+    return estimate([ours[seed] - others[seed] for seed in shared]) if len(shared) >= MIN_PAIRS else Estimate(len(shared))
 
 
 @dataclass
@@ -29,56 +64,35 @@ class Summary:
     records: list[dict] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    @property
-    def state(self) -> str:
-        """What to show in place of a score that is not there."""
-        return DIRTY if self.missing[DIRTY] else NOT_RUN
-
 
 def summarize(table: Table) -> list[Summary]:
     """Return the rows of a table: those of the protocol in its order, then others in the order of their records."""
-    options, names = rows_of(table.options), dict.fromkeys(row for row, _, _ in table.shown)
-    seeds = sorted({seed for _, _, seed in table.shown})
-    found = []
-    for name in dict.fromkeys([*options, *names]):
+    options, seeds = rows_of(table.options), sorted({seed for _, _, seed in table.shown})
+    summaries = []
+    for name in dict.fromkeys([*options, *(row for row, _, _ in table.shown)]):
         own = dict.fromkeys(pair for row, pair, _ in table.shown if row == name and len(pair) > 2)
-        found.append(_summarize(table, Summary(name, options.get(name, {})), list(own) or table.pairs, seeds))
-    return found
+        summaries.append(Summary(name, options.get(name, {})))
+        for seed in seeds:
+            _add_seed(summaries[-1], table, [table.shown.get((name, pair, seed)) for pair in own or table.pairs], seed)
+    return summaries
 
 
-def _summarize(table: Table, summary: Summary, pairs: Sequence[str], seeds: Sequence[int]) -> Summary:
-    """Gather a row's clean runs; a seed counts as dirty if a run that its scores rest on was made from a dirty tree."""
-    for seed in seeds:
-        chains = {pair: chain_of(table, table.shown.get((summary.name, pair, seed))) for pair in pairs}
-        states = {pair: NOT_RUN if None in chain else DIRTY if any(entry["dirty"] for entry in chain) else ""
-                  for pair, chain in chains.items()}
-        scores: dict[str, float] = {}
-        for chain in (chains[pair] for pair, state in states.items() if not state):
-            found = chain[0].get("scores", {})
+def _add_seed(summary: Summary, table: Table, records: Sequence[dict | None], seed: int) -> None:
+    """Gather a row's clean runs of a seed, one per pair; it has an average if all of them are clean."""
+    faults, scores, seconds = [table.fault(record) for record in records], {}, []
+    for record, fault in zip(records, faults):
+        if not fault:
+            found, chain = record.get("scores", {}), table.chain(record)
             scores |= {task: found[f"map/{task}"] for task in TASKS if f"map/{task}" in found}
             summary.records += chain
-        for task, score in scores.items():
-            summary.scores.setdefault(task, {})[seed] = score
-        if any(states.values()):
-            summary.missing[DIRTY if DIRTY in states.values() else NOT_RUN].append(seed)
-        elif scores:
-            own = [score for task, score in scores.items() if task in PAPER_TASKS] or list(scores.values())
-            summary.scores.setdefault("avg", {})[seed] = mean(own)
-            spent = (entry.get("seconds", entry.get("train_seconds")) for chain in chains.values() for entry in chain)
-            summary.seconds.append(sum(spent))
-    return summary
-
-
-def chain_of(table: Table, record: dict | None) -> list[dict | None]:
-    """Return a record and all that it needs; None for one that was not run."""
-    needs = record["needs"] if record else []
-    return [record, *(entry for need in needs for entry in chain_of(table, table.records.get(need)))]
-
-
-def trusted(table: Table) -> list[dict]:
-    """Return the shown records whose whole chain was run from a clean tree."""
-    return [record for record in table.shown.values()
-            if all(entry is not None and not entry["dirty"] for entry in chain_of(table, record))]
+            seconds += [entry.get("seconds", entry.get("train_seconds")) for entry in chain]
+    if any(faults):
+        summary.missing[DIRTY if DIRTY in faults else NOT_RUN].append(seed)
+    elif scores:
+        scores["avg"] = mean([score for task, score in scores.items() if task in PAPER_TASKS] or scores.values())
+        summary.seconds.append(sum(seconds))
+    for task, score in scores.items():
+        summary.scores.setdefault(task, {})[seed] = score
 
 
 def tasks_of(table: Table, summaries: Sequence[Summary]) -> list[str]:

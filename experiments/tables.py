@@ -6,9 +6,8 @@ from statistics import mean
 from typing import Any
 
 from experiments import plots
-from experiments.records import Table, load_table
-from experiments.statistics import Estimate, estimate
-from experiments.summary import DIRTY, NOT_RUN, Summary, chain_of, comparison, paper_score, summarize, tasks_of, trusted
+from experiments.records import DIRTY, NOT_RUN, Table, load_table
+from experiments.summary import Estimate, Summary, comparison, estimate, paper_score, summarize, tasks_of
 from utils.engine.checkpoint import atomic_write_text
 
 FACTS = ("batch_size", "learning_rate", "lambda_1", "lambda_2", "alpha")
@@ -18,8 +17,8 @@ DRAWN = {"sensitivity": plots.draw_sensitivity, "curves": plots.draw_curves, "sh
 def render(path: Path, protocol: Mapping[str, dict]) -> list[Path]:
     """Write the Markdown and, for a figure, the PNG beside a table's records; return the files written."""
     table, picture = load_table(path, protocol), path.with_suffix(".png")
-    lines, written, draw = table_lines(table), [path.with_suffix(".md")], DRAWN.get(table.options.get("kind"))
-    if draw:
+    lines, written = table_lines(table), [path.with_suffix(".md")]
+    if draw := DRAWN.get(table.options.get("kind")):
         drawn = draw(table, picture)
         lines += ["", f"![{table.options['title']}]({picture.name})" if drawn else f"figure: {DIRTY if table.shown else NOT_RUN}"]
         written += [picture] if drawn else []
@@ -30,30 +29,33 @@ def render(path: Path, protocol: Mapping[str, dict]) -> list[Path]:
 def table_lines(table: Table) -> list[str]:
     """Return a table as lines of Markdown: title, settings, rows, notes and the command that fills it."""
     options = table.options
-    places = lambda table: [f"{record['device']}, {_commits([record])}" for record in trusted(table)]
+    places = lambda table: [f"{record['device']}, {_commits([record])}" for record in table.trusted()]
     body = {"memory": memory_lines, "shapes": places}.get(options.get("kind"), score_lines)(table)
-    title = f"**{options.get('title', table.name)}**" + (f": {table.dataset}, {table.scale} scale" if table.dataset else "")
+    title = f"**{options.get('title', table.name)}**" + (f": {table.place}" if table.place else "")
     calls = [f"`{record['call']}`" for record in table.shown.values() if "call" in record][-1:]
     parts = [[title], _settings_lines(table), body, [f"- {note}" for note in options.get("notes", [])], calls]
     return "\n\n".join("\n".join(part) for part in parts if part).split("\n")
 
 
+def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Return a table, its head first, as lines of Markdown."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return [lines[0], "| --- |" + " --- |" * (len(rows[0]) - 1), *lines[1:]]
+
+
 def _settings_lines(table: Table) -> list[str]:
     """Say which settings the rows start from, one line per configuration."""
-    used = [entry for shown in table.shown.values() for entry in chain_of(table, shown) if entry]
+    used = [entry for shown in table.shown.values() for entry in table.chain(shown) if entry]
     lines = []
     for config, setup in {record["setup"]["config"]: record["setup"] for record in used}.items():
         lengths = [sorted({record["epochs"] for record in used if record["stage"] == stage and record["setup"] == setup})
                    for stage in ("step1", "step2")]
-        epochs = " + ".join("/".join(map(str, found)) for found in lengths if found)
-        facts = [f"{key.replace('_size', '').replace('_rate', ' rate')} {setup[key]:g}" for key in FACTS]
-        lines += [f"- Settings: {_whose(config)} (`{config}`): {', '.join([f'{epochs} epochs', *facts])}"] if epochs else []
+        if epochs := " + ".join("/".join(map(str, found)) for found in lengths if found):
+            whose = "the paper's as printed" if config.removesuffix("_cpu").endswith("_paper") else "ours, not the paper's"
+            size = ", inputs and encoders in CPU size" if config.endswith("_cpu") else ""
+            facts = [f"{key.replace('_size', '').replace('_rate', ' rate')} {setup[key]:g}" for key in FACTS]
+            lines.append(f"- Settings: {whose}{size} (`{config}`): {', '.join([f'{epochs} epochs', *facts])}")
     return lines
-
-
-def _whose(config: str) -> str:
-    size = ", inputs and encoders in CPU size" if config.endswith("_cpu") else ""
-    return f"the paper's as printed{size}" if config.removesuffix("_cpu").endswith("_paper") else f"ours, not the paper's{size}"
 
 
 def score_lines(table: Table) -> list[str]:
@@ -61,26 +63,36 @@ def score_lines(table: Table) -> list[str]:
     summaries = summarize(table)
     tasks = tasks_of(table, summaries)
     columns = [*tasks, "avg"]
-    known = [task for task in columns for entry in summaries
-             if "paper" in entry.options and paper_score(table, entry.options, task, tasks) is not None]
+    known = {task for task in columns if any("paper" in entry.options and _printed(table, entry, task, tasks) for entry in summaries)}
     logged = [key for key in table.options.get("logged", ()) if len(table.pairs) == 1 and any(_logged(key, entry) for entry in summaries)]
     compared = ["avg, difference"] if "baseline" in table.options else []
     heads = [head for task in columns for head in [f"{task}, paper ({table.paper_dataset})"] * (task in known) + [task]]
-    scores = [record["scores"] for entry in summaries for record in entry.records]
-    chances = [found["map/chance"] for found in scores if "map/chance" in found]
-    chance = [f"{100 * mean(chances):.1f}" if head in columns else "" for head in heads] if chances else []
     rows = [["row", *heads, *compared, *logged, "seeds", "wall time", "device", "commit"]]
-    rows += [["chance", *chance, *[""] * (len(rows[0]) - 1 - len(chance))]] if chances else []
+    found = [record["scores"] for entry in summaries for record in entry.records]
+    if chances := [scores["map/chance"] for scores in found if "map/chance" in scores]:
+        level = [f"{100 * mean(chances):.1f}" if head in columns else "" for head in heads]
+        rows.append(["chance", *level, *[""] * (len(rows[0]) - 1 - len(heads))])
     for entry in summaries:
         cells = [entry.name]
         for task in columns:
-            printed = paper_score(table, entry.options, task, tasks)
-            number = "" if printed is None else f"{100 * printed:.1f}"
-            own = number if "numbers" in entry.options else _score(entry, task)
-            cells += ([number] if "paper" in entry.options else [""]) * (task in known) + [own]
+            printed = _printed(table, entry, task, tasks)
+            cells += [printed * ("paper" in entry.options)] * (task in known)
+            cells.append(printed if "numbers" in entry.options else _score(entry, task))
         cells += [_difference(comparison(entry, summaries, table))] if compared else []
         rows.append([*cells, *(_percent(_logged(key, entry)) for key in logged), *_origin(entry)])
-    return [*_markdown(rows), *(["", *_ranking(table, summaries, tasks)] if table.options.get("ranking") else [])]
+    return markdown(rows) + (["", *_ranking(table, summaries, tasks)] if table.options.get("ranking") else [])
+
+
+def _printed(table: Table, entry: Summary, task: str, tasks: Sequence[str]) -> str:
+    """The paper's number of a row."""
+    number = paper_score(table, entry.options, task, tasks)
+    return "" if number is None else f"{100 * number:.1f}"
+
+
+def _score(entry: Summary, task: str) -> str:
+    """A cell of a table; empty where a row's modalities have no such task."""
+    absent = DIRTY if entry.missing[DIRTY] else "" if entry.scores and not entry.missing[NOT_RUN] else NOT_RUN
+    return _percent(list(entry.scores.get(task, {}).values())) or absent
 
 
 def _logged(key: str, entry: Summary) -> list[float]:
@@ -89,34 +101,29 @@ def _logged(key: str, entry: Summary) -> list[float]:
             if record["stage"] == entry.records[0]["stage"] and key in record["scores"]]
 
 
-def _score(entry: Summary, task: str) -> str:
-    """A cell of a table; empty where a row's modalities have no such task."""
-    values = list(entry.scores.get(task, {}).values())
-    return _percent(values) or ("" if entry.scores and not any(entry.missing.values()) else entry.state)
-
-
 def memory_lines(table: Table) -> list[str]:
     """Return Table IX: exact bytes of every bank, seconds with and without it, and the paper's."""
-    paper, clean, beside = table.paper, trusted(table), f"paper ({table.paper_dataset})"
+    paper, beside = table.paper, f"paper ({table.paper_dataset})"
     heads = ["bytes", "MiB", f"MiB, {beside}", "seconds per epoch, with", f"with, {beside}", "without", f"without, {beside}"]
     printed = lambda key, style: format(paper[key], style) if key in paper else ""
     lines = [["bank", *heads, "device", "commit"]]
     for (name, _, _), record in table.shown.items():
-        show = lambda key, style: format(record["measured"][key], style) if record in clean else DIRTY  # noqa: B023
+        clean = not table.fault(record)
+        show = lambda key, style: format(record["measured"][key], style) if clean else DIRTY  # noqa: B023
         lines.append([
             name, show("bytes", ","), show("mib", ".3f"), printed("mib", ""), show("update_seconds", ".2e"),
             printed("time_with_bank_s", ".1e"), show("fill_seconds", ".2e"), printed("time_without_bank_s", ".1e"),
-            *((record["device"], _commits([record])) if record in clean else ("", "")),
+            *((record["device"], _commits([record])) if clean else ("", "")),
         ])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -> list[str]:
     """Our order of the rows beside the paper's, and what of it is more than noise."""
     ours = {entry.name: mean(entry.scores["avg"].values()) for entry in summaries if entry.scores.get("avg")}
-    printed = {entry.options.get("paper"): paper_score(table, entry.options, "avg", tasks) for entry in summaries}
-    names = {entry.options.get("paper"): entry.name for entry in reversed(summaries)}
-    paper = {names[key]: score for key, score in printed.items() if score is not None}
+    first = {entry.options.get("paper"): entry for entry in reversed(summaries)}  # several rows may stand for one of the paper's
+    printed = {entry.name: paper_score(table, entry.options, "avg", tasks) for entry in summaries if entry in first.values()}
+    paper = {name: score for name, score in printed.items() if score is not None}
     order = lambda scores: " > ".join(sorted(scores, key=lambda name: -scores[name])) or NOT_RUN
     verdicts: dict[str, list[str]] = {}
     for entry in summaries:
@@ -126,11 +133,6 @@ def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -
     said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
     return [f"- Order of the means, ours: {order(ours)}", *([f"- Order of the means, paper: {order(paper)}"] if paper else []),
             f"- Against {table.options['baseline']}, paired over seeds: {said or NOT_RUN}"]
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return [lines[0], "| --- |" + " --- |" * (len(rows[0]) - 1), *lines[1:]]
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -152,12 +154,12 @@ def _origin(entry: Summary) -> list[str]:
     """Seeds, wall time, devices and commits of a row's runs; seeds that do not count are named with the reason."""
     if "numbers" in entry.options:
         return [""] * 4
-    seeds = [", ".join(map(str, sorted(entry.scores.get("avg", {}))))]
-    seeds += [f"{state}: {', '.join(map(str, sorted(found)))}" for state, found in entry.missing.items() if found]
+    groups = {"": entry.scores.get("avg", {}), **{f"{fault}: ": seeds for fault, seeds in entry.missing.items()}}
+    seeds = [f"{head}{', '.join(map(str, sorted(found)))}" for head, found in groups.items() if found]
     time = f"{mean(entry.seconds) / 60:.1f} min" if entry.seconds else ""
     threads = lambda count: "" if count is None else f", {count} thread{'s' * (count > 1)}"
     devices = sorted({record["device"] + threads(record["threads"]) for record in entry.records})
-    return ["; ".join(filter(None, seeds)), time, "; ".join(devices), _commits(entry.records)]
+    return ["; ".join(seeds), time, "; ".join(devices), _commits(entry.records)]
 
 
 def _commits(records: Sequence[Mapping[str, Any]]) -> str:

@@ -34,7 +34,7 @@ def finished(tmp_path):
     return folder, environment
 
 
-def test_a_finished_run_is_recorded(tmp_path, finished, capsys):
+def test_a_finished_run_is_recorded(tmp_path, finished):
     folder, environment = finished
     for _ in range(2):
         assert reproduce.main(["record", "mine", str(folder), "--results", str(tmp_path)]) == 0
@@ -89,7 +89,7 @@ def measured(monkeypatch):
         module.main([*cell.arguments, "--device", "cpu", "--output", str(folder / "metrics.json")])
         return ["-S", "-c", "pass"]
     monkeypatch.setattr(jobs_module, "command", inside)
-    monkeypatch.setattr(reproduce, "code_state", lambda device: CLEAN)
+    monkeypatch.setattr(jobs_module, "code_state", lambda device: CLEAN)
 
 
 def test_figure_3_and_table_9_from_end_to_end(tmp_path, measured, capsys):
@@ -112,7 +112,7 @@ def test_a_table_from_end_to_end(tmp_path, small_digits, monkeypatch):
     own = [f"data.root={small_digits}", "optim.epochs=2"]
     added.write_text(yaml.safe_dump({
         "datasets": {"tiny": {"paper": "3D MNIST", "small": {"config": "configs/smoke", "step1": own, "step2": own}}}}))
-    monkeypatch.setattr(reproduce, "code_state", lambda device: CLEAN)
+    monkeypatch.setattr(jobs_module, "code_state", lambda device: CLEAN)
     command = ["table2-romo", "--dataset", "tiny", "--scale", "small", "--seeds", "1", "--device", "cpu", "--add", str(added),
                "--results", str(tmp_path / "results"), "--runs", str(tmp_path)]
     assert reproduce.main([*command, "--budget", "0"]) == 3
