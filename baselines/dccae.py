@@ -1,0 +1,50 @@
+"""DCCAE: W. Wang, R. Arora, K. Livescu, J. Bilmes, "On deep multi-view representation learning", ICML 2015.
+
+DCCA with decoders g_X, g_Y that reconstruct the inputs u_i, w_i from the outputs a_i, b_i, over a batch of m pairs:
+
+    L = -corr(A, B) + lam (1/m) sum_i [|u_i - g_X(a_i)|^2 + |w_i - g_Y(b_i)|^2]
+
+Published: lam chosen on labelled validation data over powers of ten, decoders of three layers that mirror the encoders, other batches for
+the second term. Ours: the input is the frozen feature, each column scaled to mean 0 and variance 1, so that lam (1e-3) weighs the same for
+both modalities; decoders mirror the MLP encoder here (one hidden layer of 1,024); one batch for both terms; the rest as `baselines.dcca`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from baselines.dcca import DCCA
+from baselines.method import Context
+
+HIDDEN = 1024
+
+
+class DCCAE(DCCA):
+    """Deep canonically correlated autoencoders."""
+
+    defaults: Mapping[str, Any] = {"ridge": 1e-3, "reconstruction": 1e-3}
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.inputs = {name: standardised(context.features[name]) for name in context.modalities}
+        self.decoders = nn.ModuleDict({name: decoder(context.dim, rows.shape[1], HIDDEN) for name, rows in self.inputs.items()})
+
+    def forward(self, index: Tensor, embeddings: Mapping[str, Tensor], epoch: int) -> Tensor:
+        errors = [
+            (self.inputs[name][index] - self.decoders[name](embeddings[name])).square().sum(dim=1).mean()
+            for name in self.context.modalities
+        ]
+        return super().forward(index, embeddings, epoch) + self.context.settings["reconstruction"] * sum(errors)
+
+
+def decoder(dim: int, width: int, hidden: int) -> nn.Sequential:
+    """Return an MLP that maps codes (B, dim) to features (B, width)."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
+
+
+def standardised(features: Tensor) -> Tensor:
+    """Scale the columns of features (N, d) to mean 0 and variance 1; constant columns become 0."""
+    deviation = features.std(dim=0, correction=0)
+    return (features - features.mean(dim=0)) / torch.where(deviation > 1e-6, deviation, torch.inf)

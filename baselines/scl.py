@@ -1,0 +1,92 @@
+"""SCL: Y. Liu et al., "Self-supervised correlation learning for cross-modal retrieval", IEEE Trans. Multimedia 25, 2022.
+
+Unit codes a, b (B, L) of both modalities, from layers of their own and one shared layer W_s, each with ReLU and dropout:
+
+    a = hat(dropout(relu(W_s dropout(relu(W_x u)))))                                            b alike with W_y
+    Lcon = mean over 2B anchors p with partner q of  -log[exp(s(p, q) / t) / sum_{n not in {p, q}} exp(s(p, n) / t)],  s cosine
+    Lmi  = (1/B) mean_i -log softmax_j(D(x_j, z_i))[i],  summed over (u, a), (u, b), (w, a), (w, b), D a critic per input
+    Linv = (1/B) sum_i |a_i - b_i|;   L = alpha Lcon + beta Lmi + gamma Linv
+
+The denominator leaves the positive out: Lcon may be negative and is not NT-Xent. From the release: alpha 10, beta 0.01, gamma 1, t 0.5,
+512 dimensions, dropout 0.5, batch 256, Adam 1e-4 with betas (0.5, 0.999) for all of it, 200 epochs, one more 1/B in Lmi.
+
+Ours: W_x is the MLP encoder that every method here trains, of width L; the critic's layers that read x and z have `critic_width` 64 in
+place of 512, as they compare B^2 pairs four times per step; x is the frozen feature, columns standardised.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baselines.dccae import standardised
+from baselines.method import Context, Method, Training
+
+CRITIC_INPUT = 1024
+
+
+class Critic(nn.Module):
+    """D(x, z): scores of all pairs of inputs (B, d) and codes (B, L)."""
+
+    def __init__(self, width: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.inputs = nn.Sequential(nn.Linear(width, CRITIC_INPUT), nn.ReLU(), nn.Linear(CRITIC_INPUT, hidden), nn.Linear(hidden, hidden))
+        self.codes = nn.Linear(dim, hidden, bias=False)  # a layer on the two joined is the sum of a layer on each
+        self.score = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, inputs: Tensor, codes: Tensor) -> Tensor:
+        """Return (B, B): entry [i, j] is D(x_j, z_i)."""
+        return self.score(self.codes(codes)[:, None] + self.inputs(inputs)[None]).squeeze(2)
+
+
+class SCL(Method):
+    """Self-supervised correlation learning."""
+
+    training_defaults = Training(dim=512, batch_size=256, epochs=200, learning_rate=1e-4, betas=(0.5, 0.999))
+    defaults: Mapping[str, Any] = {
+        "alpha": 10.0, "beta": 0.01, "gamma": 1.0, "temperature": 0.5, "dropout": 0.5, "critic_width": 64,
+    }
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.shared = nn.Linear(context.dim, context.dim)
+        self.dropout = nn.Dropout(context.settings["dropout"])
+        self.inputs = {name: standardised(context.features[name]) for name in context.modalities}
+        hidden = context.settings["critic_width"]
+        self.critics = nn.ModuleDict({name: Critic(rows.shape[1], context.dim, hidden) for name, rows in self.inputs.items()})
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def represent(self, name: str, embeddings: Tensor) -> Tensor:
+        hidden = self.dropout(F.relu(embeddings))
+        return F.normalize(self.dropout(F.relu(self.shared(hidden))), dim=1)  # a row of zeros stays one
+
+    def forward(self, index: Tensor, embeddings: Mapping[str, Tensor], epoch: int) -> Tensor:
+        options = self.context.settings
+        first, second = (self.represent(name, embeddings[name]) for name in self.context.modalities)
+        contrast = contrastive(first, second, options["temperature"])
+        information = sum(
+            information_loss(self.critics[name](rows[index], codes)) for name, rows in self.inputs.items() for codes in (first, second)
+        )
+        invariance = (first - second).square().sum(dim=1).clamp_min(1e-12).sqrt().mean()  # the root's slope at 0 is infinite
+        return options["alpha"] * contrast + options["beta"] * information + options["gamma"] * invariance
+
+
+def contrastive(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Return Lcon of unit codes (B >= 2, L), the positive being left out of the denominator."""
+    rows = torch.cat([first, second])  # (2B, L)
+    similarity = rows @ rows.T / temperature
+    anchors = torch.arange(len(rows), device=rows.device)
+    partners = anchors.roll(len(first))
+    positive = similarity[anchors, partners]
+    excluded = torch.zeros_like(similarity, dtype=torch.bool)
+    excluded[anchors, anchors] = excluded[anchors, partners] = True
+    return (torch.logsumexp(similarity.masked_fill(excluded, -torch.inf), dim=1) - positive).mean()
+
+
+def information_loss(scores: Tensor) -> Tensor:
+    """Return the InfoNCE loss of a critic's scores (B, B), the pairs on the diagonal; divided by B once more, as in the release."""
+    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device)) / len(scores)
