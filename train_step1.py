@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from datasets.annotation import Annotation, annotate
 from datasets.batches import BatchSource
 from datasets.samples import PairedSamples, describe_samples
-from losses import ModalityInvarianceLoss, SelfMatchingLoss
+from losses import ModalityInvarianceLoss, RelationLoss, SelfMatchingLoss
 from models import MemoryBank
 from models.build import build_classifiers, build_encoders
 from training import run_stage, write_annotation
@@ -56,6 +56,7 @@ class PLALearner(StageLearner):
         self.bankless = [name for name in encoders if pla.banks is not None and name not in pla.banks]
         self.self_matching = SelfMatchingLoss(pla.tau_1, pla.estimator, pla.symmetric_joint)
         self.modality_invariance = ModalityInvarianceLoss(pla.tau_2, config.mlm.self_term)
+        self.relation = RelationLoss()
 
     def _make_classifiers(self, num_clusters: int) -> None:
         """Build g of every modality anew, with K rows, in place of the ones that are there."""

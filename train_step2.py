@@ -12,7 +12,7 @@ from datasets.batches import BatchSource
 from datasets.label_runs import PseudoLabels, labels_of_run, load_pseudo_labels, newest_labels
 from datasets.pseudo_labels import file_hash
 from datasets.samples import PairedSamples
-from losses import ModalityInvarianceLoss, RobustConcentratingLoss, build_robust_loss
+from losses import ModalityInvarianceLoss, RelationLoss, RobustConcentratingLoss, build_robust_loss
 from models.build import build_classifiers, build_encoders
 from training import run_stage, write_annotation
 from utils.engine.checkpoint import atomic_write_json, load_checkpoint
@@ -52,6 +52,7 @@ class RDLLearner(StageLearner):
             raise UserError(f"rdl.loss: {error}") from error
         self.unclipped = RobustConcentratingLoss(config.rdl.alpha, self.num_clusters, clip=False)
         self.modality_invariance = ModalityInvarianceLoss(config.rdl.tau_2, config.mlm.self_term)
+        self.relation = RelationLoss()
 
     def load_initial_weights(self) -> str | None:
         """Start the encoders where the run that wrote the pseudo-labels ended, if `rdl.start` says so; return its checkpoint."""

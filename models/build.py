@@ -8,6 +8,7 @@ import models
 from models.pretrained import LoadReport, load_dgcnn_checkpoint, load_meshnet_checkpoint, load_resnet18_weights
 from models.sync_batchnorm import synchronise
 from utils.engine import distributed
+from utils.errors import UserError
 from utils.modalities import MODALITIES
 from utils.settings.data_options import DataConfig
 from utils.settings.options import ModelConfig
@@ -16,7 +17,11 @@ from utils.settings.options import ModelConfig
 def build_encoders(data: DataConfig, model: ModelConfig, sync_batchnorm: bool = False) -> nn.ModuleDict:
     """Return modality -> encoder, in the order of `data.modalities`, randomly initialised from torch's global generator.
 
-    With sync_batchnorm and several processes, batch statistics are taken over all of them.
+    With sync_batchnorm and several processes, batch statistics are taken over all of them. Those of `model.headless` end with the
+    trunk's pooled feature, those of `model.freeze` stay in eval mode and take no gradient.
+
+    Raises:
+        UserError: if an encoder without projection has another width than `model.embedding_dim`.
     """
     dim = model.embedding_dim
     makers = {
@@ -28,7 +33,16 @@ def build_encoders(data: DataConfig, model: ModelConfig, sync_batchnorm: bool = 
         models.FeatureMLP(data.features[name], model.feature_hidden, dim) if name in data.features else makers[MODALITIES[name].encoder]()
     )
     encoders = nn.ModuleDict({name: make(name) for name in data.modalities})
-    return synchronise(encoders) if sync_batchnorm and distributed.world() > 1 else encoders
+    for name in model.headless:
+        width = encoders[name].head[0].in_features
+        if width != dim:
+            raise UserError(f"model.headless: the feature of {name} has {width} dimensions, model.embedding_dim is {dim}; make them equal")
+        encoders[name].head = nn.Identity()
+    if sync_batchnorm and distributed.world() > 1:
+        synchronise(encoders)
+    for name in model.freeze:
+        encoders[name].eval().requires_grad_(False)
+    return encoders
 
 
 def build_classifiers(modalities: Sequence[str], model: ModelConfig, num_clusters: int, logit_scale: float | None = None) -> nn.ModuleDict:
@@ -47,11 +61,21 @@ def load_pretrained(encoders: nn.ModuleDict, sources: Mapping[str, str]) -> dict
     Returns:
         What was loaded, for every modality whose source is not "none".
     Raises:
-        UserError: if weights cannot be had or do not fit; random weights never take their place.
+        UserError: if weights cannot be had or do not fit, or leave a part of a frozen encoder random; random weights never take their
+            place in silence.
     """
     loaders = {"DGCNN": load_dgcnn_checkpoint, "MeshNet": load_meshnet_checkpoint, "ResNet18": load_resnet18_weights}
-    return {
+    reports = {
         name: loaders[MODALITIES[name].encoder](encoder, sources[name])
         for name, encoder in encoders.items()
         if sources[name] != "none"
     }
+    for name in (name for name, encoder in encoders.items() if not any(p.requires_grad for p in encoder.parameters())):
+        used = reports[name].used if name in reports else ()
+        random = [key for key, _ in encoders[name].named_parameters() if key.removeprefix("backbone.") not in used]
+        if random:
+            raise UserError(
+                f"model.freeze: {name} would keep random weights ({', '.join(random[:3])}); name a file that has them in "
+                f"model.pretrained.{name}, or drop the projection with model.headless=[{name}]"
+            )
+    return reports

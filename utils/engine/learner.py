@@ -27,7 +27,7 @@ class Source(Protocol):
 
 
 class StageLearner:
-    """Base of the two learners; a subclass gives `step` and `modality_invariance`, and adds to `parts` what else changes in training.
+    """Base of the two learners; a subclass gives `step`, `modality_invariance`, `relation`, and to `parts` what else changes in training.
 
     With several processes, each one augments and embeds its share of a batch; embeddings are then gathered, so that losses,
     memory banks and classifiers see the whole batch everywhere.
@@ -62,6 +62,7 @@ class StageLearner:
         self.optimizer = torch.optim.Adam(
             groups, lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay, fused=config.optim.fused
         )
+        self.frozen = [name for name in encoders if name in config.model.freeze]
         self.forwards = [_fast_forward(encoder, config.run.compile, device) for encoder in self.encoders.values()]
 
     def load_initial_weights(self) -> str | None:
@@ -130,12 +131,18 @@ class StageLearner:
 
         All views of all modalities of an object are positives, and the sum over the anchors' views is scaled to M terms, so
         that several views weigh as much as one. With `data.positives: views`, the mean over the modalities of the loss among
-        their own views.
+        their own views. With `mlm.relations`, part of it is the mean relational loss of the other modalities towards the frozen ones.
         """
         if self.config.data.positives == "views":
             return torch.stack([self.modality_invariance(views) for views in embeddings]).mean()
         views = torch.cat(embeddings)
-        return self.modality_invariance(views) * (len(embeddings) / len(views))
+        loss, weight = self.modality_invariance(views) * (len(embeddings) / len(views)), self.config.mlm.relations
+        if not weight:
+            return loss
+        parts = dict(zip(self.encoders, embeddings))
+        targets = [parts.pop(name) for name in self.frozen]
+        relations = torch.stack([self.relation(learning, target) for learning in parts.values() for target in targets]).mean()
+        return (1 - weight) * loss + weight * relations
 
     def optimise(self, loss: Tensor) -> None:
         """One step of Adam."""
@@ -161,7 +168,7 @@ class StageLearner:
 
 def _fast_forward(encoder: nn.Module, mode: str, device: torch.device) -> nn.Module:
     """Wrap an encoder as the settings say; the wrapper shares its parameters and buffers."""
-    if distributed.world() > 1:
+    if distributed.world() > 1 and any(parameter.requires_grad for parameter in encoder.parameters()):
         # Statistics are synchronised once per epoch, and within a step by models.sync_batchnorm.
         encoder = DistributedDataParallel(
             encoder, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False

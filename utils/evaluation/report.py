@@ -47,7 +47,7 @@ def row_name(config: Mapping[str, Any]) -> str:
 
 def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     """Yield what a reader must know of a run, with whether it holds; settings that an older run lacks have their old meaning."""
-    data, pla, rdl, scores = (config.get(section, {}) for section in ("data", "pla", "rdl", "eval"))
+    data, model, pla, rdl, scores = (config.get(section, {}) for section in ("data", "model", "pla", "rdl", "eval"))
     if rdl.get("lambda_2"):
         loss, unclipped = rdl.get("loss", "rcll"), rdl.get("unclipped_epochs", rdl.get("warmup_epochs"))  # its earlier name
         yield loss != "rcll", f"{loss} instead of RCLL"
@@ -59,6 +59,8 @@ def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     yield not pla.get("renormalise", True), "Eq. 6 as printed"
     yield pla.get("banks") is not None, f"banks of {'+'.join(pla.get('banks') or []) or 'no modality'} only"
     yield config.get("mlm", {}).get("self_term"), "Eq. 13 as printed"
+    frozen = "+".join(MODALITIES[entry].letter for entry in model.get("freeze", ()))
+    yield frozen, f"{frozen} frozen" + (", relations" if config.get("mlm", {}).get("relations") else "")
     yield len(data["modalities"]) > 2, "+".join(MODALITIES[entry].letter for entry in data["modalities"]) + " at once"
     yield data["dataset"].endswith("_splat"), "splat pictures"
     pairing = data.get("pairing", "instance")

@@ -27,10 +27,15 @@ class ModelConfig:
     image_stages: int = option(4, "residual stages of ResNet18 (published: 4); 3 for 32-pixel images on a CPU", min=1, max=4)
     pretrained: dict[str, str] = option({}, "modality -> imagenet | none | PATH of a weight file", path=True)
     feature_hidden: int = option(512, "hidden width of the MLP that encodes the modalities of data.features", min=1)
+    freeze: tuple[str, ...] = option((), "modalities whose encoder stays as it starts; the others move towards it")
+    headless: tuple[str, ...] = option(
+        (), "modalities whose encoder ends without projection: a good start keeps its own space, whose width embedding_dim must be"
+    )
     classifier_hidden: int = option(128, "hidden width of the step-2 classifier", min=1)
 
     def __post_init__(self) -> None:
-        check_modalities("model.pretrained", self.pretrained)
+        for key in ("pretrained", "freeze", "headless"):
+            check_modalities(f"model.{key}", getattr(self, key))
         for name, source in self.pretrained.items():
             if not source:
                 raise UserError(f"model.pretrained.{name} is empty: give imagenet, none, or the path of a weight file")
@@ -55,6 +60,7 @@ class MLMConfig:
     """The modality-invariance loss of either stage (Eq. 13-14); its temperature is pla.tau_2 and rdl.tau_2."""
 
     self_term: bool = option(False, "keep the anchor itself in both sums of Eq. 13, as printed")
+    relations: float = option(0.0, "weight of the relational loss towards the encoders of model.freeze; the rest is Eq. 14's", min=0, max=1)
 
 
 @dataclass(frozen=True)
@@ -158,9 +164,21 @@ class StageConfig:
         loaded = [name for name in self.data.features if self.model.pretrained.get(name, "none") != "none"]
         if loaded:
             raise UserError(f"model.pretrained.{loaded[0]} must be none: the MLP of data.features has no weights to start from")
+        self._check_frozen()
         neighbors, points = self.model.num_neighbors, self.data.num_points
         if "PointCloud" in self.data.modalities and neighbors > points:
             raise UserError(f"model.num_neighbors ({neighbors}) must not exceed data.num_points ({points})")
+
+    def _check_frozen(self) -> None:
+        data, frozen = self.data, self.model.freeze
+        for key in ("freeze", "headless"):
+            unknown = [name for name in getattr(self.model, key) if name not in data.modalities]
+            if unknown:
+                raise UserError(f"model.{key} names {', '.join(unknown)}, but data.modalities is {list(data.modalities)}")
+        if set(frozen) == set(data.modalities):
+            raise UserError(f"model.freeze: {list(frozen)} leaves no encoder to train")
+        if self.mlm.relations and (not frozen or data.pairing == "none" or data.positives != "modalities"):
+            raise UserError("mlm.relations needs a frozen encoder (model.freeze) and rows that are pairs (data.pairing, data.positives)")
 
 
 @dataclass(frozen=True)
