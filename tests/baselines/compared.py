@@ -77,3 +77,16 @@ def retrieval(codes, labels):
     """Mean mAP of both directions from modality -> codes (n, L)."""
     first, second = codes.values()
     return (mean_average_precision(first, labels, second, labels) + mean_average_precision(second, labels, first, labels)) / 2
+
+
+def cos(a, b):
+    """Cosine of two vectors, in plain steps."""
+    return float(np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b)))
+
+
+def cosines(left, right):
+    return np.array([[cos(a, b) for b in right] for a in left])
+
+
+def mse(left, right):
+    return float(np.mean((np.asarray(left) - np.asarray(right)) ** 2))

@@ -1,39 +1,21 @@
-"""Targets and losses of the hashing methods against slow loops in float64, UCCH's memory, and PT-FUCH's rounds."""
-
-import copy
+"""Targets and losses of the graph hashing methods against slow loops in float64."""
 
 import numpy as np
 import pytest
 import torch
-from compared import NAMES, context_of, pairs
-from torch import nn
-from torch.nn import functional as F
+from compared import NAMES, context_of, cosines, mse, pairs
 
 from baselines.cfrh import CFRH
 from baselines.dgcpn import DGCPN, neighbour_distribution
 from baselines.djsrh import DJSRH
-from baselines.federation import average, split
 from baselines.hashing import FeatureSimilarity, cosine
 from baselines.jdsh import JDSH
-from baselines.pt_fuch import PTFUCH, Client, batches, distillation, prototype_loss
-from baselines.ucch import DEFAULTS, UCCH, UnifiedContrast, random_memory, signs
+from baselines.ucch import UCCH
 
-FEATURES, LABELS = pairs(60)
+FEATURES, _ = pairs(60)
 INDEX = torch.tensor([3, 17, 41, 8, 59, 22])
 METHODS = {"djsrh": DJSRH, "jdsh": JDSH, "dgcpn": DGCPN, "cfrh": CFRH}
 DOUBLE = {name: torch.as_tensor(rows) for name, rows in FEATURES.items()}
-
-
-def cos(a, b):
-    return float(np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b)))
-
-
-def cosines(left, right):
-    return np.array([[cos(a, b) for b in right] for a in left])
-
-
-def mse(left, right):
-    return float(np.mean((np.asarray(left) - np.asarray(right)) ** 2))
 
 
 def published(name):
@@ -191,156 +173,3 @@ def test_cfrh():
         rows = (FEATURES[name] - FEATURES[name].mean(0)) / FEATURES[name].std(0)
         loss += 0.01 * mse(method.decoders[name](torch.as_tensor(code)).detach(), rows[INDEX])
     assert method(INDEX, embeddings, 3).item() == pytest.approx(loss, rel=1e-6)
-
-
-def contrast(rows=9, dim=5, **settings):
-    memory = F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
-    return UnifiedContrast(memory, {**DEFAULTS, **settings})
-
-
-def unit_codes(batch=3, dim=5, seed=1):
-    draw = torch.Generator().manual_seed(seed)
-    return tuple(F.normalize(torch.randn(batch, dim, generator=draw, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2))
-
-
-def test_ucch_contrast_against_a_slow_loop(monkeypatch):
-    loss, codes, index = contrast(), unit_codes(), torch.tensor([4, 0, 7])
-    drawn = torch.tensor([1, 4, 4, 8, 0, 2, 2, 6])  # own rows of samples 0 and 1 among them, some drawn twice
-    monkeypatch.setattr(torch, "randint", lambda *a, **k: drawn)
-    keys = np.where(loss.memory.numpy() < 0, -1, 1) / np.sqrt(5)
-    wanted = 0.0
-    for code in codes:
-        for row, i in zip(code.detach().numpy(), index.tolist()):
-            positive = np.exp(row @ keys[i] / 0.9)
-            wanted -= np.log(positive / (positive + sum(np.exp(row @ keys[j] / 0.9) for j in drawn.tolist() if j != i))) / 3
-    assert loss.contrastive(index, codes, warm_up=False).item() == pytest.approx(wanted, rel=1e-9)
-
-
-def test_ucch_warm_up_uses_the_keys_of_the_batch():
-    loss, codes = contrast(), unit_codes()
-    keys = np.where(sum(code.detach().numpy() for code in codes) < 0, -1, 1) / np.sqrt(5)
-    wanted = 0.0
-    for code in codes:
-        scores = np.exp(code.detach().numpy() @ keys.T / 0.9)
-        wanted -= np.log(np.diag(scores) / scores.sum(1)).mean()
-    assert loss.contrastive(torch.tensor([4, 0, 7]), codes, warm_up=True).item() == pytest.approx(wanted, rel=1e-9)
-
-
-def test_ucch_ranking_loss():
-    loss, (x, y) = contrast(margin=0.2, smoothing=0.7, shift=0.5), unit_codes(batch=5)
-    similarity = (x @ y.T).detach().numpy()
-    wanted = 0.0
-    for i in range(5):
-        kept = [s if s >= similarity[i, i] - 0.2 else s - 0.5 for s in similarity[i]]
-        wanted += (0.2 + 0.7 * np.log(sum(np.exp(s / 0.7) for s in kept)) - similarity[i, i]) / 5
-    assert loss.ranking(x @ y.T).item() == pytest.approx(wanted, rel=1e-9)
-    wide = contrast(margin=100.0)  # every pair within the margin: plain softmax ranking
-    assert wide.ranking(x @ y.T).item() == pytest.approx(100 + F.cross_entropy(x @ y.T, torch.arange(5)).item(), rel=1e-9)
-
-
-def test_ucch_memory():
-    method = UCCH(context_of("ucch", FEATURES, dim=16, batch_size=6))
-    start = method.memory.clone()
-    assert torch.allclose(start.norm(dim=1), torch.ones(60)) and start.abs().unique().tolist() == [0.25]
-    embeddings = {name: torch.randn(6, 16, requires_grad=True) for name in NAMES}
-    loss = method(INDEX, embeddings, 2)
-    loss.backward()
-    assert torch.equal(method.memory, start) and not method.memory.requires_grad and list(method.parameters()) == []
-    method.after_step(INDEX, {name: rows.detach() for name, rows in embeddings.items()}, 2)
-    x, y = (F.normalize(torch.tanh(rows.detach()), dim=1) for rows in embeddings.values())
-    assert torch.allclose(method.memory[INDEX], F.normalize(0.4 * start[INDEX] + 0.6 * (x + y) / 2, dim=1), atol=1e-6)
-    untouched = [i for i in range(60) if i not in INDEX.tolist()]
-    assert torch.equal(method.memory[untouched], start[untouched])
-    assert torch.allclose(method.memory.norm(dim=1), torch.ones(60))
-    both = [method(INDEX, embeddings, 2).item() for _ in range(2)]
-    assert np.isfinite(both).all() and both[0] != both[1]  # 59 negatives drawn anew
-
-
-def test_both_terms_of_ucch_count():
-    loss, codes, index = contrast(), unit_codes(), torch.tensor([4, 0, 7])
-    for beta, active in ((1.0, "contrastive"), (0.0, "ranking")):
-        only = contrast(beta=beta).loss(index, codes, warm_up=True)
-        similarity = codes[0] @ codes[1].T
-        parts = {"contrastive": loss.contrastive(index, codes, True), "ranking": loss.ranking(similarity) + loss.ranking(similarity.T)}
-        assert only.item() == pytest.approx(parts[active].item(), rel=1e-9)
-    assert signs(torch.tensor([-2.0, 0.0, 3.0])).tolist() == [-1, 1, 1]
-
-
-def test_prototype_and_distillation_losses():
-    draw = torch.Generator().manual_seed(0)
-    outputs = [torch.randn(4, 3, generator=draw, dtype=torch.float64) for _ in range(2)]
-    teacher = [torch.randn(4, 3, generator=draw, dtype=torch.float64) for _ in range(2)]
-    centres = torch.randn(5, 3, generator=draw, dtype=torch.float64)
-    softmax = lambda v: np.exp(v) / np.exp(v).sum()
-    wanted = 0.0
-    for i in range(4):
-        scores = [np.array([cos(phi[i].numpy(), c) for c in centres.numpy()]) for phi in outputs]
-        target = sum(softmax(s / 0.81) for s in scores) / 2
-        wanted += sum((target * np.log(target / softmax(s / 0.26))).sum() for s in scores) / 2 / 4
-    assert prototype_loss(outputs, centres).item() == pytest.approx(wanted, rel=1e-9)
-    parts = [[cosines(a.numpy(), b.numpy()) for a in pair for b in pair] for pair in (outputs, teacher)]
-    assert distillation(outputs, teacher).item() == pytest.approx(sum(mse(a, b) for a, b in zip(*parts)), rel=1e-9)
-    assert distillation(outputs, outputs).item() == 0
-
-
-def test_the_private_loss_divides_by_a_constant():
-    rows = [torch.randn(12, 6), torch.randn(12, 7)]
-    server = nn.ModuleList([nn.Linear(6, 4), nn.Linear(7, 4)])
-    memories = [random_memory(12, 4, torch.Generator().manual_seed(i)) for i in range(2)]
-    client = Client(server, rows, 3, {**PTFUCH.defaults, "private_epochs": 1, "global_epochs": 0}, memories)
-    client.train_round(server, None, seed=0)
-    index = torch.arange(12)
-    outputs = [encoder(part).detach().requires_grad_() for encoder, part in zip(client.private.encoders, rows)]
-    off = 0.001 * F.one_hot(client.ids, 3)
-    clustering = sum(F.cross_entropy(phi @ client.prototypes.T - off, client.ids) for phi in outputs)
-    taught = distillation([torch.tanh(phi) for phi in outputs], client.teacher)
-    wanted = torch.autograd.grad(clustering + taught / max(clustering.item(), 0.01), outputs)
-    found = torch.autograd.grad(client.private_loss(index, outputs), outputs)
-    assert all(torch.allclose(a, b) for a, b in zip(found, wanted))
-
-
-def test_rounds_share_global_weights_and_keep_private_ones():
-    torch.manual_seed(0)
-    rows = [torch.as_tensor(FEATURES[name], dtype=torch.float32) for name in NAMES]
-    server = nn.ModuleList([nn.Linear(part.shape[1], 8) for part in rows])
-    before = copy.deepcopy(server.state_dict())
-    memories = [random_memory(60, 8, torch.Generator().manual_seed(i)) for i in range(2)]
-    client = Client(server, rows, 4, {**PTFUCH.defaults, "private_epochs": 1, "global_epochs": 1, "learning_rate": 1e-2}, memories)
-    client.train_round(server, None, seed=0)
-    assert all(torch.equal(server.state_dict()[key], value) for key, value in before.items())  # the server averages, clients do not write
-    private = copy.deepcopy(client.private.encoders.state_dict())
-    assert any(not torch.equal(private[key], before[key]) for key in before)
-    assert any(not torch.equal(client.shared.encoders.state_dict()[key], before[key]) for key in before)
-    client.settings = {**client.settings, "private_epochs": 0, "global_epochs": 0}
-    client.train_round(server, client.prototypes, seed=1)
-    assert all(torch.equal(client.shared.encoders.state_dict()[key], value) for key, value in before.items())
-    assert all(torch.equal(client.private.encoders.state_dict()[key], value) for key, value in private.items())
-
-
-def test_the_server_weighs_clients_by_their_rows():
-    states = [{"w": torch.tensor([1.0, 5.0]), "n": torch.tensor(3)}, {"w": torch.tensor([4.0, 2.0]), "n": torch.tensor(9)}]
-    mean = average(states, [10, 20])
-    assert torch.allclose(mean["w"], torch.tensor([3.0, 3.0])) and int(mean["n"]) == 3
-    assert all(torch.equal(average(states[:1], [7])[key], value) for key, value in states[0].items())
-
-
-def test_clients_get_skewed_shares_of_every_sample_once():
-    labels = np.repeat(np.arange(6), 200)
-    parts = split(labels, 10, seed=0)
-    assert len(parts) == 10 and sorted(np.concatenate(parts).tolist()) == list(range(1200))
-    largest = [max((labels[part] == label).sum() for part in parts) / 200 for label in range(6)]
-    assert np.mean(largest) > 0.4  # an even split has 0.1
-    assert all(len(a) == len(b) and (a == b).all() for a, b in zip(parts, split(labels, 10, seed=0)))
-
-
-def test_several_clients_learn_one_pair_of_networks():
-    features, _ = pairs(200)
-    settings = {"rounds": 1, "private_epochs": 1, "global_epochs": 1, "clients": 3, "batch_size": 32}
-    found = []
-    for _ in range(2):
-        method = PTFUCH()
-        method.fit(features, context_of("pt_fuch", features, dim=8, settings=settings))
-        found.append(method.transform("PointCloud", features["PointCloud"][:9]))
-    assert found[0].shape == (9, 8) and np.abs(found[0]).max() <= 1 and np.array_equal(*found)
-    assert [len(index) for index in batches(70, 32, torch.device("cpu"))] == [32, 32]
-    assert [len(index) for index in batches(20, 32, torch.device("cpu"))] == [20]
