@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baselines.cca import ridge_cca
+from baselines.cca import load_model, ridge_cca
 from baselines.method import Context, Method, Training
 
 
@@ -61,6 +61,7 @@ class DCCA(Method):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
+        load_model("RidgeCCA")  # if it is missing, that is said before the training
         if context.batch_size < 4 * context.dim:
             warnings.warn(
                 f"DCCA with batches of {context.batch_size} pairs and {context.dim} dimensions: with fewer than four pairs per "

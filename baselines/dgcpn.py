@@ -52,8 +52,8 @@ class DGCPN(HashMethod):
         """Return S (N, N)."""
         context, options = self.context, self.context.settings
         index = torch.arange(len(context.features[context.modalities[0]]), device=context.device)
-        parts = [(FeatureSimilarity(context.features[name], options["similarity"])(index) + 1) / 2 for name in context.modalities]
-        similarity = torch.lerp(*parts, options["second"])
+        measures = [FeatureSimilarity(context.features[name], options["similarity"]) for name in context.modalities]
+        similarity = measures[0](index).lerp_(measures[1](index), options["second"]).add_(1).div_(2)
         count = min(max(round(options["neighbours"] * len(index)), 1), len(index) - 1)
         neighbours = neighbour_distribution(similarity, count)
         coherence = torch.lerp(similarity, 2 * count * neighbours @ neighbours.T, options["coherence"])

@@ -17,6 +17,7 @@ Ours: its constants t_l, t_r, min, max belong to AlexNet and bags of words; here
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,7 +45,7 @@ class JDSH(GraphHashMethod):
         size = min(context.batch_size, len(next(iter(context.features.values()))))
         others = ~torch.eye(size, dtype=torch.bool)
         found = torch.cat([self.joint(self._batch(size, generator)).cpu()[others] for _ in range(BATCHES)])
-        self.thresholds = tuple(float(value) for value in torch.quantile(found, torch.tensor(PERCENTILES, dtype=found.dtype)))
+        self.thresholds = tuple(np.quantile(found.numpy(), PERCENTILES).tolist())
 
     def _batch(self, size: int, generator: torch.Generator) -> Tensor:
         rows = self.similarities[0].rows

@@ -9,7 +9,8 @@ The method needs labels y of a source domain. RoMo does not say which it used. H
 MODALITY: k-means (K as for RoMo) of its frozen features of unit norm; no label is read. With true source labels (`context.labels`) it is
 "RevGrad, true source labels", which is not unsupervised. `transfer` copies a label to the paired 3D sample (the bracket); without it
 two different encoders are aligned at best up to a permutation of clusters, and the score is near chance. `source: pairs` puts the
-contrastive loss of the pairs (temperature 0.22) in the place of the classifier.
+contrastive loss of the pairs (temperature 0.22) in the place of the classifier. The row with true labels copies them as well: MI3DOR's
+protocol reads no pairs, but there one network serves both domains.
 
 From the release (MI3DOR): 256 dimensions, D 256-1024-1024-1 with ReLU and dropout 0.5, SGD 0.9 with Nesterov, rate 1e-2, weight decay 5e-4.
 Ours: an encoder per modality, batches of 50 pairs, 70 epochs, p by epochs, a constant rate in place of 0.01 / (1 + 10 p)^0.75.

@@ -15,7 +15,8 @@ either is rewarded without end, the warm-up is needed. From the release (3D MNIS
 batch 128, weight decay 1e-5, centres drawn normally. The equations follow the release.
 
 Ours: `warmup` is Tw's share of the epochs, 0 for L_full from the start; `vanilla` keeps L' throughout, a row of the published ablation; one
-rate of 1e-4 for all (published 5e-5 for images); the head reads embeddings before they are normalised; ranked: z.
+rate of 1e-4 for all (published 5e-5 for images) and weight decay on the centres, too, of which only the direction counts; the head reads
+embeddings before they are normalised; ranked: z.
 """
 
 import math

@@ -157,6 +157,7 @@ def test_total_correlation_and_its_gradient():
 
 
 def test_noise_saturates_the_correlation_of_a_small_batch():
+    needs_cca_zoo()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 50, 64, generator=generator)
     assert TotalCorrelation.apply(*noise, 1e-9).item() == pytest.approx(49, abs=1e-3)
@@ -182,6 +183,7 @@ def test_dcca_ends_with_a_linear_cca_of_all_training_outputs():
 
 
 def test_dccae_adds_the_squared_error_of_standardised_features():
+    needs_cca_zoo()
     method = DCCAE(context_of("dccae", FEATURES, dim=4, batch_size=30, settings={"reconstruction": 0.01}))
     index, outputs = torch.arange(30) * 3, {name: torch.randn(30, 4) for name in NAMES}
     wanted = -TotalCorrelation.apply(*outputs.values(), 1e-3)
