@@ -2,6 +2,7 @@
 
 import sys
 from itertools import combinations
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from models.build import build_classifiers, build_encoders
 from training import run_stage, write_annotation
 from utils.engine import distributed
 from utils.engine.learner import StageLearner
+from utils.engine.run_log import RunLog
 from utils.engine.seed import BatchGenerator, derive_seed
-from utils.engine.session import Session, open_session, run_command, stage_parser
+from utils.engine.session import LAST, Session, go_on_from, open_session, run_command, stage_parser
 from utils.errors import UserError
 from utils.evaluation.clustering import nmi
 from utils.evaluation.consensus import NEIGHBOURS, cluster_objects
@@ -63,8 +65,13 @@ class PLALearner(StageLearner):
         self.num_clusters = num_clusters
         self.replace_classifiers(build_classifiers(self.encoders, self.config.model, num_clusters, self.config.pla.logit_scale))
 
+    def load_initial_weights(self) -> str | None:
+        """Start the encoders where the run `pla.start` ended, if it is given; return its checkpoint."""
+        start = self.config.pla.start
+        return self.load_encoders(Path(start) / LAST, "pla.start") if start else None
+
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train one epoch (1-based); the banks are filled and clustered after `pla.mlm_only_epochs` of them."""
+        """Train one epoch (1-based); the banks are filled and clustered after `pla.mlm_only_epochs` of them. Epoch 0 only clusters."""
         annotated = epoch - self.config.pla.mlm_only_epochs
         interval = self.config.pla.recluster_every
         if annotated == 1 or (annotated > 1 and interval and (annotated - 1) % interval == 0):
@@ -72,7 +79,7 @@ class PLALearner(StageLearner):
         elif annotated > 1 and self.bankless:
             self.refresh()
         self.annotating = annotated >= 1
-        losses = super().train_epoch(epoch)
+        losses = super().train_epoch(epoch) if epoch else {}
         if annotated == 0 and epoch == self.config.optim.epochs:  # the clusters themselves are the pseudo-labels
             self.cluster(epoch)
         return {**losses, **self.agreement()} if self.clusters else losses
@@ -106,9 +113,7 @@ class PLALearner(StageLearner):
         z = argmax g(f(x)), fused as `pla.fuse` says; communities that no epoch of self matching followed are taken as they are.
         """
         config = self.config
-        found = annotate(
-            self.encoders, self.classifiers, self.samples, config.data, self.device, config.pla.fuse, config.run.seed
-        )
+        found = annotate(self.encoders, self.classifiers, self.samples, config.data, self.device, config.pla.fuse, config.run.seed)
         return found if self.clusters["ids"] is None or self.annotating else found.with_ids(self.clusters["ids"])
 
     def state_dict(self) -> dict:
@@ -170,12 +175,24 @@ class PLALearner(StageLearner):
 
 def export(session: Session, learner: PLALearner) -> None:
     """Write the pseudo-labels: the hand-over to step 2. All processes must call it, the main one writes."""
-    write_annotation(session, learner, session.config.run.pseudo_labels, learner.annotate(), learner.clusters["record"])
+    start = session.config.pla.start
+    clusters = {**learner.clusters["record"], **({"encoders": RunLog(start).run_id} if start else {})}
+    write_annotation(session, learner, session.config.run.pseudo_labels, learner.annotate(), clusters)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train step 1, write the pseudo-labels, and report the test scores of the last epoch."""
-    session = open_session(Step1Config, "step1", stage_parser(__doc__).parse_args(argv), DEFAULT_CONFIG)
+    parser = stage_parser(__doc__)
+    parser.add_argument(
+        "--from", dest="source", metavar="RUN",
+        help="finished run of step 1 whose encoders to cluster anew without training, e.g. --set pla.num_clusters=10",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.source and arguments.resume:
+        parser.error("--from beside --resume: a run keeps its initial weights")
+    if arguments.source:
+        go_on_from(arguments, "pla", "optim.epochs=0", "pla.mlm_only_epochs=0")
+    session = open_session(Step1Config, "step1", arguments, DEFAULT_CONFIG)
     run_stage(session, lambda samples: PLALearner(session.config, samples, session.device), export)
 
 

@@ -15,7 +15,7 @@ from datasets.samples import PairedSamples
 from losses import ModalityInvarianceLoss, RelationLoss, RobustConcentratingLoss, build_robust_loss
 from models.build import build_classifiers, build_encoders
 from training import run_stage, write_annotation
-from utils.engine.checkpoint import atomic_write_json, load_checkpoint
+from utils.engine.checkpoint import atomic_write_json
 from utils.engine.learner import StageLearner
 from utils.engine.seed import BatchGenerator
 from utils.engine.session import LAST, Session, open_session, run_command, stage_parser
@@ -58,14 +58,7 @@ class RDLLearner(StageLearner):
         """Start the encoders where the run that wrote the pseudo-labels ended, if `rdl.start` says so; return its checkpoint."""
         if self.config.rdl.start == "fresh":
             return None
-        path = next(iter(self.source_labels.paths.values())).parent.parent / LAST
-        if not path.is_file():
-            raise UserError(f"rdl.start: inherited needs the checkpoint of the run that wrote the labels, found no {path}; use --from RUN")
-        try:
-            self.encoders.load_state_dict(load_checkpoint(path, self.device)["learner"]["encoders"])
-        except RuntimeError as error:
-            raise UserError(f"rdl.start: inherited needs encoders of one size in both runs; {path} differs: {error}") from error
-        return str(path)
+        return self.load_encoders(next(iter(self.source_labels.paths.values())).parent.parent / LAST, "rdl.start: inherited")
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based); in the first ones RCLL is not clipped, see `docs/method.md`."""

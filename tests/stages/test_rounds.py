@@ -148,10 +148,70 @@ def test_inherited_encoders_must_be_there_and_fit(recipe, small_digits, tmp_path
     copy.mkdir()
     for file in (runs[0] / "pseudo_labels").iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="needs the checkpoint of the run that wrote the labels"):
+    with pytest.raises(UserError, match="rdl.start: inherited needs the checkpoint of a finished run"):
         train_step2.main(settings(small_digits, tmp_path, 2, *STEP2, f"rdl.pseudo_labels={copy}"))
     with pytest.raises(UserError, match="encoders of one size in both runs"):
         train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2, "model.embedding_dim=8"), "--from", str(runs[0])])
+
+
+@pytest.fixture(scope="module")
+def given(recipe, tmp_path_factory):
+    """K chosen anew on the encoders of step 1."""
+    out = tmp_path_factory.mktemp("given")
+    train_step1.main(["--from", str(recipe[1][0]), "--set", f"run.output={out / 'runs'}", "pla.num_clusters=4"])
+    return out
+
+
+def test_k_is_chosen_anew_without_training(recipe, given, small_digits, tmp_path, capsys):
+    source, run = recipe[1][0], only_run(given, 1)
+    before, after = (load_checkpoint(folder / "last.pt")["learner"] for folder in (source, run))
+    for name, values in before["encoders"].items():
+        assert torch.equal(values, after["encoders"][name])
+    assert after["num_clusters"] == 4 != before["num_clusters"]
+    assert len(set(ids_of(run))) == 4 and ids_of(run) == ids_of(run, "PointCloud")
+    origin = read_origin(pseudo_label_path(run / "pseudo_labels", "digits", "GrayImg"))
+    assert (origin["run_id"], origin["clusters"]["encoders"], origin["epoch"]) == (run.name, source.name, 0)
+    (row,) = log_lines(run)
+    assert row["epoch"] == 0 and not any(key.startswith("loss/") for key in row) and row["map/avg"] > 0
+    evaluate.main(["--run", str(run), "--device", "cpu"])
+    assert "from the encoders of the run before" in capsys.readouterr().out
+    train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2, "optim.epochs=1"), "--from", str(run)])
+    assert f"initial weights of every encoder: {run / 'last.pt'}" in (only_run(tmp_path, 2) / "log.txt").read_text()
+    assert load_checkpoint(only_run(tmp_path, 2) / "last.pt")["learner"]["num_clusters"] == 4
+
+
+@pytest.mark.parametrize("dies", ["cluster", "write_annotation"])
+def test_choosing_k_is_resumed_bit_for_bit_and_without_labels(recipe, given, small_digits, tmp_path, monkeypatch, dies):
+    write_lists(small_digits, "train", [None] * TRAIN)
+    owner = train_step1.PLALearner if dies == "cluster" else train_step1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, dies, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        train_step1.main(["--from", str(recipe[1][0]), "--set", f"run.output={tmp_path / 'runs'}", "pla.num_clusters=4"])
+    torch.manual_seed(123)
+    train_step1.main(["--resume", str(only_run(tmp_path, 1))])
+    assert_same_result(given, tmp_path, 1)
+    assert log_lines(only_run(tmp_path, 1)) == log_lines(only_run(given, 1))
+
+
+def test_training_goes_on_from_finished_encoders(recipe, tmp_path):
+    train_step1.main(["--from", str(recipe[1][0]), "--set", f"run.output={tmp_path / 'runs'}", "optim.epochs=1"])
+    (row,) = log_lines(only_run(tmp_path, 1))
+    assert row["epoch"] == 1 and row["loss/ssm"] < 0
+
+
+def test_k_is_chosen_anew_of_finished_runs_of_step_1_alone(recipe, small_digits, tmp_path):
+    output = f"run.output={tmp_path / 'runs'}"
+    with pytest.raises(UserError, match="expected a run of the same stage"):
+        train_step1.main(["--from", str(recipe[1][1]), "--set", output])
+    with pytest.raises(UserError, match="encoders of one size in both runs"):
+        train_step1.main(["--from", str(recipe[1][0]), "--set", output, "model.embedding_dim=8"])
+    half = tmp_path / "half"
+    half.mkdir()
+    for name in ("config.yaml", "last.pt"):
+        (half / name).write_bytes((recipe[1][0] / name).read_bytes())
+    (half / "metrics.jsonl").write_text((recipe[1][0] / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
+    with pytest.raises(UserError, match="has not finished; go on with it first, by --resume"):
+        train_step1.main(["--from", str(half), "--set", output])
 
 
 def test_the_checkpoint_knows_the_clusters(recipe):

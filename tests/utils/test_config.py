@@ -56,7 +56,8 @@ def test_round_trip_and_hash(tmp_path):
 
 @pytest.mark.parametrize("override, message", [
     ("rdl.loss=rcl", "rdl.loss must be one of rcll, ce, mae, gce, aue, nce_agce, or module:Class, found 'rcl', did you mean 'rcll'"),
-    ("rdl.loss=''", "or module:Class, found ''"), ("rdl.warmup_epochs=3", "this setting is now called rdl.unclipped_epochs"),
+    ("rdl.loss=''", "or module:Class, found ''"), ("optim.epochs=0", "optim.epochs: must be at least 1 in step 2, got 0"),
+    ("rdl.warmup_epochs=3", "this setting is now called rdl.unclipped_epochs"),
 ])
 def test_refused_in_step_2(override, message):
     with pytest.raises(UserError) as caught:
@@ -85,7 +86,8 @@ def test_refused_in_step_2(override, message):
         ("data.augment.image_scale=[1, 2, 3]", "image_scale: expected 2 values, got 3"),
         ("model.pretrained=none", "model.pretrained: expected dict[str, str], got 'none'"),
         ("optim.schedule=cosin", "expected one of constant, cosine, got 'cosin', did you mean 'cosine'"),
-        ("optim.epochs=0", "optim.epochs: must be at least 1, got 0 (passes over"),
+        ("optim.batch_size=1", "optim.batch_size: must be at least 2, got 1 (instances per"),
+        ("optim.epochs=0", "optim.epochs: 0 needs the encoders of a finished run"),
         ("optim.learning_rate=0", "must be above 0, got 0"),
         ("pla.lambda_1=1.5", "pla.lambda_1: must be at most 1, got 1.5"),
         ("pla.momentum=1", "pla.momentum: must be below 1, got 1"),
@@ -173,7 +175,7 @@ def test_home_in_every_path(tmp_path, monkeypatch):
     paths = {f"{section.name}.{field.name}" for cls in (Step1Config, Step2Config) for section in dataclasses.fields(cls)
              for field in dataclasses.fields(section.default_factory()) if field.metadata.get("path")}
     assert paths == {"data.root", "data.train_lists", "data.test_lists", "model.pretrained", "run.output", "run.pseudo_labels",
-                     "rdl.pseudo_labels"}
+                     "rdl.pseudo_labels", "pla.start"}
 
 
 def test_extends(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.engine import distributed
+from utils.engine.checkpoint import load_checkpoint
 from utils.engine.epoch import learning_rate, run_batches
 from utils.engine.seed import BatchGenerator, derive_seed, generator_for
 from utils.errors import UserError
@@ -68,6 +70,22 @@ class StageLearner:
     def load_initial_weights(self) -> str | None:
         """Load weights of another run in place of `model.pretrained`, if the settings say so; return where they came from."""
         return None
+
+    def load_encoders(self, path: Path, setting: str) -> str:
+        """Start the encoders where another run ended; return its checkpoint.
+
+        Args:
+            path: of the checkpoint; setting: what asks for it, for the message.
+        Raises:
+            UserError: if it is not there or holds encoders of another size.
+        """
+        if not path.is_file():
+            raise UserError(f"{setting} needs the checkpoint of a finished run, found no {path}; use --from RUN, or other initial weights")
+        try:
+            self.encoders.load_state_dict(load_checkpoint(path, self.device)["learner"]["encoders"])
+        except RuntimeError as error:
+            raise UserError(f"{setting} needs encoders of one size in both runs; {path} differs: {error}") from error
+        return str(path)
 
     def replace_classifiers(self, classifiers: nn.ModuleDict) -> None:
         """Train other classifiers from here on; Adam forgets the old ones."""

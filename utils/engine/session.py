@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import re
 import sys
 import time
@@ -45,6 +46,26 @@ def stage_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     add_config_arguments(parser)
     return parser
+
+
+def go_on_from(arguments: argparse.Namespace, section: str, *overrides: str) -> None:
+    """Let a new run start from the settings and the encoders of the finished run `arguments.source`, of the same stage.
+
+    Args:
+        arguments: of the command line; --config and --set win over what is filled in here.
+        section: of the stage's own settings, "pla"; its key `start` names the run. overrides: further "section.key=value" texts.
+    Raises:
+        UserError: if the run is of another stage or has not finished.
+    """
+    run = RunLog.open(arguments.source)
+    settings = run.config()
+    if section not in settings:
+        raise UserError(f"--from {run.folder}: expected a run of the same stage, found none of the settings {section}")
+    if len(run.read_epochs()) < settings["optim"]["epochs"]:
+        raise UserError(f"--from {run.folder}: that run has not finished; go on with it first, by --resume {run.folder}")
+    arguments.config = arguments.config or str(run.folder / "config.yaml")
+    taken = [f"{section}.start={json.dumps(str(run.folder))}", "run.pseudo_labels=null", *overrides]
+    arguments.overrides = taken + arguments.overrides
 
 
 def open_session(
@@ -124,7 +145,7 @@ def fit(session: Session, learner: StageLearner, evaluate: Callable[[], Mapping[
         The metrics of all epochs.
     """
     config, run = session.config, session.run
-    done, rows = 0, []
+    done, rows = min(config.optim.epochs, 1) - 1, []  # without epochs of training, "epoch 0" is what the learner does instead
     if session.checkpoint is not None:
         learner.load_state_dict(session.checkpoint["learner"])
         done, rows = session.checkpoint["epoch"], session.checkpoint["rows"]

@@ -53,7 +53,7 @@ def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
         yield loss != "rcll", f"{loss} instead of RCLL"
         yield loss == "rcll" and not unclipped, "clipped from the start"
         yield rdl.get("loss_scale", 1) != 1, f"robust loss times {rdl.get('loss_scale', 1):g}"
-    yield rdl.get("start") == "inherited", "from the encoders of the run before"
+    yield pla.get("start") or rdl.get("start") == "inherited", "from the encoders of the run before"
     yield pla.get("num_clusters") == "auto", "K found"
     yield pla.get("symmetric_joint"), "symmetric joint"
     yield not pla.get("renormalise", True), "Eq. 6 as printed"

@@ -47,7 +47,7 @@ class ModelConfig:
 class OptimConfig:
     """Optimisation of either stage (Adam)."""
 
-    epochs: int = option(20, "passes over the training set (paper: 20 in step 1, 50 in step 2)", min=1)
+    epochs: int = option(20, "passes over the training set (paper: 20 in step 1, 50 in step 2); 0 in step 1 with pla.start", min=0)
     batch_size: int = option(50, "instances per step", min=2)
     learning_rate: float = option(2e-4, "Adam's step size", above=0)
     weight_decay: float = option(0.0, "L2 penalty", min=0)
@@ -87,6 +87,7 @@ class PLAConfig:
     )
     recluster_every: int = option(0, "epochs between two clusterings after the first; 0 never", min=0)
     logit_scale: float = option(10.0, "factor on the classifiers' cosine logits", above=0)
+    start: str | None = option(None, "run of step 1 whose encoders to go on from, see --from; default: model.pretrained", path=True)
 
     def __post_init__(self) -> None:
         if self.symmetric_joint and self.estimator != "class":
@@ -192,6 +193,8 @@ class Step1Config(StageConfig):
         unknown = [name for name in self.pla.banks or () if name not in self.data.modalities]
         if unknown:
             raise UserError(f"pla.banks names {', '.join(unknown)}, but data.modalities is {list(self.data.modalities)}")
+        if not self.optim.epochs and not self.pla.start:
+            raise UserError("optim.epochs: 0 needs the encoders of a finished run: python train_step1.py --from RUN")
         if self.pla.mlm_only_epochs > self.optim.epochs:
             raise UserError(f"pla.mlm_only_epochs ({self.pla.mlm_only_epochs}) must not exceed optim.epochs, {self.optim.epochs}")
         if self.data.pairing == "none" and (self.pla.num_clusters == "auto" or self.pla.fuse != "none"):
@@ -205,3 +208,8 @@ class Step2Config(StageConfig):
     model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(embedding_dim=256))
     optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(epochs=50))
     rdl: RDLConfig = dataclasses.field(default_factory=RDLConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.optim.epochs:
+            raise UserError("optim.epochs: must be at least 1 in step 2, got 0")
