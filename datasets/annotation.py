@@ -24,7 +24,7 @@ class Annotation:
     Attributes:
         ids: modality -> (N,) int64 on the CPU, z of Sec. III-D; the same in all modalities where beliefs were fused.
         posteriors: modality -> (N, K) float32 on the CPU, what the ids were decided on.
-        reliability: modality -> share of samples whose two augmented views get one id; empty where it was not needed.
+        reliability: modality -> `consensus.view_agreement` of two augmented views; empty where it was not needed.
         agreement: share of objects whose modalities, each by itself, give the same id; None without pairs.
     """
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, cohen_kappa_score
 from torch.nn import functional as F
 
 from utils.evaluation.clustering import clustering_accuracy
@@ -67,10 +67,20 @@ def test_too_few_rows():
         find_communities(planted((15,), 0.1)[0], seed=0)
 
 
-def test_agreement_of_views_counts_equal_decisions():
+def test_agreement_of_views_is_cohens_kappa():
     first = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
     second = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.1, 0.9], [0.8, 0.2]])
-    assert view_agreement([first, second]) == 0.75
+    assert view_agreement([first, second]) == pytest.approx((0.75 - 0.5) / (1 - 0.5))
+    one, two = torch.rand(2, 200, 7, generator=torch.Generator().manual_seed(0))
+    two[:150] = one[:150]
+    assert view_agreement([one, two]) == pytest.approx(cohen_kappa_score(one.argmax(1), two.argmax(1)))
+    assert view_agreement([one, one]) == 1
+
+
+def test_a_collapsed_modality_is_not_reliable():
+    collapsed = torch.tensor([[0.9, 0.1]] * 5)
+    assert view_agreement([collapsed, collapsed]) == 0
+    assert view_agreement([collapsed, collapsed.flip(1)]) == 0  # worse than chance is no reliability either
 
 
 def test_trust_follows_the_odds():

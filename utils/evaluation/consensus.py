@@ -16,7 +16,7 @@ from utils.evaluation.ranking import nearest
 NEIGHBOURS = 15
 RESOLUTIONS = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 SEEDS = 2
-CERTAIN = 1e-3  # least share of disagreeing views assumed, so that no modality's odds are infinite
+CERTAIN = 1e-3  # least disagreement assumed, so that no modality's odds are infinite
 
 
 def find_communities(rows: Tensor, seed: int) -> list[list[np.ndarray]]:
@@ -122,13 +122,17 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
 
 
 def view_agreement(views: Sequence[Tensor]) -> float:
-    """Share of samples to which two augmented views give the same most likely cluster: a modality's reliability without labels.
+    """How far two augmented views of a sample give the same most likely cluster: a modality's reliability without labels.
+
+    Agreement beyond chance, (a - c) / (1 - c), a the share of samples with equal ids, c that of two independent draws from the
+    views' histograms (Cohen 1960). 1 for equal ids, about 0 for unrelated ones, and 0 where all views fall into one cluster.
 
     Args:
         views: two tensors (N, K) of posteriors or logits.
     """
-    first, second = views
-    return float((first.argmax(dim=1) == second.argmax(dim=1)).float().mean())
+    first, second = (F.one_hot(view.argmax(dim=1), view.shape[1]).double() for view in views)  # (N, K)
+    equal, chance = float((first * second).sum(dim=1).mean()), float(first.mean(dim=0) @ second.mean(dim=0))
+    return max(0.0, (equal - chance) / (1 - chance)) if chance < 1 else 0.0
 
 
 def trust(agreement: Mapping[str, float]) -> dict[str, float]:
