@@ -1,0 +1,210 @@
+"""Frozen features of a data set, label-free, stored as a prepared data set: python -m baselines.features --config FILE --out DIR."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from baselines.extract import read_out
+from datasets.batches import BatchSource
+from datasets.lists import SampleList, default_list_path, text_rows
+from datasets.prepare.parallel import user_path
+from datasets.samples import PairedSamples, list_path, load_test_samples, load_training_samples
+from losses import ModalityInvarianceLoss
+from models.build import build_encoders, load_pretrained
+from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_json
+from utils.engine.learner import StageLearner
+from utils.engine.run_log import environment
+from utils.engine.seed import BatchGenerator
+from utils.engine.session import fit, open_session, run_command
+from utils.errors import UserError
+from utils.modalities import MODALITIES
+from utils.settings.config import config_hash, load_config, to_dict
+from utils.settings.data_options import DataConfig
+from utils.settings.options import Step1Config
+
+NOTE, SOURCE = "features.json", "source.yaml"
+GRID = 16  # cells per axis of the occupancy grid of raw clouds and meshes
+SUFFIXES = {"learned": "features", "raw": "raw", "random": "random"}
+
+
+class ViewsLearner(StageLearner):
+    """Trains each encoder alone: two augmented views of one sample are positives, pairs are not known (Eq. 13-14 within a modality)."""
+
+    num_clusters = 1
+
+    def __init__(self, config: Step1Config, samples: PairedSamples, device: torch.device) -> None:
+        self.modality_invariance = ModalityInvarianceLoss(config.pla.tau_2, config.mlm.self_term)
+        source = BatchSource(samples, config.data, device)
+        super().__init__("features", config, source, samples.arrays, build_encoders(config.data, config.model), nn.ModuleDict(), device)
+
+    def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
+        """One step on the mean over the modalities of the loss among their own views."""
+        loss = self.invariance(self.embed(raw, generator))
+        self.optimise(loss)
+        return {"loss/views": loss.detach()}
+
+
+class RawImage(nn.Module):
+    """Pixels of a prepared image (B, 3, S, S), a third of them where the channels are equal."""
+
+    def __init__(self, gray: bool) -> None:
+        super().__init__()
+        self.channels = 1 if gray else 3
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (B, C * S * S)."""
+        return images[:, : self.channels].flatten(1)
+
+
+class Occupancy(nn.Module):
+    """Which cells of a GRID^3 grid over the unit cube hold a point (B, P, 3), or the centre of a face (B, F, 18)."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return (B, GRID^3) of zeros and ones."""
+        cells = ((rows[:, :, :3] + 1) / 2 * GRID).long().clamp(0, GRID - 1)
+        places = (cells[:, :, 0] * GRID + cells[:, :, 1]) * GRID + cells[:, :, 2]
+        return rows.new_zeros(len(rows), GRID**3).scatter_(1, places, 1.0)
+
+
+def raw_encoders(data: DataConfig) -> nn.ModuleDict:
+    """Return modality -> what writes a sample down as one vector without any learning."""
+    make = lambda name: RawImage(name == "GrayImg") if data.kind_of(name) == "image" else Occupancy()
+    return nn.ModuleDict({name: make(name) for name in data.modalities})
+
+
+def make_features(config_path: str, overrides: list[str], kind: str, seed: int, out: Path, command: str) -> dict[str, Any]:
+    """Write features of both splits into a folder of their own, with lists as the source's and `features.json`.
+
+    Args:
+        config_path, overrides: settings of step 1 on the samples.
+        kind: "learned" without labels and pairs, "raw" (pixels, occupancy grid) or "random" (untrained encoders).
+        seed: of the encoders; out: the folder, which must not exist; command: for the record.
+    Returns:
+        The content of features.json.
+    """
+    texts = [f"data.views.{name}=2" for name in MODALITIES] + overrides
+    texts += [f"run.seed={seed}", "data.pairing=none", "data.positives=views", "pla.num_clusters=20", "pla.fuse=none"]
+    config = load_config(Step1Config, config_path, texts)
+    if config.data.features:
+        raise UserError(f"{config_path} is of features already: give the configuration of the samples")
+    if out.exists():
+        noted = provenance(out)
+        if (noted["kind"], noted["seed"], noted["config_hash"]) == (kind, seed, config_hash(config)):
+            print(f"{out} holds these features already")
+            return noted
+        raise UserError(f"{out} holds {noted['kind']} features of seed {noted['seed']} with other settings: give another --out")
+    session = open_session(Step1Config, "features", argparse.Namespace(config=config_path, resume=None, overrides=texts), config_path)
+    with session.run.failures_logged():
+        encoders, samples = _encoders(session, kind)
+        return _write(session.config, kind, encoders, samples, out, command, session.device)
+
+
+def _encoders(session: Any, kind: str) -> tuple[nn.ModuleDict, PairedSamples]:
+    """Return what turns samples into features, and the training samples."""
+    config, device = session.config, session.device
+    samples = load_training_samples(config.data, device)
+    if kind == "raw":
+        return raw_encoders(config.data), samples
+    learner = ViewsLearner(config, samples, device)
+    load_pretrained(learner.encoders, config.model.pretrained)
+    if kind == "learned":
+        fit(session, learner, None)
+    for encoder in learner.encoders.values():
+        encoder.head = nn.Identity()  # the pooled features, which transfer better than what the loss saw
+    return learner.encoders, samples
+
+
+def _write(
+    config: Step1Config, kind: str, encoders: nn.ModuleDict, train: PairedSamples, out: Path, command: str, device: torch.device
+) -> dict[str, Any]:
+    data, staging = config.data, out.with_name(f"{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    as_training = dataclasses.replace(data, train_lists={name: str(list_path(data, name, "test")) for name in data.modalities})
+    test = load_training_samples(as_training, device)  # without their labels, which no feature needs
+    dataset, widths = f"{data.dataset}_{SUFFIXES[kind]}", {}
+    for split, samples in (("train", train), ("test", test)):
+        for name, rows in read_out(encoders, samples, data, device).items():
+            widths[name] = rows.shape[1]
+            _write_list(staging, dataset, split, samples.lists[name], rows.cpu().numpy())
+    noted = environment(config.run.seed)
+    note = {
+        "dataset": dataset, "kind": kind, "seed": config.run.seed, "features": widths, "instance_id": data.instance_id, "command": command,
+        "config_hash": config_hash(config), "commit": noted["git_sha"], "dirty": noted["git_dirty"], "device": noted["gpu"] or noted["cpu"],
+    }
+    atomic_write_text(staging / SOURCE, yaml.safe_dump(to_dict(config), sort_keys=False))
+    atomic_write_json(staging / NOTE, note)
+    os.replace(staging, out)
+    return note
+
+
+def _write_list(root: Path, dataset: str, split: str, source: SampleList, rows: np.ndarray) -> None:
+    """Write one file per sample and the list of them; what follows the path in the source's list is copied as text, unread."""
+    folder = f"{split}/{MODALITIES[source.modality].folder}"
+    (root / folder).mkdir(parents=True)
+    lines = []
+    for name, file, row, text in zip(source.names, source.files, rows, text_rows(source.path.read_bytes(), source.path, "path label")):
+        np.save(root / folder / f"{file.stem}.npy", row)
+        lines.append(f"{folder}/{file.stem}.npy{text.removeprefix(name)}\n")
+    atomic_write_text(default_list_path(root, dataset, source.modality, split), "".join(lines))
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """Return features.json of a folder; a UserError if it is none of `baselines.features`."""
+    if not (folder / NOTE).is_file():
+        raise UserError(f"{folder} holds no {NOTE}: make features with python -m baselines.features --config FILE --out {folder}")
+    return read_json(folder / NOTE)
+
+
+def load_features(folder: Path, modalities: Sequence[str], device: torch.device) -> PairedSamples:
+    """Return the training features in a folder."""
+    note = provenance(folder)
+    texts = [*feature_overrides(folder, note), f"data.modalities=[{', '.join(modalities)}]", f"data.instance_id={note['instance_id']}"]
+    texts += [f"model.pretrained.{name}=none" for name in modalities]
+    return load_training_samples(load_config(Step1Config, None, texts).data, device)
+
+
+def original_samples(data: DataConfig, device: torch.device) -> PairedSamples | None:
+    """Return the test samples that features were made of, for pictures of them; None if `data` is not of features or they are gone."""
+    if not data.features or not (Path(data.root) / SOURCE).is_file():
+        return None
+    source = load_config(Step1Config, str(Path(data.root) / SOURCE), [f"data.modalities=[{', '.join(data.modalities)}]"]).data
+    try:
+        return load_test_samples(source, device)[0]
+    except UserError:
+        return None
+
+
+def feature_overrides(folder: Path, note: Mapping[str, Any]) -> list[str]:
+    """Return the "section.key=value" texts with which a configuration of features reads a folder of them."""
+    widths = [f"data.features.{name}={width}" for name, width in note["features"].items()]
+    return [f"data.root={folder}", f"data.dataset={note['dataset']}", *widths]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and make one folder of features."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m baselines.features", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="settings of step 1 on the samples, e.g. configs/digits/step1.yaml")
+    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
+    parser.add_argument("--kind", choices=SUFFIXES, default="learned", help="trained without labels or pairs, plain samples, untrained")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="folder to make, e.g. dataset/digits_features")
+    arguments = parser.parse_args(argv)
+    command = shlex.join(["python", "-m", "baselines.features", *argv])
+    note = make_features(arguments.config, arguments.overrides, arguments.kind, arguments.seed, arguments.out, command)
+    print(f"train on them with a configuration of features and --set {' '.join(feature_overrides(arguments.out, note))}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,58 @@
+"""The door through which training labels reach the supervised relatives and the rows with true source labels; no other way in.
+
+Only `baselines.run` may import this module (pyproject.toml, tests/baselines/test_label_door.py).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.lists import read_labelled_list
+from datasets.samples import UNIQUE, PairedSamples, list_path
+from utils.engine.seed import derive_seed
+from utils.errors import UserError
+from utils.settings.data_options import DataConfig
+
+
+def noisy_labels(data: DataConfig, samples: PairedSamples, rate: float, kind: str, seed: int) -> Tensor:
+    """Return one label per training pair, shared by its modalities, of which a share is wrong.
+
+    Args:
+        data, samples: of the run, paired by object.
+        rate: share of wrong labels; kind, seed: as in `corrupt`.
+    Returns:
+        (N,) int64 on the CPU.
+    Raises:
+        UserError: if rows are not pairs, or a modality's labels differ from another's.
+    """
+    if data.pairing != "instance":
+        raise UserError(f"one label per pair needs data.pairing: instance, found {data.pairing}")
+    found = []
+    for name in samples.lists:
+        _, labels = read_labelled_list(
+            list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id, num_classes=data.num_classes,
+            unique=UNIQUE["train"][data.pairing],
+        )
+        found.append(labels)
+    if any((labels != found[0]).any() for labels in found):
+        raise UserError(f"the training lists of {', '.join(samples.lists)} give an object different labels")
+    return torch.as_tensor(corrupt(found[0], rate, kind, seed))
+
+
+def corrupt(labels: np.ndarray, rate: float, kind: str, seed: int) -> np.ndarray:
+    """Replace round(rate * N) labels, drawn without replacement, by wrong ones.
+
+    Symmetric: any other class, each as likely as another. Asymmetric: the next class, the last one's is the first. Which pairs
+    are hit depends on the seed alone, and those of a lower rate are hit at a higher one too.
+
+    Args:
+        labels: (N,) integers of the classes 0..C-1; rate: in [0, 1); kind: "symmetric" or "asymmetric".
+    Returns:
+        (N,) int64.
+    """
+    rng, classes = np.random.default_rng(derive_seed(seed, "noisy labels", kind)), int(labels.max()) + 1
+    order, shifts = rng.permutation(len(labels)), rng.integers(1, max(classes, 2), size=len(labels))
+    hit = order[: round(rate * len(labels))]
+    noisy = labels.astype(np.int64)
+    noisy[hit] = (noisy[hit] + (shifts[hit] if kind == "symmetric" else 1)) % classes
+    return noisy

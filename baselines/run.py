@@ -1,0 +1,134 @@
+"""Trains and scores one method of the comparison: python -m baselines.run METHOD --config FILE --seed S."""
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baselines import Entry, method_entry
+from baselines.features import load_features, original_samples, provenance
+from baselines.learner import MethodLearner, make_context
+from baselines.noisy_labels import noisy_labels
+from baselines.scores import score_codes
+from baselines.settings import BaselineConfig, method_overrides
+from datasets.samples import PairedSamples, load_test_samples, load_training_samples
+from utils.engine.checkpoint import atomic_write_json
+from utils.engine.session import Session, fit, open_session, run_command, stage_parser
+from utils.errors import UserError
+from utils.evaluation.report import draw_figures
+from utils.evaluation.tables import format_table
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
+
+DEFAULT_CONFIG = "configs/digits_features/step1.yaml"
+
+
+def run_method(session: Session, shared: str | None = None) -> dict[str, Any]:
+    """Train one method, or go on where its checkpoint stopped, score the test set and write metrics.json into the run folder.
+
+    Args:
+        session: of a `BaselineConfig`.
+        shared: folder of `baselines.features` with features of the same objects, for the targets of an end-to-end training.
+    Returns:
+        The content of metrics.json.
+    """
+    config, run, device = session.config, session.run, session.device
+    entry = method_entry(config.method.name)
+    with run.failures_logged():
+        samples = load_training_samples(config.data, device)
+        labels = _labels(entry, config, samples, device)
+        start = time.perf_counter()
+        test, test_labels = load_test_samples(config.data, device, samples)
+        if entry.kind == "shallow":
+            codes = _fit(entry.load(), config, samples, labels, test, device)
+            seconds = time.perf_counter() - start
+        else:
+            features = _shared_features(shared, samples, device) if shared else None
+            learner = MethodLearner(config, entry.load(), samples, labels, features, device)
+            seconds = sum(row["seconds/train"] for row in fit(session, learner, None))
+            codes = learner.codes(test)
+        metrics = {**score_codes(codes, test_labels, entry.kind == "hash"), **_facts(entry, config, device)}
+        metrics["seconds"] = round(seconds, 2)
+        atomic_write_json(run.folder / "metrics.json", metrics)
+        run.log(format_table([(metrics["row"], metrics)]))
+        if config.run.figures:
+            pictures = original_samples(config.data, device) or test
+            draw_figures(run, {name: F.normalize(rows, dim=1) for name, rows in codes.items()}, test_labels, pictures.arrays)
+    return metrics
+
+
+def _labels(entry: Entry, config: BaselineConfig, samples: PairedSamples, device: torch.device) -> Tensor | None:
+    """Return training labels for the methods that the table says read them; nothing for any other."""
+    if entry.labels in ("none", "pseudo-labels"):
+        if config.method.noise:
+            raise UserError(f"method.noise: {entry.title} reads no labels that could be wrong")
+        return None
+    return noisy_labels(config.data, samples, config.method.noise, config.method.noise_kind, config.run.seed).to(device)
+
+
+def _fit(
+    cls: type, config: BaselineConfig, samples: PairedSamples, labels: Tensor | None, test: PairedSamples, device: torch.device
+) -> dict[str, Tensor]:
+    """Fit a shallow method on the training features; return modality -> (N, L) float64 codes of the test features."""
+    features = {name: rows[:, 0] for name, rows in samples.arrays.items()}
+    plain, method = (lambda rows: rows.double().cpu().numpy()), cls()
+    context = make_context(config, cls, samples, labels, features, device)
+    method.fit({name: plain(rows) for name, rows in features.items()}, context)
+    return {name: torch.as_tensor(method.transform(name, plain(rows[:, 0]))) for name, rows in test.arrays.items()}
+
+
+def _shared_features(folder: str, samples: PairedSamples, device: torch.device) -> dict[str, Tensor]:
+    """Return the features in a folder, modality -> (N, d), checked to be of the same objects in the same order."""
+    found = load_features(Path(folder), list(samples.lists), device)
+    for name, rows in found.lists.items():
+        if rows.instance_ids != samples.lists[name].instance_ids:
+            raise UserError(f"{rows.path} and {samples.lists[name].path} do not list the same objects in one order")
+    return {name: rows[:, 0].to(device) for name, rows in found.arrays.items()}
+
+
+def _facts(entry: Entry, config: BaselineConfig, device: torch.device) -> dict[str, Any]:
+    """Return what a reader must know of a score beside its settings."""
+    labels = entry.labels
+    if labels == "noisy labels":
+        labels = f"labels, {config.method.noise:g} of them wrong ({config.method.noise_kind})"
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    head = bool(config.data.features)
+    noted = provenance(Path(config.data.root)) if head else {}
+    return {
+        "row": entry.title, "method": config.method.name, "reads": labels, "selection": "last epoch", "peak_mib": round(peak / 2**20),
+        "mode": "head" if head else "e2e", "features": {key: noted[key] for key in ("kind", "seed", "commit", "command") if head},
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run one method."""
+    parser = stage_parser(__doc__)
+    parser.add_argument("method", help="name in baselines.METHODS")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--features", metavar="DIR", help="end to end: shared features for the targets of graph methods")
+    parser.add_argument("--figures", action="store_true", help="draw t-SNE and the five best of some queries")
+    arguments = parser.parse_args(argv)
+    open_method(arguments)
+
+
+def open_method(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Open the run that a command line asks for, with the published training of its method as defaults, and run it."""
+    entry = method_entry(arguments.method)
+    config = arguments.config or DEFAULT_CONFIG
+    plain = load_config(Step1Config, config, [text for text in arguments.overrides if not text.startswith(("method.", "optim."))]).data
+    if not plain.features and not entry.end_to_end:
+        raise UserError(f"{entry.title} is trained on features: give a configuration with data.features, or run baselines.features first")
+    one_view = [f"data.views.{name}=1" for name in plain.modalities]
+    fixed = [f"run.seed={arguments.seed}", f"run.figures={str(arguments.figures).lower()}", *one_view]
+    arguments.overrides = [*method_overrides(arguments.method, not plain.features), *fixed, *arguments.overrides]
+    return run_method(open_session(BaselineConfig, "baseline", arguments, config), arguments.features)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,72 @@
+"""Settings of a compared method: those of step 1, whose files it reads, with its own optimiser and options."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from baselines import method_entry
+from baselines.method import Method
+from utils.errors import UserError
+from utils.settings.data_options import nearest, option
+from utils.settings.options import OptimConfig, Step1Config
+
+FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True)
+class MethodOptimConfig(OptimConfig):
+    """Optimisation of a deep method; `training_defaults` of its class are the defaults."""
+
+    optimizer: Literal["adam", "sgd"] = option("adam", "sgd: with momentum 0.9")
+    betas: tuple[float, float] = option((0.9, 0.999), "of Adam", min=0, below=1)
+    nesterov: bool = option(False, "of sgd")
+    clip: float | None = option(None, "largest norm of the gradient; default: any", above=0)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The method, and what it is told of classes."""
+
+    name: str = option("cca", "key of baselines.METHODS")
+    options: dict[str, str] = option({}, "the method's own options, see `defaults` of its class")
+    num_clusters: int = option(20, "K of pseudo-labels; where labels are read, their number of classes takes its place", min=2)
+    noise: float = option(0.0, "share of wrong training labels, for methods that read labels", min=0, below=1)
+    noise_kind: Literal["symmetric", "asymmetric"] = option("symmetric", "a wrong label is any other class, or the next one")
+
+
+@dataclass(frozen=True)
+class BaselineConfig(Step1Config):
+    """Settings of `python -m baselines.run`; the section pla is read and has no effect."""
+
+    optim: MethodOptimConfig = dataclasses.field(default_factory=MethodOptimConfig)
+    method: MethodConfig = dataclasses.field(default_factory=MethodConfig)
+
+
+def method_overrides(name: str, end_to_end: bool) -> list[str]:
+    """Return the "section.key=value" texts that give a method its published training; end to end, epochs are the configuration's."""
+    entry = method_entry(name)
+    cls = entry.load()
+    texts = [f"method.name={name}", "pla.mlm_only_epochs=0", "mlm.self_term=false", "eval.representation=embedding", "run.eval_every=0"]
+    if entry.kind == "shallow":
+        return [*texts, f"model.embedding_dim={cls.dim}", "optim.epochs=1"]
+    training = dataclasses.asdict(cls.training_defaults)
+    texts.append(f"model.embedding_dim={training.pop('dim')}")
+    if end_to_end:
+        training.pop("epochs")
+    plain = lambda value: "null" if value is None else list(value) if isinstance(value, tuple) else value
+    return texts + [f"optim.{key}={plain(value)}" for key, value in training.items()]
+
+
+def method_options(cls: type[Method], given: Mapping[str, str]) -> dict[str, Any]:
+    """Return the method's `defaults` with the given texts, each read as the type of its default; a UserError says what does not fit."""
+    options = dict(cls.defaults)
+    for key, text in given.items():
+        if key not in options:
+            raise UserError(f"method.options.{key}: unknown{nearest(key, options)} (known: {', '.join(options) or 'none'})")
+        kind = type(options[key])
+        try:
+            options[key] = FLAGS[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            raise UserError(f"method.options.{key}: expected {kind.__name__}, got {text!r}") from None
+    return options
