@@ -24,7 +24,6 @@ from utils.errors import UserError
 from utils.evaluation.report import draw_figures
 from utils.evaluation.tables import format_table
 from utils.settings.config import load_config
-from utils.settings.options import Step1Config
 
 DEFAULT_CONFIG = "configs/digits_features/step1.yaml"
 
@@ -114,20 +113,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--features", metavar="DIR", help="end to end: shared features for the targets of graph methods")
     parser.add_argument("--figures", action="store_true", help="draw t-SNE and the five best of some queries")
     arguments = parser.parse_args(argv)
-    open_method(arguments)
+    arguments.overrides = [*_defaults(arguments), f"run.figures={str(arguments.figures).lower()}", *arguments.overrides]
+    session = open_session(BaselineConfig, "baseline", arguments, DEFAULT_CONFIG)
+    if session.config.method.name != arguments.method:
+        raise UserError(f"{arguments.resume} is a run of {session.config.method.name}, not of {arguments.method}")
+    run_method(session, arguments.features)
 
 
-def open_method(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Open the run that a command line asks for, with the published training of its method as defaults, and run it."""
+def _defaults(arguments: argparse.Namespace) -> list[str]:
+    """Return the "section.key=value" texts that a new run has beside its configuration: its method's published training."""
     entry = method_entry(arguments.method)
-    config = arguments.config or DEFAULT_CONFIG
-    plain = load_config(Step1Config, config, [text for text in arguments.overrides if not text.startswith(("method.", "optim."))]).data
-    if not plain.features and not entry.end_to_end:
-        raise UserError(f"{entry.title} is trained on features: give a configuration with data.features, or run baselines.features first")
-    one_view = [f"data.views.{name}=1" for name in plain.modalities]
-    fixed = [f"run.seed={arguments.seed}", f"run.figures={str(arguments.figures).lower()}", *one_view]
-    arguments.overrides = [*method_overrides(arguments.method, not plain.features), *fixed, *arguments.overrides]
-    return run_method(open_session(BaselineConfig, "baseline", arguments, config), arguments.features)
+    if arguments.resume:
+        return []
+    arguments.config = arguments.config or DEFAULT_CONFIG
+    data = load_config(BaselineConfig, arguments.config, ["pla.mlm_only_epochs=0", *arguments.overrides]).data
+    if not data.features and not entry.end_to_end:
+        raise UserError(f"{entry.title} is trained on features: give a configuration with data.features, see docs/comparison.md")
+    one_view = [f"data.views.{name}=1" for name in data.modalities]
+    return [f"run.seed={arguments.seed}", *one_view, *method_overrides(arguments.method, not data.features)]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""Frozen features: no label and no pair is read, lists are the source's, and every training runs on them by configuration alone."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEST, TRAIN, write_lists
+
+import train_step1
+import train_step2
+from baselines import features
+from baselines.features import Occupancy, RawImage, make_features, provenance
+from datasets import lists, samples
+from datasets.arrays import load_vectors
+from utils.errors import UserError
+
+SMOKE = "configs/smoke/step1.yaml"
+
+
+def make(root, tmp_path, kind="random", seed=0, out="features", *more):
+    given = [f"data.root={root}", f"run.output={tmp_path / 'runs'}", "optim.epochs=1", "pla.mlm_only_epochs=0", *more]
+    return make_features(SMOKE, given, kind, seed, tmp_path / out, "a command")
+
+
+def vectors(folder, modality="PointCloud", split="train"):
+    paths = sorted((folder / split).glob(f"*/{modality}_*.npy"))
+    return np.stack([np.load(path) for path in paths])
+
+
+def on_features(step, folder, tmp_path, note, *more):
+    widths = [f"data.features.{name}={width}" for name, width in note["features"].items()]
+    return ["--config", f"configs/smoke/step{step}.yaml", "--set", f"data.root={folder}", f"data.dataset={note['dataset']}", *widths,
+            f"run.output={tmp_path / 'trained'}", "run.figures=false", *more]
+
+
+@pytest.mark.parametrize("labels", [[3] * TRAIN, [None] * TRAIN])
+def test_learned_features_owe_nothing_to_labels(small_digits, tmp_path, labels, monkeypatch):
+    make(small_digits, tmp_path, "learned", 0, "one")
+    monkeypatch.setattr(samples, "read_labelled_list", None)  # nothing may call it
+    write_lists(small_digits, "train", labels)
+    make(small_digits, tmp_path, "learned", 0, "two")
+    for modality in ("GrayImg", "PointCloud"):
+        one, two = vectors(tmp_path / "one", modality), vectors(tmp_path / "two", modality)
+        assert one.shape[0] == TRAIN and one.std(axis=0).max() > 0 and np.array_equal(one, two)
+
+
+def test_learned_features_owe_nothing_to_pairs(small_digits, tmp_path):
+    make(small_digits, tmp_path, "learned", 0, "one")
+    path = small_digits / "digits_PointCloud_train_list.txt"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(rows[1:] + rows[:1]) + "\n")  # row k is now another object
+    make(small_digits, tmp_path, "learned", 0, "two")
+    assert np.array_equal(vectors(tmp_path / "one", "GrayImg"), vectors(tmp_path / "two", "GrayImg"))
+
+
+def test_lists_are_copied_as_text_and_pairs_stay(small_digits, tmp_path):
+    note = make(small_digits, tmp_path)
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        rows, source = ([line.rsplit(" ", 1) for line in (root / f"{name}_PointCloud_{split}_list.txt").read_text().splitlines()]
+                        for root, name in ((tmp_path / "features", note["dataset"]), (small_digits, "digits")))
+        assert len(rows) == count and [label for _, label in rows] == [label for _, label in source]
+        assert [path.replace(".npy", "") for path, _ in rows] == [path.replace(".npy", "") for path, _ in source]
+
+
+def test_a_folder_is_never_overwritten_by_other_features(small_digits, tmp_path, capsys):
+    note = make(small_digits, tmp_path)
+    assert make(small_digits, tmp_path) == note and "already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="random features of seed 0.*another --out"):
+        make(small_digits, tmp_path, seed=1)
+    with pytest.raises(UserError, match="holds no features.json"):
+        provenance(small_digits)
+
+
+def test_both_stages_run_on_features_by_configuration_alone(small_digits, tmp_path):
+    folder = tmp_path / "features"
+    note = make(small_digits, tmp_path)
+    train_step1.main(on_features(1, folder, tmp_path, note, "optim.epochs=2", "pla.mlm_only_epochs=1"))
+    train_step2.main(on_features(2, folder, tmp_path, note, "optim.epochs=1", "rdl.unclipped_epochs=0", "rdl.start=inherited"))
+    (run,) = (tmp_path / "trained" / note["dataset"] / "step2").iterdir()
+    assert (run / "metrics.json").is_file()
+    with pytest.raises(UserError, match=r"expected 7 numbers \(data.features.GrayImg\)"):
+        train_step1.main(on_features(1, folder, tmp_path, note, "data.features.GrayImg=7"))
+    with pytest.raises(UserError, match="model.pretrained.GrayImg must be none"):
+        train_step1.main(on_features(1, folder, tmp_path, note, "model.pretrained.GrayImg=imagenet"))
+
+
+@pytest.mark.parametrize("content,problem", [([1.0, np.nan], "finite"), ([[1.0, 2.0]], "expected 2 numbers"), (["a", "b"], "expected 2 numbers")])
+def test_a_bad_vector_is_named(tmp_path, content, problem):
+    np.save(tmp_path / "x_0.npy", np.array(content))
+    (tmp_path / "list.txt").write_text("x_0.npy\n")
+    with pytest.raises(UserError, match=f"row 1.*{problem}"):
+        load_vectors(lists.read_training_list(tmp_path / "list.txt", modality="GrayImg", root=tmp_path), 2)
+
+
+def test_raw_features_by_hand():
+    points = torch.rand(3, 20, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    points[0, 0] = 1.0  # on the border of the cube: the last cell
+    expected = torch.zeros(3, 16, 16, 16)
+    for cloud, rows in enumerate(points.tolist()):
+        for x, y, z in rows:
+            i, j, k = (min(int((value + 1) * 8), 15) for value in (x, y, z))
+            expected[cloud, i, j, k] = 1
+    assert torch.equal(Occupancy()(points), expected.flatten(1)) and expected[0, 15, 15, 15] == 1
+    images = torch.rand(2, 1, 4, 4).expand(2, 3, 4, 4)
+    assert torch.equal(RawImage(gray=True)(images), images[:, 0].flatten(1)) and RawImage(gray=False)(images).shape == (2, 48)
+
+
+def test_raw_and_random_train_nothing(small_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "fit", None)
+    assert make(small_digits, tmp_path, "raw")["features"]["PointCloud"] == 16**3
+    assert make(small_digits, tmp_path, "random", 0, "random")["dataset"] == "digits_random"

@@ -1,0 +1,75 @@
+"""The label door: how labels are made wrong, that one pair has one label, and that nothing else opens it."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TRAIN, write_lists
+
+from baselines.noisy_labels import corrupt, noisy_labels
+from datasets.samples import load_training_samples
+from utils.errors import UserError
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
+
+ROOT = Path(__file__).resolve().parents[2]
+LABELS = np.arange(1000) % 10
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.8])
+def test_the_share_of_wrong_labels_is_exact(kind, rate):
+    noisy = corrupt(LABELS, rate, kind, seed=3)
+    wrong = noisy != LABELS
+    assert wrong.sum() == round(rate * 1000) and noisy.min() >= 0 and noisy.max() <= 9
+    assert np.array_equal(noisy, corrupt(LABELS, rate, kind, seed=3))
+    assert rate == 0 or not np.array_equal(noisy, corrupt(LABELS, rate, kind, seed=4))
+    if kind == "asymmetric":
+        assert np.array_equal(noisy[wrong], (LABELS[wrong] + 1) % 10)
+
+
+def test_symmetric_noise_takes_every_other_class_alike():
+    labels = np.repeat(np.arange(10), 2000)
+    noisy = corrupt(labels, 0.9, "symmetric", seed=0)
+    counts = np.bincount((noisy - labels)[noisy != labels] % 10, minlength=10)
+    assert counts[0] == 0 and abs(counts[1:] - 2000).max() < 200
+
+
+def test_more_noise_hits_the_same_pairs_and_more():
+    few, many = (corrupt(LABELS, rate, "symmetric", seed=0) != LABELS for rate in (0.2, 0.6))
+    assert (few & many).sum() == few.sum()
+
+
+def read(root, rate=0.0, *more):
+    data = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}", *more]).data
+    return noisy_labels(data, load_training_samples(data, torch.device("cpu")), rate, "symmetric", 0)
+
+
+def test_one_label_per_pair(small_digits):
+    truth, noisy = read(small_digits), read(small_digits, 0.5)
+    assert truth.shape == (TRAIN,) and truth.dtype == torch.int64 and (truth != noisy).sum() == TRAIN / 2
+    listed = [int(line.rsplit(" ", 1)[1]) for line in (small_digits / "digits_GrayImgs_train_list.txt").read_text().splitlines()]
+    assert truth.tolist() == listed
+    path = small_digits / "digits_PointCloud_train_list.txt"
+    kept = path.read_text()
+    write_lists(small_digits, "train", [0] * TRAIN)
+    (small_digits / "digits_GrayImgs_train_list.txt").write_text(kept.replace("point_cloud/PointCloud", "gray_imgs/GrayImg").replace(".npy", ".png"))
+    with pytest.raises(UserError, match="different labels"):
+        read(small_digits)
+    with pytest.raises(UserError, match="needs data.pairing: instance"):
+        read(small_digits, 0.0, "data.pairing=class")
+
+
+def test_one_command_opens_the_door():
+    importers = set()
+    for path in ROOT.rglob("*.py"):
+        if {"tests", "runs", "dataset"} & set(path.relative_to(ROOT).parts) or any(part.startswith(".") for part in path.relative_to(ROOT).parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+            if "baselines.noisy_labels" in names:
+                importers.add(str(path.relative_to(ROOT)))
+    assert importers == {"baselines/run.py"}

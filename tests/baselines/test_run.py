@@ -1,0 +1,191 @@
+"""The command that runs a method: what it may read, resume, scores, options; with methods made for the tests."""
+
+import json
+
+import pytest
+import torch
+from conftest import TRAIN, write_lists
+from torch import nn
+from torch.nn import functional as F
+
+from baselines import METHODS, Entry, run
+from baselines.features import make_features
+from baselines.method import Method, ShallowMethod, Training
+from baselines.scores import score_codes
+from baselines.settings import method_options
+from datasets import samples
+from utils.engine.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+SEEN = {}
+
+
+class Toy(Method):
+    """Pulls pairs together, with everything that a checkpoint must carry: a layer, a bank, random draws, a final fit."""
+
+    training_defaults = Training(dim=8, batch_size=8, epochs=3, learning_rate=1e-2, clip=1.0)
+    defaults = {"weight": 0.5, "mode": "on"}
+
+    def __init__(self, context):
+        super().__init__(context)
+        SEEN["context"] = context
+        self.layer = nn.Linear(context.dim, context.dim)
+        self.register_buffer("bank", torch.zeros(len(next(iter(context.features.values()))), context.dim))
+        self.register_buffer("offset", torch.zeros(context.dim))
+
+    def start_epoch(self, epoch, embeddings):
+        if epoch == 1:
+            self.bank.copy_(next(iter(embeddings().values())))
+
+    def forward(self, index, embeddings, epoch):
+        one, two = (self.layer(rows) for rows in embeddings.values())
+        drawn = torch.rand_like(one)
+        return F.mse_loss(one * drawn, two) + self.context.settings["weight"] * F.mse_loss(one, self.bank[index])
+
+    def after_step(self, index, embeddings, epoch):
+        self.bank[index] = 0.5 * self.bank[index] + 0.5 * next(iter(embeddings.values()))
+
+    def finish(self, embeddings):
+        self.offset.copy_(next(iter(embeddings().values())).mean(dim=0))
+
+    def represent(self, name, embeddings):
+        return torch.tanh(self.layer(embeddings) - self.offset)
+
+
+class Sgd(Toy):
+    training_defaults = Training(dim=8, batch_size=8, epochs=1, optimizer="sgd", learning_rate=1e-3, nesterov=True)
+
+
+class Cut(ShallowMethod):
+    dim = 4
+
+    def fit(self, features, context):
+        SEEN["context"] = context
+        assert all(rows.dtype == "float64" and len(rows) == TRAIN for rows in features.values())
+
+    def transform(self, name, rows):
+        return rows[:, :4]
+
+
+class OfTest(Entry):
+    def load(self):
+        return {"toy": Toy, "sgd": Sgd, "cut": Cut}[self.place]
+
+
+@pytest.fixture(autouse=True)
+def methods(monkeypatch):
+    for name, kind, labels in (("toy", "hash", "none"), ("sgd", "supervised", "noisy labels"), ("cut", "shallow", "none")):
+        monkeypatch.setitem(METHODS, name, OfTest(name.title(), name, kind, labels, end_to_end=kind != "shallow"))
+
+
+@pytest.fixture
+def folder(small_digits, tmp_path):
+    given = [f"data.root={small_digits}", f"run.output={tmp_path / 'runs'}"]
+    SEEN["note"] = make_features("configs/smoke/step1.yaml", given, "random", 0, tmp_path / "features", "a command")
+    return tmp_path / "features"
+
+
+def call(method, folder, tmp_path, *more, out="out", flags=()):
+    widths = [f"data.features.{name}={width}" for name, width in SEEN["note"]["features"].items()]
+    run.main([method, "--config", "configs/smoke/step1.yaml", "--seed", "1", *flags, "--set", f"data.root={folder}", "data.dataset=digits_random",
+              *widths, f"run.output={tmp_path / out}", *more])
+    (found,) = (tmp_path / out / "digits_random" / "baseline").iterdir()
+    return found, json.loads((found / "metrics.json").read_text())
+
+
+def test_a_method_without_labels_reads_none(folder, tmp_path, monkeypatch):
+    read, seen = samples.read_labelled_list, []
+    monkeypatch.setattr(samples, "read_labelled_list", lambda path, **given: seen.append(str(path)) or read(path, **given))
+    _, metrics = call("toy", folder, tmp_path)
+    assert SEEN["context"].labels is None and seen and all("test_list" in path for path in seen)
+    assert metrics["reads"] == "none" and metrics["mode"] == "head" and metrics["features"]["kind"] == "random"
+    assert {"map/GP", "map/avg", "sign/GP", "sign/avg", "seconds", "peak_mib"} <= metrics.keys()
+    with pytest.raises(UserError, match="Toy reads no labels"):
+        call("toy", folder, tmp_path, "method.noise=0.2", out="noisy")
+
+
+def test_head_methods_see_the_inputs_and_their_published_training(folder, tmp_path):
+    found, _ = call("toy", folder, tmp_path, "method.options.weight=0.25")
+    context = SEEN["context"]
+    assert (context.dim, context.batch_size, context.epochs, context.seed) == (8, 8, 3, 1) and context.settings == {"weight": 0.25, "mode": "on"}
+    assert {name: rows.shape[1] for name, rows in context.features.items()} == SEEN["note"]["features"]
+    assert len((found / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_resumed_equals_uninterrupted(folder, tmp_path, monkeypatch):
+    whole, metrics = call("toy", folder, tmp_path)
+    fit = run.fit
+
+    def cut_off(session, learner, evaluate):
+        train = learner.train_epoch
+        learner.train_epoch = lambda epoch: train(epoch) if epoch < 3 else (_ for _ in ()).throw(KeyboardInterrupt)
+        return fit(session, learner, evaluate)
+
+    monkeypatch.setattr(run, "fit", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        call("toy", folder, tmp_path, out="cut")
+    monkeypatch.setattr(run, "fit", fit)
+    (broken,) = (tmp_path / "cut" / "digits_random" / "baseline").iterdir()
+    run.main(["toy", "--resume", str(broken)])
+    one, two = (load_checkpoint(path / "last.pt")["learner"] for path in (whole, broken))
+    assert one["classifiers"].keys() >= {"method.layer.weight", "method.bank", "method.offset"} and one["classifiers"]["method.offset"].any()
+    for part in ("encoders", "classifiers"):
+        assert all(torch.equal(values, two[part][key]) for key, values in one[part].items())
+    again = json.loads((broken / "metrics.json").read_text())
+    assert {key: again[key] for key in metrics if key.startswith(("map/", "sign/"))} == {
+        key: metrics[key] for key in metrics if key.startswith(("map/", "sign/"))}
+    with pytest.raises(UserError, match="is a run of toy, not of cut"):
+        run.main(["cut", "--resume", str(broken)])
+
+
+def test_shallow_and_supervised(folder, tmp_path):
+    _, metrics = call("cut", folder, tmp_path)
+    assert metrics["row"] == "Cut" and "sign/avg" not in metrics and SEEN["context"].labels is None
+    _, metrics = call("sgd", folder, tmp_path, "method.noise=0.25", out="noisy")
+    assert metrics["reads"] == "labels, 0.25 of them wrong (symmetric)" and SEEN["context"].labels.shape == (TRAIN,)
+    assert SEEN["context"].num_clusters == int(SEEN["context"].labels.max()) + 1
+
+
+def test_end_to_end_with_shared_features_for_the_targets(folder, small_digits, tmp_path):
+    given = ["--config", "configs/smoke/step1.yaml", "--set", f"data.root={small_digits}", f"run.output={tmp_path / 'e2e'}", "optim.epochs=1"]
+    run.main(["toy", "--features", str(folder), *given])
+    assert SEEN["context"].features["GrayImg"].shape[1] == SEEN["note"]["features"]["GrayImg"] and SEEN["context"].epochs == 1
+    run.main(["toy", *given])
+    assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 8)  # of the initial encoders
+    with pytest.raises(UserError, match="Cut is trained on features"):
+        run.main(["cut", *given])
+    (folder / "digits_random_GrayImgs_train_list.txt").write_text(
+        "\n".join(reversed((folder / "digits_random_GrayImgs_train_list.txt").read_text().splitlines())) + "\n")
+    (folder / "digits_random_PointCloud_train_list.txt").write_text(
+        "\n".join(reversed((folder / "digits_random_PointCloud_train_list.txt").read_text().splitlines())) + "\n")
+    with pytest.raises(UserError, match="do not list the same objects in one order"):
+        run.main(["toy", "--features", str(folder), *given])
+    write_lists(small_digits, "train", [None] * TRAIN)
+
+
+@pytest.mark.parametrize("given,problem", [({"wieght": "1"}, "did you mean 'weight'"), ({"weight": "much"}, "expected float, got 'much'")])
+def test_options_that_do_not_fit(given, problem):
+    with pytest.raises(UserError, match=problem):
+        method_options(Toy, given)
+
+
+def test_sign_codes_owe_nothing_to_the_order_of_the_gallery():
+    generator = torch.Generator().manual_seed(0)
+    labels = {name: torch.arange(10).repeat_interleave(30) for name in ("GrayImg", "PointCloud")}
+    equal = {name: torch.ones(300, 4) for name in labels}
+    table = score_codes(equal, labels, signs=True)
+    assert abs(table["sign/avg"] - table["map/chance"]) < 0.01  # sorted by class, a stable sort would be far from chance
+    codes = {name: torch.randn(300, 4, generator=generator) for name in labels}
+    order = torch.randperm(300, generator=generator)
+    moved = score_codes({name: rows[order] for name, rows in codes.items()}, {name: rows[order] for name, rows in labels.items()}, signs=True)
+    table = score_codes(codes, labels, signs=True)
+    assert moved["map/GP"] == pytest.approx(table["map/GP"]) and abs(moved["sign/GP"] - table["sign/GP"]) < 0.005
+    assert "sign/avg" not in score_codes(codes, labels, signs=False)
+
+
+def test_the_table_names_what_every_method_reads():
+    assert len(METHODS) == 18 + 3
+    reads = {name: entry.labels for name, entry in METHODS.items() if entry.labels not in ("none", "pseudo-labels")}
+    assert reads.pop("sgd") and set(reads) == {"rono", "mrl", "revgrad_oracle", "meda_oracle"}
+    with pytest.raises(UserError, match="unknown method 'uch', did you mean 'ucch'"):
+        run.main(["uch"])
