@@ -44,6 +44,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--variant", metavar="NAME", help="with record: what is compared, as evaluate.py prints it, e.g. 'posterior, diffusion'")
     option("--dataset", help="a data set of the protocol, or a folder of configs/")
     option("--scale", choices=SCALES, default="full", help="small: sized for a CPU, see experiments/protocol.yaml")
+    option("--mode", choices=("head", "e2e"), help="comparisons: on frozen features, as they are by default, or with the encoders")
     option("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     option("--tasks", nargs="+", default=[], metavar="TASK", help="e.g. RP GM; a pair of modalities trains both directions")
     option("--device", default="auto", help="auto (every GPU, else the CPU), cpu, cuda or cuda:N")
@@ -68,7 +69,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def command_of(arguments: argparse.Namespace) -> str:
     """Return the command that fills a table, without what belongs to one machine: places, devices, budget."""
-    words = ["python", "reproduce.py", arguments.table, "--dataset", arguments.dataset, "--scale", arguments.scale]
+    words = ["python", "reproduce.py", arguments.table, "--dataset", arguments.dataset]
+    words += ["--mode", arguments.mode] if arguments.mode else ["--scale", arguments.scale]
     words += ["--seeds", str(arguments.seeds), *(["--tasks", *arguments.tasks] if arguments.tasks else [])]
     return shlex.join([*words, *(["--add", arguments.add.name] if arguments.add else [])])
 
@@ -78,8 +80,10 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
     if arguments.table not in protocol["tables"]:
         names = [*protocol["tables"], "record", "render"]
         raise UserError(f"unknown table {arguments.table!r}{nearest(arguments.table, names)}; known: {', '.join(names)}")
-    setup = find_setup(protocol, arguments.dataset, arguments.scale, arguments.tasks)
-    rows = expand(protocol["tables"][arguments.table], setup, range(arguments.seeds))
+    table = protocol["tables"][arguments.table]
+    scale = "head" if (arguments.mode or table.get("mode")) == "head" else arguments.scale
+    setup = find_setup(protocol, arguments.dataset, scale, arguments.tasks)
+    rows = expand(table, setup, range(arguments.seeds))
     root = arguments.runs / f"{setup.dataset}-{setup.scale}"
     jobs = [Job(cell, root) for cell in all_cells(rows)]
     if arguments.list:

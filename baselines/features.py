@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,8 @@ def _write(
             _write_list(staging, dataset, split, samples.lists[name], rows.cpu().numpy())
     noted = environment(config.run.seed)
     note = {
-        "dataset": dataset, "kind": kind, "seed": config.run.seed, "features": widths, "instance_id": data.instance_id, "command": command,
+        "kind": kind, "seed": config.run.seed, "instance_id": data.instance_id, "command": command,
+        "settings": [f"data.dataset={dataset}", *(f"data.features.{name}={width}" for name, width in widths.items())],
         "config_hash": config_hash(config), "commit": noted["git_sha"], "dirty": noted["git_dirty"], "device": noted["gpu"] or noted["cpu"],
     }
     atomic_write_text(staging / SOURCE, yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -169,8 +170,8 @@ def provenance(folder: Path) -> dict[str, Any]:
 def load_features(folder: Path, modalities: Sequence[str], device: torch.device) -> PairedSamples:
     """Return the training features in a folder."""
     note = provenance(folder)
-    texts = [*feature_overrides(folder, note), f"data.modalities=[{', '.join(modalities)}]", f"data.instance_id={note['instance_id']}"]
-    texts += [f"model.pretrained.{name}=none" for name in modalities]
+    texts = [f"data.root={folder}", *note["settings"], f"data.modalities=[{', '.join(modalities)}]"]
+    texts += [f"data.instance_id={note['instance_id']}"] + [f"model.pretrained.{name}=none" for name in modalities]
     return load_training_samples(load_config(Step1Config, None, texts).data, device)
 
 
@@ -185,12 +186,6 @@ def original_samples(data: DataConfig, device: torch.device) -> PairedSamples | 
         return None
 
 
-def feature_overrides(folder: Path, note: Mapping[str, Any]) -> list[str]:
-    """Return the "section.key=value" texts with which a configuration of features reads a folder of them."""
-    widths = [f"data.features.{name}={width}" for name, width in note["features"].items()]
-    return [f"data.root={folder}", f"data.dataset={note['dataset']}", *widths]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and make one folder of features."""
     argv = sys.argv[1:] if argv is None else argv
@@ -203,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "baselines.features", *argv])
     note = make_features(arguments.config, arguments.overrides, arguments.kind, arguments.seed, arguments.out, command)
-    print(f"train on them with a configuration of features and --set {' '.join(feature_overrides(arguments.out, note))}")
+    print(f"train on them with a configuration of features and --set data.root={arguments.out} {' '.join(note['settings'])}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Cell:
         name: for people.
         arguments: of its command line, without seed, device and places.
         epochs: that it trains, the unit of progress; 1 if it trains none.
-        needs: cells that must be done first; step 2 reads the pseudo-labels of the first one.
+        needs: cells that must be done first: what step 2 reads the pseudo-labels of, what a training on features has them from.
     """
 
     id: str
@@ -42,6 +42,11 @@ class Cell:
     seed: int = 0
     epochs: int = 1
     needs: tuple["Cell", ...] = ()
+
+    def rests_on(self) -> Iterator["Cell"]:
+        """Yield every cell that it needs, and that those need, a needed one before its users."""
+        for need in self.needs:
+            yield from (*need.rests_on(), need)
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,31 @@ def _release(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
     return Cell(identity, stage, f"{stage} {variant} {pair} seed {seed}", arguments, seed, epochs)
 
 
+def _features(setup: Setup, kind: str, seed: int) -> Cell:
+    """The cell that makes features of all modalities of a data set; every row of a seed is trained on the same ones."""
+    given = (f"data.modalities=[{','.join(modalities_of(setup.letters))}]",)
+    identity = _identify("features", seed, kind, _decisive("step1", setup.source, given))
+    name = " ".join(["features", setup.letters, "seed", str(seed), *([kind] if kind != "learned" else [])])
+    arguments = ("--config", str(setup.source / "step1.yaml"), "--kind", kind, "--set", *given)
+    return Cell(identity, "features", name, arguments, seed, _load("step1", setup.source, given).optim.epochs if kind == "learned" else 1)
+
+
+def _method(options: Mapping[str, Any], setup: Setup, letters: str, seed: int, needs: tuple[Cell, ...]) -> Cell:
+    """The cell of a method of `baselines`; end to end it trains for as many epochs as both stages of RoMo together."""
+    method, own = options["method"], tuple(options.get("set", ()))
+    given = (*setup.step1, f"data.modalities=[{','.join(modalities_of(letters))}]")
+    identity = _identify("baseline", seed, method, [cell.id for cell in needs], own, _decisive("step1", setup.config, given))
+    if setup.source is None:
+        own = (f"optim.epochs={sum(_load(stage, setup.config, getattr(setup, stage)).optim.epochs for stage in CONFIGS)}", *own)
+    inherited = [word for cell in needs for word in cell.name.split()[4:]]
+    name = " ".join([method, letters, "seed", str(seed), *inherited, *own])
+    return Cell(identity, "baseline", name, (method, "--config", str(setup.config / "step1.yaml"), "--set", *given, *own), seed, 1, needs)
+
+
 def all_cells(rows: Iterable[Row]) -> list[Cell]:
     """Return every cell of the rows and those they need, each once, a needed one before its users, seed by seed."""
     wanted = [cell for row in rows for by_pair in row.cells.values() for cell in by_pair.values()]
-    ordered = (entry for cell in sorted(wanted, key=lambda cell: cell.seed) for entry in (*cell.needs, cell))
+    ordered = (entry for cell in sorted(wanted, key=lambda cell: cell.seed) for entry in (*cell.rests_on(), cell))
     return list({cell.id: cell for cell in ordered}.values())
 
 
@@ -121,18 +147,30 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
         return [Row(name, {0: {"": cell}}, describe_setup(setup)) for name, cell in _measured(table, setup).items()]
     seeds, rows = list(seeds), []
     for name, options in rows_of(table).items():
-        own = setup.as_printed if options.get("settings") == "as_printed" else setup
+        own = setup.as_printed if options.get("settings") == "as_printed" and not _without_runs(options, setup) else setup
         if own is None:
             raise UserError(f"row {name!r} needs as_printed of {setup.dataset}, {setup.scale} scale, in the protocol")
-        pairs = [options["modalities"]] if "modalities" in options else () if "numbers" in options else own.pairs
+        pairs = () if _without_runs(options, setup) else _pairs(options, own)
         rows.append(Row(name, {seed: {pair: _cell(options, own, pair, seed) for pair in pairs} for seed in seeds}, describe_setup(own)))
     return rows
+
+
+def _without_runs(options: Mapping[str, Any], setup: Setup) -> bool:
+    return "numbers" in options or not setup.pairs or bool(options.get("head_only") and setup.source is None)
+
+
+def _pairs(options: Mapping[str, Any], setup: Setup) -> Sequence[str]:
+    given = options.get("modalities")
+    return setup.pairs if given is None else [setup.letters if given == "all" else given]
 
 
 def _cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) -> Cell:
     if "variant" in options:
         return _release(setup, pair, options["variant"], seed)
-    first = _training("step1", setup, pair, options.get("step1", ()), seed)
+    features = (_features(setup, options.get("features", "learned"), seed),) if setup.source else ()
+    if "method" in options:
+        return _method(options, setup, pair, seed, features)
+    first = _training("step1", setup, pair, options.get("step1", ()), seed, features)
     return first if options.get("stage") == "step1" else _training("step2", setup, pair, options.get("step2", ()), seed, (first,))
 
 

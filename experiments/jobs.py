@@ -16,7 +16,7 @@ from utils.engine.run_log import REPOSITORY, RunLog, environment
 from utils.errors import UserError
 
 TRAINING = ("step1", "step2")
-MODULES = {"release_protocol": "baselines.release_protocol",
+MODULES = {"release_protocol": "baselines.release_protocol", "features": "baselines.features", "baseline": "baselines.run",
            "memory_bank": "benchmarks.memory_bank", "loss_shapes": "benchmarks.loss_shapes"}
 MARKER, STATE = "done.json", "state.json"
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED, SKIPPED = "waiting", "running", "done", "failed", "interrupted", "skipped"
@@ -120,19 +120,33 @@ def command(cell: Cell, folder: Path, device: str) -> list[str]:
         folder: of the cell; the cells it needs lie beside it.
         device: "cpu" (one thread) or "cuda:N".
     """
+    run = _run_folder(REPOSITORY / folder)
+    own = [f"run.device={device}", f"run.output={folder / 'runs'}", *(["run.threads=1"] if device == "cpu" else [])]
+    if cell.stage == "features":
+        return ["-m", MODULES["features"], *cell.arguments, *own, "--seed", str(cell.seed), "--out", str(folder / "features")]
+    own += _feature_settings(cell, folder.parent)
+    if cell.stage == "baseline" and run is not None:
+        return ["-m", MODULES["baseline"], cell.arguments[0], "--resume", str(folder / run.relative_to(REPOSITORY / folder))]
+    if cell.stage == "baseline":
+        return ["-m", MODULES["baseline"], *cell.arguments, *own, "--seed", str(cell.seed)]
     if cell.stage not in TRAINING:
         release = cell.stage == "release_protocol"
         own = [*(["--seed", str(cell.seed)] if release else []), "--device", device, *(["--threads", "1"] if device == "cpu" else [])]
         return ["-m", MODULES[cell.stage], *cell.arguments, *own, "--output", str(folder if release else folder / "metrics.json")]
-    script, run = f"train_{cell.stage}.py", _run_folder(REPOSITORY / folder)
+    script = f"train_{cell.stage}.py"
     if run is not None:
         return [script, "--resume", str(folder / run.relative_to(REPOSITORY / folder))]
-    own = [f"run.seed={cell.seed}", f"run.device={device}", f"run.output={folder / 'runs'}", "run.figures=false"]
-    own += ["run.threads=1"] if device == "cpu" else []
+    own += [f"run.seed={cell.seed}", "run.figures=false"]
     if cell.stage == "step1":
         return [script, *cell.arguments, *own, f"run.pseudo_labels={folder / 'pseudo_labels'}"]
     labels = folder.parent / cell.needs[0].id / "pseudo_labels"
     return [script, *cell.arguments, *own, "run.eval_every=1", f"rdl.pseudo_labels={labels}"]
+
+
+def _feature_settings(cell: Cell, cells: Path) -> list[str]:
+    """Return the settings with which a training reads the features that it rests on, if it does."""
+    folders = [cells / need.id / "features" for need in cell.rests_on() if need.stage == "features"]
+    return [text for folder in folders for text in (f"data.root={folder}", *read_json(REPOSITORY / folder / "features.json")["settings"])]
 
 
 def collect(cell: Cell, folder: Path) -> dict[str, Any]:
@@ -143,6 +157,16 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
         if run is None:
             raise UserError(f"{cell.name} ended without a run folder, see {folder}")
         return record | training_scores(run)
+    if cell.stage == "features":
+        return record | {"scores": {}, "details": read_json(folder / "features" / "features.json")}
+    if cell.stage == "baseline":
+        run = _run_folder(folder)
+        if run is None or not (run / "metrics.json").is_file():
+            raise UserError(f"{cell.name} is not finished, see {folder}")
+        metrics = read_json(run / "metrics.json")
+        scores = {key: value for key, value in metrics.items() if isinstance(value, float) and "/" in key}
+        details = {key: metrics[key] for key in ("reads", "peak_mib", "mode")}
+        return record | {"scores": scores, "train_seconds": metrics["seconds"], "details": details}
     metrics = read_json(folder / "metrics.json")
     if cell.stage == "release_protocol":
         scores = {key: value for key, value in metrics.items() if isinstance(value, float) and key.startswith("map/")}

@@ -15,10 +15,12 @@ from utils.settings.data_options import nearest
 from utils.settings.options import Step1Config
 
 HERE = Path(__file__).resolve().parent
-SCALES = ("full", "small")
-_SCALE = dict.fromkeys(("config", "pairs", "step1", "step2", "as_printed"))
-_TABLE = dict.fromkeys(("title", "kind", "paper", "baseline", "ranking", "logged", "notes", "grids", "values"))
-_ROW = dict.fromkeys(("step1", "step2", "stage", "settings", "modalities", "paper", "numbers", "against", "variant"))
+SCALES = ("full", "small", "head")
+_SCALE = dict.fromkeys(("config", "pairs", "step1", "step2", "as_printed", "source"))
+_TABLE = dict.fromkeys(("title", "kind", "paper", "baseline", "ranking", "logged", "notes", "grids", "values", "mode"))
+_ROW = dict.fromkeys((
+    "step1", "step2", "stage", "settings", "modalities", "paper", "numbers", "against", "variant", "method", "set", "features", "head_only",
+))
 KEYS = {  # key -> the keys below it, None: anything; ANY stands for names
     "datasets": {"ANY": {"paper": None, "samples": None, **dict.fromkeys(SCALES, _SCALE)}},
     "tables": {"ANY": {**_TABLE, "rows": {"ANY": _ROW}}},
@@ -34,6 +36,7 @@ class Setup:
         pairs: letters of the modalities that are trained together, one training each.
         paper: the paper's name for the data set; samples: training rows per memory bank.
         as_printed: the same with the paper's settings.
+        source: at scale head, the folder with the configuration of the samples, of which all trainings get features.
     """
 
     dataset: str
@@ -45,6 +48,12 @@ class Setup:
     paper: str | None = None
     samples: tuple[int, ...] = ()
     as_printed: "Setup | None" = None
+    source: Path | None = None
+
+    @property
+    def letters(self) -> str:
+        """Letters of all modalities that are trained on."""
+        return "".join(entry.letter for entry in MODALITIES.values() if any(entry.letter in pair for pair in self.pairs))
 
 
 def load_protocol(added: Path | None = None) -> dict[str, dict]:
@@ -91,7 +100,7 @@ def rows_of(table: Mapping[str, Any]) -> dict[str, dict]:
 
 
 def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Sequence[str] = ()) -> Setup:
-    """Return a data set at a scale, "full" or "small". One that the protocol does not name is looked up in configs/.
+    """Return a data set at a scale, one of SCALES. One that the protocol does not name is looked up in configs/.
 
     Args:
         tasks: names (RP, PG ...) to restrict the pairs to; a pair trains both directions. Default: the protocol's.
@@ -107,14 +116,15 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
         raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {', '.join(key for key in SCALES if key in entry)}")
     options = entry[scale]
     pairs = [pair_of(task) for task in tasks] or options.get("pairs")
-    if not pairs:  # those of its configuration
+    if not pairs and "pairs" not in options:  # those of its configuration
         data = load_config(Step1Config, str(REPOSITORY / options["config"] / "step1.yaml"), options.get("step1", ())).data
         pairs = [pair_of("".join(MODALITIES[name].letter for name in data.modalities))]
 
     def setup(places: Mapping[str, Any], as_printed: Setup | None = None) -> Setup:
         given = (tuple(places.get(stage, ())) for stage in ("step1", "step2"))
+        source = Path(options["source"]) if "source" in options else None
         return Setup(dataset, scale, Path(places["config"]), tuple(dict.fromkeys(pairs)), *given, entry.get("paper"),
-                     tuple(entry.get("samples", ())), as_printed)
+                     tuple(entry.get("samples", ())), as_printed, source)
 
     return setup(options, setup(options["as_printed"]) if "as_printed" in options else None)
 

@@ -78,7 +78,7 @@ def publish(path: Path, rows: Iterable[Row], jobs: Iterable[Job], command: str) 
     for row in rows:
         for cell, pair in ((cell, pair) for pairs in row.cells.values() for pair, cell in pairs.items()):
             place = {"pair": pair, "setup": row.setup, "call": command}
-            needed |= {need.id: {"row": None, **place, **done[need.id]} for need in cell.needs if need.id in done}
+            needed |= {need.id: {"row": None, **place, **done[need.id]} for need in cell.rests_on() if need.id in done}
             shown += [{"row": row.name, **place, **done[cell.id]}] if cell.id in done else []
     add_records(path, [*needed.values(), *shown])
 

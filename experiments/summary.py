@@ -85,7 +85,7 @@ def _add_seed(summary: Summary, table: Table, records: Sequence[dict | None], se
             found, chain = record.get("scores", {}), table.chain(record)
             scores |= {task: found[f"map/{task}"] for task in TASKS if f"map/{task}" in found}
             summary.records += chain
-            seconds += [entry.get("seconds", entry.get("train_seconds")) for entry in chain]
+            seconds += [entry.get("seconds", entry.get("train_seconds")) for entry in chain if entry["stage"] != "features"]
     if any(faults):
         summary.missing[DIRTY if DIRTY in faults else NOT_RUN].append(seed)
     elif scores:
@@ -97,7 +97,9 @@ def _add_seed(summary: Summary, table: Table, records: Sequence[dict | None], se
 
 def tasks_of(table: Table, summaries: Sequence[Summary]) -> list[str]:
     """Return the tasks of a table, the paper's first, 2D queries before 3D queries."""
-    return [task for task in TASKS if {task, task[::-1]} & set(table.pairs) or any(task in entry.scores for entry in summaries)]
+    paper = table.paper if "mode" in table.options else ()  # the comparison also shows what it has no data for
+    shown = {*table.pairs, *(pair[::-1] for pair in table.pairs), *paper, *(task for entry in summaries for task in entry.scores)}
+    return [task for task in TASKS if task in shown]
 
 
 def paper_score(table: Table, options: Mapping[str, Any], task: str, tasks: Sequence[str]) -> float | None:

@@ -5,12 +5,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from scipy import stats
+
 from experiments import plots
 from experiments.records import DIRTY, NOT_RUN, Table, load_table
 from experiments.summary import Estimate, Summary, comparison, estimate, paper_score, summarize, tasks_of
 from utils.engine.checkpoint import atomic_write_text
 
 FACTS = ("batch_size", "learning_rate", "lambda_1", "lambda_2", "alpha")
+NO_DATA = "not run: data"  # a task of the paper whose samples cannot be had
 DRAWN = {"sensitivity": plots.draw_sensitivity, "curves": plots.draw_curves, "shapes": plots.draw_shapes}
 
 
@@ -77,7 +80,7 @@ def score_lines(table: Table) -> list[str]:
         for task in columns:
             printed = _printed(table, entry, task, tasks)
             cells += [printed * ("paper" in entry.options)] * (task in known)
-            cells.append(printed if "numbers" in entry.options else _score(entry, task))
+            cells.append(printed if "numbers" in entry.options else NO_DATA if _no_data(table, task) else _score(entry, task))
         cells += [_difference(comparison(entry, summaries, table))] if compared else []
         rows.append([*cells, *(_percent(_logged(key, entry)) for key in logged), *_origin(entry)])
     return markdown(rows) + (["", *_ranking(table, summaries, tasks)] if table.options.get("ranking") else [])
@@ -87,6 +90,11 @@ def _printed(table: Table, entry: Summary, task: str, tasks: Sequence[str]) -> s
     """The paper's number of a row."""
     number = paper_score(table, entry.options, task, tasks)
     return "" if number is None else f"{100 * number:.1f}"
+
+
+def _no_data(table: Table, task: str) -> bool:
+    """Whether a comparison shows a task of the paper that its data set lacks here."""
+    return "mode" in table.options and not (table.pairs if task == "avg" else {task, task[::-1]} & set(table.pairs))
 
 
 def _score(entry: Summary, task: str) -> str:
@@ -131,7 +139,10 @@ def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -
         if found and entry.name in ours:
             verdicts.setdefault("n/a, fewer than 3 seeds" if found.verdict == "n/a" else found.verdict, []).append(entry.name)
     said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
+    both = [name for name in paper if name in ours]
+    tau = stats.kendalltau([ours[name] for name in both], [paper[name] for name in both]).statistic if len(both) > 2 else None
     return [f"- Order of the means, ours: {order(ours)}", *([f"- Order of the means, paper: {order(paper)}"] if paper else []),
+            *([] if tau is None else [f"- Kendall's tau between both orders, {len(both)} rows: {tau:.2f}"]),
             f"- Against {table.options['baseline']}, paired over seeds: {said or NOT_RUN}"]
 
 

@@ -27,8 +27,7 @@ def vectors(folder, modality="PointCloud", split="train"):
 
 
 def on_features(step, folder, tmp_path, note, *more):
-    widths = [f"data.features.{name}={width}" for name, width in note["features"].items()]
-    return ["--config", f"configs/smoke/step{step}.yaml", "--set", f"data.root={folder}", f"data.dataset={note['dataset']}", *widths,
+    return ["--config", f"configs/smoke/step{step}.yaml", "--set", f"data.root={folder}", *note["settings"],
             f"run.output={tmp_path / 'trained'}", "run.figures=false", *more]
 
 
@@ -53,10 +52,10 @@ def test_learned_features_owe_nothing_to_pairs(small_digits, tmp_path):
 
 
 def test_lists_are_copied_as_text_and_pairs_stay(small_digits, tmp_path):
-    note = make(small_digits, tmp_path)
+    make(small_digits, tmp_path)
     for split, count in (("train", TRAIN), ("test", TEST)):
         rows, source = ([line.rsplit(" ", 1) for line in (root / f"{name}_PointCloud_{split}_list.txt").read_text().splitlines()]
-                        for root, name in ((tmp_path / "features", note["dataset"]), (small_digits, "digits")))
+                        for root, name in ((tmp_path / "features", "digits_random"), (small_digits, "digits")))
         assert len(rows) == count and [label for _, label in rows] == [label for _, label in source]
         assert [path.replace(".npy", "") for path, _ in rows] == [path.replace(".npy", "") for path, _ in source]
 
@@ -75,7 +74,7 @@ def test_both_stages_run_on_features_by_configuration_alone(small_digits, tmp_pa
     note = make(small_digits, tmp_path)
     train_step1.main(on_features(1, folder, tmp_path, note, "optim.epochs=2", "pla.mlm_only_epochs=1"))
     train_step2.main(on_features(2, folder, tmp_path, note, "optim.epochs=1", "rdl.unclipped_epochs=0", "rdl.start=inherited"))
-    (run,) = (tmp_path / "trained" / note["dataset"] / "step2").iterdir()
+    (run,) = (tmp_path / "trained" / "digits_random" / "step2").iterdir()
     assert (run / "metrics.json").is_file()
     with pytest.raises(UserError, match=r"expected 7 numbers \(data.features.GrayImg\)"):
         train_step1.main(on_features(1, folder, tmp_path, note, "data.features.GrayImg=7"))
@@ -106,5 +105,5 @@ def test_raw_features_by_hand():
 
 def test_raw_and_random_train_nothing(small_digits, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "fit", None)
-    assert make(small_digits, tmp_path, "raw")["features"]["PointCloud"] == 16**3
-    assert make(small_digits, tmp_path, "random", 0, "random")["dataset"] == "digits_random"
+    assert "data.features.PointCloud=4096" in make(small_digits, tmp_path, "raw")["settings"]
+    assert make(small_digits, tmp_path, "random", 0, "random")["settings"][0] == "data.dataset=digits_random"

@@ -13,6 +13,8 @@ from experiments.cells import all_cells, expand
 from experiments.protocol import HERE, Setup, find_setup, load_protocol, pair_of
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config, Step2Config
 
 
 def ids(rows):
@@ -29,7 +31,7 @@ def test_every_table_expands_on_every_data_set():
     printed = dataclasses.replace(SMOKE, as_printed=dataclasses.replace(SMOKE, step2=("rdl.lambda_2=0.25",)))
     assert {name: len(all_cells(rows_of(name, printed))) for name in PROTOCOL["tables"]} == {
         "headline": 3, "stages": 3, "clip": 3, "estimators": 3, "tasks": 6, "table2-romo": 2, "table4": 10, "table6": 15, "table8": 8,
-        "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 8,
+        "table2": 10, "table3": 10, "rono-noise": 14, "rono-ablation": 11, "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 8,
     }
     with pytest.raises(UserError, match="needs as_printed of digits"):
         rows_of("headline")
@@ -135,8 +137,46 @@ def test_the_papers_numbers_have_the_rows_that_the_protocol_names():
         for row in table.get("rows", {}).values():
             for tasks in numbers[table["paper"]].values() if "paper" in row else ():
                 assert all(row["paper"] in values for values in tasks.values()), (name, row)
-    assert numbers["romo"]["3D MNIST"]["RP"]["RoMo"] == numbers["robust_losses"]["3D MNIST"]["RP"]["RoMo"] == 0.849
+    assert numbers["comparison"]["3D MNIST"]["RP"]["RoMo"] == numbers["robust_losses"]["3D MNIST"]["RP"]["RoMo"] == 0.849
     for dataset, tasks in numbers["ablation"].items():
         assert {task: values["row_9"] for task, values in tasks.items()} == {
-            task: values["RoMo"] for task, values in numbers["romo"][dataset].items()}
+            task: values["RoMo"] for task, values in numbers["comparison"][dataset].items()}
     assert numbers["bank_cost"]["3D MNIST"]["mib"] == pytest.approx(5000 * 1024 * 4 / 2**20, abs=1e-3)
+
+
+def test_the_comparison_trains_every_row_of_a_seed_on_the_same_features():
+    setup = find_setup(PROTOCOL, "mnist3d", "head")
+    rows = {row.name: row.cells for row in rows_of("table2", setup, (0, 1))}
+    assert setup.letters == "RGP" and set(rows["UCCH"][0]) == {"RP", "GP"} and set(rows["MCCA"][0]) == {"RGP"}
+    chains = {name: [need for cell in cells[0].values() for need in cell.rests_on()] for name, cells in rows.items()}
+    learned = {need.id for name, needs in chains.items() for need in needs if need.stage == "features" and len(need.name.split()) == 4}
+    assert len(learned) == 1 and all({need.stage for need in needs} & {"features"} for needs in chains.values())
+    assert [need.stage for need in rows["RoMo, ours"][0]["GP"].rests_on()] == ["features", "step1"]
+    assert rows["CCA, untrained features"][0]["GP"].needs[0].name == "features RGP seed 0 random"
+    assert rows["UCCH"][0]["GP"].id not in {rows["UCCH"][1]["GP"].id, rows["UCCH"][0]["RP"].id, rows["DGCPN"][0]["GP"].id}
+    order = [cell.id for cell in all_cells(rows_of("table2", setup))]
+    assert all(order.index(need.id) < order.index(cell.id) for cells in rows.values() for cell in cells[0].values() for need in cell.rests_on())
+    assert not any(row.cells[0] for row in rows_of("table3", find_setup(PROTOCOL, "mi3dor", "head")))
+
+
+def test_a_method_end_to_end_trains_as_long_as_both_stages():
+    rows = {row.name: row.cells[0] for row in rows_of("table2", find_setup(PROTOCOL, "digits", "full", ["GP"]))}
+    assert not rows["CCA"] and not rows["RoMo, paper's settings"] and not rows["UCCH"]["GP"].needs
+    epochs = [load_config(cls, f"configs/digits/{stage}.yaml").optim.epochs for stage, cls in (("step1", Step1Config), ("step2", Step2Config))]
+    assert f"optim.epochs={sum(epochs)}" in rows["UCCH"]["GP"].arguments
+
+
+def test_commands_read_the_features_of_the_cell_that_made_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "REPOSITORY", tmp_path)
+    row = {entry.name: entry for entry in rows_of("table2", find_setup(PROTOCOL, "digits", "head"))}
+    cells = Path("runs/cells")
+    for name, words in (("UCCH", ["-m", "baselines.run", "ucch"]), ("RoMo, ours", ["train_step2.py"])):
+        cell = row[name].cells[0]["GP"]
+        features = next(need for need in cell.rests_on() if need.stage == "features")
+        folder = cells / features.id / "features"
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "features.json").write_text('{"settings": ["data.dataset=digits_features", "data.features.GrayImg=9"]}')
+        line = jobs_module.command(cell, cells / cell.id, "cpu")
+        assert line[: len(words)] == words and {f"data.root={folder}", "data.features.GrayImg=9", "run.threads=1"} <= set(line)
+    made = jobs_module.command(features, cells / features.id, "cpu")
+    assert made[:2] == ["-m", "baselines.features"] and made[-2:] == ["--out", str(folder)] and made[made.index("--kind") + 1] == "learned"
