@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 import models
-from models.pretrained import LoadReport, load_dgcnn_checkpoint, load_meshnet_checkpoint, load_resnet18_weights
+from models.pretrained import LoadReport, load_weights
 from models.sync_batchnorm import synchronise
 from utils.engine import distributed
 from utils.errors import UserError
@@ -64,12 +64,7 @@ def load_pretrained(encoders: nn.ModuleDict, sources: Mapping[str, str]) -> dict
         UserError: if weights cannot be had or do not fit, or leave a part of a frozen encoder random; random weights never take their
             place in silence.
     """
-    loaders = {"DGCNN": load_dgcnn_checkpoint, "MeshNet": load_meshnet_checkpoint, "ResNet18": load_resnet18_weights}
-    reports = {
-        name: loaders[MODALITIES[name].encoder](encoder, sources[name])
-        for name, encoder in encoders.items()
-        if sources[name] != "none"
-    }
+    reports = {name: load_weights(encoder, sources[name]) for name, encoder in encoders.items() if sources[name] != "none"}
     for name in (name for name, encoder in encoders.items() if not any(p.requires_grad for p in encoder.parameters())):
         used = reports[name].used if name in reports else ()
         random = [key for key, _ in encoders[name].named_parameters() if key.removeprefix("backbone.") not in used]

@@ -105,7 +105,10 @@ def load_imagenet_resnet18() -> dict[str, Tensor]:
     name = Path(urlparse(url).path).name
     for path in (PRETRAINED_DIR / name, Path(torch.hub.get_dir()) / "checkpoints" / name):
         if path.is_file():
-            _check_hash(path)
+            with path.open("rb") as file:
+                found, expected = hashlib.file_digest(file, "sha256").hexdigest(), path.stem.rsplit("-", 1)[-1]
+            if not found.startswith(expected):
+                raise UserError(f"{path} is damaged: its SHA-256 should start with {expected}, found {found}; fetch it again")
             return read_state_dict(path)
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
@@ -114,37 +117,31 @@ def load_imagenet_resnet18() -> dict[str, Tensor]:
                         f"{url} and put it at {PRETRAINED_DIR / name}, or set the weights to `none` to train from scratch") from error
 
 
-def _check_hash(path: Path) -> None:
-    expected = path.stem.rsplit("-", 1)[-1]
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(expected):
-        raise UserError(f"{path} is damaged: its SHA-256 should start with {expected}, found {found}; fetch it again")
-
-
-def load_resnet18_weights(encoder: nn.Module, source: str) -> LoadReport:
-    """Fill the trunk, `backbone`, of an image encoder; `fc.*` is left out.
+def load_weights(encoder: nn.Module, source: str | Path) -> LoadReport:
+    """Fill the trunk of an encoder with public weights, in place; its projection to the common space, `head`, stays as it is.
 
     Args:
-        encoder: a `models.ResNet18`.
-        source: "imagenet", or the path of a state dict with torchvision's names.
+        encoder: what has to be in the file depends on its class:
+            `models.ResNet18`: all of `backbone`, under torchvision's names; `fc` is left out.
+            `models.DGCNN`: the four EdgeConvs, as in the public classification checkpoint (`model.1024.t7`), and conv5 when its
+            width fits. The file registers its BatchNorms twice: `convN.1` is read, `bnN` left out.
+            `models.MeshNet`: descriptors and mesh convolutions, as in the public classification checkpoint (2021 version, one of
+            its `.pkl` files), and `fusion_mlp` and `concat_mlp` when the encoder has their published width.
+            The classifiers of the files never enter an encoder.
+        source: path of the file, or "imagenet" for ResNet18.
     Raises:
         UserError: weights that are absent, damaged, incomplete or not to be had.
     """
+    kind = type(encoder).__name__
     state = load_imagenet_resnet18() if source == "imagenet" else read_state_dict(source)
-    return load_matching(encoder.backbone, state, _without("fc."), ("",), f"ResNet18 weights from {source}")
-
-
-def load_dgcnn_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
-    """Fill the trunk of a DGCNN from the public classification checkpoint (`model.1024.t7`).
-
-    The four EdgeConvs are always filled, conv5 when its width fits. The file registers its BatchNorms twice: `convN.1`
-    is read, `bnN` left out. The classifier (`linear1` on) never enters the encoder.
-
-    Raises:
-        UserError: a file that is absent, damaged, or lacks part of the four EdgeConvs.
-    """
-    return load_matching(encoder, read_state_dict(path), _dgcnn_name, ("edge_convs.",), f"DGCNN checkpoint {path}")
+    if kind == "ResNet18":
+        return load_matching(encoder.backbone, state, _without("fc."), ("",), f"ResNet18 weights from {source}")
+    if kind == "DGCNN":
+        return load_matching(encoder, state, _dgcnn_name, ("edge_convs.",), f"DGCNN checkpoint {source}")
+    required = ("spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2.")
+    if encoder.fusion_mlp[0].out_channels == MESHNET_WIDTH:
+        required += ("fusion_mlp.", "concat_mlp.")
+    return load_matching(encoder, state, _without("classifier."), required, f"MeshNet checkpoint {source}")
 
 
 def _dgcnn_name(key: str) -> str | None:
@@ -155,21 +152,6 @@ def _dgcnn_name(key: str) -> str | None:
     if layer == "conv5":
         return f"conv5.{name}" if part == "0" else f"bn5.{name}"
     return f"edge_convs.{int(layer[4:]) - 1}.{'conv' if part == '0' else 'bn'}.{name}"
-
-
-def load_meshnet_checkpoint(encoder: nn.Module, path: str | Path) -> LoadReport:
-    """Fill the trunk of a MeshNet from the public classification checkpoint (2021 version, one of its `.pkl` files).
-
-    The names are the file's own. The descriptors and both mesh convolutions are always filled, `fusion_mlp` and
-    `concat_mlp` when the encoder has their published width. The classifier never enters the encoder.
-
-    Raises:
-        UserError: a file that is absent, damaged, or lacks part of these layers.
-    """
-    required = ("spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2.")
-    if encoder.fusion_mlp[0].out_channels == MESHNET_WIDTH:
-        required += ("fusion_mlp.", "concat_mlp.")
-    return load_matching(encoder, read_state_dict(path), _without("classifier."), required, f"MeshNet checkpoint {path}")
 
 
 def _without(prefix: str) -> Callable[[str], str | None]:

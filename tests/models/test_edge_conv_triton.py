@@ -3,7 +3,6 @@
 Without a GPU the whole file runs a second time, in a subprocess, where Triton interprets the kernels on the CPU.
 """
 
-import copy
 import importlib.util
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_edge_conv import assert_same, make_pair, run
+from test_edge_conv import assert_same, make_pair
 
 from models.kernels.knn import knn
 from utils.errors import UserError
@@ -137,21 +136,6 @@ def test_layer_equals_reference(device, training, dtype):
     layers = make_layers(3, 130, 5, dtype, device=device)
     x = (torch.randn(2, 5, 3, dtype=dtype) * 2 + 3).to(device)
     assert_same(*(layer.train(training) for layer in layers), x, knn(x, 5))
-
-
-@on_device
-def test_layer_is_bit_identical_with_and_without_deterministic_algorithms(device, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    layer = make_layers(6, 16, 5, torch.float32, device=device)[1]
-    x, weights = torch.randn(2, 4, 6, device=device), torch.randn(2, 4, 16, device=device)
-    index = knn(x, 3)
-    first = run(copy.deepcopy(layer), x, index, weights)
-    torch.use_deterministic_algorithms(True)
-    try:
-        second = run(copy.deepcopy(layer), x, index, weights)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 if not INTERPRETED:

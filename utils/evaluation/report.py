@@ -9,7 +9,8 @@ from torch import Tensor
 from utils.engine.checkpoint import atomic_write_json, read_json
 from utils.engine.run_log import RunLog
 from utils.evaluation.tables import Evaluator, format_table, scored_tasks
-from utils.figures.plots import plot_curves, plot_retrieval, plot_tsne
+from utils.figures.contact_sheet import draw_retrieval
+from utils.figures.plots import plot_curves, plot_tsne
 from utils.figures.thumbnails import thumbnail
 from utils.modalities import MODALITIES, task_name
 
@@ -141,7 +142,7 @@ def _draw_panel(query: str, gallery: str, embeddings, labels: Mapping[str, np.nd
     scores = (embeddings[query][chosen] @ embeddings[gallery].T).cpu().numpy()
     ranks = np.argsort(-scores, axis=1, kind="stable")[:, :PANEL_RANKS]
     show = lambda name, row: thumbnail(name, arrays[name][row, 0].cpu().numpy())
-    plot_retrieval(
+    draw_retrieval(
         [show(query, row) for row in chosen],
         {int(row): show(gallery, row) for row in np.unique(ranks)},
         ranks, labels[gallery][ranks] == labels[query][chosen][:, None], path,

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 MAX_TSNE_ROWS = 1000
 MAX_LEGEND = 60  # classes by name
 MARKERS = "o^sDvP"
-RIGHT, WRONG = "#1a9850", "#d73027"
 STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -97,14 +96,10 @@ def plot_tsne(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndar
     import matplotlib
     from matplotlib.lines import Line2D
 
-    shapes = {name: np.shape(values) for name, values in embeddings.items()}
-    sizes = {name: len(labels[name]) if name in labels else None for name in shapes}
-    if any(len(shape) != 2 or shape[0] != sizes[name] or min(shape) < 2 for name, shape in shapes.items()):
-        raise ValueError(f"plot_tsne needs (N >= 2, D >= 2) embeddings and N labels each, got {shapes} and {sizes}")
-    keep = {name: np.sort(np.random.default_rng(0).permutation(size)[:MAX_TSNE_ROWS]) for name, size in sizes.items()}
-    points = _project([np.asarray(embeddings[name])[keep[name]] for name in shapes])
+    keep = {name: np.sort(np.random.default_rng(0).permutation(len(rows))[:MAX_TSNE_ROWS]) for name, rows in embeddings.items()}
+    points = _project([embeddings[name][rows] for name, rows in keep.items()])
     clouds = np.split(points, np.cumsum([len(rows) for rows in keep.values()])[:-1])
-    labels = {name: np.asarray(labels[name])[keep[name]] for name in shapes}
+    labels = {name: labels[name][rows] for name, rows in keep.items()}
     colors = _class_colors(np.unique(np.concatenate(list(labels.values()))))
     with matplotlib.rc_context(STYLE):
         figure = new_figure(8.5, 7)
@@ -114,47 +109,9 @@ def plot_tsne(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndar
             axis.scatter(*cloud.T, c=shades, marker=marker, s=16, alpha=0.75, linewidths=0.3, edgecolors="white")
         axis.set_axis_off()
         axis.set_title("t-SNE of the common space", loc="left")
-        handles = [Line2D([], [], color="0.3", marker=marker, linestyle="", label=name) for marker, name in zip(MARKERS, shapes)]
+        handles = [Line2D([], [], color="0.3", marker=marker, linestyle="", label=name) for marker, name in zip(MARKERS, labels)]
         shown = colors if len(colors) <= MAX_LEGEND else {f"{len(colors)} classes": "0.7"}
         handles += [Line2D([], [], color=color, marker="s", linestyle="", label=str(label)) for label, color in shown.items()]
         columns = 1 + (len(handles) - 1) // 30
         figure.legend(handles=handles, loc="outside right upper", frameon=False, ncols=columns)
         save_figure(figure, path)
-
-
-def plot_retrieval(
-    query_thumbnails: Sequence[np.ndarray], gallery_thumbnails: Mapping[int, np.ndarray], ranks: np.ndarray, correct: np.ndarray,
-    path: str | Path, title: str,
-) -> None:
-    """Draw one row per query: the query, then its first items, framed green where the class is right, red where not.
-
-    Args:
-        query_thumbnails: Q arrays (H, W, 3) uint8.
-        gallery_thumbnails: index -> (H, W, 3) uint8; only the indices in `ranks` are read.
-        ranks: (Q, k) integer gallery indices, best first.
-        correct: (Q, k) bool.
-    """
-    ranks, correct = np.asarray(ranks), np.asarray(correct)
-    if ranks.ndim != 2 or 0 in ranks.shape or ranks.shape != correct.shape or len(ranks) != len(query_thumbnails):
-        count = len(query_thumbnails)
-        raise ValueError(f"{count} queries need ranks and correct of shape ({count}, k), got {ranks.shape}, {correct.shape}")
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(1.1 * (ranks.shape[1] + 1) + 0.4, 1.1 * len(ranks) + 0.7)
-        axes = figure.subplots(len(ranks), ranks.shape[1] + 1, squeeze=False)
-        for row, (query, items, marks) in enumerate(zip(query_thumbnails, ranks, correct)):
-            _draw_thumbnail(axes[row, 0], query, "0.2", "query" if row == 0 else "")
-            for column, (item, mark) in enumerate(zip(items, marks), start=1):
-                heading = f"rank {column}" if row == 0 else ""
-                _draw_thumbnail(axes[row, column], gallery_thumbnails[int(item)], RIGHT if mark else WRONG, heading)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        save_figure(figure, path)
-
-
-def _draw_thumbnail(axis: Any, image: np.ndarray, color: str, heading: str) -> None:
-    axis.imshow(image, interpolation="nearest")
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(heading, fontsize=9, fontweight="normal", pad=4)
-    for spine in axis.spines.values():
-        spine.set(visible=True, color=color, linewidth=1.2 if color == "0.2" else 3)
