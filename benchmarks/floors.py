@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from utils.engine.checkpoint import atomic_write_json
 from utils.engine.device import select_device, set_threads
 from utils.engine.run_log import REPOSITORY, environment
+from utils.evaluation.tables import align
 
 SMALLEST_SIDE = 256  # of the matrix product, doubled until one takes PRODUCT_SECONDS
 PRODUCT_SECONDS = 0.02
@@ -205,8 +206,5 @@ def print_table(
           f"GFLOP/s in {rates.dtype} matrix products, {rates.bytes_per_second / 1e9:.1f} GB/s in copies")
     shown = [("seconds", "seconds", ".4g"), *columns, ("FLOP floor s", "flop_floor_seconds", ".3g"),
              ("byte floor s", "byte_floor_seconds", ".3g"), ("of matmul rate", "share_of_matmul_rate", ".1%")]
-    width = max(map(len, rows))
-    print("".ljust(width), *(title.rjust(max(9, len(title))) for title, _, _ in shown))
-    for name, row in rows.items():
-        cells = ("-" if row[key] is None else format(row[key], style) for _, key, style in shown)
-        print(name.ljust(width), *(cell.rjust(max(9, len(title))) for cell, (title, _, _) in zip(cells, shown)))
+    cells = [[name, *("-" if row[key] is None else format(row[key], style) for _, key, style in shown)] for name, row in rows.items()]
+    print(align([["", *(title for title, _, _ in shown)], *cells]))

@@ -6,6 +6,7 @@ commit is not run again. Exit status: 0 all done, or no GPU; 1 a step failed; 3 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -84,18 +85,16 @@ def _run(arguments: list[str], seconds: float) -> tuple[str, str]:
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen([sys.executable, *arguments], cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT,
                                    start_new_session=True)
-        try:
-            status = FAILED if process.wait(seconds) else DONE
-        except subprocess.TimeoutExpired:
-            status = STOPPED
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        stopped = False
+        for limit, number in ((seconds, signal.SIGINT), (GRACE_SECONDS, signal.SIGKILL)):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(limit)
+                break
+            os.killpg(process.pid, number)
+            stopped = True
+        status = FAILED if process.wait() else DONE
         output.seek(0)
-        return status, output.read()[-OUTPUT_CHARACTERS:]
+        return STOPPED if stopped else status, output.read()[-OUTPUT_CHARACTERS:]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -44,7 +44,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps of an epoch; with data.placement=host, enough to "
                         "outweigh the start of the workers")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs, of which the median counts")
-    parser.add_argument("--image-side", type=int, help="side of the stored pictures; default: data.image_resize")
     args, report = start("training_step", parser, argv, ("steps", "epochs"))
     first = load_config(Step1Config, str(args.config_dir / "step1.yaml"), args.overrides)
     second = load_config(Step2Config, str(args.config_dir / "step2.yaml"), args.overrides)
@@ -72,12 +71,12 @@ def make_step2(config: Step2Config, num_clusters: int, args: argparse.Namespace)
     return RDLLearner(config, samples, PseudoLabels(labels, None, clusters, {}, {}), args.device)
 
 
-def random_samples(data: DataConfig, count: int, image_side: int | None = None) -> PairedSamples:
+def random_samples(data: DataConfig, count: int) -> PairedSamples:
     """Make N = count random samples in the shapes of `PairedSamples`, on the CPU and without list files.
 
-    Pictures have `image_side` pixels a side, or as many as before the crop; clouds as many points as the loader keeps.
+    Pictures are as large as before the crop; clouds have as many points as the loader keeps.
     """
-    side = image_side or data.image_resize
+    side = data.image_resize
     makers = {
         "image": lambda: torch.randint(256, (count, data.num_views, 3, side, side), dtype=torch.uint8),
         "points": lambda: torch.rand(count, 1, max(MAX_POINTS, data.num_points), 3) - 0.5,
@@ -94,7 +93,7 @@ def _random_faces(count: int, faces: int) -> Tensor:
 
 def _placed_samples(config: Step1Config | Step2Config, args: argparse.Namespace) -> PairedSamples:
     seed_everything(SEED)
-    samples = random_samples(config.data, args.steps * config.optim.batch_size, args.image_side)
+    samples = random_samples(config.data, args.steps * config.optim.batch_size)
     device = torch.device("cpu") if config.data.placement == "host" else args.device
     return PairedSamples(samples.lists, {name: array.to(device) for name, array in samples.arrays.items()})
 

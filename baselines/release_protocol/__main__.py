@@ -4,8 +4,7 @@ import argparse
 import shlex
 import sys
 
-from baselines.release_protocol.protocol import run_variant
-from baselines.release_protocol.variants import VARIANTS
+from baselines.release_protocol.protocol import VARIANTS, run_variant
 from datasets.prepare.parallel import user_path
 from utils.engine.session import run_command
 

@@ -1,16 +1,14 @@
-"""Trains both stages of one variant and writes its scores; called by `python -m baselines.release_protocol`."""
+"""Trains both stages of a variant: our protocol, one departure of the authors' code, or all of them; writes its scores."""
 
 import argparse
-from collections.abc import Callable
+import functools
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from baselines.release_protocol.labels import training_labels
+from baselines.release_protocol.labels import pair_by_class, pair_shares, training_labels
 from baselines.release_protocol.learners import ReleasePLA, ReleaseRDL
-from baselines.release_protocol.pairs import pair_by_class, pair_shares
-from baselines.release_protocol.variants import departures_of
 from datasets.label_runs import exported_folder, load_pseudo_labels
 from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
 from datasets.samples import PairedSamples
@@ -24,16 +22,29 @@ from utils.evaluation.tables import Evaluator, format_table
 from utils.settings.options import Step1Config, Step2Config
 
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
+VARIANTS = {
+    "ours": "our protocol: no departure, score of the last epoch",
+    "oracle_labels": "pseudo-labels copied from the ground truth at the position of the farthest sample of the other modality",
+    "class_pairs": "training rows join different instances, mostly of one class, in the shares of the published lists",
+    "batch_clip": "RCLL clips at 1 / batch size instead of 1 / K, and repeats rows",
+    "shuffled_memory": "the memory banks are filled in shuffled order but read and updated by sample number",
+    "test_selection": "the epoch of step 2 is chosen by its score on the test set",
+    "all": "all five departures together",
+}
 
 
-def run_variant(request: argparse.Namespace, command: str) -> dict[str, Any]:
+def departures_of(variant: str) -> frozenset[str]:
+    """Return the names of the departures that a variant, a key of `VARIANTS`, follows; our protocol follows none."""
+    single = frozenset(VARIANTS) - {"ours", "all"}
+    return single if variant == "all" else single & {variant}
+
+
+def run_variant(request: argparse.Namespace, command: str) -> None:
     """Train both stages, or go on where an earlier call with the same request stopped, and write OUTPUT/metrics.json.
 
     Args:
         request: the command line of `python -m baselines.release_protocol`; its output is the folder of this run alone.
         command: how it was called, for the record.
-    Returns:
-        The content of metrics.json.
     Raises:
         UserError: on bad settings or data, or if the folder belongs to another request.
     """
@@ -41,10 +52,10 @@ def run_variant(request: argparse.Namespace, command: str) -> dict[str, Any]:
     _claim(request)
     first, details = _train_step1(request, departures)
     second = _train_step2(request, departures, exported_folder(first, None))
-    metrics = {"variant": request.variant, "seed": request.seed, **_scores(second, departures), "details": details}
-    metrics |= {"command": command, **_origin([first, second])}
-    atomic_write_json(request.output / "metrics.json", metrics)
-    return metrics
+    atomic_write_json(request.output / "metrics.json", {
+        "variant": request.variant, "seed": request.seed, **_scores(second, departures), "details": details, "command": command,
+        **_origin([first, second]),
+    })
 
 
 def _claim(request: argparse.Namespace) -> None:
@@ -80,17 +91,11 @@ def _with_departures(session: Session, samples: PairedSamples, departures: froze
     return pair_by_class(samples, labels, session.config.run.seed) if "class_pairs" in departures else (samples, labels)
 
 
-def _report(name: str) -> Callable[..., None]:
-    """Return a report that logs the test scores of the last epoch alone.
-
-    The run folder gets no metrics.json, so that no run of a variant can pass as one of the real trainers.
-    """
-    def report(run: RunLog, evaluator: Evaluator | None, *_: Any) -> None:
-        if evaluator is None:
-            raise UserError("the variants are compared by their test scores: give test lists with labels")
-        run.log(format_table([(name, run.read_epochs()[-1])]))
-
-    return report
+def _report(name: str, run: RunLog, evaluator: Evaluator | None, *_: Any) -> None:
+    """Log the test scores of the last epoch alone: without a metrics.json no run of a variant can pass as one of the real trainers."""
+    if evaluator is None:
+        raise UserError("the variants are compared by their test scores: give test lists with labels")
+    run.log(format_table([(name, run.read_epochs()[-1])]))
 
 
 def _train_step1(request: argparse.Namespace, departures: frozenset[str]) -> tuple[RunLog, dict[str, Any]]:
@@ -115,7 +120,7 @@ def _train_step1(request: argparse.Namespace, departures: frozenset[str]) -> tup
                 labels.numpy(), dataset=config.data.dataset, num_clusters=num_clusters, provenance=origin,
             )
 
-    run_stage(session, build, export, _report(f"{request.variant}, step 1"))
+    run_stage(session, build, export, functools.partial(_report, f"{request.variant}, step 1"))
     return run, details
 
 
@@ -130,16 +135,16 @@ def _train_step2(request: argparse.Namespace, departures: frozenset[str], labels
         note_origin(session, found)
         return ReleaseRDL(session.config, samples, found, session.device, departures)
 
-    run_stage(session, build, report=_report(f"{request.variant}, step 2"))
+    run_stage(session, build, report=functools.partial(_report, f"{request.variant}, step 2"))
     return session.run
 
 
 def _scores(run: RunLog, departures: frozenset[str]) -> dict[str, Any]:
     """Return the scores of the epoch that counts, how it was chosen, and the mean score of the last epoch."""
     scored = [row for row in run.read_epochs() if "map/avg" in row]
-    chosen = max(scored, key=lambda row: row["map/avg"]) if "test_selection" in departures else scored[-1]
-    selection = "last epoch"
+    chosen, selection = scored[-1], "last epoch"
     if "test_selection" in departures:
+        chosen = max(scored, key=lambda row: row["map/avg"])
         selection = f"best epoch by test score ({chosen['epoch']} of {scored[-1]['epoch']})"
     scores = {key: value for key, value in chosen.items() if key.startswith("map/")}
     return {**scores, "selection": selection, "last_epoch": {"map/avg": scored[-1]["map/avg"]}}
@@ -147,12 +152,9 @@ def _scores(run: RunLog, departures: frozenset[str]) -> dict[str, Any]:
 
 def _origin(runs: list[RunLog]) -> dict[str, Any]:
     """Return commit, device and training time of both stages; a change of commit between them counts as uncommitted code."""
-    notes = [read_json(run.folder / "env.json") for run in runs]
-    seconds = sum(row["seconds/train"] for run in runs for row in run.read_epochs())
-    changed = notes[0]["git_sha"] != notes[1]["git_sha"]
+    first, second = (read_json(run.folder / "env.json") for run in runs)
+    dirty = first["git_sha"] != second["git_sha"] or first["git_dirty"] or second["git_dirty"]
     return {
-        "commit": notes[1]["git_sha"],
-        "dirty": None if notes[1]["git_dirty"] is None else changed or any(note["git_dirty"] for note in notes),
-        "device": notes[1]["gpu"] or notes[1]["cpu"], "threads": notes[1]["threads"], "torch": notes[1]["torch"],
-        "train_seconds": round(seconds, 1),
+        "commit": second["git_sha"], "dirty": dirty, "device": second["gpu"] or second["cpu"], "threads": second["threads"],
+        "torch": second["torch"], "train_seconds": round(sum(row["seconds/train"] for run in runs for row in run.read_epochs()), 1),
     }

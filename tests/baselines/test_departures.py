@@ -12,13 +12,13 @@ from stage_runs import REPOSITORY
 from torch.nn import functional as F
 
 from baselines.release_protocol import protocol
-from baselines.release_protocol.labels import farthest_labels, training_labels
+from baselines.release_protocol.labels import class_pair_order, farthest_labels, pair_by_class, pair_shares, training_labels
 from baselines.release_protocol.learners import ReleasePLA, ReleaseRDL
 from baselines.release_protocol.loss import BatchClippedLoss
-from baselines.release_protocol.pairs import class_pair_order, pair_by_class, pair_shares
-from baselines.release_protocol.variants import VARIANTS, departures_of
+from baselines.release_protocol.protocol import departures_of
 from datasets.label_runs import PseudoLabels
 from datasets.samples import load_training_samples
+from utils.errors import UserError
 from utils.evaluation.clustering import clustering_accuracy
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config, Step2Config
@@ -43,8 +43,6 @@ def test_farthest_labels_equal_a_slow_loop():
         for i in range(30):
             distances = [1 - float(rows[own][i] @ rows[other][r]) for r in range(30)]
             assert chosen[own][i] == labels[own][int(np.argmax(distances))]
-    with pytest.raises(ValueError, match="as many samples"):
-        farthest_labels({"A": rows["A"], "B": rows["B"][:9]}, labels)
 
 
 def test_the_exported_labels_are_ground_truth_of_the_farthest_sample_in_the_best_epoch(small_digits):
@@ -85,12 +83,9 @@ def test_pairs_of_few_or_lonely_classes(labels, crossing):
     labels = np.array(labels)
     order = class_pair_order(labels, seed=0)
     assert np.array_equal(np.sort(order), np.arange(len(labels))) and (labels[order] != labels).sum() == crossing
-
-
-@pytest.mark.parametrize("labels", [[2] * 40, [0] * 300 + [1]])
-def test_pairs_need_enough_classes(labels):
-    with pytest.raises(ValueError, match="use more classes"):
-        class_pair_order(np.array(labels), seed=0)
+    for few in ([2] * 40, [0] * 300 + [1]):
+        with pytest.raises(UserError, match="use more classes"):
+            class_pair_order(np.array(few), seed=0)
 
 
 def test_samples_files_and_labels_move_together(small_digits):
@@ -168,9 +163,6 @@ def test_batch_clipped_loss_at_its_ends():
     assert float(value) == pytest.approx(math.log(2) ** 0.25 / 2) and uniform.grad.eq(0).all()
     everything = torch.zeros(6, 2)  # and none of them
     assert float(loss(everything, torch.zeros(6, dtype=torch.long))) == pytest.approx(math.log(2) ** 0.25 / 2)
-    for logits, labels in ((torch.zeros(1, 3), [0]), (torch.zeros(3), [0, 0, 0]), (torch.zeros(4, 3), [0, 0])):
-        with pytest.raises(ValueError, match="B >= 2"):
-            loss(logits, torch.tensor(labels))
 
 
 def test_step_2_uses_it_after_the_warm_up_and_for_rcll_alone(small_digits):
@@ -214,6 +206,3 @@ def test_selection_of_hand_written_scores(variant, score, words):
     assert scores == {"map/avg": score, "selection": words, "last_epoch": {"map/avg": 0.5}}
 
 
-def test_each_variant_switches_on_its_own_departure_alone():
-    single = set(VARIANTS) - {"ours", "all"}
-    assert {name: departures_of(name) for name in VARIANTS} == {"ours": set(), **{name: {name} for name in single}, "all": single}

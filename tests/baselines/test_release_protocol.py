@@ -14,8 +14,8 @@ import train_step2
 import training
 from baselines.release_protocol import protocol
 from baselines.release_protocol.__main__ import main
-from baselines.release_protocol.pairs import pair_by_class, pair_shares
-from baselines.release_protocol.variants import VARIANTS
+from baselines.release_protocol.labels import pair_by_class, pair_shares
+from baselines.release_protocol.protocol import VARIANTS
 from datasets.pseudo_labels import read_pseudo_labels
 from utils.errors import UserError
 
@@ -75,14 +75,15 @@ def metrics_of(folder: Path) -> dict:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_runs_and_says_what_it_did(trained, variant):
     metrics = metrics_of(trained(variant))
-    assert {"variant", "seed", "map/GP", "map/PG", "map/avg", "selection", "command", "commit", "dirty", "device",
-            "train_seconds"} <= metrics.keys()
+    assert {"selection", "commit", "dirty", "device"} <= metrics.keys()
     assert metrics["variant"] == variant and metrics["seed"] == 0 and metrics["train_seconds"] > 0
     assert metrics["map/avg"] == pytest.approx((metrics["map/GP"] + metrics["map/PG"]) / 2)
-    assert metrics["command"].startswith("python -m baselines.release_protocol ")
-    assert f"--variant {variant} " in metrics["command"]
+    assert metrics["command"].startswith("python -m baselines.release_protocol ") and f"--variant {variant} " in metrics["command"]
     assert ("pairs" in metrics["details"]) == (variant in ("class_pairs", "all"))
     assert ("pseudo_label_accuracy" in metrics["details"]) == (variant in ("oracle_labels", "all"))
+    assert not list(trained(variant).glob("runs/**/metrics.json"))  # no run of a variant can pass as one of the real trainers
+    (meta, _) = sorted(labels_of(trained(variant)).glob("*.meta.json"))
+    assert json.loads(meta.read_text())["provenance"]["variant"] == f"baselines.release_protocol: {variant}"
 
 
 def test_without_departures_both_stages_are_the_real_ones_bit_for_bit(trained, small_digits, tmp_path):
@@ -101,13 +102,6 @@ def test_the_variants_made_of_labels_need_them(small_digits, tmp_path, variant):
     write_lists(small_digits, "train", [None] * TRAIN)
     with pytest.raises(ValueError, match="without a label"):
         main(command(small_digits, tmp_path, variant))
-
-
-def test_no_run_of_a_variant_can_pass_as_one_of_the_real_trainers(trained):
-    for variant in VARIANTS:
-        assert not list(trained(variant).glob("runs/**/metrics.json"))
-        (meta, _) = sorted(labels_of(trained(variant)).glob("*.meta.json"))
-        assert json.loads(meta.read_text())["provenance"]["variant"] == f"baselines.release_protocol: {variant}"
 
 
 def test_batch_clip_and_test_selection_leave_step_1_alone(trained):
@@ -156,21 +150,16 @@ def test_the_chosen_epoch_has_the_best_test_score(trained):
     assert metrics["last_epoch"]["map/avg"] == rows[-1]["map/avg"] == metrics_of(trained("ours"))["map/avg"]
 
 
-def test_a_repeated_call_trains_nothing_and_gives_the_same(trained, small_digits, monkeypatch):
+def test_a_repeated_call_trains_nothing_and_gives_the_same_and_another_one_is_refused(trained, small_digits, monkeypatch):
     once = metrics_of(trained("all"))
     monkeypatch.setattr(protocol.ReleasePLA, "train_epoch", None)
     monkeypatch.setattr(protocol.ReleaseRDL, "train_epoch", None)
     (trained("all") / "metrics.json").unlink()
     main(command(small_digits, trained("all"), "all"))
+    for more in (["batch_clip"], ["all", "--seed", "1"], ["all", "--set2", "rdl.alpha=0.5"]):
+        with pytest.raises(UserError, match="holds another run"):
+            main(command(small_digits, trained("all"), *more))
     assert metrics_of(trained("all")) == once
-
-
-def test_a_folder_serves_one_request(trained, small_digits):
-    before = (trained("ours") / "metrics.json").read_bytes()
-    for more in (["batch_clip"], ["ours", "--seed", "1"], ["ours", "--set2", "rdl.alpha=0.5"]):
-        with pytest.raises(ValueError, match="holds another run"):
-            main(command(small_digits, trained("ours"), *more))
-    assert (trained("ours") / "metrics.json").read_bytes() == before
 
 
 def test_the_command_lists_its_variants_and_says_what_is_wrong(small_digits, tmp_path, capsys):

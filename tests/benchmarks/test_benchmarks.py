@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import multiprocessing
 import re
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import edge_conv, floors, gpu_suite, loss_curves, protocol, retrieval_metrics, training_step
-from benchmarks.floors import Rates, Work, count_work
+from benchmarks.floors import count_work
 from models.kernels.edge_conv import EdgeConv
 from models.kernels.knn import knn
 from utils.engine.run_log import REPOSITORY
@@ -52,19 +51,6 @@ def check_floors(tree, rates):
             assert row["flop_floor_seconds"] == pytest.approx(row["flops"] / rates["flops_per_second"])
             assert row["byte_floor_seconds"] == pytest.approx(row["bytes"] / rates["bytes_per_second"])
             assert row["share_of_matmul_rate"] == pytest.approx(row["flop_floor_seconds"] / row["seconds"])
-
-
-def test_floors_beside_a_time():
-    row = Rates("float32", 1e9, 1e8).beside(4.0, Work(2_000_000_000, 100_000_000))
-    assert (row["flop_floor_seconds"], row["byte_floor_seconds"], row["share_of_matmul_rate"]) == (2.0, 1.0, 0.5)
-    rates = floors.measure_rates(CPU, torch.float64)
-    assert 0 < rates.flops_per_second < math.inf and 0 < rates.bytes_per_second < math.inf and rates.dtype == "float64"
-
-
-def test_timing_waits_and_leaves_out_the_warm_up():
-    calls = []
-    assert len(floors.seconds_of(lambda: calls.append(1), CPU, 3)) == 3 and len(calls) == 4
-    assert len(floors.seconds_of(lambda: calls.append(1), CPU, 2, warm_up=False)) == 2 and len(calls) == 6
 
 
 @pytest.mark.parametrize("action,expected", [

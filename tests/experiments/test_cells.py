@@ -103,8 +103,7 @@ def test_an_added_file_brings_data_sets_tables_and_rows(tmp_path):
 
 
 def test_commands(tmp_path):
-    (row,) = [row for row in rows_of("table4") if row.name == "CE"]
-    cell, folder = row.cells[0]["GP"], Path("runs/x/cells/abc")
+    (cell,), folder = [row.cells[0]["GP"] for row in rows_of("table4") if row.name == "CE"], Path("runs/x/cells/abc")
     line = jobs_module.command(cell, folder, "cuda:1")
     assert line[:3] == ["train_step2.py", "--config", "configs/smoke/step2.yaml"] and {"rdl.loss=ce", "run.device=cuda:1"} <= set(line)
     assert f"rdl.pseudo_labels=runs/x/cells/{cell.needs[0].id}/pseudo_labels" in line
