@@ -14,7 +14,7 @@ class Entry:
 
     Attributes:
         title: as the paper writes it, also its row in the paper's tables; place: module and class below `baselines`.
-        kind: "shallow" (fitted on features), "deep", "hash" (deep, ranked by its continuous code and by its signs) or "supervised".
+        kind: "shallow", "deep", "hash" (ranked by its continuous code and by its signs) or "supervised".
         labels: what it learns from beside the samples; end_to_end: has a mode that trains the encoders, too.
     """
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from baselines import Entry, method_entry
 from baselines.features import load_features, original_samples, provenance
 from baselines.learner import MethodLearner, make_context
+from baselines.method import ShallowMethod
 from baselines.noisy_labels import noisy_labels
 from baselines.scores import score_codes
 from baselines.settings import BaselineConfig, method_overrides
@@ -44,7 +45,7 @@ def run_method(session: Session, shared: str | None = None) -> dict[str, Any]:
         labels = _labels(entry, config, samples, device)
         start = time.perf_counter()
         test, test_labels = load_test_samples(config.data, device, samples)
-        if entry.kind == "shallow":
+        if issubclass(entry.load(), ShallowMethod):
             codes = _fit(entry.load(), config, samples, labels, test, device)
             seconds = time.perf_counter() - start
         else:

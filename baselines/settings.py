@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from baselines import method_entry
-from baselines.method import Method
+from baselines.method import Method, ShallowMethod
 from utils.errors import UserError
 from utils.settings.data_options import nearest, option
 from utils.settings.options import OptimConfig, Step1Config
@@ -45,10 +45,9 @@ class BaselineConfig(Step1Config):
 
 def method_overrides(name: str, end_to_end: bool) -> list[str]:
     """Return the "section.key=value" texts that give a method its published training; end to end, epochs are the configuration's."""
-    entry = method_entry(name)
-    cls = entry.load()
+    cls = method_entry(name).load()
     texts = [f"method.name={name}", "pla.mlm_only_epochs=0", "mlm.self_term=false", "eval.representation=embedding", "run.eval_every=0"]
-    if entry.kind == "shallow":
+    if issubclass(cls, ShallowMethod):
         return [*texts, f"model.embedding_dim={cls.dim}", "optim.epochs=1"]
     training = dataclasses.asdict(cls.training_defaults)
     texts.append(f"model.embedding_dim={training.pop('dim')}")

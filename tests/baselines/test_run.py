@@ -143,6 +143,9 @@ def test_shallow_and_supervised(folder, tmp_path):
     _, metrics = call("sgd", folder, tmp_path, "method.noise=0.25", out="noisy")
     assert metrics["reads"] == "labels, 0.25 of them wrong (symmetric)" and SEEN["context"].labels.shape == (TRAIN,)
     assert SEEN["context"].num_clusters == int(SEEN["context"].labels.max()) + 1
+    short = [f"method.options.{key}=1" for key in ("rounds", "private_epochs", "global_epochs")]
+    _, metrics = call("pt_fuch", folder, tmp_path, *short, out="hash")  # fitted by a loop of its own, ranked as a hash method
+    assert metrics["row"] == "PT-FUCH" and "sign/avg" in metrics
 
 
 def test_end_to_end_with_shared_features_for_the_targets(folder, small_digits, tmp_path):
