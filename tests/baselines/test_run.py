@@ -1,6 +1,10 @@
 """The command that runs a method: what it may read, resume, scores, options; with methods made for the tests."""
 
 import json
+import re
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +167,17 @@ def test_end_to_end_with_shared_features_for_the_targets(folder, small_digits, t
     with pytest.raises(UserError, match="do not list the same objects in one order"):
         run.main(["toy", "--features", str(folder), *given])
     write_lists(small_digits, "train", [None] * TRAIN)
+
+
+def test_the_how_to_works_as_written(folder, tmp_path, monkeypatch):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "comparison.md").read_text()
+    module = types.ModuleType("baselines.mymethod")
+    exec(re.search(r"```python\n(.*?)```", text, flags=re.DOTALL).group(1), module.__dict__)
+    monkeypatch.setitem(sys.modules, "baselines.mymethod", module)
+    monkeypatch.setitem(METHODS, "mymethod", eval(re.search(r'`"mymethod": (Entry\(.*?\)),`', text).group(1), {"Entry": Entry}))
+    found, metrics = call("mymethod", folder, tmp_path, "optim.epochs=1", flags=["--figures"])
+    assert metrics["row"] == "My method" and "sign/avg" not in metrics and metrics["map/avg"] > 0
+    assert {path.name for path in (found / "figures").iterdir()} == {"tsne.png", "retrieval_GP.png", "retrieval_PG.png"}
 
 
 @pytest.mark.parametrize("given,problem", [({"wieght": "1"}, "did you mean 'weight'"), ({"weight": "much"}, "expected float, got 'much'")])
