@@ -14,7 +14,7 @@ from datasets.samples import PairedSamples, describe_samples
 from losses import ModalityInvarianceLoss, RelationLoss, SelfMatchingLoss
 from models import MemoryBank
 from models.build import build_classifiers, build_encoders
-from training import run_stage, write_annotation
+from training import mark_labels, run_stage, write_annotation
 from utils.engine import distributed
 from utils.engine.learner import StageLearner
 from utils.engine.run_log import RunLog
@@ -50,7 +50,7 @@ class PLALearner(StageLearner):
             raise UserError(f"pla.num_clusters: {pla.num_clusters} needs at least {needed} training samples, found {samples.counts}")
         encoders = build_encoders(config.data, config.model, config.run.sync_batchnorm)
         source = BatchSource(samples, config.data, device)
-        super().__init__("step1", config, source, samples.arrays, encoders, nn.ModuleDict(), device)
+        super().__init__("step1", config, source, samples.arrays | samples.fingerprints, encoders, nn.ModuleDict(), device)
         self.clusters: dict = {}
         self._make_classifiers(2 if pla.num_clusters == "auto" else pla.num_clusters)
         banks = {name: MemoryBank(count, dim, pla.momentum, pla.renormalise) for name, count in samples.counts.items()}
@@ -192,7 +192,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--from beside --resume: a run keeps its initial weights")
     if arguments.source:
         go_on_from(arguments, "pla", "optim.epochs=0", "pla.mlm_only_epochs=0")
-    session = open_session(Step1Config, "step1", arguments, DEFAULT_CONFIG)
+
+    def mark(config: Step1Config) -> Step1Config:
+        return mark_labels(config, RunLog.open(config.pla.start).config()["model"].get("reads_labels") if config.pla.start else None)
+
+    session = open_session(Step1Config, "step1", arguments, DEFAULT_CONFIG, mark)
     run_stage(session, lambda samples: PLALearner(session.config, samples, session.device), export)
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from datasets.annotation import annotate
 from datasets.batches import BatchSource
 from datasets.label_runs import PseudoLabels, labels_of_run, load_pseudo_labels, newest_labels
-from datasets.pseudo_labels import file_hash
+from datasets.pseudo_labels import file_hash, pseudo_label_path, read_origin
 from datasets.samples import PairedSamples
 from losses import ModalityInvarianceLoss, RelationLoss, RobustConcentratingLoss, build_robust_loss
 from models.build import build_classifiers, build_encoders
-from training import run_stage, write_annotation
+from training import mark_labels, run_stage, write_annotation
 from utils.engine.checkpoint import atomic_write_json
 from utils.engine.learner import StageLearner
 from utils.engine.seed import BatchGenerator
@@ -44,7 +44,8 @@ class RDLLearner(StageLearner):
         self.confidence = {name: values.to(device) for name, values in (pseudo_labels.confidence or {}).items()}
         encoders = build_encoders(config.data, config.model, config.run.sync_batchnorm)
         classifiers = build_classifiers(encoders, config.model, self.num_clusters)
-        inputs = {**samples.arrays, **{f"pseudo-labels of {name}": values for name, values in self.pseudo_labels.items()}}
+        learned = {f"pseudo-labels of {name}": values for name, values in self.pseudo_labels.items()}
+        inputs = samples.arrays | samples.fingerprints | learned
         super().__init__("step2", config, BatchSource(samples, config.data, device), inputs, encoders, classifiers, device)
         try:
             self.robust = build_robust_loss(config.rdl.loss, self.num_clusters, config.rdl.alpha).to(device)
@@ -83,7 +84,7 @@ class RDLLearner(StageLearner):
 
 
 def choose_pseudo_labels(config: Step2Config, source: str | None) -> Step2Config:
-    """Return the settings with the folder of pseudo-labels filled in.
+    """Return the settings with the folder of pseudo-labels filled in, marked if the run that wrote them has read labels.
 
     Args:
         config: settings; its `rdl.pseudo_labels`, if given, stays.
@@ -94,10 +95,11 @@ def choose_pseudo_labels(config: Step2Config, source: str | None) -> Step2Config
     data, given = config.data, config.rdl.pseudo_labels
     if source and given:
         raise UserError(f"two places of pseudo-labels: --from {source} and rdl.pseudo_labels={given}; give one of them")
-    if given:
-        return config
-    folder = labels_of_run(source, data) if source else newest_labels(Path(config.run.output) / data.dataset / "step1", data)
-    return dataclasses.replace(config, rdl=dataclasses.replace(config.rdl, pseudo_labels=str(folder)))
+    if not given:
+        folder = labels_of_run(source, data) if source else newest_labels(Path(config.run.output) / data.dataset / "step1", data)
+        config = dataclasses.replace(config, rdl=dataclasses.replace(config.rdl, pseudo_labels=str(folder)))
+    written = pseudo_label_path(config.rdl.pseudo_labels, data.dataset, data.modalities[0])
+    return mark_labels(config, read_origin(written).get("reads_labels"))
 
 
 def note_origin(session: Session, labels: PseudoLabels) -> None:

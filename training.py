@@ -1,6 +1,8 @@
 """What both training scripts do between opening a run and its report: load, train with checkpoints, export, score, draw."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from datasets.label_runs import exported_folder
 from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin, write_posteriors, write_pseudo_labels
 from datasets.samples import PairedSamples, describe_samples, load_test_samples, load_training_samples
 from models.build import load_pretrained
+from models.pretrained import labels_read_by
 from utils.engine.checkpoint import read_json
 from utils.engine.learner import StageLearner
 from utils.engine.session import Session, fit
@@ -41,6 +44,8 @@ def run_stage(
         samples = load_training_samples(config.data, device)
         learner = build(samples)
         run.log(_circumstances(samples, session))
+        if config.model.reads_labels:
+            run.log(f"READS LABELS: what this run starts from has read the {config.model.reads_labels}; its scores are not unsupervised")
         evaluator, pictures = _load_evaluator(session, samples, learner)
         if session.checkpoint is None:
             inherited = learner.load_initial_weights()
@@ -52,6 +57,20 @@ def run_stage(
         export(session, learner)
         report(run, evaluator, pictures, config.run.figures)
     return learner
+
+
+def mark_labels(config: Any, origin: str | None = None) -> Any:
+    """Return the settings of a new run with `model.reads_labels` saying whose labels its start has read, if any.
+
+    Args:
+        config: of either stage; origin: what the run says whose encoders or pseudo-labels this one takes over.
+    Raises:
+        UserError: on a damaged weight file.
+    """
+    sources = [config.model.pretrained[name] for name in config.data.modalities]
+    files = [source for source in sources if source not in ("none", "imagenet") and Path(source).is_file()]
+    texts = sorted({text for text in (config.model.reads_labels, origin, *map(labels_read_by, files)) if text})
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, reads_labels="; ".join(texts) or None))
 
 
 def _load_evaluator(
@@ -87,6 +106,7 @@ def write_annotation(
     provenance = {
         "run_id": run.run_id, "stage": learner.stage, "epoch": config.optim.epochs, "config_hash": config_hash(config),
         "git_sha": environment.get("git_sha"), "seed": config.run.seed, "pairing": config.data.pairing,
+        "reads_labels": config.model.reads_labels,
         "agreement": annotation.agreement, "reliability": annotation.reliability, "clusters": dict(clusters),
     }
     for name, labels in annotation.ids.items():

@@ -194,6 +194,7 @@ def training_scores(folder: Path, variant: str | None = None) -> dict[str, Any]:
     return {
         "epochs": planned, "scores": scores | logged, "train_seconds": round(sum(row["seconds/train"] for row in epochs), 1),
         "curve": {key: [row[key] for row in scored] for key in curves},
+        **{key: found[key] for key in ("reads_labels",) if key in found},
     }
 
 

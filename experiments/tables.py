@@ -76,7 +76,8 @@ def score_lines(table: Table) -> list[str]:
         level = [f"{100 * mean(chances):.1f}" if head in columns else "" for head in heads]
         rows.append(["chance", *level, *[""] * (len(rows[0]) - 1 - len(heads))])
     for entry in summaries:
-        cells = [entry.name]
+        marked = "reads labels" not in entry.name.lower() and any("reads_labels" in record for record in entry.records)
+        cells = [entry.name + ", READS LABELS" * marked]
         for task in columns:
             printed = _printed(table, entry, task, tasks)
             cells += [printed * ("paper" in entry.options)] * (task in known)

@@ -76,20 +76,37 @@ def load_matching(
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a flat state dict, from the present or the pre-zip container of PyTorch, to the CPU, without running code of the file.
 
+    A weight file of this project (`baselines.supervised_start`) gives its encoder's.
+
     Raises:
         UserError: if there is no such file, it is damaged, or it holds anything but named tensors.
     """
+    content = _read(path)
+    state = content.get("state", {}).get("encoder") if isinstance(content, Mapping) and "format_version" in content else content
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds a {type(state).__name__}, expected a flat state dict (name -> tensor)")
+    return dict(state)
+
+
+def labels_read_by(path: str | Path) -> str | None:
+    """Return what a weight file says of the labels that it has read; None if it says nothing.
+
+    Raises:
+        UserError: as `read_state_dict`.
+    """
+    content = _read(path)
+    return content["state"].get("reads_labels") if isinstance(content, Mapping) and "format_version" in content else None
+
+
+def _read(path: str | Path) -> object:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}; give the path of a checkpoint, or `none` to train from scratch")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0] or "no detail"
         raise UserError(f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}: {reason}); fetch it again") from error
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} holds a {type(state).__name__}, expected a flat state dict (name -> tensor)")
-    return dict(state)
 
 
 def load_imagenet_resnet18() -> dict[str, Tensor]:
@@ -137,7 +154,8 @@ def load_weights(encoder: nn.Module, source: str | Path) -> LoadReport:
     if kind == "ResNet18":
         return load_matching(encoder.backbone, state, _without("fc."), ("",), f"ResNet18 weights from {source}")
     if kind == "DGCNN":
-        return load_matching(encoder, state, _dgcnn_name, ("edge_convs.",), f"DGCNN checkpoint {source}")
+        name = str if any(key.startswith("edge_convs.") for key in state) else _dgcnn_name  # a file of this project, or the public one
+        return load_matching(encoder, state, name, ("edge_convs.",), f"DGCNN checkpoint {source}")
     required = ("spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2.")
     if encoder.fusion_mlp[0].out_channels == MESHNET_WIDTH:
         required += ("fusion_mlp.", "concat_mlp.")

@@ -13,7 +13,7 @@ from datasets.label_runs import exported_folder, load_pseudo_labels
 from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
 from datasets.samples import PairedSamples
 from train_step2 import note_origin
-from training import run_stage
+from training import mark_labels, run_stage
 from utils.engine.checkpoint import atomic_write_json, read_json
 from utils.engine.run_log import RunLog
 from utils.engine.session import Session, open_session
@@ -78,7 +78,8 @@ def _open(request: argparse.Namespace, stage: str, *extra: str) -> Session:
     begun = sorted(runs.glob(f"*/{stage}/*/config.yaml"), key=lambda path: path.stat().st_mtime)
     config = str(Path(request.config_dir) / f"{stage}.yaml")
     resume = str(begun[-1].parent) if begun else None
-    session = open_session(CONFIGS[stage], stage, argparse.Namespace(config=config, overrides=overrides, resume=resume), config)
+    arguments = argparse.Namespace(config=config, overrides=overrides, resume=resume)
+    session = open_session(CONFIGS[stage], stage, arguments, config, mark_labels)
     found = session.config.data.pairing
     if found != "instance":
         raise UserError(f"{config}: the variants start from rows paired by object (data.pairing: instance), found {found!r}")

@@ -1,12 +1,14 @@
 """Ground-truth labels must not reach training: the firewall, tested from outside and from inside."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import TRAIN, write_lists
-from stage_runs import assert_same_result, distinct, settings
+from stage_runs import REPOSITORY, assert_same_result, distinct, settings
 
 import train_step1
 import train_step2
@@ -39,11 +41,23 @@ def test_training_samples_have_no_labels(small_digits):
     config = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={small_digits}"])
     training = samples.load_training_samples(config.data, torch.device("cpu"))
     names = [field.name for field in dataclasses.fields(training)]
-    assert names == ["lists", "arrays"]
+    assert names == ["lists", "arrays", "fingerprints"] and all(len(text) == 64 for text in training.fingerprints.values())
     for rows in training.lists.values():
         values = [getattr(rows, field.name) for field in dataclasses.fields(rows)]
         assert not any("label" in field.name for field in dataclasses.fields(rows))
         assert not any(isinstance(value, (np.ndarray, torch.Tensor)) for value in values)
+
+
+def test_labels_have_few_doors_and_training_imports_none_of_the_baselines():
+    files = [path.relative_to(REPOSITORY) for folder in ("baselines", "datasets", "experiments", "losses", "models", "utils", ".")
+             for path in (REPOSITORY / folder).glob("*.py" if folder == "." else "**/*.py")]
+    doors = {str(path) for path in files if "read_labelled_list" in (REPOSITORY / path).read_text()}
+    assert {door for door in doors if not door.startswith("baselines/")} == {
+        "datasets/lists.py", "datasets/samples.py", "datasets/prepare/checks.py", "datasets/prepare/readers/authors.py", "evaluate.py",
+    }
+    assert "baselines/supervised_start.py" in doors
+    program = "import train_step1, train_step2, evaluate, sys; print([name for name in sys.modules if name.startswith('baselines')])"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_training_never_calls_the_labelled_reader_on_a_training_list(small_digits, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Where things lie and how fast they go; what training reads is guarded by the hashes in the checkpoint
 RESULT_NEUTRAL = (
     "data.root", "data.train_lists", "data.test_lists", "data.placement", "data.workers", "run.device", "run.threads", "run.output",
-    "run.pseudo_labels", "run.eval_every", "run.figures", "run.log_interval", "rdl.pseudo_labels", "eval",
+    "run.pseudo_labels", "model.reads_labels", "run.eval_every", "run.figures", "run.log_interval", "rdl.pseudo_labels", "eval",
 )
 
 

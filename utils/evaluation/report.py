@@ -1,6 +1,7 @@
 """End of a run: the score table on screen and in metrics.json, and the figures."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,10 @@ def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     yield pla.get("banks") is not None, f"banks of {'+'.join(pla.get('banks') or []) or 'no modality'} only"
     yield config.get("mlm", {}).get("self_term"), "Eq. 13 as printed"
     frozen = "+".join(MODALITIES[entry].letter for entry in model.get("freeze", ()))
+    given = [(name, model.get("pretrained", {}).get(name, "none")) for name in data["modalities"] if rdl.get("start") != "inherited"]
+    starts = [f"{MODALITIES[name].letter} from {Path(source).name}" for name, source in given if source != "none"]
+    yield starts, ", ".join(starts)
+    yield model.get("reads_labels"), f"READS LABELS ({model.get('reads_labels')})"
     yield frozen, f"{frozen} frozen" + (", relations" if config.get("mlm", {}).get("relations") else "")
     yield len(data["modalities"]) > 2, "+".join(MODALITIES[entry].letter for entry in data["modalities"]) + " at once"
     yield data["dataset"].endswith("_splat"), "splat pictures"
@@ -112,9 +117,9 @@ def write_scores(run: RunLog, epochs: list[dict[str, Any]]) -> None:
 
 
 def label_note(run: RunLog) -> dict[str, Any]:
-    """Return what the run folder says of the pseudo-labels it learned from, for metrics.json; nothing for step 1."""
-    path = run.folder / LABEL_NOTE
-    return {"pseudo_labels": read_json(path)} if path.is_file() else {}
+    """Return, for metrics.json, what a run says of ground truth that its start has read, and of the pseudo-labels it learned from."""
+    path, read = run.folder / LABEL_NOTE, run.config().get("model", {}).get("reads_labels")
+    return ({"reads_labels": read} if read else {}) | ({"pseudo_labels": read_json(path)} if path.is_file() else {})
 
 
 def draw_figures(run: RunLog, embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ class ModelConfig:
     image_stages: int = option(4, "residual stages of ResNet18 (published: 4); 3 for 32-pixel images on a CPU", min=1, max=4)
     pretrained: dict[str, str] = option({}, "modality -> imagenet | none | PATH of a weight file", path=True)
     feature_hidden: int = option(512, "hidden width of the MLP that encodes the modalities of data.features", min=1)
+    reads_labels: str | None = option(None, "labels that the initial weights or the run before have read; taken from files that say so")
     freeze: tuple[str, ...] = option((), "modalities whose encoder stays as it starts; the others move towards it")
     headless: tuple[str, ...] = option(
         (), "modalities whose encoder ends without projection: a good start keeps its own space, whose width embedding_dim must be"

@@ -1,0 +1,70 @@
+"""The start that has read labels: what it learns from, what it writes, and that the mark follows it everywhere."""
+
+import json
+
+import pytest
+import torch
+from conftest import TRAIN, write_lists
+from stage_runs import REPOSITORY, labels_of, only_run, settings, weights
+
+import evaluate
+import train_step1
+import train_step2
+from baselines.supervised_start import main
+from experiments.jobs import training_scores
+from models.pretrained import labels_read_by, read_state_dict
+
+READ = "training labels of digits"
+
+
+def start(root, path, *more):
+    arguments = ["--config", str(REPOSITORY / "configs/smoke/step1.yaml"), "--output", str(path), "--set", f"data.root={root}"]
+    main([*arguments, "optim.epochs=2", *more])
+    return read_state_dict(path)
+
+
+def test_the_file_depends_on_the_training_labels_and_the_seed_alone(small_digits, tmp_path, capsys):
+    first, again = (start(small_digits, tmp_path / name) for name in ("a", "b"))
+    assert labels_read_by(tmp_path / "a") == READ and READ.split()[0] not in first
+    assert "which has read labels: loss" in capsys.readouterr().out
+    write_lists(small_digits, "test", [1] * 16)
+    other_test = start(small_digits, tmp_path / "c")
+    write_lists(small_digits, "train", [row % 2 for row in range(TRAIN)])
+    other_labels = start(small_digits, tmp_path / "d")
+    assert all(torch.equal(first[key], again[key]) and torch.equal(first[key], other_test[key]) for key in first)
+    assert not torch.equal(first["conv5.weight"], other_labels["conv5.weight"])
+    assert labels_read_by(_plain(tmp_path / "e", first)) is None
+
+
+def _plain(path, state):
+    torch.save(state, path)
+    return path
+
+
+def test_the_mark_follows_the_file_through_both_stages(small_digits, tmp_path, capsys):
+    given = start(small_digits, tmp_path / "start.pt")
+    more = [f"model.pretrained.PointCloud={tmp_path / 'start.pt'}", "model.freeze=[PointCloud]", "optim.epochs=1"]
+    train_step1.main(settings(small_digits, tmp_path, 1, *more))
+    found = weights(only_run(tmp_path, 1))
+    assert all(torch.equal(found[f".encoders.PointCloud.{key}"], value) for key, value in given.items())  # with its projection
+    train_step2.main(settings(small_digits, tmp_path, 2, "optim.epochs=1"))  # fresh encoders, the labels are of that run
+    runs = [only_run(tmp_path, step) for step in (1, 2)]
+    for run in runs:
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["reads_labels"] == READ and f"READS LABELS ({READ})" in metrics["row"]
+        assert "READS LABELS" in (run / "log.txt").read_text() and f"reads_labels: {READ}" in (run / "config.yaml").read_text()
+        assert training_scores(run)["reads_labels"] == READ
+    (meta, *_) = sorted(labels_of(tmp_path).glob("*.meta.json"))
+    assert json.loads(meta.read_text())["provenance"]["reads_labels"] == READ
+    capsys.readouterr()
+    evaluate.main(["--run", *map(str, runs), "--device", "cpu"])
+    assert capsys.readouterr().out.count("READS LABELS") >= 2
+    assert all(json.loads((run / "metrics.json").read_text())["reads_labels"] == READ for run in runs)
+
+
+def test_a_run_of_other_starts_has_no_mark(finished):
+    for step in (1, 2):
+        run = only_run(finished, step)
+        assert "READS" not in (run / "log.txt").read_text() and "reads_labels" not in json.loads((run / "metrics.json").read_text())
+    with pytest.raises(ValueError, match="expected a flat state dict"):
+        read_state_dict(only_run(finished, 1) / "last.pt")
