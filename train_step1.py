@@ -192,11 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--from beside --resume: a run keeps its initial weights")
     if arguments.source:
         go_on_from(arguments, "pla", "optim.epochs=0", "pla.mlm_only_epochs=0")
-
-    def mark(config: Step1Config) -> Step1Config:
-        return mark_labels(config, RunLog.open(config.pla.start).config()["model"].get("reads_labels") if config.pla.start else None)
-
-    session = open_session(Step1Config, "step1", arguments, DEFAULT_CONFIG, mark)
+    session = open_session(Step1Config, "step1", arguments, DEFAULT_CONFIG, lambda config: mark_labels(config, config.pla.start))
     run_stage(session, lambda samples: PLALearner(session.config, samples, session.device), export)
 
 

@@ -99,7 +99,7 @@ def choose_pseudo_labels(config: Step2Config, source: str | None) -> Step2Config
         folder = labels_of_run(source, data) if source else newest_labels(Path(config.run.output) / data.dataset / "step1", data)
         config = dataclasses.replace(config, rdl=dataclasses.replace(config.rdl, pseudo_labels=str(folder)))
     written = pseudo_label_path(config.rdl.pseudo_labels, data.dataset, data.modalities[0])
-    return mark_labels(config, read_origin(written).get("reads_labels"))
+    return mark_labels(config, None, read_origin(written).get("reads_labels"))
 
 
 def note_origin(session: Session, labels: PseudoLabels) -> None:

@@ -16,6 +16,7 @@ from models.build import load_pretrained
 from models.pretrained import labels_read_by
 from utils.engine.checkpoint import read_json
 from utils.engine.learner import StageLearner
+from utils.engine.run_log import RunLog
 from utils.engine.session import Session, fit
 from utils.errors import MissingLabelsError
 from utils.evaluation.report import finish, report_pretrained
@@ -59,17 +60,18 @@ def run_stage(
     return learner
 
 
-def mark_labels(config: Any, origin: str | None = None) -> Any:
+def mark_labels(config: Any, run: str | None, origin: str | None = None) -> Any:
     """Return the settings of a new run with `model.reads_labels` saying whose labels its start has read, if any.
 
     Args:
-        config: of either stage; origin: what the run says whose encoders or pseudo-labels this one takes over.
+        config: of either stage; run: folder of the one whose encoders this one takes over; origin: what its pseudo-labels say.
     Raises:
         UserError: on a damaged weight file.
     """
+    before = RunLog.open(run).config()["model"].get("reads_labels") if run else None
     sources = [config.model.pretrained[name] for name in config.data.modalities]
     files = [source for source in sources if source not in ("none", "imagenet") and Path(source).is_file()]
-    texts = sorted({text for text in (config.model.reads_labels, origin, *map(labels_read_by, files)) if text})
+    texts = sorted({text for text in (config.model.reads_labels, before, origin, *map(labels_read_by, files)) if text})
     return dataclasses.replace(config, model=dataclasses.replace(config.model, reads_labels="; ".join(texts) or None))
 
 

@@ -13,6 +13,7 @@ from datasets.lists import SampleList
 from utils.errors import UserError
 
 MAX_POINTS = 2048
+Allocate = Callable[[tuple[int, ...], type], np.ndarray]
 
 
 def to_unit_sphere(points: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -31,11 +32,12 @@ def box_centre(points: np.ndarray) -> np.ndarray:
     return (points.min(axis=0) + points.max(axis=0)) / 2
 
 
-def load_images(sample_list: SampleList, resize: int) -> np.ndarray:
+def load_images(sample_list: SampleList, resize: int, allocate: Allocate = np.empty) -> np.ndarray:
     """Read all images of a list, see `datasets.images`.
 
     Images that are square, of one size and not larger than `resize` keep their size (they are enlarged on the device
-    later); otherwise the shorter side of each becomes `resize` pixels (bilinear) and the centre square is cut out.
+    later); otherwise the shorter side of each becomes `resize` pixels (bilinear) and the centre square is cut out. `allocate` makes
+    the array from shape and type.
 
     Returns:
         (N, 3, S, S) uint8. Of GrayImg, three equal channels: the luminance, so its list may point at colour pictures.
@@ -48,7 +50,7 @@ def load_images(sample_list: SampleList, resize: int) -> np.ndarray:
     width, height = next(iter(sizes))
     native = len(sizes) == 1 and width == height <= resize  # a turn by EXIF keeps a square one
     side = width if native else resize
-    images = np.empty((len(sample_list), 3, side, side), dtype=np.uint8)
+    images = allocate((len(sample_list), 3, side, side), np.uint8)
     for row in range(len(sample_list)):
         image = _named(sample_list, row, read_image)
         image = image.convert("L").convert("RGB") if sample_list.modality == "GrayImg" else image
@@ -72,7 +74,7 @@ def _centre_square(image: Image.Image, side: int) -> Image.Image:
 
 
 def load_points(
-    sample_list: SampleList, max_points: int = MAX_POINTS, seed: int = 0, unit_sphere: bool = True
+    sample_list: SampleList, max_points: int = MAX_POINTS, seed: int = 0, unit_sphere: bool = True, allocate: Allocate = np.empty
 ) -> np.ndarray:
     """Read all point clouds of a list, with the same number of points each, in an order that owes nothing to the files.
 
@@ -92,25 +94,26 @@ def load_points(
     """
     if max_points < 1:
         raise UserError(f"max_points must be at least 1, found {max_points}")
-    clouds = []
+    stored = min(max_points, longest(sample_list))
+    clouds = allocate((len(sample_list), stored, 3), np.float32)
     for row, instance_id in enumerate(sample_list.instance_ids):
         points = _check_cloud(read_array(sample_list, row), sample_list.where(row))
         points = points[np.lexsort(points.T)]
         if unit_sphere:
             points = to_unit_sphere(points, points.mean(axis=0))
         rng = np.random.default_rng([seed, zlib.crc32(instance_id.encode())])
-        clouds.append(points[rng.permutation(len(points))[:max_points]].astype(np.float32))
-    stored = max(len(points) for points in clouds)
-    return np.stack([points[np.arange(stored) % len(points)] for points in clouds])
+        points = points[rng.permutation(len(points))[:stored]]
+        clouds[row] = points[np.arange(stored) % len(points)]
+    return clouds
 
 
-def load_vectors(sample_list: SampleList, width: int) -> np.ndarray:
+def load_vectors(sample_list: SampleList, width: int, allocate: Allocate = np.empty) -> np.ndarray:
     """Read the feature vectors of a list, one .npy file of shape (width,) per sample: (N, width) float32.
 
     Raises:
         UserError: on an unreadable file, another shape or type, NaN or infinity (names file and row).
     """
-    rows = np.empty((len(sample_list), width), dtype=np.float32)
+    rows = allocate((len(sample_list), width), np.float32)
     for row in range(len(sample_list)):
         vector, where = read_array(sample_list, row), sample_list.where(row)
         if vector.shape != (width,) or vector.dtype.kind not in "fiu":
@@ -122,10 +125,15 @@ def load_vectors(sample_list: SampleList, width: int) -> np.ndarray:
     return rows
 
 
-def read_array(sample_list: SampleList, row: int) -> np.ndarray:
+def longest(sample_list: SampleList) -> int:
+    """Return the length of the longest array of a list of .npy files, from their headers; at least 1."""
+    return max((read_array(sample_list, row, "r").shape or (0,))[0] for row in range(len(sample_list))) or 1
+
+
+def read_array(sample_list: SampleList, row: int, mmap_mode: str | None = None) -> np.ndarray:
     """Return the one array of a .npy file of a list; a UserError names file and row of one that is none."""
     try:
-        array = np.load(sample_list.files[row], allow_pickle=False)
+        array = np.load(sample_list.files[row], mmap_mode, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{sample_list.where(row)} is not a readable .npy array of numbers ({error})") from error
     if not isinstance(array, np.ndarray):

@@ -1,6 +1,6 @@
 """What each kind of file needs: how it is read, how its samples are augmented, and how they are prepared for evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.arrays import MAX_POINTS, load_images, load_points, load_vectors
+from datasets.arrays import MAX_POINTS, Allocate, load_images, load_points, load_vectors
 from datasets.lists import SampleList
 from datasets.mesh_faces import augment_faces, load_faces, prepare_faces
 from datasets.transforms import augment_images, augment_points, prepare_images, prepare_points
@@ -18,17 +18,21 @@ from utils.settings.options import DataConfig
 
 @dataclass(frozen=True)
 class Kind:
-    """The three steps from files to the input of an encoder.
+    """The steps from files to the input of an encoder.
 
     Attributes:
-        load: list file -> (N, V, ...) array, V views per object (1 but for pictures).
+        load: list file -> (N, V, ...) array, V views per object (1 but for pictures); a third argument makes it, default `np.empty`.
+        sources: list file -> the settings (JSON values) and the files that decide this array.
+        check: array, list file -> nothing; a UserError if it is too small for the other settings.
         augment: rows (B, ...) of one view each, settings, generator -> random training input (B, ...).
         prepare: rows (B, V, ...), settings -> deterministic evaluation inputs (B, ...), one per view or subset to average.
     """
 
-    load: Callable[[SampleList, DataConfig], np.ndarray]
+    load: Callable[..., np.ndarray]
+    sources: Callable[[SampleList, DataConfig], tuple[list, Sequence[Path]]]
     augment: Callable[[Tensor, DataConfig, torch.Generator], Tensor]
     prepare: Callable[[Tensor, DataConfig], list[Tensor]]
+    check: Callable[[np.ndarray, SampleList, DataConfig], None] = lambda array, sample_list, data: None
 
 
 def view_list(sample_list: SampleList, view: int) -> SampleList:
@@ -50,27 +54,47 @@ def view_list(sample_list: SampleList, view: int) -> SampleList:
     return replace(sample_list, names=tuple(str(moved(name)) for name in sample_list.names), files=files)
 
 
-def _load_image_views(sample_list: SampleList, data: DataConfig) -> np.ndarray:
-    views = [load_images(view_list(sample_list, view), data.image_resize) for view in range(data.num_views)]
-    if len({array.shape for array in views}) != 1:
-        raise UserError(f"{sample_list.path}: the views differ in size: {[array.shape for array in views]}; prepare them again")
-    return np.stack(views, axis=1)
+def _load_image_views(sample_list: SampleList, data: DataConfig, allocate: Allocate = np.empty) -> np.ndarray:
+    whole = None
+    for view in range(data.num_views):
+        def part(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+            nonlocal whole
+            whole = allocate((shape[0], data.num_views, *shape[1:]), dtype) if whole is None else whole
+            if whole[:, 0].shape != shape:
+                found = f"{whole.shape[-1]} and {shape[-1]} pixels"
+                raise UserError(f"{sample_list.path}: the views differ in size: {found}; prepare them again")
+            return whole[:, view]  # noqa: B023
+
+        load_images(view_list(sample_list, view), data.image_resize, part)
+    return whole
 
 
-def _load_clouds(sample_list: SampleList, data: DataConfig) -> np.ndarray:
-    clouds = load_points(sample_list, max(MAX_POINTS, data.num_points))
+def _one_view(allocate: Allocate) -> Allocate:
+    """Return what makes (N, ...) as the only view of (N, 1, ...)."""
+    return lambda shape, dtype: allocate((shape[0], 1, *shape[1:]), dtype)[:, 0]
+
+
+def _load_clouds(sample_list: SampleList, data: DataConfig, allocate: Allocate = np.empty) -> np.ndarray:
+    clouds = load_points(sample_list, max(MAX_POINTS, data.num_points), allocate=_one_view(allocate))[:, None]
+    _check_clouds(clouds, sample_list, data)
+    return clouds
+
+
+def _check_clouds(clouds: np.ndarray, sample_list: SampleList, data: DataConfig) -> None:
     for subsets, what in ((1, ""), (data.eval_subsets, f"data.eval_subsets = {data.eval_subsets} disjoint subsets of ")):
-        if clouds.shape[1] < data.num_points * subsets:
+        if clouds.shape[2] < data.num_points * subsets:
             raise UserError(
-                f"{sample_list.path}: clouds hold {clouds.shape[1]} points, fewer than {what}data.num_points = {data.num_points}; "
+                f"{sample_list.path}: clouds hold {clouds.shape[2]} points, fewer than {what}data.num_points = {data.num_points}; "
                 "prepare more points or lower the setting"
             )
-    return clouds[:, None]
 
 
 KINDS: dict[str, Kind] = {
     "image": Kind(
         load=_load_image_views,
+        sources=lambda rows, data: (
+            [data.image_resize, data.num_views], [file for view in range(data.num_views) for file in view_list(rows, view).files]
+        ),
         augment=lambda rows, data, generator: augment_images(rows, data.image_size, data.image_resize, data.augment, generator),
         prepare=lambda rows, data: [
             prepare_images(rows[:, view], data.image_size, data.image_resize)
@@ -79,16 +103,20 @@ KINDS: dict[str, Kind] = {
     ),
     "points": Kind(
         load=_load_clouds,
+        sources=lambda rows, data: ([max(MAX_POINTS, data.num_points)], rows.files),
+        check=_check_clouds,
         augment=lambda rows, data, generator: augment_points(rows, data.num_points, data.augment, generator),
         prepare=lambda rows, data: [prepare_points(rows[:, 0], data.num_points, subset) for subset in range(data.eval_subsets)],
     ),
     "mesh": Kind(
-        load=lambda sample_list, data: load_faces(sample_list, data.max_faces)[:, None],
+        load=lambda rows, data, allocate=np.empty: load_faces(rows, data.max_faces, allocate=_one_view(allocate))[:, None],
+        sources=lambda rows, data: ([data.max_faces], rows.files),
         augment=lambda rows, data, generator: augment_faces(rows, data.augment, generator),
         prepare=lambda rows, data: [prepare_faces(rows[:, 0])],
     ),
     "features": Kind(
-        load=lambda sample_list, data: load_vectors(sample_list, data.features[sample_list.modality])[:, None],
+        load=lambda rows, data, allocate=np.empty: load_vectors(rows, data.features[rows.modality], _one_view(allocate))[:, None],
+        sources=lambda rows, data: ([data.features[rows.modality]], rows.files),
         augment=lambda rows, data, generator: rows,
         prepare=lambda rows, data: [rows[:, 0]],
     ),

@@ -116,13 +116,19 @@ def check_same_length(
 
 def check_disjoint(train: SampleList, test: SampleList) -> None:
     """Raise a UserError if a file is in both lists: the first such file and its rows."""
-    rows = {file.resolve(): row for row, file in enumerate(train.files, start=1)}
+    rows = {_identity(file): row for row, file in enumerate(train.files, start=1)}
     for row, file in enumerate(test.files, start=1):
-        if file.resolve() in rows:
+        if _identity(file) in rows:
             raise UserError(
-                f"{file} is in the training list {train.path}, row {rows[file.resolve()]}, and in the test list {test.path}, "
+                f"{file} is in the training list {train.path}, row {rows[_identity(file)]}, and in the test list {test.path}, "
                 f"row {row}; remove it from one of them"
             )
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """Return what the links to a file share; much faster than resolving its path."""
+    entry = os.stat(file)
+    return entry.st_dev, entry.st_ino
 
 
 def text_rows(content: bytes, path: Path, columns: str) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from datasets.arrays import box_centre, read_array, to_unit_sphere
+from datasets.arrays import Allocate, box_centre, longest, read_array, to_unit_sphere
 from datasets.lists import SampleList
 from datasets.transforms import random_map, random_warp
 from utils.engine.seed import BatchGenerator
@@ -79,7 +79,9 @@ def _neighbours(triangles: np.ndarray) -> np.ndarray:
     return np.where(lowest[edge] != face, lowest[edge], second[edge]).reshape(-1, 3)
 
 
-def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 0, unit_sphere: bool = True) -> np.ndarray:
+def load_faces(
+    sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 0, unit_sphere: bool = True, allocate: Allocate = np.empty
+) -> np.ndarray:
     """Read all meshes of a list; smaller ones repeat faces drawn at random, with their neighbours, after their own.
 
     Args:
@@ -92,16 +94,15 @@ def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 
     Raises:
         UserError: on an unreadable file or an array that is no such mesh (names file and row).
     """
-    meshes = []
-    for row in range(len(sample_list)):
+    stored = min(max_faces, longest(sample_list))
+    meshes = allocate((len(sample_list), stored, FACE_CHANNELS), np.float32)
+    for row, name in enumerate(sample_list.instance_ids):
         faces = read_array(sample_list, row)
         _check_faces(faces, max_faces, sample_list.where(row))
-        meshes.append(_to_unit_sphere(faces) if unit_sphere else faces.astype(np.float32))
-    stored = max(len(faces) for faces in meshes)
-    for row, (faces, name) in enumerate(zip(meshes, sample_list.instance_ids, strict=True)):
+        faces = _to_unit_sphere(faces) if unit_sphere else faces.astype(np.float32)
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         meshes[row] = np.concatenate([faces, faces[rng.integers(len(faces), size=stored - len(faces))]])
-    return np.stack(meshes)
+    return meshes
 
 
 def _check_faces(faces: np.ndarray, max_faces: int, where: str) -> None:

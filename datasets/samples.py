@@ -4,7 +4,7 @@ Training samples carry no labels: `load_training_samples` drops the label column
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from datasets.lists import (
     read_labelled_list,
     read_training_list,
 )
+from datasets.stored import stored_array
 from utils.errors import MissingLabelsError, UserError
 from utils.evaluation.features import Features, extract_features
 from utils.settings.options import DataConfig
@@ -41,10 +42,13 @@ class PairedSamples:
         lists: modality -> list file it came from.
         arrays: modality -> (N, V, 3, S, S) uint8 pictures, V views each, (N, 1, P, 3) float32 points, or (N, 1, F, 18)
             float32 faces, or (N, 1, d) float32 features. N may differ between modalities where rows are not pairs.
+            On the CPU they are mapped from files that processes share, see `datasets.stored`: read-only.
+        fingerprints: modality -> sha256 of its array, where it is stored with it.
     """
 
     lists: dict[str, SampleList]
     arrays: dict[str, Tensor]
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -69,7 +73,7 @@ def load_training_samples(data: DataConfig, device: torch.device) -> PairedSampl
         check_paired(list(lists.values()))
     elif data.pairing == "class":
         check_same_length(list(lists.values()))
-    return PairedSamples(lists, _load(lists, data, device))
+    return PairedSamples(lists, *_load(lists, data, device))
 
 
 def load_test_samples(
@@ -102,7 +106,7 @@ def load_test_samples(
     if data.pairing == "instance":
         check_paired(list(lists.values()))
         _check_same_labels(lists, labels)
-    samples = PairedSamples(lists, _load(lists, data, device))
+    samples = PairedSamples(lists, *_load(lists, data, device))
     return samples, {name: torch.as_tensor(values) for name, values in labels.items()}
 
 
@@ -150,11 +154,13 @@ def list_path(data: DataConfig, modality: str, split: str) -> Path:
     return Path(given[modality]) if modality in given else default_list_path(data.root, data.dataset, modality, split)
 
 
-def _load(lists: dict[str, SampleList], data: DataConfig, device: torch.device) -> dict[str, Tensor]:
-    arrays = {name: torch.from_numpy(KINDS[data.kind_of(name)].load(rows, data)) for name, rows in lists.items()}
-    if device.type == "cpu" or data.placement == "host":
-        return arrays
+def _load(lists: dict[str, SampleList], data: DataConfig, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the arrays, on the device if they are to lie there, and what is known of their sha256."""
+    found = {name: stored_array(rows, KINDS[data.kind_of(name)], data) for name, rows in lists.items()}
+    arrays = {name: array for name, (array, _) in found.items()}
+    fingerprints = {name: digest for name, (_, digest) in found.items() if digest}
     needed = sum(array.nbytes for array in arrays.values())
-    if data.placement == "auto" and needed > torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE:
-        return arrays
-    return {name: array.to(device) for name, array in arrays.items()}
+    on_host = device.type == "cpu" or data.placement == "host"
+    if on_host or (data.placement == "auto" and needed > torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE):
+        return arrays, fingerprints
+    return {name: array.to(device) for name, array in arrays.items()}, fingerprints

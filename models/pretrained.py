@@ -135,13 +135,14 @@ def load_imagenet_resnet18() -> dict[str, Tensor]:
 
 
 def load_weights(encoder: nn.Module, source: str | Path) -> LoadReport:
-    """Fill the trunk of an encoder with public weights, in place; its projection to the common space, `head`, stays as it is.
+    """Fill the trunk of an encoder with weights of a file, in place; public files leave its projection to the common space as it is.
 
     Args:
         encoder: what has to be in the file depends on its class:
             `models.ResNet18`: all of `backbone`, under torchvision's names; `fc` is left out.
             `models.DGCNN`: the four EdgeConvs, as in the public classification checkpoint (`model.1024.t7`), and conv5 when its
-            width fits. The file registers its BatchNorms twice: `convN.1` is read, `bnN` left out.
+            width fits. The file registers its BatchNorms twice: `convN.1` is read, `bnN` left out. Of a file of
+            `baselines.supervised_start` whatever fits, the projection too.
             `models.MeshNet`: descriptors and mesh convolutions, as in the public classification checkpoint (2021 version, one of
             its `.pkl` files), and `fusion_mlp` and `concat_mlp` when the encoder has their published width.
             The classifiers of the files never enter an encoder.

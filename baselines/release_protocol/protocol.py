@@ -79,7 +79,7 @@ def _open(request: argparse.Namespace, stage: str, *extra: str) -> Session:
     config = str(Path(request.config_dir) / f"{stage}.yaml")
     resume = str(begun[-1].parent) if begun else None
     arguments = argparse.Namespace(config=config, overrides=overrides, resume=resume)
-    session = open_session(CONFIGS[stage], stage, arguments, config, mark_labels)
+    session = open_session(CONFIGS[stage], stage, arguments, config, lambda config: mark_labels(config, None))
     found = session.config.data.pairing
     if found != "instance":
         raise UserError(f"{config}: the variants start from rows paired by object (data.pairing: instance), found {found!r}")

@@ -38,7 +38,7 @@ class StageLearner:
         stage: "step1" or "step2"; seeds the epochs and names them in messages.
         config: settings with the sections data, optim and run.
         source: training batches.
-        inputs: name -> tensor (N, ...), all that training reads of the samples; a resumed run must find the same.
+        inputs: name -> tensor (N, ...) or its sha256, all that training reads of the samples; a resumed run must find the same.
         encoders: modality -> encoder; classifiers: modality -> classifier. Both are moved to the device.
         device: where training runs.
     Raises:
@@ -49,7 +49,7 @@ class StageLearner:
     num_clusters: int  # K of the classifiers
 
     def __init__(
-        self, stage: str, config: Any, source: Source, inputs: Mapping[str, Tensor], encoders: nn.ModuleDict,
+        self, stage: str, config: Any, source: Source, inputs: Mapping[str, Tensor | str], encoders: nn.ModuleDict,
         classifiers: nn.ModuleDict, device: torch.device,
     ) -> None:
         self.stage, self.config, self.source, self.device = stage, config, source, device
@@ -58,7 +58,8 @@ class StageLearner:
             raise UserError(
                 f"a batch of {self.batch_size} cannot be shared evenly among {distributed.world()} processes: change optim.batch_size"
             )
-        self.inputs = {name: hashlib.sha256(values.cpu().numpy()).hexdigest() for name, values in inputs.items()}
+        hashed = lambda values: values if isinstance(values, str) else hashlib.sha256(values.cpu().numpy()).hexdigest()
+        self.inputs = {name: hashed(values) for name, values in inputs.items()}
         self.encoders, self.classifiers = encoders.to(device), classifiers.to(device)
         groups = [{"params": list(part.parameters())} for part in (self.encoders, self.classifiers)]
         self.optimizer = torch.optim.Adam(

@@ -1,0 +1,102 @@
+"""The array of a sample list as a memory-mapped file beside the list: made on first use, shared by all processes, never held twice.
+
+It is `.arrays/{list}-{settings}-{sources}.npy`, with its sha256 in a .json beside it. The name depends on the settings that decide the
+array, on names and ids of the list, and on size and modification time of every file: when one changes, another array is made.
+"""
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.kinds import Kind
+from datasets.lists import SampleList
+from utils.engine import distributed
+from utils.engine.checkpoint import atomic_write_json
+from utils.settings.options import DataConfig
+
+FOLDER, FORMAT = ".arrays", 1  # FORMAT: raised when the reading of files changes what they give
+ABANDONED = 3600  # seconds after which a half-written file is nobody's
+
+
+def stored_array(sample_list: SampleList, kind: Kind, data: DataConfig) -> tuple[Tensor, str | None]:
+    """Return the (N, V, ...) array of a list, read-only and mapped from its file, and its sha256; every process must call it.
+
+    Where the file cannot be written, the array is in memory, without a sha256, and a warning says so.
+
+    Raises:
+        UserError: on files that the kind cannot read.
+    """
+    place = _place(sample_list, kind, data)
+    failure = distributed.from_main(lambda: _make(place, sample_list, kind, data))
+    found = None if failure else _open(place)
+    if found is None:
+        warnings.warn(f"{place.parent} takes no file ({failure}): arrays stay in memory, every start reads all files", stacklevel=2)
+        return torch.from_numpy(kind.load(sample_list, data)), None
+    kind.check(found[0], sample_list, data)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(found[0]), found[1]
+
+
+def _place(sample_list: SampleList, kind: Kind, data: DataConfig) -> Path:
+    settings, files = kind.sources(sample_list, data)
+    content = [sample_list.names, sample_list.instance_ids, [(entry.st_size, entry.st_mtime_ns) for entry in map(os.stat, files)]]
+    made = _digest([FORMAT, sample_list.modality, settings])
+    return sample_list.path.parent / FOLDER / f"{sample_list.path.stem}-{made[:12]}-{_digest(content)[:24]}.npy"
+
+
+def _digest(content: Sequence) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _open(place: Path) -> tuple[np.ndarray, str] | None:
+    """Return array and sha256; None if there is none, or the file is not as it was written."""
+    try:
+        note, entry = json.loads(place.with_suffix(".json").read_text(encoding="utf-8")), place.stat()
+        if note["written"] == [entry.st_size, entry.st_mtime_ns]:
+            return np.load(place, mmap_mode="r", allow_pickle=False), note["sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    return None
+
+
+def _make(place: Path, sample_list: SampleList, kind: Kind, data: DataConfig) -> str | None:
+    """Write the file unless it is there, and remove what it replaces; return why that was impossible."""
+    if _open(place) is not None:
+        return None
+    temporary, mapped = place.with_name(f".{place.name}.{os.getpid()}.tmp"), []
+
+    def allocate(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        mapped.append(np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape))
+        if hasattr(os, "posix_fallocate"):  # a full disk would otherwise kill the process when a page is written
+            with open(temporary, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        return mapped[0]
+
+    try:
+        place.parent.mkdir(exist_ok=True)
+        kind.load(sample_list, data, allocate)
+        mapped[0].flush()
+        digest = hashlib.sha256(mapped.pop()).hexdigest()
+        os.replace(temporary, place)
+        entry = place.stat()
+        atomic_write_json(place.with_suffix(".json"), {"sha256": digest, "written": [entry.st_size, entry.st_mtime_ns]})
+        for old in place.parent.glob(f"{place.name.rpartition('-')[0]}-*"):
+            if old.stem != place.stem:
+                old.unlink(missing_ok=True)
+        for old in place.parent.glob(".*.tmp"):
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        return str(error)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return None

@@ -1,0 +1,108 @@
+"""Arrays kept in mapped files: equal to what the files give, made again when one changes, never half-written, never in the way."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from stage_runs import assert_same_result, distinct
+
+import train_step1
+from datasets import stored
+from datasets.kinds import KINDS
+from datasets.samples import load_training_samples
+from utils.errors import UserError
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
+
+ALL = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
+
+
+def load(root, *more):
+    data = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}", *more]).data
+    return data, load_training_samples(data, torch.device("cpu"))
+
+
+@pytest.fixture
+def root(small_digits, tmp_path):
+    """A copy of the small digits that may be changed."""
+    for path in small_digits.rglob("*"):
+        if path.is_file() and stored.FOLDER not in path.parts:
+            target = tmp_path / "data" / path.relative_to(small_digits)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return tmp_path / "data"
+
+
+def kept(root):
+    return {path.name: path.stat().st_mtime_ns for path in (root / stored.FOLDER).iterdir()}
+
+
+def test_the_stored_arrays_are_those_of_the_files_and_shared(root):
+    data, first = load(root, ALL)
+    before = kept(root)
+    _, second = load(root, ALL)
+    assert kept(root) == before and len(before) == 8
+    for name, rows in first.lists.items():
+        plain = KINDS[data.kind_of(name)].load(rows, data)
+        assert np.array_equal(plain, second.arrays[name]) and plain.dtype == second.arrays[name].numpy().dtype
+        assert first.fingerprints[name] == second.fingerprints[name] == stored.hashlib.sha256(plain).hexdigest()
+    maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else str(root / stored.FOLDER)
+    assert str(root / stored.FOLDER) in maps
+
+
+def test_what_changes_the_array_makes_another_and_what_does_not_makes_none(root):
+    _, first = load(root)
+    cloud = first.lists["PointCloud"].files[3]
+    before = kept(root)
+    for path in root.glob("*_train_list.txt"):
+        path.write_text(path.read_text().replace(" 1\n", " 2\n"))  # labels
+    load(root, "data.num_points=16", "data.image_size=24")
+    assert kept(root) == before
+    np.save(cloud, np.load(cloud)[::-1])
+    _, second = load(root)
+    assert second.fingerprints["PointCloud"] == first.fingerprints["PointCloud"]  # another order of the points is the same cloud
+    np.save(cloud, np.load(cloud) * [1, 2, 3])
+    _, third = load(root)
+    assert third.fingerprints["PointCloud"] != first.fingerprints["PointCloud"] and not torch.equal(third.arrays["PointCloud"], first.arrays["PointCloud"])
+    assert third.fingerprints["GrayImg"] == first.fingerprints["GrayImg"] and len(kept(root)) == len(before)  # old ones are gone
+    listed = next(root.glob("*PointCloud_train_list.txt"))
+    pictures = next(root.glob("*GrayImgs_train_list.txt"))
+    for path in (listed, pictures):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert load(root)[1].counts == {"GrayImg": 39, "PointCloud": 39}
+    load(root, "data.image_resize=40")
+    assert len(kept(root)) == len(before) + 2  # another size beside it
+    (root / "train/gray_imgs").joinpath(first.lists["GrayImg"].files[0].name).write_bytes(b"no picture")
+    with pytest.raises(UserError, match="row 1: .*is not a readable"):
+        load(root)
+    assert not [name for name in kept(root) if name.endswith(".tmp")]
+
+
+def test_a_damaged_or_unwritable_store_gives_the_same_arrays(root, monkeypatch):
+    _, first = load(root)
+    arrays = {name: values.clone() for name, values in first.arrays.items()}  # the file itself is what the test damages
+    array = next((root / stored.FOLDER).glob("*PointCloud*.npy"))
+    content = array.read_bytes()
+    array.write_bytes(content[:-4] + b"\0\0\0\0")
+    next((root / stored.FOLDER).glob("*GrayImgs*.json")).write_text("{")
+    _, second = load(root)
+    assert second.fingerprints == first.fingerprints and array.read_bytes() == content
+    monkeypatch.setattr(stored, "FOLDER", "list.txt/no_folder")
+    with pytest.warns(UserWarning, match="takes no file"):
+        _, third = load(root)
+    assert third.fingerprints == {} and all(torch.equal(third.arrays[name], values) for name, values in arrays.items())
+
+
+def test_checks_of_other_settings_hold_for_stored_arrays(root):
+    load(root)
+    with pytest.raises(UserError, match="fewer than data.eval_subsets = 2 disjoint"):
+        load(root, "data.eval_subsets=2")
+
+
+def test_a_run_resumed_without_the_store_is_the_same_run(finished, small_digits, tmp_path, monkeypatch):
+    train_step1.main(distinct(small_digits, tmp_path, 1, "optim.epochs=4"))
+    monkeypatch.setattr(stored, "FOLDER", "list.txt/no_folder")
+    with pytest.warns(UserWarning, match="takes no file"):
+        train_step1.main(["--resume", str(next((tmp_path / "runs/digits/step1").iterdir()))])
+    assert_same_result(finished, tmp_path, 1)
