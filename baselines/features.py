@@ -83,13 +83,15 @@ def raw_encoders(data: DataConfig) -> nn.ModuleDict:
     return nn.ModuleDict({name: make(name) for name in data.modalities})
 
 
-def make_features(config_path: str, overrides: list[str], kind: str, seed: int, out: Path, command: str) -> dict[str, Any]:
+def make_features(
+    config_path: str, overrides: list[str], kind: str, seed: int, out: Path, command: str, resume: str | None = None
+) -> dict[str, Any]:
     """Write features of both splits into a folder of their own, with lists as the source's and `features.json`.
 
     Args:
         config_path, overrides: settings of step 1 on the samples.
         kind: "learned" without labels and pairs, "raw" (pixels, occupancy grid) or "random" (untrained encoders).
-        seed: of the encoders; out: the folder, which must not exist; command: for the record.
+        seed: of the encoders; out: the folder, which must not exist; command: for the record; resume: run folder to continue.
     Returns:
         The content of features.json.
     """
@@ -104,7 +106,7 @@ def make_features(config_path: str, overrides: list[str], kind: str, seed: int, 
             print(f"{out} holds these features already")
             return noted
         raise UserError(f"{out} holds {noted['kind']} features of seed {noted['seed']} with other settings: give another --out")
-    session = open_session(Step1Config, "features", argparse.Namespace(config=config_path, resume=None, overrides=texts), config_path)
+    session = open_session(Step1Config, "features", argparse.Namespace(config=config_path, resume=resume, overrides=texts), config_path)
     with session.run.failures_logged():
         encoders, samples = _encoders(session, kind)
         return _write(session.config, kind, encoders, samples, out, command, session.device)
@@ -195,9 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kind", choices=SUFFIXES, default="learned", help="trained without labels or pairs, plain samples, untrained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="folder to make, e.g. dataset/digits_features")
+    parser.add_argument("--resume", metavar="RUN", type=os.path.expanduser, help="run folder of an interrupted call to continue")
     arguments = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "baselines.features", *argv])
-    note = make_features(arguments.config, arguments.overrides, arguments.kind, arguments.seed, arguments.out, command)
+    note = make_features(arguments.config, arguments.overrides, arguments.kind, arguments.seed, arguments.out, command, arguments.resume)
     print(f"train on them with a configuration of features and --set data.root={arguments.out} {' '.join(note['settings'])}")
 
 

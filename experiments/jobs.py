@@ -123,7 +123,8 @@ def command(cell: Cell, folder: Path, device: str) -> list[str]:
     run = _run_folder(REPOSITORY / folder)
     own = [f"run.device={device}", f"run.output={folder / 'runs'}", *(["run.threads=1"] if device == "cpu" else [])]
     if cell.stage == "features":
-        return ["-m", MODULES["features"], *cell.arguments, *own, "--seed", str(cell.seed), "--out", str(folder / "features")]
+        begun = [] if run is None else ["--resume", str(folder / run.relative_to(REPOSITORY / folder))]
+        return ["-m", MODULES["features"], *cell.arguments, *own, "--seed", str(cell.seed), *begun, "--out", str(folder / "features")]
     own += _feature_settings(cell, folder.parent)
     if cell.stage == "baseline" and run is not None:
         return ["-m", MODULES["baseline"], cell.arguments[0], "--resume", str(folder / run.relative_to(REPOSITORY / folder))]

@@ -51,6 +51,20 @@ def test_learned_features_owe_nothing_to_pairs(small_digits, tmp_path):
     assert np.array_equal(vectors(tmp_path / "one", "GrayImg"), vectors(tmp_path / "two", "GrayImg"))
 
 
+def test_interrupted_features_go_on(small_digits, tmp_path, monkeypatch):
+    make(small_digits, tmp_path, "learned", 0, "whole", "optim.epochs=2")
+    train = features.ViewsLearner.train_epoch
+    monkeypatch.setattr(features.ViewsLearner, "train_epoch", lambda self, epoch: train(self, epoch) if epoch == 1 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(small_digits, tmp_path, "learned", 0, "cut", "optim.epochs=2", f"run.output={tmp_path / 'broken'}")
+    (run,) = (tmp_path / "broken" / "digits" / "features").iterdir()
+    seen = []
+    monkeypatch.setattr(features.ViewsLearner, "train_epoch", lambda self, epoch: seen.append(epoch) or train(self, epoch))
+    given = [f"data.root={small_digits}", f"run.output={tmp_path / 'broken'}", "optim.epochs=2", "pla.mlm_only_epochs=0"]
+    make_features(SMOKE, given, "learned", 0, tmp_path / "cut", "a command", str(run))
+    assert seen == [2] and np.array_equal(vectors(tmp_path / "whole"), vectors(tmp_path / "cut"))
+
+
 def test_lists_are_copied_as_text_and_pairs_stay(small_digits, tmp_path):
     make(small_digits, tmp_path)
     for split, count in (("train", TRAIN), ("test", TEST)):
