@@ -16,7 +16,7 @@ from utils.settings.options import Step1Config
 
 HERE = Path(__file__).resolve().parent
 SCALES = ("full", "small", "head")
-_SCALE = dict.fromkeys(("config", "pairs", "step1", "step2", "as_printed", "source"))
+_SCALE = dict.fromkeys(("config", "pairs", "step1", "step2", "as_printed", "source", "absent"))
 _TABLE = dict.fromkeys(("title", "kind", "paper", "baseline", "ranking", "logged", "notes", "grids", "values", "mode"))
 _ROW = dict.fromkeys((
     "step1", "step2", "stage", "settings", "modalities", "paper", "numbers", "against", "variant", "method", "set", "features", "head_only",
@@ -36,6 +36,7 @@ class Setup:
         pairs: letters of the modalities that are trained together, one training each.
         paper: the paper's name for the data set; samples: training rows per memory bank.
         as_printed: the same with the paper's settings.
+        absent: pairs of the paper whose data cannot be had.
         source: at scale head, the folder with the configuration of the samples, of which all trainings get features.
     """
 
@@ -49,6 +50,7 @@ class Setup:
     samples: tuple[int, ...] = ()
     as_printed: "Setup | None" = None
     source: Path | None = None
+    absent: tuple[str, ...] = ()
 
     @property
     def letters(self) -> str:
@@ -124,7 +126,7 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
         given = (tuple(places.get(stage, ())) for stage in ("step1", "step2"))
         source = Path(options["source"]) if "source" in options else None
         return Setup(dataset, scale, Path(places["config"]), tuple(dict.fromkeys(pairs)), *given, entry.get("paper"),
-                     tuple(entry.get("samples", ())), as_printed, source)
+                     tuple(entry.get("samples", ())), as_printed, source, tuple(options.get("absent", ())))
 
     return setup(options, setup(options["as_printed"]) if "as_printed" in options else None)
 

@@ -29,7 +29,7 @@ class Table:
         paper_dataset, paper: the paper's name of the data set, and task -> row -> its printed number.
         records: id -> record of every run, also those that others rest on.
         shown: (row, letters of the modalities, seed) -> the record that counts.
-        pairs: of modalities, that every row is run on unless it names its own.
+        pairs: of modalities, that every row is run on unless it names its own; absent: those without data, shown as such.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Table:
     options: Mapping[str, Any] = field(default_factory=dict)
     paper_dataset: str | None = None
     paper: Mapping[str, Any] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
     def chain(self, record: dict | None) -> list[dict | None]:
         """Return a record and all that it needs; None for one that was not run."""
@@ -131,4 +132,4 @@ def load_table(path: Path, protocol: Mapping[str, dict]) -> Table:
     options, setup = protocol["tables"][name], find_setup(protocol, dataset, scale)
     numbers = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))
     paper = numbers.get(options.get("paper"), {}).get(setup.paper, {})
-    return Table(name, by_id, shown, pairs or setup.pairs, f"{dataset}, {scale} scale", options, setup.paper, paper)
+    return Table(name, by_id, shown, pairs or setup.pairs, f"{dataset}, {scale} scale", options, setup.paper, paper, setup.absent)

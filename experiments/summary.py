@@ -97,9 +97,8 @@ def _add_seed(summary: Summary, table: Table, records: Sequence[dict | None], se
 
 def tasks_of(table: Table, summaries: Sequence[Summary]) -> list[str]:
     """Return the tasks of a table, the paper's first, 2D queries before 3D queries."""
-    paper = table.paper if "mode" in table.options else ()  # the comparison also shows what it has no data for
-    shown = {*table.pairs, *(pair[::-1] for pair in table.pairs), *paper, *(task for entry in summaries for task in entry.scores)}
-    return [task for task in TASKS if task in shown]
+    pairs = [*table.pairs, *table.absent]
+    return [task for task in TASKS if {task, task[::-1]} & set(pairs) or any(task in entry.scores for entry in summaries)]
 
 
 def paper_score(table: Table, options: Mapping[str, Any], task: str, tasks: Sequence[str]) -> float | None:

@@ -94,8 +94,8 @@ def _printed(table: Table, entry: Summary, task: str, tasks: Sequence[str]) -> s
 
 
 def _no_data(table: Table, task: str) -> bool:
-    """Whether a comparison shows a task of the paper that its data set lacks here."""
-    return "mode" in table.options and not (table.pairs if task == "avg" else {task, task[::-1]} & set(table.pairs))
+    """Whether a task's samples cannot be had; of the average, whether those of all tasks cannot."""
+    return bool({task, task[::-1]} & set(table.absent)) or (task == "avg" and not table.pairs)
 
 
 def _score(entry: Summary, task: str) -> str:

@@ -164,6 +164,27 @@ def test_figures_are_drawn_of_clean_cells_only(tmp_path, table):
     assert f"]({picture.name})" in text and picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_tasks_without_data_stay_in_the_comparison(tmp_path):
+    def cells(dataset, row, protocol=PROTOCOL):
+        path = tmp_path / f"table3-{dataset}-head.jsonl"
+        render(path, protocol)
+        head, *rows = [line.strip("| ").split(" | ") for line in path.with_suffix(".md").read_text().splitlines() if line.startswith("| ")]
+        return dict(zip(head, next(found for found in rows if found[0] == row)))
+
+    found = cells("mi3dor", "UCCH")
+    assert found["RM"] == found["GM"] == found["avg"] == "not run: data" and found["RM, paper (MI3DOR)"] == "66.7"
+    found = cells("modelnet40", "UCCH")
+    assert found["RM"] == found["MG"] == "not run: data" and found["RP"] == found["avg"] == "not run" and found["avg, paper (ModelNet40)"] == "76.4"
+
+
+def test_the_orders_are_compared_by_kendalls_tau(tmp_path):
+    scores = {"RCLL": 0.9, "CE": 0.1, "MAE": 0.2, "GCE": 0.8, "AUE": 0.3, "NCE+AGCE": 0.4}
+    text, _ = rendered(tmp_path, "table4", lines_of(rows_of("table4"), lambda name, seed: scores.get(name, 0.5)))
+    paper = {"RCLL": 0.841, "CE": 0.7745, "MAE": 0.7975, "GCE": 0.8275, "AUE": 0.8135, "NCE+AGCE": 0.8175}
+    agree = [np.sign((scores[a] - scores[b]) * (paper[a] - paper[b])) for a in scores for b in scores if a < b]
+    assert f"Kendall's tau between both orders, 6 rows: {sum(agree) / len(agree):.2f}" in text
+
+
 def test_documents_are_rendered_from_the_records_alone(tmp_path):
     expected, _ = rendered(tmp_path, "table4", lines_of(rows_of("table4"), lambda name, seed: 0.7))
     (tmp_path / "docs").mkdir()
