@@ -46,8 +46,9 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
     state = load_checkpoint(checkpoint, map_location=device)
     if not {"stage", "epoch", "learner"} <= state.keys() or state["stage"] not in CONFIGS:
         raise UserError(f"{checkpoint} is not a checkpoint of a training stage: it holds {sorted(state)}")
-    config = load_config(CONFIGS[state["stage"]], str(run.folder / "config.yaml"), overrides)
-    check_same_config(run.config(), to_dict(config))
+    saved = run.settings(CONFIGS[state["stage"]])
+    config = load_config(type(saved), str(run.folder / "config.yaml"), overrides)
+    check_same_config(to_dict(saved), to_dict(config))
     encoders = build_encoders(config.data, config.model).to(device)
     try:
         scale = config.pla.logit_scale if state["stage"] == "step1" else None

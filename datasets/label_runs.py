@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from datasets.lists import SampleList
-from datasets.pseudo_labels import (
-    COMMAND,
-    posteriors_path,
-    pseudo_label_path,
-    read_origin,
-    read_posteriors,
-    read_pseudo_labels,
-)
+from datasets.pseudo_labels import COMMAND, posteriors_path, pseudo_label_path, read_origin, read_posteriors, read_pseudo_labels
 from utils.engine.run_log import RunLog
 from utils.errors import UserError
 from utils.settings.data_options import DataConfig

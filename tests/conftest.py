@@ -7,11 +7,29 @@ import pytest
 from PIL import Image, ImageOps
 from stage_runs import distinct
 
+from utils.errors import UserError
+
 TRAIN, TEST = 40, 16
 FOLDERS = {
     "RGBImg": ("rgb_imgs", "RGBImgs", "png"), "GrayImg": ("gray_imgs", "GrayImgs", "png"),
     "PointCloud": ("point_cloud", "PointCloud", "npy"), "Mesh": ("mesh", "Mesh", "npy"),
 }
+
+
+def need_data_packages(*names: str) -> None:
+    """Skip a test without these packages of requirements-data.txt."""
+    for name in names:
+        pytest.importorskip(name, reason=f"{name} of requirements-data.txt is not installed")
+
+
+def need_renderer() -> None:
+    from datasets.prepare.shapes.render import probe_renderer
+
+    need_data_packages("pyvista")
+    try:
+        probe_renderer()
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 def write_lists(root: Path, split: str, labels: list[int | None], dataset: str = "digits") -> None:
@@ -54,22 +72,24 @@ def _digits_folder(tmp_path_factory) -> tuple[Path, list[int]]:
     return root, digits.target[: TRAIN + TEST].tolist()
 
 
-@pytest.fixture
-def small_digits(_digits_folder) -> Path:
-    """Root of 40 training and 16 test digits in all four modalities, with fresh list files."""
-    root, labels = _digits_folder
+def with_lists(digits_folder: tuple[Path, list[int]]) -> Path:
+    """The folder with fresh list files."""
+    root, labels = digits_folder
     write_lists(root, "train", labels[:TRAIN])
     write_lists(root, "test", labels[TRAIN:])
     return root
 
 
+@pytest.fixture
+def small_digits(_digits_folder) -> Path:
+    """Root of 40 training and 16 test digits in all four modalities, with fresh list files."""
+    return with_lists(_digits_folder)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, _digits_folder) -> Path:
     """Output folder of one uninterrupted step 1 and step 2."""
-    root, labels = _digits_folder
-    write_lists(root, "train", labels[:40])
-    write_lists(root, "test", labels[40:])
-    out = tmp_path_factory.mktemp("finished")
+    root, out = with_lists(_digits_folder), tmp_path_factory.mktemp("finished")
     import train_step1
     import train_step2
 

@@ -35,24 +35,19 @@ PAIRING_NOTES = {
 
 @dataclass
 class Check:
-    """Outcome of one check.
-
-    Attributes:
-        name: what should hold; problems: one text per finding: what, where, what to do.
-        notes: what a reader should know although nothing failed; done: False if there was nothing to look at.
-    """
+    """Outcome of one check: what should hold, findings, notes although nothing failed, and whether there was anything to look at."""
 
     name: str
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     done: bool = True
 
-    def attempt(self, advice: str, action: Callable, *arguments: Any) -> Any:
-        """Return action(*arguments); if it refuses the data, keep its message and the advice as a problem and return None."""
+    def attempt(self, action: Callable, *arguments: Any) -> Any:
+        """Return action(*arguments); if it refuses the data, keep its message as a problem and return None."""
         try:
             return action(*arguments)
         except (ValueError, OSError) as error:
-            self.problems.append(f"{error}; {advice}" if advice else str(error))
+            self.problems.append(str(error))
         return None
 
     def lines(self) -> list[str]:
@@ -91,28 +86,19 @@ def read_lists(data: DataConfig) -> tuple[Lists, list[Check]]:
             path = list_path(data, name, split)
             if name not in data.modalities and not path.is_file():
                 continue
+            options = {"modality": name, "root": data.root, "instance_id": data.instance_id, "num_classes": data.num_classes}
+            options["unique"] = UNIQUE[split][data.pairing]
             try:
-                lists[split, name] = _read(data, name, split)
-            except MissingFileError as error:
-                if path.is_file():
-                    found.problems.append(f"{error}; {REPAIR}")
-                else:
-                    parsed.problems.append(str(error))
+                lists[split, name] = Listed(*read_labelled_list(path, **options))
+            except MissingLabelsError:
+                lists[split, name] = Listed(read_training_list(path, **options), None)
+                if split == "test":
+                    parsed.problems.append(f"{path}: expected rows `path label`: evaluation needs labels; add the class to every row")
             except (UserError, OSError) as error:
-                parsed.problems.append(str(error))
-            if split == "test" and (split, name) in lists and lists[split, name].labels is None:
-                parsed.problems.append(f"{path}: expected rows `path label`: evaluation needs labels; add the class to every row")
+                of_sample = isinstance(error, MissingFileError) and path.is_file()
+                (found if of_sample else parsed).problems.append(f"{error}; {REPAIR}" if of_sample else str(error))
     found.done = bool(lists or found.problems)
     return lists, [parsed, found]
-
-
-def _read(data: DataConfig, name: str, split: str) -> Listed:
-    path, unique = list_path(data, name, split), UNIQUE[split][data.pairing]
-    options = {"modality": name, "root": data.root, "instance_id": data.instance_id, "num_classes": data.num_classes, "unique": unique}
-    try:
-        return Listed(*read_labelled_list(path, **options))
-    except MissingLabelsError:
-        return Listed(read_training_list(path, **options), None)
 
 
 def run_checks(data: DataConfig, lists: Lists) -> Iterator[Check]:
@@ -144,7 +130,7 @@ def _check_pairs(data: DataConfig, lists: Lists, check: Check) -> None:
     for split in _paired_splits(data):
         first, *others = _by_split(lists, split) or [None]
         for other in others:
-            check.attempt("", compare, [first.samples, other.samples])
+            check.attempt(compare, [first.samples, other.samples])
 
 
 def _check_labels(data: DataConfig, lists: Lists, check: Check) -> None:
@@ -154,33 +140,26 @@ def _check_labels(data: DataConfig, lists: Lists, check: Check) -> None:
         if not others:
             check.notes.append(f"{split}: fewer than two lists with labels, nothing to compare")
         for other in others:
-            _compare_labels(check, first, other, by_id=data.pairing == "instance")
-
-
-def _compare_labels(check: Check, first: Listed, other: Listed, by_id: bool) -> None:
-    keys = lambda listed: listed.samples.instance_ids if by_id else range(len(listed.samples))
-    rows = {key: row for row, key in enumerate(keys(first))}
-    common = [(rows[key], row) for row, key in enumerate(keys(other)) if key in rows]
-    different = [(mine, row) for mine, row in common if first.labels[mine] != other.labels[row]]
-    if different:
-        mine, row = different[0]
-        check.problems.append(
-            f"{len(different)} labels differ, the first: {first.labels[mine]} in {first.samples.path}, row {mine + 1}, but "
-            f"{other.labels[row]} in {other.samples.path}, row {row + 1}; correct the wrong list or prepare the data again"
-        )
+            keys = lambda listed: listed.samples.instance_ids if data.pairing == "instance" else range(len(listed.samples))
+            rows = {key: row for row, key in enumerate(keys(first))}
+            common = [(rows[key], row) for row, key in enumerate(keys(other)) if key in rows]
+            different = [(mine, row) for mine, row in common if first.labels[mine] != other.labels[row]]
+            for mine, row in different[:1]:
+                check.problems.append(
+                    f"{len(different)} labels differ, the first: {first.labels[mine]} in {first.samples.path}, row {mine + 1}, but "
+                    f"{other.labels[row]} in {other.samples.path}, row {row + 1}; correct the wrong list or prepare the data again"
+                )
 
 
 def _check_splits(data: DataConfig, lists: Lists, check: Check) -> None:
     for name in prepared_modalities(data):
         if ("train", name) in lists and ("test", name) in lists:
             train, test = (lists[split, name].samples for split in SPLITS)
-            check.attempt("", check_disjoint, train, test)
+            check.attempt(check_disjoint, train, test)
             copies = _copies(train.files, test.files)
-            if copies:
-                check.notes.append(
-                    f"warning: {len(copies)} test files of {name} have the content of a training file, the first: "
-                    f"{copies[0][1]} and {copies[0][0]}"
-                )
+            for mine, other in copies[:1]:
+                many = f"{len(copies)} test files of {name} have the content of a training file"
+                check.notes.append(f"warning: {many}, the first: {other} and {mine}")
 
 
 def _copies(train: tuple[Path, ...], test: tuple[Path, ...]) -> list[tuple[Path, Path]]:
@@ -193,7 +172,10 @@ def _copies(train: tuple[Path, ...], test: tuple[Path, ...]) -> list[tuple[Path,
 
 def _check_files(data: DataConfig, lists: Lists, check: Check) -> None:
     for (_, name), listed in lists.items():
-        check.attempt(REPAIR, KINDS[MODALITIES[name].kind].load, listed.samples, data)
+        try:
+            KINDS[MODALITIES[name].kind].load(listed.samples, data)
+        except (ValueError, OSError) as error:
+            check.problems.append(f"{error}; {REPAIR}")
 
 
 def manifest_of(data: DataConfig) -> dict:
@@ -204,7 +186,7 @@ def manifest_of(data: DataConfig) -> dict:
 
 def _check_manifest(data: DataConfig, lists: Lists, check: Check) -> None:
     """Only for lists under the data root; where rows are not paired by object, only counts given per modality say anything."""
-    counts = (check.attempt("", manifest_of, data) or {}).get("counts")
+    counts = (check.attempt(manifest_of, data) or {}).get("counts")
     if not isinstance(counts, dict):
         check.notes.append(f"no manifest with counts in {data.root}: nothing to compare")
         return

@@ -80,7 +80,7 @@ def make_block(data: DataConfig, lists: Lists, split: str, count: int, names: Se
         return None
     by_object, first, lines = data.pairing == "instance", next(iter(shown)), []
     sizes = {name: len(listed.samples) for name, listed in shown.items()}
-    columns = {name: _spread(size, count) for name, size in sizes.items()}
+    columns = {name: np.linspace(0, size - 1, min(count, size)).astype(int).tolist() for name, size in sizes.items()}
     if by_object or (data.pairing, split) == ("class", "train"):
         columns = dict.fromkeys(shown, columns[first])
     for place in range(max(map(len, columns.values()))):
@@ -90,10 +90,6 @@ def make_block(data: DataConfig, lists: Lists, split: str, count: int, names: Se
         tiles = [_make_tile(data, shown.get(name), rows.get(name), expected, split, names) for name in prepared_modalities(data)]
         lines.append((title, tiles))
     return Block(split, lines)
-
-
-def _spread(size: int, count: int) -> list[int]:
-    return np.linspace(0, size - 1, min(count, size)).astype(int).tolist()
 
 
 def _describe(listed: Listed, row: int, split: str, names: Sequence[str]) -> str:

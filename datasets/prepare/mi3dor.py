@@ -24,7 +24,7 @@ from utils.errors import UserError
 
 DATASETS = {"none": "mi3dor", "class": "mi3dor_class"}  # pairing -> prefix of the lists
 MODALITIES = ("RGBImg", "GrayImg", "Mesh")
-MESH_PACKAGES = ("fast-simplification", "pyvista", "trimesh", "vtk")
+MESH_PACKAGES = ("fast-simplification", "pyvista", "vtk")
 GENERATOR = "datasets.prepare_mi3dor"
 
 
@@ -118,6 +118,8 @@ def _publish(
         texts |= {("RGBImg", split): pictures, ("GrayImg", split): pictures, ("Mesh", split): faces}
         digest = hashlib.sha256("".join(f"{image.name} {hashes[image.name]}\n" for image in images).encode()).hexdigest()
         content[split] = {"RGBImg": digest, "GrayImg": digest, **meshes["content_sha256"][split]}
+    shown = Counter(image.name for image in photographs["train"])
+    training = {hashes[name] for name in shown}
     manifest = {
         "format": 1, "dataset": dataset, "generator": GENERATOR, "layout": meshes["layout"], "pairing": options.pairing,
         "uses_labels_for_training_pairs": options.pairing == "class",
@@ -125,7 +127,9 @@ def _publish(
         "official_counts": {kind: line is None for kind, line in differences.items()},
         "class_to_index": meshes["class_to_index"],
         "counts": {split: {name: texts[name, split].count("\n") for name in MODALITIES} for split in SPLITS},
-        **_overlaps(photographs, hashes), "content_sha256": content,
+        "distinct_training_photographs": len(shown), "largest_use_of_one_photograph": max(shown.values()),
+        "test_photographs_also_in_training": sum(hashes[image.name] in training for image in photographs["test"]),
+        "content_sha256": content,
     }
     texts["manifest"] = json.dumps(manifest, indent=2) + "\n"
     paths = _paths(options.output, dataset)
@@ -140,13 +144,3 @@ def _publish(
     print(f"{dataset}: lists {'already there' if done else 'written'}; rows {manifest['counts']}")
     if options.pairing == "class":
         print("--pairing class read the class labels to build the training pairs: results on mi3dor_class are not unsupervised")
-
-
-def _overlaps(photographs: dict[str, list[Item]], hashes: dict[str, str]) -> dict[str, int]:
-    """Count how often training shows one photograph at most, and the test photographs whose bytes are in training too."""
-    shown = Counter(image.name for image in photographs["train"])
-    training = {hashes[name] for name in shown}
-    return {
-        "distinct_training_photographs": len(shown), "largest_use_of_one_photograph": max(shown.values()),
-        "test_photographs_also_in_training": sum(hashes[image.name] in training for image in photographs["test"]),
-    }

@@ -6,7 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.engine.checkpoint import read_json
+from utils.errors import MissingFileError, UserError
 
 SPLITS = ("train", "test")
 MANIFEST, JOURNAL, STAGING = "manifest.json", "objects.jsonl", ".preparing"
@@ -78,16 +79,12 @@ def check_settings(place: Path, found: Mapping[str, Any], settings: Mapping[str,
 
 def read_manifest(path: Path) -> dict:
     """Return a manifest; empty if there is none. A UserError names one that is no JSON object."""
-    if not path.is_file():
-        return {}
-    advice = "move it away and prepare the data again"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {advice}") from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(manifest).__name__}; {advice}")
-    return manifest
+        return read_json(path)
+    except MissingFileError:
+        return {}
+    except UserError as error:
+        raise UserError(f"{error}; move it away and prepare the data again") from error
 
 
 def _differences(found: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ import argparse
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,8 @@ def add_writer_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tasks(produce: Callable[[Any], Any], todo: Sequence, workers: int, title: str = "objects") -> Iterator:
-    """Yield produce(task) of all tasks in the order they are ready, and show the progress.
+    """Yield produce(task) of all tasks, which have a `name`, in the order they are ready, and show the progress; 1 worker is this process.
 
-    Args:
-        produce: picklable, if there are several workers; todo: tasks, each with a `name` for messages.
-        workers: processes; 1 works in this one; title: what the tasks are, for the progress.
     Raises:
         UserError: when a worker process dies, naming the tasks in flight. Whatever `produce` raises is raised here.
     """
@@ -41,28 +38,18 @@ def run_tasks(produce: Callable[[Any], Any], todo: Sequence, workers: int, title
 def _run_parallel(produce: Callable[[Any], Any], todo: Sequence, workers: int) -> Iterator:
     context = multiprocessing.get_context("spawn")  # a fork would share the state of the graphics libraries
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=threadpool_limits, initargs=(1,))
-    waiting, pending = iter(todo), {}
+    pending = {}
     try:
-        for task in waiting:
-            pending[pool.submit(produce, task)] = task
-            if len(pending) >= 4 * workers:
-                yield from _collect(pending)
-        while pending:
-            yield from _collect(pending)
+        pending.update((pool.submit(produce, task), task) for task in todo)
+        for future in as_completed(list(pending)):
+            yield future.result()
+            del pending[future]
     except BrokenProcessPool as error:
-        names = ", ".join(sorted(task.name for task in pending.values()))
+        begun = list(pending.values())[: 2 * workers + 1]  # in order: each process has one, the queue a few more
+        names = ", ".join(task.name for task in begun)
         raise UserError(
             f"a worker process died (killed, out of memory, or a crash in a library) while one of these was made: {names}. "
             "Finished objects are kept: run the same command again, with fewer --workers if memory is short"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _collect(pending: dict) -> Iterator:
-    """Wait for at least one result, remove it from `pending` and yield it."""
-    done, _ = wait(pending, return_when=FIRST_COMPLETED)
-    for future in done:
-        result = future.result()
-        del pending[future]
-        yield result

@@ -22,7 +22,7 @@ from datasets.lists import default_list_path
 from datasets.prepare.ownership import JOURNAL, MANIFEST, SPLITS, STAGING, check_root, is_same, read_journal
 from datasets.prepare.parallel import run_tasks
 from datasets.prepare.shapes.mesh import MeshError
-from utils.engine.checkpoint import atomic_write_json, atomic_write_text
+from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_json
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
@@ -111,7 +111,7 @@ def _write(
     records = {key: record for key, record in {**old, **new}.items() if _is_intact(root, record)}
     todo = [task for task in tasks if (task.split, task.number) not in records]
     if not todo and found and all(path.is_file() for path in (root / MANIFEST, *_lists(root, settings).values())):
-        return False, json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        return False, read_json(root / MANIFEST)
     check_root(staging, settings, overwrite)
     if started and not new:
         _discard(staging)
@@ -144,17 +144,12 @@ def _produce(make: Make, folder: str, task: ObjectTask) -> dict:
     for modality, array in arrays.items():
         for view, content in enumerate(array if MODALITIES[modality].kind == "image" else array[None]):
             name = object_file(modality, task.split, task.number, view)
-            data, path = _encode(content, name), Path(folder) / name
+            stream, path = io.BytesIO(), Path(folder) / name
+            Image.fromarray(content).save(stream, "PNG") if path.suffix == ".png" else np.save(stream, content)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            files[name] = hashlib.sha256(data).hexdigest()
+            path.write_bytes(stream.getvalue())
+            files[name] = hashlib.sha256(stream.getvalue()).hexdigest()
     return {**record, **facts, "files": files}
-
-
-def _encode(array: np.ndarray, name: str) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, "PNG") if name.endswith(".png") else np.save(stream, array)
-    return stream.getvalue()
 
 
 def _is_intact(root: Path, record: dict) -> bool:
@@ -197,7 +192,7 @@ def _content_hashes(settings: dict, kept: list[dict], split: str) -> dict[str, s
 def _publish(root: Path, dependents: Sequence[Path]) -> dict:
     """Move a complete half-built data set into place and return its manifest; may be cut off and repeated at any point."""
     staging = root / STAGING
-    manifest = json.loads((staging / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(staging / MANIFEST)
     (settings, records), (found, old) = read_journal(staging), read_journal(root)
     files, replaced = ({name for record in part.values() for name in record.get("files", {})} for part in (records, old))
     outdated = list(_lists(root, found).values()) if found else []

@@ -26,12 +26,8 @@ def test_whose_belief_counts(method, image, cloud):
         assert rows.argmax(1).tolist() == found.ids[name].tolist()
     other = found.with_ids(torch.tensor([1, 1, 1]))
     assert other.ids["PointCloud"].tolist() == [1, 1, 1] and other.posteriors is found.posteriors
-
-
-def test_sets_of_different_size_keep_their_own_ids():
-    beliefs = {"GrayImg": BELIEFS["GrayImg"], "Mesh": torch.tensor([[0.3, 0.7]])}
-    found = Annotation.of(beliefs, "none", {}, paired=False)
-    assert found.agreement is None and [len(ids) for ids in found.ids.values()] == [3, 1]
+    unpaired = Annotation.of({"GrayImg": BELIEFS["GrayImg"], "Mesh": torch.tensor([[0.3, 0.7]])}, "none", {}, paired=False)
+    assert unpaired.agreement is None and [len(ids) for ids in unpaired.ids.values()] == [3, 1]
 
 
 def test_posteriors_come_back_and_strange_files_are_refused(tmp_path):

@@ -53,27 +53,18 @@ def test_paths_relative_to_the_current_directory(tmp_path, monkeypatch):
     assert read(path, root=tmp_path / "elsewhere").files[0].is_file()
 
 
-@pytest.mark.parametrize(
-    ("rows", "options", "words"),
-    [
-        ([], {}, "empty"),
-        (["\n \n"], {}, "empty"),
-        (["a_1.png x"], {}, "row 1.*integer label.*'x'"),
-        (["a_1.png 1.5"], {}, "row 1.*integer label"),
-        (["a_1.png 2 1"], {}, "row 1.*more columns"),
-        (["a_1.png 0", "b_2.png 5"], {"num_classes": 5}, r"row 2: label 5 is outside 0\.\.4"),
-        (["a_1.png 0", "b_2.png -1"], {}, "row 2: label -1 is outside"),
-        (["a_1.png 9223372036854775808"], {}, "row 1: .*64 bits, found label '9223372036854775808'"),
-        (["a_1.png " + "9" * 5000], {}, "row 1: .*64 bits"),
-        (["a_1.png 0", "b_2.png"], {}, "row 2.*all rows carry a label or none"),
-        (["a_1.png 0", "", "a_1.png 0"], {}, "row 2: path .*row 1"),
-        (["a_1.png 0", "c_1.png 0"], {}, "row 2: instance id '1' is already in row 1"),
-        (["x.png 0"], {}, "row 1.*finds no id"),
-        (["a_1.png 0"], {"instance_id": "("}, "not a regular expression"),
-        (["a_1.png 0"], {"instance_id": r"\d+"}, "needs a group"),
-        (["a_1.png 0"], {"modality": "Mesh2"}, "unknown modality"),
-    ],
-)
+@pytest.mark.parametrize(("rows", "options", "words"), [
+    ([], {}, "empty"), (["\n \n"], {}, "empty"), (["a_1.png x"], {}, "row 1.*integer label.*'x'"),
+    (["a_1.png 1.5"], {}, "row 1.*integer label"), (["a_1.png 2 1"], {}, "row 1.*more columns"),
+    (["a_1.png 0", "b_2.png 5"], {"num_classes": 5}, r"row 2: label 5 is outside 0\.\.4"),
+    (["a_1.png 0", "b_2.png -1"], {}, "row 2: label -1 is outside"),
+    (["a_1.png 9223372036854775808"], {}, "row 1: .*64 bits, found label '9223372036854775808'"),
+    (["a_1.png " + "9" * 5000], {}, "row 1: .*64 bits"), (["a_1.png 0", "b_2.png"], {}, "row 2.*all rows carry a label or none"),
+    (["a_1.png 0", "", "a_1.png 0"], {}, "row 2: path .*row 1"),
+    (["a_1.png 0", "c_1.png 0"], {}, "row 2: instance id '1' is already in row 1"), (["x.png 0"], {}, "row 1.*finds no id"),
+    (["a_1.png 0"], {"instance_id": "("}, "not a regular expression"), (["a_1.png 0"], {"instance_id": r"\d+"}, "needs a group"),
+    (["a_1.png 0"], {"modality": "Mesh2"}, "unknown modality"),
+])
 def test_bad_lists_are_refused(tmp_path, rows, options, words):
     path = make(tmp_path, rows, files=["a_1.png", "b_2.png", "c_1.png", "x.png"])
     with pytest.raises(ValueError, match=words):

@@ -2,30 +2,20 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from augmentation import generator, only
+from scipy.spatial import cKDTree
+from sklearn.datasets import load_digits
 
 from datasets.lists import SampleList
 from datasets.mesh_faces import augment_faces, load_faces, mesh_to_faces, prepare_faces
-from utils.engine.seed import BatchGenerator
+from datasets.prepare.digits import enlarge_digit
+from datasets.prepare.shapes.digit import digit_to_point_cloud, extrude_digit
 
-NONE = dict(
-    point_rotation_degrees=0.0, point_tilt_degrees=0.0, point_scale=(1.0, 1.0), point_shear=0.0, point_translate=0.0,
-    point_jitter=0.0, point_warp=0.0,
-)
 TETRAHEDRON = (np.array([[0.0, 0, 0], [3, 0, 0], [0, 3, 0], [0, 0, 3]]), np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]]))
-
-
-def only(**changes):
-    assert changes.keys() <= NONE.keys()
-    return SimpleNamespace(**{**NONE, **changes})
-
-
-def generator(seed=0):
-    return BatchGenerator(torch.Generator().manual_seed(seed))
 
 
 def corners_of(faces):
@@ -94,21 +84,17 @@ def test_loading_pads_with_own_faces_and_fits_the_unit_sphere(tmp_path):
     tetrahedron, single = mesh_to_faces(*TETRAHEDRON), mesh_to_faces(np.array([[7.0, 0, 1], [9, 0, 1], [7, 4, 1]]), np.array([[0, 1, 2]]))
     large = mesh_to_faces(np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).permutation(60).reshape(-1, 3) % 20)
     samples = sample_list(tmp_path, single, tetrahedron, large)
-    stored = load_faces(samples, unit_sphere=False)
-    assert stored.shape == (3, len(large), 18) and stored.dtype == np.float32 and np.array_equal(stored[2], large)
-    assert np.array_equal(stored[1, :4], tetrahedron) and np.array_equal(stored[0], single.repeat(len(large), axis=0))
-    assert {face.tobytes() for face in stored[1, 4:]} == {face.tobytes() for face in tetrahedron}
     loaded = load_faces(samples)
-    for before, after in zip(stored, loaded):
-        corners = corners_of(after)
+    assert loaded.shape == (3, len(large), 18) and loaded.dtype == np.float32
+    for before, after in zip((single, tetrahedron, large), loaded):
+        own, corners = after[: len(before)], corners_of(after)
+        assert {face.tobytes() for face in after} == {face.tobytes() for face in own} and np.array_equal(before[:, 12:], own[:, 12:])
         np.testing.assert_allclose(corners.min((0, 1)) + corners.max((0, 1)), 0, atol=1e-6)
         assert np.linalg.norm(corners, axis=2).max() == pytest.approx(1, abs=1e-6)
         scale = np.ptp(corners_of(before)[..., 0]) / np.ptp(corners[..., 0])
-        np.testing.assert_allclose(np.diff(corners_of(before), axis=1), scale * np.diff(corners, axis=1), atol=1e-5)
-        assert np.array_equal(before[:, 12:], after[:, 12:])
+        np.testing.assert_allclose(np.diff(corners_of(before), axis=1), scale * np.diff(corners_of(own), axis=1), atol=1e-5)
     turned = SampleList(samples.path, "Mesh", samples.names[::-1], samples.files[::-1], samples.instance_ids[::-1])
     assert np.array_equal(loaded[::-1], load_faces(turned))  # a row's padding does not depend on its place
-    assert not np.array_equal(loaded, load_faces(samples, seed=1))
 
 
 def changed(column, value):
@@ -190,52 +176,22 @@ SHAPES = {  # image -> parts, holes, points where squares meet in a corner
 }
 
 
-def check_watertight(vertices, triangles):
-    """Closed, oriented and two-manifold, also after welding; returns enclosed volume and Euler characteristic."""
+@pytest.fixture(scope="module")
+def trimesh():
+    return pytest.importorskip("trimesh", reason="trimesh of requirements-test.txt is not installed")
+
+
+def closed(trimesh, vertices, triangles):
+    """The mesh in trimesh's eyes: closed, oriented, no vertex unused or twice."""
     assert len(np.unique(vertices, axis=0)) == len(vertices) and set(triangles.ravel()) == set(range(len(vertices)))
-    uses = {}
-    for triangle in triangles.tolist():
-        for a, b in zip(triangle, triangle[1:] + triangle[:1]):
-            uses[a, b] = uses.get((a, b), 0) + 1
-    assert set(uses.values()) == {1} and all((b, a) in uses for a, b in uses)
-    first, second, third = vertices[triangles].transpose(1, 0, 2)
-    volume = (first * np.cross(second, third)).sum() / 6
-    return volume, len(vertices) - len(uses) // 2 + len(triangles)
+    mesh = trimesh.Trimesh(vertices, triangles, process=False)
+    assert mesh.is_watertight and mesh.is_winding_consistent and len(mesh.edges_unique) * 2 == len(mesh.edges)
+    return mesh
 
 
-def distance_to_mesh(points, vertices, triangles):
-    """Distance of every point to the nearest triangle, by projection on planes and edges; (n,)."""
-    a, b, c = vertices[triangles].transpose(1, 0, 2)
-    normal = np.cross(b - a, c - a)
-    normal /= np.linalg.norm(normal, axis=1, keepdims=True)
-    offset = points[:, None] - a
-    height = (offset * normal).sum(2)
-    foot, inside, best = points[:, None] - height[..., None] * normal, True, np.inf
-    for start, end in ((a, b), (b, c), (c, a)):
-        edge = end - start
-        inside = inside & ((np.cross(edge, foot - start) * normal).sum(2) >= -1e-12)
-        t = np.clip(((points[:, None] - start) * edge).sum(2) / (edge**2).sum(1), 0, 1)
-        best = np.minimum(best, np.linalg.norm(points[:, None] - start - t[..., None] * edge, axis=2))
-    return np.where(inside, np.abs(height), best).min(axis=1)
-
-
-@pytest.fixture(scope="module")
-def extrude():
-    pytest.importorskip("shapely", reason="meshes of digits need shapely (requirements-data.txt)")
-    from datasets.prepare.shapes.digit import extrude_digit
-
-    return extrude_digit
-
-
-@pytest.fixture(scope="module")
-def scanned(extrude):
-    """Index -> one of scikit-learn's digits in the format of MNIST."""
-    from sklearn.datasets import load_digits
-
-    from datasets.prepare.digits import enlarge_digit
-
-    images = load_digits().images
-    return lambda index: enlarge_digit(images[index])
+def scanned(index):
+    """One of scikit-learn's digits in the format of MNIST."""
+    return enlarge_digit(load_digits().images[index])
 
 
 def pixel_side(image):
@@ -245,46 +201,38 @@ def pixel_side(image):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes_with_parts_and_holes_are_watertight(extrude, name):
+def test_shapes_with_parts_and_holes_are_watertight(trimesh, name):
     image, parts, holes, contacts = SHAPES[name]
-    vertices, triangles = extrude(image)
-    volume, euler = check_watertight(vertices, triangles)
-    assert euler == 2 * parts - 2 * holes
-    assert volume == pytest.approx(6 * ((image > 0).sum() - contacts * 0.2**2) * pixel_side(image) ** 3)
+    vertices, triangles = extrude_digit(image)
+    mesh = closed(trimesh, vertices, triangles)
+    assert mesh.euler_number == 2 * parts - 2 * holes
+    assert mesh.volume == pytest.approx(6 * ((image > 0).sum() - contacts * 0.2**2) * pixel_side(image) ** 3)
     assert len(mesh_to_faces(vertices, triangles)) == len(triangles)
 
 
-def test_real_digits_are_watertight_and_small(extrude, scanned):
+def test_real_digits_are_watertight_and_small(trimesh):
     for index in range(0, 1797, 80):
         image = scanned(index)
-        vertices, triangles = extrude(image)
-        volume, _ = check_watertight(vertices, triangles)
+        vertices, triangles = extrude_digit(image)
+        whole, volume = closed(trimesh, vertices, triangles), 6 * (image > 0).sum() * pixel_side(image) ** 3
         assert len(triangles) <= 500 and np.ptp(vertices, axis=0).max() == pytest.approx(1)
-        assert volume == pytest.approx(6 * (image > 0).sum() * pixel_side(image) ** 3, rel=2e-3)
+        assert whole.volume == pytest.approx(volume, rel=2e-3)
         neighbours = mesh_to_faces(vertices, triangles)[:, 15:]
         assert len(neighbours) == len(triangles) and (neighbours != np.arange(len(triangles))[:, None]).all()  # every edge has one
-    full, shape = len(triangles), check_watertight(vertices, triangles)[1]
-    for limit in (full - 1, full // 2):  # a simplified outline stays watertight and close
-        vertices, triangles = extrude(image, max_faces=limit)
-        volume, euler = check_watertight(vertices, triangles)
-        assert len(triangles) <= limit and euler == shape and volume == pytest.approx(6 * (image > 0).sum() * pixel_side(image) ** 3, rel=0.15)
+    for limit in (len(triangles) - 1, len(triangles) // 2):  # a simplified outline stays watertight and close
+        mesh = closed(trimesh, *extrude_digit(image, max_faces=limit))
+        assert len(mesh.faces) <= limit and mesh.euler_number == whole.euler_number and mesh.volume == pytest.approx(volume, rel=0.15)
     with pytest.raises(ValueError, match=r"needs \d+ faces .* at most 500"):
-        extrude((np.indices((28, 28)).sum(0) % 2 * 255).astype(np.uint8))
+        extrude_digit((np.indices((28, 28)).sum(0) % 2 * 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize("index", [0, 5, 8])
-def test_the_surface_and_the_point_cloud_coincide(extrude, scanned, index):
-    from scipy.spatial import cKDTree
-
-    from datasets.prepare.shapes.digit import digit_to_point_cloud
-
-    image = scanned(index)
-    vertices, triangles = extrude(image)
-    points = digit_to_point_cloud(image)
-    rng = np.random.default_rng(0)
-    distances = distance_to_mesh(points[rng.choice(len(points), 150)], vertices, triangles)
+def test_the_surface_and_the_point_cloud_coincide(trimesh, index):
+    image, rng = scanned(index), np.random.default_rng(0)
+    mesh, points = closed(trimesh, *extrude_digit(image)), digit_to_point_cloud(image)
+    distances = trimesh.proximity.closest_point_naive(mesh, points[rng.choice(len(points), 150)])[1]
     assert distances.max() < 0.15 * pixel_side(image) and np.median(distances) < 1e-9
-    surface = np.einsum("tnc,tcx->tnx", rng.dirichlet([1, 1, 1], size=(len(triangles), 5)), vertices[triangles]).reshape(-1, 3)
+    surface = np.einsum("tnc,tcx->tnx", rng.dirichlet([1, 1, 1], size=(len(mesh.faces), 5)), mesh.triangles).reshape(-1, 3)
     # Points are up to 0.25 pixels apart on the caps and 0.25 x 0.21 on the walls.
     assert cKDTree(points).query(surface)[0].max() < 0.2 * pixel_side(image)
 

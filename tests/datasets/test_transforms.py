@@ -1,10 +1,10 @@
 """datasets/transforms.py: randomness by generator alone, ranges recovered from the output, and identity settings."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from augmentation import generator, only
 from torch.nn import functional as F
 
 from datasets.mesh_faces import augment_faces
@@ -21,21 +21,7 @@ from datasets.transforms import (
 from utils.engine.seed import BatchGenerator, generator_for
 from utils.settings.data_options import AugmentConfig
 
-NONE = dict(
-    image_rotation_degrees=0.0, image_scale=(1.0, 1.0), image_translate=0.0, image_shear_degrees=0.0,
-    image_elastic=0.0, image_brightness=0.0, image_contrast=0.0, image_flip=False, point_rotation_degrees=0.0, point_tilt_degrees=0.0,
-    point_scale=(1.0, 1.0), point_shear=0.0, point_translate=0.0, point_jitter=0.0, point_warp=0.0,
-)
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-
-
-def only(**changes):
-    assert changes.keys() <= NONE.keys()
-    return SimpleNamespace(**{**NONE, **changes})
-
-
-def generator(seed=0):
-    return BatchGenerator(torch.Generator().manual_seed(seed))
 
 
 def noise_images(count=3, side=28, seed=5):
@@ -57,19 +43,9 @@ def to_unit(images):
     return images * STD + MEAN
 
 
-@pytest.mark.parametrize("stored,size,resize", [(28, 24, 32), (30, 31, 36), (64, 24, 32), (8, 224, 256)])
-def test_image_shapes_types_and_finiteness(stored, size, resize):
-    images = noise_images(3, stored)
-    for result in (prepare_images(images, size, resize), augment_images(images, size, resize, AugmentConfig(), generator())):
-        assert result.shape == (3, 3, size, size) and result.dtype == torch.float32 and result.isfinite().all()
-    assert torch.equal(images, noise_images(3, stored))
-    torch.testing.assert_close(prepare_images(images[1:2], size, resize)[0], prepare_images(images, size, resize)[1], rtol=0, atol=1e-6)
-
-
 def test_evaluation_by_hand():
     images, points = noise_images(2, 10), cloud()
-    expected = (images[:, :, 2:8, 2:8] / 255 - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
-    torch.testing.assert_close(prepare_images(images, 6, 10), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(prepare_images(images, 6, 10), (images[:, :, 2:8, 2:8] / 255 - MEAN) / STD, rtol=0, atol=1e-5)
     assert torch.equal(prepare_points(points, 20), points[:, :20]) and torch.equal(prepare_points(points, 50), points)
 
 
@@ -81,7 +57,7 @@ AUGMENTATIONS = {
 
 
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
-def test_the_generator_is_the_only_randomness(kind):
+def test_the_generator_is_the_only_randomness_and_shares_of_a_batch_join_to_the_whole(kind):
     stored, augment = AUGMENTATIONS[kind]
     before = stored.clone()
     torch.manual_seed(0)
@@ -96,11 +72,6 @@ def test_the_generator_is_the_only_randomness(kind):
     assert torch.equal(stored, before)
     rows = augment(stored[:1].expand_as(stored), source).flatten(1)  # every sample gets its own transform
     assert (torch.cdist(rows, rows) + torch.eye(6) * 1e9).min() > 0.1
-
-
-@pytest.mark.parametrize("kind", AUGMENTATIONS)
-def test_shares_of_a_batch_join_to_the_whole_batch(kind):
-    stored, augment = AUGMENTATIONS[kind]
     seeded = lambda: torch.Generator().manual_seed(3)
     parts = [augment(stored[rows], BatchGenerator(seeded(), rows, 6)) for rows in (slice(0, 2), slice(2, 6))]
     torch.testing.assert_close(torch.cat(parts), augment(stored, BatchGenerator(seeded())), rtol=0, atol=1e-6)
@@ -109,27 +80,35 @@ def test_shares_of_a_batch_join_to_the_whole_batch(kind):
 @pytest.mark.parametrize("stored,size,resize", [(28, 28, 28), (28, 24, 28), (28, 24, 32), (30, 32, 32), (16, 56, 64), (10, 16, 40)])
 def test_zero_augmentation_equals_evaluation(stored, size, resize):
     images = noise_images(3, stored)
-    result = augment_images(images, size, resize, only(), generator())
-    assert torch.allclose(result, prepare_images(images, size, resize), atol=2e-4)
+    trained, evaluated = plain_and_evaluated(images, size, resize)
+    assert torch.allclose(trained, evaluated, atol=1e-4) and torch.equal(images, noise_images(3, stored))
+    torch.testing.assert_close(plain_and_evaluated(images[1:2], size, resize)[1][0], evaluated[1], rtol=0, atol=1e-6)
+    for result in (trained, augment_images(images, size, resize, AugmentConfig(), generator())):
+        assert result.shape == (3, 3, size, size) and result.dtype == torch.float32 and result.isfinite().all()
+
+
+def plain_and_evaluated(images, size, resize):
+    """In 0..1: without any augmentation, and as evaluation sees them."""
+    return to_unit(augment_images(images, size, resize, only(), generator())), to_unit(prepare_images(images, size, resize))
 
 
 def test_zero_augmentation_and_evaluation_shrink_alike():
-    trained, evaluated = (to_unit(f(smooth_images(96), 28, 32)) for f in (lambda *a: augment_images(*a, only(), generator()), prepare_images))
+    trained, evaluated = plain_and_evaluated(smooth_images(96), 28, 32)
     assert (trained - evaluated).abs().max() < 0.02
     # Pixel noise averages out at a quarter of its resolution; point sampling would keep most of its contrast.
-    trained, evaluated = (to_unit(f(noise_images(2, 128), 28, 32)) for f in (lambda *a: augment_images(*a, only(), generator()), prepare_images))
+    trained, evaluated = plain_and_evaluated(noise_images(2, 128), 28, 32)
     assert trained.std() < 1.5 * evaluated.std()
 
 
 @pytest.mark.parametrize("size,resize", [(27, 32), (28, 33), (223, 256)])
 def test_zero_augmentation_is_half_a_pixel_off_at_most_for_odd_margins(size, resize):
     images = smooth_images(32)
-    trained, evaluated = augment_images(images, size, resize, only(), generator()), prepare_images(images, size, resize)
-    assert (to_unit(trained) - to_unit(evaluated)).abs().max() < 0.05
+    trained, evaluated = plain_and_evaluated(images, size, resize)
+    assert (trained - evaluated).abs().max() < 0.05
     exact = F.interpolate(images / 255, size=(resize, resize), mode="bilinear")
     start = (resize - size) // 2
     halves = [exact[:, :, start + d:start + d + size, start + d:start + d + size] for d in (0, 1)]
-    assert (to_unit(trained) - (halves[0] + halves[1]) / 2).abs().max() < 0.01
+    assert (trained - (halves[0] + halves[1]) / 2).abs().max() < 0.01
 
 
 def fitted_maps(augment, count=150, side=32):
@@ -177,16 +156,13 @@ def test_image_maps_stay_in_their_ranges_and_are_nothing_else(changes, draws, re
         assert abs(torch.corrcoef(values.T)[0, 1]) < 0.3  # the axes are drawn apart
 
 
-def test_brightness_range_and_clamp():
+def test_brightness_and_contrast_ranges_about_the_mean():
     grey = torch.full((200, 3, 4, 4), 102, dtype=torch.uint8)  # 0.4
     out = to_unit(augment_images(grey, 4, 4, only(image_brightness=0.2, image_contrast=0.9), generator()))
     assert out.flatten(1).std(dim=1).max() < 1e-5  # contrast turns about the mean: no effect on a flat image
     spread(out[:, 0, 0, 0] - 0.4, -0.2, 0.2)
     out = to_unit(augment_images(noise_images(50), 28, 28, only(image_brightness=1.0, image_contrast=1.0), generator()))
     assert out.min() > -1e-5 and out.max() < 1 + 1e-5
-
-
-def test_contrast_range_keeps_the_mean():
     images = (127 + noise_images(200, 6).int() // 16 - 8).to(torch.uint8)
     plain = to_unit(prepare_images(images, 6, 6)).flatten(1)
     out = to_unit(augment_images(images, 6, 6, only(image_contrast=0.4), generator())).flatten(1)
@@ -194,36 +170,24 @@ def test_contrast_range_keeps_the_mean():
     spread(out.std(1) / plain.std(1), 0.6, 1.4)
 
 
-def test_flip_mirrors_about_half_and_only_if_asked():
+def test_flip_mirrors_about_half_and_outside_the_image_the_edge_continues():
     images = noise_images(200, 9)
-    plain = prepare_images(images, 9, 9)
-    out = augment_images(images, 9, 9, only(image_flip=True), generator())
-    kept = ((out - plain).abs().flatten(1).amax(1) < 1e-4)
-    mirrored = ((out - plain.flip(3)).abs().flatten(1).amax(1) < 1e-4)
+    plain, out = prepare_images(images, 9, 9), augment_images(images, 9, 9, only(image_flip=True), generator())
+    kept, mirrored = ((out - expected).abs().flatten(1).amax(1) < 1e-4 for expected in (plain, plain.flip(3)))
     assert (kept ^ mirrored).all() and 70 < mirrored.sum() < 130
-
-
-def test_outside_the_image_the_edge_continues():
     white = torch.full((20, 3, 16, 16), 255, dtype=torch.uint8)
     strong = only(image_rotation_degrees=180.0, image_translate=0.5, image_scale=(0.4, 0.5), image_shear_degrees=30.0)
     assert torch.allclose(to_unit(augment_images(white, 16, 16, strong, generator())), torch.ones(1), atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 20, 50])
-def test_zero_augmentation_is_a_subset_without_replacement(count):
+def test_zero_augmentation_is_a_uniform_subset_without_replacement(count):
     points = cloud(4, 50)
     result = augment_points(points, count, only(), generator())
     chosen = (result[:, :, None] == points[:, None]).all(dim=3)  # (B, count, stored), exact equality
     assert (chosen.sum(dim=2) == 1).all() and (chosen.sum(dim=1) <= 1).all()
-    if count > 1:
-        assert len({tuple(row.nonzero()[:, 0].tolist()) for row in chosen.any(dim=1)}) > 1 or count == 50
-        assert not torch.equal(result[0], points[0, :count])
-
-
-def test_subsets_are_uniform():
-    source = generator()
-    points = torch.arange(20.0)[None, :, None].expand(400, -1, 3)
-    chosen = augment_points(points, 5, only(), source)[:, :, 0].long()
+    assert count == 1 or not torch.equal(result[0], points[0, :count])
+    chosen = augment_points(torch.arange(20.0)[None, :, None].expand(400, -1, 3), 5, only(), generator())[:, :, 0].long()
     counts, first = torch.bincount(chosen.flatten(), minlength=20), torch.bincount(chosen[:, 0], minlength=20)
     assert counts.sum() == 2000 and counts.min() > 60 and counts.max() < 140  # 100 expected, sigma 9
     assert first.min() > 3 and first.max() < 42  # 20 expected, sigma 4.4
@@ -236,54 +200,49 @@ def fitted_clouds(augment, count=200):
     return torch.stack([image - images[0] for image in images[1:]], dim=2), images[0]
 
 
-def test_point_turn_is_about_the_vertical_axis_and_tilt_leans_it_both_ways():
-    matrix, _ = fitted_clouds(only(point_rotation_degrees=30.0))
-    expected = torch.eye(3).repeat(len(matrix), 1, 1)
-    turn = torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0])
-    expected[:, :2, :2] = rotation(turn)
-    torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-5)
-    spread(turn.rad2deg(), -30, 30)
+def placed(rows, columns, values):
+    """Unit matrices (N, 3, 3) with these entries replaced by values (N, ...)."""
+    matrices = torch.eye(3).repeat(len(values), 1, 1)
+    matrices[:, rows, columns] = values
+    return matrices
+
+
+@pytest.mark.parametrize("changes,draws,rebuild,low,high", [  # the turn is about the vertical axis, the shear leans with the height
+    ({"point_rotation_degrees": 30.0}, lambda m, _: torch.atan2(m[:, 1, 0], m[:, 0, 0]).rad2deg(),
+     lambda v: placed([[0, 0], [1, 1]], [[0, 1], [0, 1]], rotation(v.deg2rad())), -30, 30),
+    ({"point_scale": (0.7, 1.4)}, lambda m, _: m.diagonal(dim1=1, dim2=2), torch.diag_embed, 0.7, 1.4),
+    ({"point_shear": 0.3}, lambda m, _: m[:, :2, 2], lambda v: placed([0, 1], [2, 2], v), -0.3, 0.3),
+    ({"point_translate": 0.25}, lambda _, shift: shift, lambda v: placed([0], [0], torch.ones(len(v), 1)), -0.25, 0.25),
+], ids=["rotation", "scale", "shear", "shift"])
+def test_point_maps_stay_in_their_ranges_and_are_nothing_else(changes, draws, rebuild, low, high):
+    matrix, shift = fitted_clouds(only(**changes))
+    values = draws(matrix, shift)
+    spread(values, low, high)
+    torch.testing.assert_close(matrix, rebuild(values), rtol=0, atol=1e-5)
+    assert "point_translate" in changes or shift.abs().max() < 1e-6
+    assert values.ndim == 1 or (torch.corrcoef(values.T) - torch.eye(values.shape[1])).abs().max() < 0.3  # the axes are drawn apart
+    if "point_scale" in changes:  # as often larger by a factor as smaller
+        assert abs(values.log().mean() - math.log(0.7 * 1.4) / 2) < 0.05
+
+
+def test_point_tilt_leans_the_vertical_axis_both_ways_and_all_ranges_together_are_one_affine_map_without_mirroring():
     matrix, _ = fitted_clouds(only(point_tilt_degrees=20.0))
     torch.testing.assert_close(matrix @ matrix.transpose(1, 2), torch.eye(3).expand_as(matrix), rtol=0, atol=1e-5)
     assert 15 < torch.acos(matrix[:, 2, 2].clamp(-1, 1)).rad2deg().max() < 20 * math.sqrt(2) + 0.1
     spread(torch.atan2(matrix[:, 0, 2], matrix[:, 2, 2]).rad2deg(), -20, 20)
     spread(torch.asin(-matrix[:, 1, 2]).rad2deg(), -20, 20)
-
-
-def test_point_scale_and_shear_ranges():
-    matrix, _ = fitted_clouds(only(point_scale=(0.7, 1.4)))
-    factors = matrix.diagonal(dim1=1, dim2=2)
-    assert torch.allclose(matrix, torch.diag_embed(factors), atol=1e-6)
-    spread(factors, 0.7, 1.4)
-    assert (torch.corrcoef(factors.T) - torch.eye(3)).abs().max() < 0.3
-    assert abs(factors.log().mean() - math.log(0.7 * 1.4) / 2) < 0.05  # as often larger by a factor as smaller
-    matrix, _ = fitted_clouds(only(point_shear=0.3))
-    expected = torch.eye(3).repeat(len(matrix), 1, 1)
-    expected[:, :2, 2] = matrix[:, :2, 2]  # leans with the height
-    assert torch.allclose(matrix, expected, atol=1e-6)
-    spread(matrix[:, :2, 2], -0.3, 0.3)
-
-
-def test_point_shift_range():
-    matrix, shift = fitted_clouds(only(point_translate=0.25))
-    assert torch.allclose(matrix, torch.eye(3).expand_as(matrix), atol=1e-6)
-    spread(shift, -0.25, 0.25)
+    augment = only(point_rotation_degrees=180.0, point_tilt_degrees=15.0, point_scale=(0.8, 1.25), point_shear=0.2, point_translate=0.1)
+    matrix, shift = fitted_clouds(augment)
+    assert (torch.linalg.det(matrix) > 0.8**3 - 1e-3).all() and (torch.linalg.det(matrix) < 1.25**3 + 1e-3).all()
+    probe = torch.tensor([0.3, -2.0, 1.5])
+    moved = augment_points(probe.expand(200, 1, 3), 1, augment, generator(3))[:, 0]
+    assert torch.allclose(moved, matrix @ probe + shift, atol=1e-4)
 
 
 def test_point_jitter_is_independent_noise_of_the_given_deviation():
     noise = augment_points(torch.zeros(20, 500, 3), 500, only(point_jitter=0.02), generator())
     assert noise.std().item() == pytest.approx(0.02, rel=0.03) and abs(noise.mean()) < 1e-3
     assert noise[0].std(dim=0).min() > 0.015 and (torch.corrcoef(noise.flatten(0, 1).T) - torch.eye(3)).abs().max() < 0.05
-
-
-def test_all_ranges_together_are_one_affine_map_per_cloud_without_mirroring():
-    augment = only(point_rotation_degrees=180.0, point_tilt_degrees=15.0, point_scale=(0.8, 1.25), point_shear=0.2,
-                   point_translate=0.1)
-    matrix, shift = fitted_clouds(augment)
-    assert (torch.linalg.det(matrix) > 0.8**3 - 1e-3).all() and (torch.linalg.det(matrix) < 1.25**3 + 1e-3).all()
-    probe = torch.tensor([0.3, -2.0, 1.5])
-    moved = augment_points(probe.expand(200, 1, 3), 1, augment, generator(3))[:, 0]
-    assert torch.allclose(moved, matrix @ probe + shift, atol=1e-4)
 
 
 def test_elastic_fields_pass_through_normal_knots_of_the_given_deviation():

@@ -19,8 +19,8 @@ import train_step1
 import train_step2
 from utils.engine import epoch as epochs
 from utils.engine import session as trainer
+from utils.engine.checkpoint import load_checkpoint
 from utils.errors import UserError
-from utils.evaluation.tables import format_table
 
 
 def test_files_of_both_stages(finished, small_digits):
@@ -35,6 +35,8 @@ def test_files_of_both_stages(finished, small_digits):
         run = only_run(finished, step)
         assert {"config.yaml", "env.json", "log.txt", "metrics.jsonl", "last.pt", "metrics.json"} <= set(os.listdir(run))
         assert [line["epoch"] for line in log_lines(run)] == [1, 2, 3, 4][: 5 - step]
+        assert "MiB of samples on cpu; k-means of scikit-learn; TF32 in products: " in (run / "log.txt").read_text()
+        assert load_checkpoint(run / "last.pt")["rows"] == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first, second, *_ = log_lines(only_run(finished, 1))
     assert "loss/ssm" not in first and {"loss/ssm", "loss/mlm", "agreement"} <= second.keys()
 
@@ -50,13 +52,6 @@ def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small
         assert scores["map/GP"] == pytest.approx(log_lines(Path(run))[-1]["map/GP"], abs=1e-12)
     evaluate.main(["--checkpoint", f"{runs[1]}/last.pt", "--device", "cpu"])
     assert "step 2, RDL" in capsys.readouterr().out
-
-
-def test_figures(finished, small_digits, tmp_path):
-    train_step2.main(settings(small_digits, tmp_path, 2, f"rdl.pseudo_labels={labels_of(finished)}",
-                              "run.figures=true", "optim.epochs=1"))
-    figures = {path.name for path in (only_run(tmp_path, 2) / "figures").iterdir()}
-    assert figures == {"curves.png", "tsne.png", "retrieval_GP.png", "retrieval_PG.png"}
 
 
 def test_same_seed_same_result_other_seed_another(finished, small_digits, tmp_path):
@@ -110,49 +105,29 @@ def test_sigkill_and_resume_equals_uninterrupted(finished, small_digits, tmp_pat
     assert_same_result(finished, tmp_path, 1)
 
 
-def test_resuming_a_finished_run_changes_nothing(finished, small_digits):
-    run = only_run(finished, 1)
-    before = (run / "last.pt").read_bytes()
-    train_step1.main(["--resume", str(run)])
-    assert (run / "last.pt").read_bytes() == before
-
-
-def test_errors_of_a_stage_name_the_mend(finished, small_digits, tmp_path):
-    with pytest.raises(UserError, match="train_step1.py"):
-        train_step2.main(settings(small_digits, tmp_path, 2))
-    with pytest.raises(ValueError, match="50.*40"):
-        train_step1.main(settings(small_digits, tmp_path, 1, "pla.num_clusters=50"))
-    with pytest.raises(ValueError, match="num_clusters"):
-        train_step1.main(settings(small_digits, tmp_path, 1, "pla.num_cluster=5"))
-    with pytest.raises(UserError, match="no checkpoint"):
-        evaluate.main(["--run", str(_empty_run(tmp_path))])
-
-
-def _empty_run(folder: Path) -> Path:
-    run = folder / "empty"
-    run.mkdir()
-    (run / "config.yaml").write_text("{}\n")
-    return run
-
-
-def test_bare_command_without_gpu_names_the_cpu_configuration(monkeypatch):
+def test_errors_of_a_stage_name_the_mend(small_digits, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("{}\n")
+    nan = lambda index: {"loss/mlm": torch.tensor(float("nan"))}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="configs/mnist3d_cpu/step1.yaml"):
-        train_step1.main([])
-    for step in (1, 2):
-        assert (REPOSITORY / f"configs/mnist3d_cpu/step{step}.yaml").is_file()
+    for call, words in (
+        (lambda: train_step2.main(settings(small_digits, tmp_path, 2)), "train_step1.py"),
+        (lambda: train_step1.main(settings(small_digits, tmp_path, 1, "pla.num_clusters=50")), "50.*40"),
+        (lambda: train_step1.main(settings(small_digits, tmp_path, 1, "pla.num_cluster=5")), "num_clusters"),
+        (lambda: evaluate.main(["--run", str(tmp_path)]), "no checkpoint"),
+        (lambda: train_step1.main([]), "configs/mnist3d_cpu/step1.yaml"),  # a bare command without a GPU
+        (lambda: epochs.run_batches([torch.arange(2)] * 3, nan, title="step1 epoch 4", log_interval=2), "step1 epoch 4, step 2"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+    assert all((REPOSITORY / f"configs/mnist3d_cpu/step{step}.yaml").is_file() for step in (1, 2))
 
 
-def test_command_line_prints_one_line_instead_of_a_traceback(tmp_path):
-    result = subprocess.run([sys.executable, "train_step1.py", "--config", str(tmp_path / "no.yaml")], cwd=REPOSITORY,
-                            capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and "error:" in result.stderr and "Traceback" not in result.stderr
-
-
-def test_non_finite_loss_stops_with_epoch_and_step():
-    with pytest.raises(UserError, match="step1 epoch 4, step 2"):
-        epochs.run_batches([torch.arange(2)] * 3, lambda index: {"loss/mlm": torch.tensor(float("nan"))},
-                            title="step1 epoch 4", log_interval=2)
+@pytest.mark.parametrize("command", [
+    "train_step1.py --config no.yaml", "-m datasets.prepare_mnist3d --mnist nowhere --root no", "-m datasets.prepare_digits --points -1 --root no",
+])
+def test_command_lines_print_one_line_instead_of_a_traceback(command):
+    result = subprocess.run([sys.executable, *command.split()], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.startswith("error:") and "Traceback" not in result.stderr
 
 
 def test_step_2_refuses_pseudo_label_files_of_two_runs(finished, small_digits, tmp_path):
@@ -186,15 +161,3 @@ def write_other_pseudo_labels(path: Path) -> None:
     meta.write_text(json.dumps({**facts, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
 
 
-@pytest.mark.parametrize("module", ["datasets.prepare_mnist3d --mnist nowhere", "datasets.prepare_digits --points -1"])
-def test_preparation_prints_one_line_instead_of_a_traceback(tmp_path, module):
-    command = [sys.executable, "-m", *module.split(), "--root", str(tmp_path / "data")]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and result.stderr.startswith("error:") and "Traceback" not in result.stderr
-
-
-def test_table_shows_the_tasks_of_all_runs():
-    rows = [("one", {"map/RP": 0.5, "map/avg": 0.5, "map/chance": 0.1}), ("two", {"map/GP": 0.25, "map/avg": 0.25, "map/chance": 0.1})]
-    head, chance, one, two = (line.split()[-3:] for line in format_table(rows).splitlines())
-    assert head == ["RP", "GP", "avg"] and chance == ["10.0"] * 3
-    assert one == ["50.0", "-", "50.0"] and two == ["-", "25.0", "25.0"]

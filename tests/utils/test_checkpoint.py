@@ -17,19 +17,17 @@ from utils.engine.seed import derive_seed, generator_for, seed_everything
 from utils.errors import UserError
 
 
-def small_state():
+def test_round_trip_over_what_a_killed_process_left(tmp_path):
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "rows": [{"loss": 0.5}]}
-
-
-def test_round_trip(tmp_path):
-    state = small_state()
-    save_checkpoint(tmp_path / "new" / "last.pt", state)
-    torch.testing.assert_close(load_checkpoint(tmp_path / "new" / "last.pt"), state, rtol=0, atol=0)
-    assert os.listdir(tmp_path / "new") == ["last.pt"]
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "rows": [{"loss": 0.5}]}
+    for _ in range(2):
+        save_checkpoint(tmp_path / "new" / "last.pt", state)
+        torch.testing.assert_close(load_checkpoint(tmp_path / "new" / "last.pt"), state, rtol=0, atol=0)
+        assert os.listdir(tmp_path / "new") == ["last.pt"]
+        (tmp_path / "new/.last.pt.tmp").write_bytes(b"half a checkpoint" * 1000)
 
 
 def test_missing_truncated_damaged_foreign(tmp_path):
@@ -86,14 +84,11 @@ LIMITED_WRITER = """
 import resource, sys, torch
 from utils.engine.checkpoint import atomic_write_text, save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    save_checkpoint(sys.argv[1], {"w": torch.zeros(1_000_000)})
-except OSError as error:
-    print(type(error).__name__, error)
-try:
-    atomic_write_text(sys.argv[2], "x" * 200_000)
-except OSError as error:
-    print(type(error).__name__, error)
+for write, path, content in ((save_checkpoint, sys.argv[1], {"w": torch.zeros(1_000_000)}), (atomic_write_text, sys.argv[2], "x" * 200_000)):
+    try:
+        write(path, content)
+    except OSError as error:
+        print(type(error).__name__, error)
 """
 
 
@@ -109,12 +104,6 @@ def test_write_that_fails_half_way(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "list.txt"]
 
 
-def test_temporary_file_of_a_killed_process_is_ignored(tmp_path):
-    (tmp_path / ".last.pt.tmp").write_bytes(b"half a checkpoint" * 1000)
-    save_checkpoint(tmp_path / "last.pt", {"epoch": 2})
-    assert load_checkpoint(tmp_path / "last.pt") == {"epoch": 2} and os.listdir(tmp_path) == ["last.pt"]
-
-
 def test_text_and_json(tmp_path):
     atomic_write_text(tmp_path / "a.txt", "größe\n")
     assert (tmp_path / "a.txt").read_bytes() == "größe\n".encode()
@@ -125,15 +114,12 @@ def test_text_and_json(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, None]}
 
 
-def draw():
-    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(1)), float(torch.randn(1))]
-
-
 def test_seed_everything():
-    seed_everything(7)
-    expected = draw()
-    seed_everything(7)
-    assert draw() == expected
+    draws = []
+    for _ in range(2):
+        seed_everything(7)
+        draws.append([random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(1)), float(torch.randn(1))])
+    assert draws[0] == draws[1]
 
 
 def test_generator_for_is_stable_and_separates_keys():

@@ -60,14 +60,11 @@ def test_given_a_number_it_is_the_joint_k_means():
     found = cluster_objects(rows, 4, True, seed=0)
     assert found.ids is None and found.record == {"num_clusters": 4, "method": "k-means"}
     assert clustering_accuracy((rows["A"] @ found.centroids["A"].T).argmax(1), labels) > 0.99
-
-
-def test_too_few_rows():
     with pytest.raises(ValueError, match="more than 15 rows, found 15"):
         find_communities(planted((15,), 0.1)[0], seed=0)
 
 
-def test_agreement_of_views_is_cohens_kappa():
+def test_agreement_of_views_is_cohens_kappa_and_a_collapsed_modality_not_reliable():
     first = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
     second = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.1, 0.9], [0.8, 0.2]])
     assert view_agreement([first, second]) == pytest.approx((0.75 - 0.5) / (1 - 0.5))
@@ -75,21 +72,14 @@ def test_agreement_of_views_is_cohens_kappa():
     two[:150] = one[:150]
     assert view_agreement([one, two]) == pytest.approx(cohen_kappa_score(one.argmax(1), two.argmax(1)))
     assert view_agreement([one, one]) == 1
-
-
-def test_a_collapsed_modality_is_not_reliable():
     collapsed = torch.tensor([[0.9, 0.1]] * 5)
     assert view_agreement([collapsed, collapsed]) == 0
     assert view_agreement([collapsed, collapsed.flip(1)]) == 0  # worse than chance is no reliability either
 
 
-def test_trust_follows_the_odds():
+def test_trust_follows_the_odds_and_fused_beliefs_are_the_weighted_mean():
     assert trust({"a": 0.9, "b": 0.5}) == pytest.approx({"a": 0.9, "b": 0.1})
-    assert trust({"a": 1.0, "b": 1.0}) == {"a": 0.5, "b": 0.5}
-    assert trust({"a": 0.0, "b": 0.0}) == {"a": 0.0, "b": 0.0}
-
-
-def test_fused_beliefs_are_the_weighted_mean():
+    assert trust({"a": 1.0, "b": 1.0}) == {"a": 0.5, "b": 0.5} and trust({"a": 0.0, "b": 0.0}) == {"a": 0.0, "b": 0.0}
     posteriors = {"a": torch.tensor([[0.8, 0.2]]), "b": torch.tensor([[0.1, 0.9]])}
     torch.testing.assert_close(fuse(posteriors, {"a": 3.0, "b": 1.0}), torch.tensor([[0.625, 0.375]]))
 

@@ -14,6 +14,8 @@ from utils.engine import run_log
 from utils.engine.run_log import RunLog, check_same_config, plain_row
 from utils.engine.session import run_command
 from utils.errors import UserError
+from utils.settings.config import load_config, to_dict
+from utils.settings.options import Step1Config
 
 CONFIG = {"optim": {"epochs": 2, "learning_rate": 1e-4}, "run": {"seed": 3, "output": "runs"}, "data": {"lists": {}}}
 
@@ -33,14 +35,11 @@ def test_create_and_open(tmp_path):
     assert {"git_sha", "git_dirty", "python", "cuda", "gpu", "cpu", "threads", "command"} <= set(environment)
 
 
-def test_runs_of_the_same_second_get_their_own_folders(tmp_path):
+def test_runs_of_the_same_second_get_their_own_folders_with_or_without_git(tmp_path, monkeypatch):
     assert len({new_run(tmp_path).folder for _ in range(5)}) == 5
     (tmp_path / "runs" / "digits" / "step2").symlink_to(tmp_path / "gone")
     with pytest.raises(FileExistsError):
         RunLog.create(tmp_path / "runs", "digits", "step2", CONFIG, seed=3)
-
-
-def test_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     environment = run_log.environment(0)
     assert environment["git_sha"] is None and environment["git_dirty"] is None
@@ -68,22 +67,15 @@ def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
             evaluate.main(["--device", "cpu", option])
 
 
-def test_memory_that_is_not_there_is_one_message(capsys):
+def test_log_and_epochs_round_trip(tmp_path, capsys):
     assert run_command(lambda: torch.empty(10**15)) == 2
     assert "error: out of memory" in capsys.readouterr().err
-
-
-def test_log_prints_and_appends(tmp_path, capsys):
     run = new_run(tmp_path)
     run.log("first")
     RunLog.open(run.folder).log("größer")
     assert capsys.readouterr().out == "first\ngrößer\n"
     lines = (run.folder / "log.txt").read_text(encoding="utf-8").splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == ["first", "größer"]
-
-
-def test_epochs_round_trip(tmp_path):
-    run = new_run(tmp_path)
     assert not run.has_record
     row = plain_row({"epoch": 1, "stage": "pla", "loss": torch.tensor(0.5), "map/RP": np.float64(0.25), "acc": None})
     run.write_epochs([row, {"epoch": 2}])
@@ -94,19 +86,13 @@ def test_epochs_round_trip(tmp_path):
             plain_row({"epoch": 2, "loss": value})
 
 
-@pytest.mark.parametrize("torn", ['{"epoch": 3, "lo', '{"epoch": 3', "\x00\x00"])
-def test_torn_last_line(tmp_path, torn):
+def test_a_torn_last_line_is_passed_over_and_damage_elsewhere_an_error(tmp_path):
     run = new_run(tmp_path)
-    run.write_epochs([{"epoch": 1}, {"epoch": 2}])
-    with open(run.folder / "metrics.jsonl", "a") as stream:
-        stream.write(torn)
-    assert [entry["epoch"] for entry in run.read_epochs()] == [1, 2]
-
-
-def test_damage_elsewhere_is_an_error(tmp_path):
-    run = new_run(tmp_path)
+    for torn in ('{"epoch": 3, "lo', '{"epoch": 3', "\x00\x00"):
+        (run.folder / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n' + torn)
+        assert [entry["epoch"] for entry in run.read_epochs()] == [1, 2]
     (run.folder / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo\n{"epoch": 3}\n')
-    with pytest.raises(ValueError, match="metrics.jsonl, row 2: not a JSON object"):
+    with pytest.raises(UserError, match="metrics.jsonl, row 2: not a JSON object"):
         run.read_epochs()
 
 
@@ -121,3 +107,13 @@ def test_same_config():
     message = str(caught.value)
     assert "optim.epochs: 2 in the run, 5 now" in message and "run.seed: 3 in the run, '(absent)' now" in message
     assert "data.lists.RGBImg: '(absent)' in the run, 'x' now" in message and "learning_rate" not in message
+
+
+def test_a_setting_that_did_not_exist_when_the_run_was_started_counts_as_its_default(tmp_path):
+    now = to_dict(load_config(Step1Config, "configs/smoke/step1.yaml"))
+    then = {key: value for key, value in now.items() if key != "mlm"}
+    then["pla"] = {key: value for key, value in now["pla"].items() if key != "fuse"}
+    saved = to_dict(RunLog.create(tmp_path, "digits", "step1", then, seed=0).settings(Step1Config))
+    assert check_same_config(saved, now) == []
+    with pytest.raises(UserError, match="mlm.self_term: False in the run, True now"):
+        check_same_config(saved, {**saved, "mlm": {"self_term": True}})

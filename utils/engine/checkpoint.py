@@ -30,12 +30,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _os_error(error: BaseException) -> OSError | None:
-    """Return the failed system call, which torch's zip writer hides behind a RuntimeError of its own; else None."""
-    inner = error.__context__ if isinstance(error, RuntimeError) else error
-    return inner if isinstance(inner, OSError) else None
-
-
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a binary file that replaces `path` when it is complete, creating its folder if needed.
 
@@ -58,8 +52,8 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
         _sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        cause = _os_error(error)
-        if cause is None:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch's zip writer hides the failed system call
+        if not isinstance(cause, OSError):
             raise
         free = shutil.disk_usage(path.parent).free / 2**20
         state = "the previous file is intact" if existed else "no file was left behind"

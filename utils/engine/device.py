@@ -12,13 +12,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """Turn a setting into a device that exists.
+    """Turn "auto" (CUDA if there is one, else CPU), "cpu", "cuda" (the first) or "cuda:N" into a device; else raise a UserError.
 
-    Args:
-        name: "auto" (CUDA if there is one, else CPU), "cpu", "cuda" (the first) or "cuda:N". Under torchrun, "auto" and "cuda"
-            give each process of a machine its own device.
-    Raises:
-        UserError: if the name is none of these, or asks for a CUDA device that torch does not see.
+    Under torchrun, "auto" and "cuda" give each process of a machine its own device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

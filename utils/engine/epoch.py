@@ -15,20 +15,15 @@ from utils.errors import UserError
 def run_batches(
     batches: Iterable[Any], step: Callable[[Any], Mapping[str, Tensor]], *, title: str, log_interval: int
 ) -> dict[str, float]:
-    """Run one optimisation step per batch and average what the steps return.
+    """Run one optimisation step per batch and return the mean of every detached scalar that the steps return.
 
     Sums stay on the device; they are read back once per `log_interval` steps, for the progress bar and the check that
     every component is finite.
 
     Args:
-        batches: what `step` takes.
-        step: trains on one batch, returns detached scalars.
         title: for the progress bar and errors, e.g. "step1 epoch 3".
-        log_interval: steps between two read-backs.
-    Returns:
-        Mean of every scalar over the steps.
     Raises:
-        UserError: if there is no batch. UserError: if a component is not finite.
+        UserError: if there is no batch, or a component is not finite.
     """
     totals: dict[str, Tensor] = {}
     count = 0

@@ -11,13 +11,7 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:
-    """Yield the items, and show on standard error how many are done.
-
-    Args:
-        items: what to work on; an item counts as done when the next one is asked for.
-        total: number of items.
-        title: what they are, e.g. "objects".
-    """
+    """Yield `total` items, and show on standard error how many are done: those after which the next one was asked for."""
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=title)
         return

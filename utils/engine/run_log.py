@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -21,7 +21,9 @@ from tqdm import tqdm
 from utils.engine import distributed
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import UserError
+from utils.settings.config import load_config
 
+T = TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Where things lie and how fast they go; what training reads is guarded by the hashes in the checkpoint
 RESULT_NEUTRAL = (
@@ -114,13 +116,7 @@ class RunLog:
 
     @classmethod
     def create(cls, output: str | Path, dataset: str, stage: str, config: dict, seed: int) -> "RunLog":
-        """Make a new, unique run folder and write env.json and config.yaml.
-
-        Args:
-            output: folder of all runs; dataset and stage are the two levels below it.
-            config: resolved configuration (utils.settings.config.to_dict).
-            seed: the run's seed, part of the run id.
-        """
+        """Make a new, unique folder output/dataset/stage/<run-id> with env.json and config.yaml; the seed is part of the id."""
         parent = Path(output) / dataset / stage
         parent.mkdir(parents=True, exist_ok=True)
         stamp = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-seed{seed}"
@@ -152,6 +148,11 @@ class RunLog:
         if not isinstance(tree, dict) or not all(isinstance(tree.get(section), dict) for section in ("data", "optim", "run")):
             raise UserError(f"{path} is damaged: expected all settings that the run was started with, found {tree!r:.80}")
         return tree
+
+    def settings(self, cls: type[T]) -> T:
+        """Return them as `cls` of `utils.settings.options`; those that did not exist when the run was started have their defaults."""
+        self.config()
+        return load_config(cls, str(self.folder / "config.yaml"))
 
     def log(self, text: str) -> None:
         """Print a line without tearing progress bars, and append it to log.txt with the UTC time."""

@@ -87,7 +87,7 @@ def open_session(
     """
     distributed.start()
     run = RunLog.open(arguments.resume) if arguments.resume else None
-    saved = run.config() if run else {}
+    saved = to_dict(run.settings(config_class)) if run else {}
     path = str(run.folder / "config.yaml") if run and not arguments.config else arguments.config or default_config
     config = load_config(config_class, path, arguments.overrides)
     device = select_device(config.run.device)
@@ -163,13 +163,9 @@ def fit(session: Session, learner: StageLearner, evaluate: Callable[[], Mapping[
             state = {"stage": session.stage, "epoch": epoch, "learner": learner.state_dict(), "rows": rows}
             save_checkpoint(run.folder / LAST, state)
         run.write_epochs(rows)
-        run.log(_summary(row, config.optim.epochs))
+        shown = [key for key in row if key.startswith("loss/") or key in ("agreement", "cross_nmi", "map/avg")]
+        run.log(f"epoch {epoch}/{config.optim.epochs}: " + ", ".join(f"{key} {row[key]:.4f}" for key in shown))
     return rows
-
-
-def _summary(row: Mapping[str, Any], epochs: int) -> str:
-    shown = {key: value for key, value in row.items() if key.startswith("loss/") or key in ("agreement", "cross_nmi", "map/avg")}
-    return f"epoch {row['epoch']}/{epochs}: " + ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
 
 
 def run_command(main: Callable[[], None]) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -73,18 +73,14 @@ def _scikit_learn(x: Tensor, num_clusters: int, *, seed: int, num_init: int, max
     return torch.from_numpy(model.cluster_centers_)
 
 
-def joint_then_per_modality(
-    banks: Sequence[Tensor], num_clusters: int, seed: int, *, num_init: int = 10, spherical: bool = True
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Cluster all modalities together, then each one from the joint centres (RoMo, Sec. III-C).
+def joint_then_per_modality(banks: Sequence[Tensor], num_clusters: int, seed: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Cluster the unit rows (N, D) of all modalities together, then each one from the joint centres (RoMo, Sec. III-C).
 
-    Args:
-        banks: M tensors (N, D) of embeddings, one per modality; the rest as `kmeans`.
     Returns:
         Joint centroids (K, D); M per-modality centroids (K, D) and M assignments (N,) whose ids mean the same cluster.
     """
-    joint, _ = kmeans(torch.cat(list(banks)), num_clusters, seed=seed, num_init=num_init, spherical=spherical)
-    results = [kmeans(bank, num_clusters, init=joint, spherical=spherical) for bank in banks]
+    joint, _ = kmeans(torch.cat(list(banks)), num_clusters, seed=seed, spherical=True)
+    results = [kmeans(bank, num_clusters, init=joint, spherical=True) for bank in banks]
     for position, (_, assignments) in enumerate(results):
         empty = num_clusters - len(assignments.unique())
         if empty:
@@ -122,8 +118,3 @@ def purity(assignments: Array, labels: Array) -> float:
 def nmi(assignments: Array, labels: Array) -> float:
     """Normalised mutual information in [0, 1] (arithmetic mean of the entropies)."""
     return float(normalized_mutual_info_score(*_label_pairs(assignments, labels)))
-
-
-def ari(assignments: Array, labels: Array) -> float:
-    """Adjusted Rand index: 1 for equal partitions, about 0 for independent ones."""
-    return float(adjusted_rand_score(*_label_pairs(assignments, labels)))

@@ -24,7 +24,10 @@ def join_authors_lists(folder: str | Path, root: str | Path) -> list[str]:
         UserError: on missing lists or files, different ids or labels among the modalities, or a `root` that holds the lists to
             be read or other data.
     """
-    source, root = _list_folder(Path(folder)), Path(root)
+    lists = [default_list_path(place, DATASET, "PointCloud", "train") for place in (Path(folder), Path(folder) / "dataset")]
+    source, root = next((path.parent for path in lists if path.is_file()), None), Path(root)
+    if source is None:
+        raise UserError(f"{folder}: expected the authors' lists, e.g. {lists[0].name}")
     if root.resolve() == source.resolve():
         raise UserError(f"--root {root} holds the authors' own lists, which would be overwritten; choose another --root")
     settings = {"format": 1, "dataset": DATASET, "generator": "datasets.prepare.readers.authors"}
@@ -45,14 +48,6 @@ def join_authors_lists(folder: str | Path, root: str | Path) -> list[str]:
     counts = {split: len(next(iter(rows.values())).splitlines()) for split, rows in joined.items()}
     atomic_write_json(root / MANIFEST, {**settings, "counts": counts, "pairing": report})
     return report
-
-
-def _list_folder(folder: Path) -> Path:
-    for candidate in (folder, folder / "dataset"):
-        if default_list_path(candidate, DATASET, "PointCloud", "train").is_file():
-            return candidate
-    name = default_list_path(folder, DATASET, "PointCloud", "train").name
-    raise UserError(f"{folder}: expected the authors' lists, e.g. {name}")
 
 
 def _read(source: Path, name: str, split: str) -> tuple[SampleList, np.ndarray]:

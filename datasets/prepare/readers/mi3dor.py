@@ -29,13 +29,11 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Item:
-    """A photograph or a model.
+    """A photograph or a model; paths are below the folder of the release.
 
     Attributes:
-        name: path below the folder of the release, unique: of the photograph, of the model's OBJ file or, in the track
-            release, of the folder of the model's views.
-        split: "train" or "test"; label: 0-based.
-        file: path of the photograph or OBJ file below the folder of the release; None for a model without any.
+        name: unique path of the photograph, of the model's OBJ file or, in the track release, of the folder of its views.
+        file: path of the photograph or OBJ file; None for a model without any.
     """
 
     name: str

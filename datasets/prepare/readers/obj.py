@@ -14,10 +14,8 @@ from datasets.prepare.shapes.mesh import MeshError
 
 
 def read_obj(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Parse the vertices and faces of an OBJ file; everything else is passed over, polygons become fans of triangles.
+    """Return the vertices (V, 3) float64 and faces (T, 3) int64 of an OBJ file; polygons become fans, everything else is passed over.
 
-    Returns:
-        vertices (V, 3) float64 and triangles (T, 3) int64 into them.
     Raises:
         MeshError: when it is no OBJ file, has no faces, or names a vertex that does not exist.
     """

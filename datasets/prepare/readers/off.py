@@ -22,9 +22,13 @@ def read_off(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         MeshError: when it is no OFF file, has no faces, is cut short, or names a vertex that does not exist.
     """
-    lines = _content_lines(data)
-    num_vertices, num_faces = _counts(lines)
-    body = lines[1:]
+    counts, *body = _content_lines(data)
+    fields = counts.split()
+    if not (2 <= len(fields) <= 3 and all(re.fullmatch(r"[0-9]{1,15}", field) for field in fields)):
+        raise MeshError(f"expected the counts of vertices, faces and edges, found {counts[:40]!r}")
+    num_vertices, num_faces = int(fields[0]), int(fields[1])
+    if num_vertices < 3 or num_faces < 1:
+        raise MeshError(f"an empty mesh: {num_vertices} vertices, {num_faces} faces")
     if len(body) < num_vertices + num_faces:
         raise MeshError(f"the header promises {num_vertices} vertices and {num_faces} faces, only {len(body)} lines follow")
     try:
@@ -51,18 +55,8 @@ def _content_lines(data: bytes) -> list[str]:
     for magic in ("COFF", "OFF"):
         if lines and lines[0].upper().startswith(magic):
             rest = lines[0][len(magic) :].strip()
-            return [rest, *lines[1:]] if rest else lines[1:]
+            return [rest, *lines[1:]] if rest else lines[1:] or ["nothing"]
     raise MeshError(f"expected an OFF file, found {(lines[0][:20] if lines else 'nothing')!r}")
-
-
-def _counts(lines: list[str]) -> tuple[int, int]:
-    fields = lines[0].split() if lines else []
-    if not (2 <= len(fields) <= 3 and all(re.fullmatch(r"[0-9]{1,15}", field) for field in fields)):
-        raise MeshError(f"expected the counts of vertices, faces and edges, found {(lines[0][:40] if lines else 'nothing')!r}")
-    num_vertices, num_faces = int(fields[0]), int(fields[1])
-    if num_vertices < 3 or num_faces < 1:
-        raise MeshError(f"an empty mesh: {num_vertices} vertices, {num_faces} faces")
-    return num_vertices, num_faces
 
 
 def _vertices(lines: list[str]) -> np.ndarray:

@@ -30,15 +30,10 @@ def _face_table() -> tuple[np.ndarray, np.ndarray]:
 _OFFSETS, _FACE_NUMBERS = _face_table()
 
 
-def _check_digit(image: np.ndarray) -> None:
-    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
-    if shape != (DIGIT_SIZE, DIGIT_SIZE) or dtype != np.uint8:
-        raise UserError(f"a digit must be a (28, 28) uint8 array, found shape {shape} and dtype {dtype} ({type(image).__name__})")
-
-
 def gray_image(image: np.ndarray) -> np.ndarray:
     """Put a digit, (28, 28) uint8, in the middle of a (30, 30) black frame; bytes are kept. A UserError names another shape or dtype."""
-    _check_digit(image)
+    if image.shape != (DIGIT_SIZE, DIGIT_SIZE) or image.dtype != np.uint8:
+        raise UserError(f"a digit must be a (28, 28) uint8 array, found shape {image.shape} and dtype {image.dtype}")
     return np.pad(image, (FRAME_SIZE - DIGIT_SIZE) // 2)
 
 

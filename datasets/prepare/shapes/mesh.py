@@ -43,12 +43,8 @@ def normalise(points: np.ndarray) -> np.ndarray:
 
 
 def clean_mesh(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weld coinciding vertices, drop triangles without area and repeated triangles, drop unused vertices.
+    """Weld coinciding vertices (V, 3), drop triangles (T, 3) without area or repeated, and unused vertices; order and winding stay.
 
-    Args:
-        vertices: (V, 3) float; triangles: (T, 3) int.
-    Returns:
-        Both, float64 and int64; triangles keep their order and winding.
     Raises:
         MeshError: when no triangle is left.
     """
@@ -78,18 +74,11 @@ def triangle_areas(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
 
 
 def sample_surface(vertices: np.ndarray, triangles: np.ndarray, count: int, seed: Seed) -> np.ndarray:
-    """Draw points uniformly from the surface: a triangle by its area, then a place in it.
+    """Draw (count, 3) points uniformly from the surface of triangles (T, 3) over vertices (V, 3): one by its area, then a place in it.
 
-    Args:
-        vertices: (V, 3) float; triangles: (T, 3) int.
-        count: number of points, >= 1; seed: of the draw.
-    Returns:
-        (count, 3) float64 in random order.
     Raises:
         MeshError: when no triangle has an area.
     """
-    if count < 1:
-        raise UserError(f"count must be at least 1, found {count}")
     rng = np.random.default_rng(seed)
     cumulative = np.cumsum(triangle_areas(vertices, triangles))
     if not len(cumulative) or not cumulative[-1] > 0:
@@ -103,10 +92,8 @@ def sample_surface(vertices: np.ndarray, triangles: np.ndarray, count: int, seed
 
 
 def farthest_points(points: np.ndarray, count: int, seed: Seed) -> np.ndarray:
-    """Pick `count` well-spread points of (n, 3): the first at random, then always the one farthest from those picked.
+    """Pick (count, 3) well-spread points of (n, 3): the first at random, then always the one farthest from those picked.
 
-    Returns:
-        (count, 3) in the order picked.
     Raises:
         UserError: when count is outside 1..n.
     """

