@@ -1,0 +1,242 @@
+"""Old / new: the hot paths of two checkouts, timed in turns: `python -m benchmarks.against OLD [--threads 1 2] [--repeats 7]`.
+
+OLD is the folder of another checkout, e.g. made by `git worktree add OLD COMMIT`. One process per checkout does the work when it
+is told to, so that both meet the same noise. What both return is compared before any time is taken. Floors are those of this
+checkout, see `benchmarks.floors`.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent.parent
+TOLERANCE = 2e-3  # relative, of a sum over many rounded terms
+BATCH = 128
+STEP = [  # one step of step 1 that both checkouts can run: one view, no warp, K and the banks as before
+    "data.modalities=[GrayImg,PointCloud]", f"optim.batch_size={BATCH}", "model.image_stages=3", "pla.num_clusters=20",
+    "pla.memory_samples=0", "pla.lambda_1=0.5",
+]
+STEP_NEW = [
+    "data.views={}", "data.augment.image_elastic=0", "data.augment.point_warp=0", "data.eval_subsets=1", "pla.fuse=none",
+    "pla.mlm_only_epochs=0",
+]
+STEP_OLD = ["pla.warmup_epochs=0"]
+
+
+def moved(*names: str) -> Any:
+    """Return the first of these modules that this checkout has."""
+    for name in names[:-1]:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    return importlib.import_module(names[-1])
+
+
+def knn_case(points: int, k: int, channels: int) -> Callable[[], Tensor]:
+    """k nearest neighbours in BATCH clouds, or 16 of 1,024 points; returns the sum of the squared distances found."""
+    knn = moved("models.kernels.knn", "models.knn").knn
+    x = torch.randn(BATCH if points < 1024 else 16, points, channels)
+
+    def run() -> Tensor:
+        index = knn(x, k)
+        near = torch.stack([cloud[rows] for cloud, rows in zip(x, index)])
+        return (near - x[:, :, None]).square().sum()
+
+    run.timed = lambda: knn(x, k)
+    return run
+
+
+def dgcnn_case(points: int, k: int) -> Callable[[], Tensor]:
+    """DGCNN of width 128, forward and backward on BATCH clouds; returns the sum of the absolute gradients."""
+    from models import DGCNN
+
+    return encoder_case(DGCNN(128, k, 128), torch.randn(BATCH, points, 3))
+
+
+def meshnet_case(faces: int) -> Callable[[], Tensor]:
+    """MeshNet of the CPU configurations, forward and backward on 64 meshes."""
+    from models import MeshNet
+
+    rows = torch.randn(64, faces, 18)
+    rows[..., 15:] = torch.randint(faces, (64, faces, 3)).float()
+    return encoder_case(MeshNet(128, 128, 0.0, 64), rows)
+
+
+def encoder_case(encoder: torch.nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
+    """Forward and backward of an encoder under a fixed quadratic loss."""
+    target = torch.randn(len(inputs), 128)
+
+    def run() -> Tensor:
+        encoder.zero_grad()
+        (encoder(inputs) - target).square().mean().backward()
+        return sum(parameter.grad.abs().sum() for parameter in encoder.parameters())
+
+    return run
+
+
+def step_case() -> Callable[[], Tensor]:
+    """A step of step 1 as `configs/mnist3d_cpu` had it: fetch, augment, both encoders, losses, Adam, bank; returns its loss."""
+    samples_module, options = moved("datasets.samples"), moved("utils.settings.options", "utils.options")
+    seeds, learner_module = moved("utils.engine.seed", "utils.seed"), moved("utils.engine.learner", "utils.learner")
+    from train_step1 import PLALearner
+
+    new = "mlm_only_epochs" in options.PLAConfig.__dataclass_fields__
+    config = moved("utils.settings.config", "utils.config").load_config(
+        options.Step1Config, "configs/mnist3d_cpu/step1.yaml", STEP + (STEP_NEW if new else STEP_OLD)
+    )
+    arrays = {"GrayImg": torch.randint(256, (512, 1, 3, 36, 36), dtype=torch.uint8), "PointCloud": torch.randn(512, 1, 2048, 3)}
+    torch.manual_seed(0)
+    learner = PLALearner(config, samples_module.PairedSamples({}, arrays), torch.device("cpu"))
+    learner.cluster(1)
+    learner.annotating = True
+    numbers = iter(range(1, 10_000))
+
+    def run() -> Tensor:
+        generator = seeds.generator_for(0, "against", next(numbers), device=torch.device("cpu"))
+        plan = learner_module.plan_epoch(learner.source.counts, *plan_views(learner), BATCH, generator)
+        (batch,) = learner.source.fetch([next(plan)])
+        return sum(value for name, value in learner.step(*batch, seeds.BatchGenerator(generator)).items() if "loss" in name)
+
+    return run
+
+
+def plan_views(learner: Any) -> list[list[int]]:
+    """Return what `plan_epoch` of this checkout wants to know of the views."""
+    source = learner.source
+    return [source.stored_views, source.views] if hasattr(source, "stored_views") else [source.views]
+
+
+def evaluation_case() -> Callable[[], Tensor]:
+    """mAP@All of 10,000 queries in a gallery of 10,000."""
+    metrics = moved("utils.evaluation.metrics", "utils.metrics")
+    rows, labels = torch.randn(2, 10_000, 128), torch.randint(10, (2, 10_000))
+    return lambda: torch.tensor(metrics.mean_average_precision(rows[0], labels[0], rows[1], labels[1]))
+
+
+CASES: dict[str, tuple[Callable[[], Callable[[], Tensor]], int]] = {  # name -> what makes it, runs per timing
+    "k-NN, 128 points, k 8": (lambda: knn_case(128, 8, 64), 5),
+    "k-NN, 256 points, k 10": (lambda: knn_case(256, 10, 64), 3),
+    "k-NN, 1,024 points, k 20": (lambda: knn_case(1024, 20, 64), 2),
+    "DGCNN, 128 points, k 8": (lambda: dgcnn_case(128, 8), 1),
+    "DGCNN, 256 points, k 10": (lambda: dgcnn_case(256, 10), 1),
+    "MeshNet, 64 meshes of 500 faces": (lambda: meshnet_case(500), 1),
+    "training step, both encoders": (step_case, 1),
+    "evaluation, 10,000 x 10,000": (evaluation_case, 1),
+}
+
+
+def serve(threads: int) -> None:
+    """Be the process of one checkout: for every line "CASE<tab>ACTION" print JSON; ACTION is value, seconds or floors."""
+    import time
+
+    sys.path.insert(0, os.getcwd())
+    torch.set_num_threads(threads)
+    ready: dict[str, Callable[[], Tensor]] = {}
+    for line in sys.stdin:
+        name, action = line.rstrip("\n").split("\t")
+        make, runs = CASES[name]
+        if name not in ready:
+            ready.clear()
+            torch.manual_seed(0)
+            ready[name] = make()
+        run = ready[name]
+        timed = getattr(run, "timed", run)
+        if action == "value":
+            answer = float(run())
+        elif action == "floors":
+            from benchmarks.floors import count_work, measure_rates
+
+            answer = measure_rates(torch.device("cpu")).beside(1.0, count_work(timed))
+        else:
+            begin = time.perf_counter()
+            for _ in range(runs):
+                timed()
+            answer = (time.perf_counter() - begin) / runs
+        print(json.dumps(answer), flush=True)
+
+
+class Checkout:
+    """A process that works in the folder of a checkout."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(threads)]
+        variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(folder)}
+        self.process = subprocess.Popen(command, cwd=folder, env=variables, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(self, case: str, action: str) -> Any:
+        """Let it do a case once."""
+        self.process.stdin.write(f"{case}\t{action}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process in {self.process.args} ended during {case}, see its messages above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(case: str, old: Checkout, new: Checkout, repeats: int) -> dict[str, Any]:
+    """Compare what both return for a case, then time it in turns."""
+    values = [side.ask(case, "value") for side in (old, new)]
+    equal = abs(values[0] - values[1]) <= TOLERANCE * abs(values[0])
+    times: tuple[list, list] = ([], [])
+    for _ in range(repeats):
+        for side, taken in zip((old, new), times):
+            taken.append(side.ask(case, "seconds"))
+    before, after = map(statistics.median, times)
+    floors = new.ask(case, "floors")
+    return {
+        "old_value": values[0], "new_value": values[1], "equal": equal, "old_seconds": times[0], "new_seconds": times[1],
+        "ratio": before / after, "flops": floors["flops"], "bytes": floors["bytes"],
+        "flop_floor_seconds": floors["flop_floor_seconds"], "byte_floor_seconds": floors["byte_floor_seconds"],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare, print the table, write the JSON; return 1 if any pair of results differs."""
+    from benchmarks.floors import start, write_report
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path, help="folder of the other checkout")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of CPU threads")
+    parser.add_argument("--repeats", type=int, default=7, help="timings of each side, of which the median counts")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
+    args, report = start("against", parser, argv, ("repeats",))
+    found = {}
+    for threads in args.counts:
+        old, new = Checkout(args.old.resolve(), threads), Checkout(HERE, threads)
+        for case in args.cases:
+            row = found[f"{case}, {threads} thread{'s' * (threads > 1)}"] = compare(case, old, new, args.repeats)
+            print(f"{case:34s} {threads} threads: {statistics.median(row['old_seconds']):8.4f} -> "
+                  f"{statistics.median(row['new_seconds']):8.4f} s, {row['ratio']:.2f}x, floors {row['flop_floor_seconds']:.4f} s (FLOP) "
+                  f"{row['byte_floor_seconds']:.4f} s (bytes), results {'equal' if row['equal'] else 'DIFFER'}", flush=True)
+        old.close()
+        new.close()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=args.old, capture_output=True, text=True, check=True).stdout.strip()
+    write_report("against", {**report, "command": report["command"].replace(str(args.old), "OLD"), "old_commit": commit, "cases": found},
+                 args.output)
+    return 0 if all(row["equal"] for row in found.values()) else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        serve(int(sys.argv[2]))
+    else:
+        from utils.engine.session import run_command
+
+        status: list[int] = []
+        sys.exit(run_command(lambda: status.append(main())) or status[0])
