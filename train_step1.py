@@ -72,7 +72,7 @@ class PLALearner(StageLearner):
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based); the banks are filled and clustered after `pla.mlm_only_epochs` of them. Epoch 0 only clusters."""
-        annotated = epoch - self.config.pla.mlm_only_epochs
+        annotated = epoch - self.config.mlm_only_epochs
         interval = self.config.pla.recluster_every
         if annotated == 1 or (annotated > 1 and interval and (annotated - 1) % interval == 0):
             self.cluster(epoch)
@@ -125,7 +125,7 @@ class PLALearner(StageLearner):
         if state["num_clusters"] != self.num_clusters:
             self._make_classifiers(state["num_clusters"])
         self.clusters = state["clusters"]
-        self.annotating = bool(self.clusters) and self.clusters["epoch"] > self.config.pla.mlm_only_epochs
+        self.annotating = bool(self.clusters) and self.clusters["epoch"] > self.config.mlm_only_epochs
         super().load_state_dict(state)
 
     @torch.no_grad()

@@ -63,7 +63,7 @@ def measure_stage(stage: str, args: argparse.Namespace, folder: Path) -> dict[st
         epochs and evaluations of the configuration, and extrapolated_seconds for them.
     """
     config = load_config(STAGES[stage][1], str(args.config_dir / f"{stage}.yaml"), args.overrides)
-    mlm_only = ["pla.mlm_only_epochs=0"] if stage == "step1" else []
+    mlm_only = ["pla.mlm_only_epochs=0"] if stage == "step1" and config.pla.mlm_only_epochs != "all" else []
     settings = [*args.overrides, *mlm_only, f"run.device={args.device}", f"run.threads={torch.get_num_threads()}",
                 f"optim.epochs={args.epochs}", "run.eval_every=0"]
     begin = time.perf_counter()

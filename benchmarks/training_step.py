@@ -30,7 +30,7 @@ from utils.modalities import FACE_CHANNELS, MODALITIES
 from utils.settings.config import load_config
 from utils.settings.options import DataConfig, Step1Config, Step2Config
 
-SEED = 0
+SEED, CLUSTERS = 0, 20  # random samples have no clusters to be found
 COLUMNS = (("pairs/s", "pairs_per_second", ".1f"), ("waiting for data", "share_waiting_for_data", ".1%"),
            ("of it fetching", "share_fetching", ".1%"))
 
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs, of which the median counts")
     args, report = start("training_step", parser, argv, ("steps", "epochs"))
     first = load_config(Step1Config, str(args.config_dir / "step1.yaml"), args.overrides)
+    if first.pla.num_clusters == "auto":
+        first = dataclasses.replace(first, pla=dataclasses.replace(first.pla, num_clusters=CLUSTERS))
     second = load_config(Step2Config, str(args.config_dir / "step2.yaml"), args.overrides)
     set_deterministic(first.run.deterministic)
     rates = measure_rates(args.device, torch.bfloat16 if first.run.amp else torch.float32)

@@ -32,7 +32,7 @@ def test_file_then_overrides_in_order(tmp_path):
     config = step1("optim.epochs=8", "optim.epochs=9", "data.augment.point_jitter=0", path=path)
     assert (config.optim.epochs, config.optim.batch_size, config.optim.learning_rate) == (9, 10, 0.001)
     assert config.data.augment.image_scale == (0.5, 2.0) and type(config.data.augment.image_scale[1]) is float
-    assert config.data.augment.point_jitter == 0.0 and config.optim.schedule == "constant"
+    assert config.data.augment.point_jitter == 0.0 and config.optim.schedule == "cosine"
 
 
 def test_values_of_every_kind():
@@ -167,7 +167,7 @@ def test_extends(tmp_path):
     assert config.model.pretrained == {"RGBImg": "imagenet", "PointCloud": "none", "Mesh": "a", "GrayImg": "b"} and config.run.seed == 3
     for text, message in (
         ("optim: {epochs: 7}", "root.yaml: optim.learning_rate: must be above 0"),
-        ("optim: {learning_rate: 1, epochs: 4}", "step1.yaml extending {0}/sub/base.yaml, {0}/root.yaml with --set"),
+        ("optim: {learning_rate: 1}\npla: {mlm_only_epochs: 30}", "step1.yaml extending {0}/sub/base.yaml, {0}/root.yaml with --set"),
         ("optim: {learning_rate: 1}\nrun: {sed: 1}", "step1.yaml: run.sed: unknown key"),
     ):
         with pytest.raises(UserError) as caught:
@@ -202,12 +202,25 @@ def test_paper_configurations_hold_what_the_paper_states(dataset, alpha):
     assert (first.pla.lambda_1, first.pla.momentum, first.pla.renormalise, first.pla.mlm_only_epochs) == (0.25, 0.9, False, 0)
     assert (second.rdl.loss, second.rdl.lambda_2, second.rdl.alpha, second.rdl.unclipped_epochs) == ("rcll", 0.25, alpha, 0)
     ours = load_config(Step1Config, f"configs/{dataset}/step1.yaml")
-    assert (ours.pla.num_clusters, ours.pla.tau_1, ours.data) == (first.pla.num_clusters, first.pla.tau_1, first.data)
+    assert (ours.pla.tau_1, ours.data.num_points, ours.data.image_size) == (first.pla.tau_1, first.data.num_points, first.data.image_size)
+    assert first.data.views == second.data.views == {} and first.data.augment.image_elastic == second.data.augment.point_warp == 0
+    assert (first.pla.fuse, second.rdl.start, second.eval.representation, second.data.eval_subsets) == ("none", "fresh", "embedding", 1)
     sizes = {"data": {"image_size", "image_resize", "num_points"},
              "model": {"num_neighbors", "point_width", "image_stages", "mesh_width", "mesh_conv_width", "pretrained"}}
     for large, reduced in ((to_dict(first), to_dict(small)), (to_dict(second), to_dict(small_second))):
         changed = {section: {key for key in large[section] if large[section][key] != reduced[section][key]} for section in large}
         assert {section: keys for section, keys in changed.items() if keys} == sizes
+
+
+@pytest.mark.parametrize("dataset", ["mnist3d", "mnist3d_cpu", "digits", "modelnet10", "modelnet40", "modelnet10_splat", "modelnet40_splat", "mi3dor"])
+def test_every_configuration_of_ours_takes_the_recipe(dataset):
+    first, second = (load_config(cls, f"configs/{dataset}/{cls.__name__[:5].lower()}.yaml") for cls in (Step1Config, Step2Config))
+    unpaired = dataset == "mi3dor"
+    assert first.data.views == second.data.views == {"RGBImg": 2, "GrayImg": 2} and first.data.augment == second.data.augment
+    assert first.data.augment.image_elastic and first.data.augment.point_warp and first.data.eval_subsets > 1
+    assert (first.pla.num_clusters, first.pla.fuse, first.pla.mlm_only_epochs) == ((40, "none", 5) if unpaired else ("auto", "trusted", "all"))
+    assert (second.rdl.start, second.rdl.lambda_2, second.eval.representation) == ("inherited", 0.9, "posterior")
+    assert first.model == second.model or dataset == "mnist3d_cpu"  # of one size, so that step 2 can inherit
 
 
 def test_every_shipped_configuration_loads():

@@ -47,7 +47,7 @@ class AugmentConfig:
     image_scale: tuple[float, float] = option((0.8, 1.25), "range of the zoom factor, per axis", above=0)
     image_translate: float = option(0.1, "largest shift, fraction of the side", min=0, max=1)
     image_shear_degrees: float = option(10.0, "shear drawn from [-x, x], degrees", min=0, below=90)
-    image_elastic: float = option(0.0, "smooth warp: standard deviation of a 5 x 5 grid of displacements, half sides", min=0)
+    image_elastic: float = option(0.08, "smooth warp: standard deviation of a 5 x 5 grid of displacements, half sides", min=0)
     image_brightness: float = option(0.1, "brightness offset drawn from [-x, x], images in [0, 1]", min=0, max=1)
     image_contrast: float = option(0.2, "contrast factor drawn from [1 - x, 1 + x]", min=0, max=1)
     image_flip: bool = option(False, "mirror half of the images; off because a mirrored digit is another shape")
@@ -56,7 +56,7 @@ class AugmentConfig:
     point_scale: tuple[float, float] = option((0.8, 1.25), "range of the scale factor, per axis", above=0)
     point_shear: float = option(0.2, "lean of the horizontal axes with the height, from [-x, x]", min=0)
     point_translate: float = option(0.1, "largest shift per axis, units of the unit sphere", min=0)
-    point_warp: float = option(0.0, "smooth warp of clouds and meshes: standard deviation of the displacement, unit spheres", min=0)
+    point_warp: float = option(0.08, "smooth warp of clouds and meshes: standard deviation of the displacement, unit spheres", min=0)
     point_jitter: float = option(0.01, "standard deviation of noise per coordinate, units of the unit sphere", min=0)
 
     def __post_init__(self) -> None:
@@ -86,11 +86,12 @@ class DataConfig:
     max_faces: int = option(500, "largest number of faces a mesh may have; smaller ones repeat faces", min=1)
     num_views: int = option(1, "pictures per object: the listed one and those in view_01 ... beside it", min=1)
     views: dict[str, int] = option(
-        {}, "modality -> augmented views of each sample per training step, all positives; default 1, with positives: views 2", min=1
+        {"RGBImg": 2, "GrayImg": 2},
+        "modality -> augmented views of each sample per training step, all positives; of others 1, with positives: views 2", min=1,
     )
     train_view: Literal["random", "first"] = option("random", "which of the num_views pictures a training step sees")
     eval_view: Literal["first", "mean"] = option("first", "evaluation: the listed picture, or the mean embedding of all")
-    eval_subsets: int = option(1, "disjoint subsets of a cloud's points to average over in evaluation; each costs a forward pass", min=1)
+    eval_subsets: int = option(2, "disjoint subsets of a cloud's points to average over in evaluation; each costs a forward pass", min=1)
     pairing: Literal["instance", "class", "none"] = option(
         "instance", "rows of the training lists: one object; one class (made with labels: not unsupervised); unrelated"
     )
@@ -134,4 +135,5 @@ class DataConfig:
 
     def views_of(self, modality: str) -> int:
         """Return how many augmented views of a sample a training step sees."""
-        return self.views.get(modality, 2 if self.positives == "views" else 1)
+        least = 2 if self.positives == "views" else 1
+        return least if modality in self.features else self.views.get(modality, least)  # features have no other views

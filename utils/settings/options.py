@@ -15,7 +15,7 @@ ROBUST_LOSSES = ("rcll", "ce", "mae", "gce", "aue", "nce_agce")  # as in losses/
 class ModelConfig:
     """Encoders and the step-2 head."""
 
-    embedding_dim: int = option(1024, "L, width of the common space (paper: 1024 in step 1, 256 in step 2)", min=1)
+    embedding_dim: int = option(256, "L, width of the common space (paper: 1024 in step 1, 256 in step 2)", min=1)
     num_neighbors: int = option(20, "neighbours per point in DGCNN's graphs", min=1)
     point_width: int = option(1024, "channels of DGCNN's last convolution (published: 1024)", min=1)
     edge_conv: Literal["fused", "triton", "reference"] = option(
@@ -52,7 +52,7 @@ class OptimConfig:
     batch_size: int = option(50, "instances per step", min=2)
     learning_rate: float = option(2e-4, "Adam's step size", above=0)
     weight_decay: float = option(0.0, "L2 penalty", min=0)
-    schedule: Literal["constant", "cosine"] = option("constant", "course of the learning rate")
+    schedule: Literal["constant", "cosine"] = option("cosine", "course of the learning rate")
     fused: bool = option(False, "Adam's fused kernel: one pass over all parameters; equal up to rounding")
 
 
@@ -69,17 +69,20 @@ class PLAConfig:
     """Step 1, pseudo-label annotation (Eq. 3, 5-9, 13-14)."""
 
     num_clusters: int | Literal["auto"] = option(
-        20, "K, independent of the number of classes; more is over-clustering; auto: the communities of the neighbour graph", min=2
+        "auto", "K, independent of the number of classes, more is over-clustering; auto: the communities of the neighbour graph", min=2
     )
     fuse: Literal["none", "mean", "trusted"] = option(
-        "none", "pseudo-labels of each modality by itself (paper), or one for all from the mean of their beliefs, weighted by trust"
+        "trusted", "pseudo-labels of each modality by itself (paper), or one for all from the mean of their beliefs, weighted by trust"
     )
     lambda_1: float = option(0.25, "weight of self matching in Eq. 3; 1 - lambda_1 weights modality invariance", min=0, max=1)
     tau_1: float = option(0.5, "sharpening: memory predictions are raised to 1 / tau_1", above=0)
     tau_2: float = option(0.5, "temperature of the modality-invariance loss", above=0)
     momentum: float = option(0.9, "eta of the memory update, Eq. 6", min=0, below=1)
     renormalise: bool = option(True, "memory rows go back to unit norm after Eq. 6; false is the equation as printed")
-    mlm_only_epochs: int = option(5, "first epochs, of modality invariance alone, before clustering", min=0, formerly="warmup_epochs")
+    mlm_only_epochs: int | Literal["all"] = option(
+        "all", "first epochs, of modality invariance alone, before clustering; all: the clusters at the end are the pseudo-labels",
+        min=0, formerly="warmup_epochs",
+    )
     estimator: Literal["class", "instance", "hard"] = option("class", "reading of the joint probability in Eq. 7-8")
     symmetric_joint: bool = option(False, "estimator class: (J + J^T) / 2 in place of the joint J")
     memory_samples: int = option(1024, "N', memory rows sampled per step beside those of the batch, Eq. 7-8", min=0)
@@ -101,12 +104,12 @@ class RDLConfig:
 
     loss: str = option("rcll", f"robust loss on the pseudo-labels (Tables IV, V): {' | '.join(ROBUST_LOSSES)} | module:Class")
     loss_scale: float = option(1.0, "factor on the robust loss, e.g. to give a steeper one RCLL's slope; 1 in the paper", above=0)
-    lambda_2: float = option(0.25, "weight of the robust loss in Eq. 4; 1 - lambda_2 weights modality invariance", min=0, max=1)
+    lambda_2: float = option(0.9, "weight of the robust loss in Eq. 4; 1 - lambda_2 weights modality invariance", min=0, max=1)
     alpha: float = option(0.3, "exponent of RCLL", min=0, max=1)
     tau_2: float = option(0.5, "temperature of the modality-invariance loss", above=0)
-    unclipped_epochs: int = option(5, "first epochs with RCLL not clipped at 1/K (ours; paper: 0)", min=0, formerly="warmup_epochs")
+    unclipped_epochs: int = option(3, "first epochs with RCLL not clipped at 1/K (ours; paper: 0)", min=0, formerly="warmup_epochs")
     num_clusters: int | None = option(None, "K; default: read from the pseudo-labels' .meta.json", min=2)
-    start: Literal["fresh", "inherited"] = option("fresh", "encoders: anew (paper), or as the run that wrote the labels left them")
+    start: Literal["fresh", "inherited"] = option("inherited", "encoders: anew (paper), or as the run that wrote the labels left them")
     confidence: bool = option(False, "weigh a sample in RCLL by how sure the run that wrote its pseudo-label was")
     fuse: Literal["none", "mean", "trusted"] = option("trusted", "as pla.fuse, for the labels that this run writes for another round")
     pseudo_labels: str | None = option(None, "folder of pseudo-labels; default: of step 1's newest finished run, see --from", path=True)
@@ -196,18 +199,22 @@ class Step1Config(StageConfig):
             raise UserError(f"pla.banks names {', '.join(unknown)}, but data.modalities is {list(self.data.modalities)}")
         if not self.optim.epochs and not self.pla.start:
             raise UserError("optim.epochs: 0 needs the encoders of a finished run: python train_step1.py --from RUN")
-        if self.pla.mlm_only_epochs > self.optim.epochs:
-            raise UserError(f"pla.mlm_only_epochs ({self.pla.mlm_only_epochs}) must not exceed optim.epochs, {self.optim.epochs}")
+        if self.mlm_only_epochs > self.optim.epochs:
+            raise UserError(f"pla.mlm_only_epochs ({self.mlm_only_epochs}) must not exceed optim.epochs, {self.optim.epochs}")
         if self.data.pairing == "none" and (self.pla.num_clusters == "auto" or self.pla.fuse != "none"):
             raise UserError("pla.num_clusters: auto and pla.fuse need rows that are pairs, found data.pairing: none")
+
+    @property
+    def mlm_only_epochs(self) -> int:
+        """Number of first epochs of modality invariance alone."""
+        return self.optim.epochs if self.pla.mlm_only_epochs == "all" else self.pla.mlm_only_epochs
 
 
 @dataclass(frozen=True)
 class Step2Config(StageConfig):
     """Settings of train_step2.py."""
 
-    model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(embedding_dim=256))
-    optim: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(epochs=50))
+    eval: EvalConfig = dataclasses.field(default_factory=lambda: EvalConfig(representation="posterior"))
     rdl: RDLConfig = dataclasses.field(default_factory=RDLConfig)
 
     def __post_init__(self) -> None:
