@@ -18,7 +18,7 @@ CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 # Settings that name places or cost time, but do not change the result of a cell
 NEUTRAL = {
     "run": ("seed", "output", "pseudo_labels", "device", "threads", "eval_every", "log_interval", "figures"),
-    "rdl": ("pseudo_labels",),
+    "pla": ("start",), "rdl": ("pseudo_labels",),
 }
 
 
@@ -32,7 +32,8 @@ class Cell:
         name: for people.
         arguments: of its command line, without seed, device and places.
         epochs: that it trains, the unit of progress; 1 if it trains none.
-        needs: cells that must be done first: what step 2 reads the pseudo-labels of, what a training on features has them from.
+        needs: cells that must be done first. A training starts from the run of the first one: step 2 from its pseudo-labels, a repeated
+            step 1 from its encoders; one on features has them from it.
     """
 
     id: str
@@ -51,11 +52,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: its cells by seed and letters of the modalities, and what they start from (`describe_setup`)."""
+    """One row of a table.
+
+    Attributes:
+        cells: by seed and letters of the modalities.
+        setup: what they start from, see `describe_setup`.
+        by: what is compared, a key of `utils.evaluation.tables.score_variants`; None: as the settings say.
+    """
 
     name: str
     cells: Mapping[int, Mapping[str, Cell]]
     setup: Mapping[str, Any]
+    by: str | None = None
 
 
 @functools.cache
@@ -78,12 +86,14 @@ def _training(stage: str, setup: Setup, letters: str, overrides: Sequence[str], 
     """The cell of a training stage on some modalities, with settings on top of the configuration and the setup's own."""
     names = modalities_of(letters)
     own = [text.replace("{2D}", names[0]).replace("{3D}", names[-1]) for text in overrides]
-    given = (*getattr(setup, stage), f"data.modalities=[{','.join(names)}]", *own)
+    again = bool(needs) and needs[0].stage == stage
+    anew = ("pla.start=RUN", "optim.epochs=0", "pla.mlm_only_epochs=0") if again and stage == "step1" else ()
+    given = (*getattr(setup, stage), *anew, f"data.modalities=[{','.join(names)}]", *own)
     identity = _identify(stage, seed, [cell.id for cell in needs], _decisive(stage, setup.config, given))
     arguments = ("--config", str(setup.config / f"{stage}.yaml"), "--set", *given)
     inherited = [word for cell in needs for word in cell.name.split()[4:]]  # what the needed cells were given
-    name = " ".join([stage, letters, "seed", str(seed), *inherited, *own])
-    return Cell(identity, stage, name, arguments, seed, _load(stage, setup.config, given).optim.epochs, needs)
+    name = " ".join([stage, letters, "seed", str(seed), *inherited, *["again"] * again, *own])
+    return Cell(identity, stage, name, arguments, seed, max(1, _load(stage, setup.config, given).optim.epochs), needs)
 
 
 def _release(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
@@ -147,11 +157,13 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
         return [Row(name, {0: {"": cell}}, describe_setup(setup)) for name, cell in _measured(table, setup).items()]
     seeds, rows = list(seeds), []
     for name, options in rows_of(table).items():
-        own = setup.as_printed if options.get("settings") == "as_printed" and not _without_runs(options, setup) else setup
+        without = _without_runs(options, setup)
+        own = setup if without else {"as_printed": setup.as_printed, "recipe": setup.recipe or setup}.get(options.get("settings"), setup)
         if own is None:
             raise UserError(f"row {name!r} needs as_printed of {setup.dataset}, {setup.scale} scale, in the protocol")
-        pairs = () if _without_runs(options, setup) else _pairs(options, own)
-        rows.append(Row(name, {seed: {pair: _cell(options, own, pair, seed) for pair in pairs} for seed in seeds}, describe_setup(own)))
+        pairs = () if without else _pairs(options, own)
+        cells = {seed: {pair: _cell(options, own, pair, seed) for pair in pairs} for seed in seeds}
+        rows.append(Row(name, cells, describe_setup(own), options.get("by")))
     return rows
 
 
@@ -170,8 +182,12 @@ def _cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) -> Cel
     features = (_features(setup, options.get("features", "learned"), seed),) if setup.source else ()
     if "method" in options:
         return _method(options, setup, pair, seed, features)
-    first = _training("step1", setup, pair, options.get("step1", ()), seed, features)
-    return first if options.get("stage") == "step1" else _training("step2", setup, pair, options.get("step2", ()), seed, (first,))
+    cell = _training("step1", setup, pair, options.get("step1", ()), seed, features)
+    if "again" in options:
+        cell = _training("step1", setup, pair, (*options.get("step1", ()), *options["again"]), seed, (cell,))
+    for _ in range(0 if options.get("stage") == "step1" else options.get("rounds", 1)):
+        cell = _training("step2", setup, pair, options.get("step2", ()), seed, (cell,))
+    return cell
 
 
 def _measured(table: Mapping[str, Any], setup: Setup) -> dict[str, Cell]:

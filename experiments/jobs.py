@@ -120,14 +120,14 @@ def command(cell: Cell, folder: Path, device: str) -> list[str]:
         folder: of the cell; the cells it needs lie beside it.
         device: "cpu" (one thread) or "cuda:N".
     """
-    run = _run_folder(REPOSITORY / folder)
+    run = _run_folder(folder)
     own = [f"run.device={device}", f"run.output={folder / 'runs'}", *(["run.threads=1"] if device == "cpu" else [])]
     if cell.stage == "features":
         begun = [] if run is None else ["--resume", str(folder / run.relative_to(REPOSITORY / folder))]
         return ["-m", MODULES["features"], *cell.arguments, *own, "--seed", str(cell.seed), *begun, "--out", str(folder / "features")]
     own += _feature_settings(cell, folder.parent)
     if cell.stage == "baseline" and run is not None:
-        return ["-m", MODULES["baseline"], cell.arguments[0], "--resume", str(folder / run.relative_to(REPOSITORY / folder))]
+        return ["-m", MODULES["baseline"], cell.arguments[0], "--resume", str(run)]
     if cell.stage == "baseline":
         return ["-m", MODULES["baseline"], *cell.arguments, *own, "--seed", str(cell.seed)]
     if cell.stage not in TRAINING:
@@ -136,12 +136,12 @@ def command(cell: Cell, folder: Path, device: str) -> list[str]:
         return ["-m", MODULES[cell.stage], *cell.arguments, *own, "--output", str(folder if release else folder / "metrics.json")]
     script = f"train_{cell.stage}.py"
     if run is not None:
-        return [script, "--resume", str(folder / run.relative_to(REPOSITORY / folder))]
+        return [script, "--resume", str(run)]
     own += [f"run.seed={cell.seed}", "run.figures=false"]
+    before = [_run_folder(folder.parent / need.id) for need in cell.needs if need.stage in TRAINING]
     if cell.stage == "step1":
-        return [script, *cell.arguments, *own, f"run.pseudo_labels={folder / 'pseudo_labels'}"]
-    labels = folder.parent / cell.needs[0].id / "pseudo_labels"
-    return [script, *cell.arguments, *own, "run.eval_every=1", f"rdl.pseudo_labels={labels}"]
+        return [script, *cell.arguments, *own, *(f"pla.start={run}" for run in before)]
+    return [script, *cell.arguments, *own, "run.eval_every=1", "--from", str(before[0])]
 
 
 def _feature_settings(cell: Cell, cells: Path) -> list[str]:
@@ -157,7 +157,7 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
         run = _run_folder(folder)
         if run is None:
             raise UserError(f"{cell.name} ended without a run folder, see {folder}")
-        return record | training_scores(run)
+        return record | training_scores(run) | {"variants": read_json(run / "metrics.json").get("variants", {})}
     if cell.stage == "features":
         return record | {"scores": {}, "details": read_json(folder / "features" / "features.json")}
     if cell.stage == "baseline":
@@ -200,6 +200,6 @@ def training_scores(folder: Path, variant: str | None = None) -> dict[str, Any]:
 
 
 def _run_folder(folder: Path) -> Path | None:
-    """The newest run folder of a training cell; a folder without config.yaml was never started."""
-    found = sorted(folder.glob("runs/*/*/*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    return found[-1].parent if found else None
+    """The newest run folder of a training cell, both from the repository's root; one without config.yaml was never started."""
+    found = sorted((REPOSITORY / folder).glob("runs/*/*/*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    return folder / found[-1].parent.relative_to(REPOSITORY / folder) if found else None

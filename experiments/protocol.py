@@ -9,6 +9,7 @@ import yaml
 
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
+from utils.evaluation.tables import VARIANTS
 from utils.modalities import MODALITIES
 from utils.settings.config import load_config
 from utils.settings.data_options import nearest
@@ -16,10 +17,11 @@ from utils.settings.options import Step1Config
 
 HERE = Path(__file__).resolve().parent
 SCALES = ("full", "small", "head")
-_SCALE = dict.fromkeys(("config", "pairs", "step1", "step2", "as_printed", "source", "absent"))
+_SCALE = dict.fromkeys(("config", "pairs", "step1", "step2", "as_printed", "recipe", "source", "absent"))
 _TABLE = dict.fromkeys(("title", "kind", "paper", "baseline", "ranking", "logged", "notes", "grids", "values", "mode"))
 _ROW = dict.fromkeys((
-    "step1", "step2", "stage", "settings", "modalities", "paper", "numbers", "against", "variant", "method", "set", "features", "head_only",
+    "step1", "again", "step2", "rounds", "stage", "settings", "by", "modalities", "paper", "numbers", "against", "variant", "method", "set",
+    "features", "head_only",
 ))
 KEYS = {  # key -> the keys below it, None: anything; ANY stands for names
     "datasets": {"ANY": {"paper": None, "samples": None, **dict.fromkeys(SCALES, _SCALE)}},
@@ -35,7 +37,7 @@ class Setup:
         config: folder with step1.yaml and step2.yaml; step1, step2: settings on top.
         pairs: letters of the modalities that are trained together, one training each.
         paper: the paper's name for the data set; samples: training rows per memory bank.
-        as_printed: the same with the paper's settings.
+        as_printed, recipe: the same with the paper's settings, and with ours where they are others.
         absent: pairs of the paper whose data cannot be had.
         source: at scale head, the folder with the configuration of the samples, of which all trainings get features.
     """
@@ -49,6 +51,7 @@ class Setup:
     paper: str | None = None
     samples: tuple[int, ...] = ()
     as_printed: "Setup | None" = None
+    recipe: "Setup | None" = None
     source: Path | None = None
     absent: tuple[str, ...] = ()
 
@@ -78,6 +81,8 @@ def load_protocol(added: Path | None = None) -> dict[str, dict]:
         rows = rows_of(table)
         for other in {table.get("baseline"), *(options.get("against") for options in rows.values())} - {None, *rows}:
             raise UserError(f"rows of {name} are compared with {other!r}, which the table lacks; its rows: {', '.join(rows)}")
+        for by in {options.get("by") for options in rows.values()} - {None, *VARIANTS}:
+            raise UserError(f"a row of {name} is ranked by {by!r}; known: {'; '.join(VARIANTS)}")
     return protocol
 
 
@@ -122,13 +127,13 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
         data = load_config(Step1Config, str(REPOSITORY / options["config"] / "step1.yaml"), options.get("step1", ())).data
         pairs = [pair_of("".join(MODALITIES[name].letter for name in data.modalities))]
 
-    def setup(places: Mapping[str, Any], as_printed: Setup | None = None) -> Setup:
+    def setup(places: Mapping[str, Any], **others: Setup) -> Setup:
         given = (tuple(places.get(stage, ())) for stage in ("step1", "step2"))
         source = Path(options["source"]) if "source" in options else None
         return Setup(dataset, scale, Path(places["config"]), tuple(dict.fromkeys(pairs)), *given, entry.get("paper"),
-                     tuple(entry.get("samples", ())), as_printed, source, tuple(options.get("absent", ())))
+                     tuple(entry.get("samples", ())), source=source, absent=tuple(options.get("absent", ())), **others)
 
-    return setup(options, setup(options["as_printed"]) if "as_printed" in options else None)
+    return setup(options, **{name: setup(options[name]) for name in ("as_printed", "recipe") if name in options})
 
 
 def pair_of(task: str) -> str:

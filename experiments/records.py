@@ -79,9 +79,15 @@ def publish(path: Path, rows: Iterable[Row], jobs: Iterable[Job], command: str) 
     for row in rows:
         for cell, pair in ((cell, pair) for pairs in row.cells.values() for pair, cell in pairs.items()):
             place = {"pair": pair, "setup": row.setup, "call": command}
-            needed |= {need.id: {"row": None, **place, **done[need.id]} for need in cell.rests_on() if need.id in done}
-            shown += [{"row": row.name, **place, **done[cell.id]}] if cell.id in done else []
+            needed |= {need.id: {"row": None, **place, **_scored(done[need.id])} for need in cell.rests_on() if need.id in done}
+            shown += [{"row": row.name, **place, **_scored(done[cell.id], row.by)}] if cell.id in done else []
     add_records(path, [*needed.values(), *shown])
+
+
+def _scored(record: Mapping[str, Any], by: str | None = None) -> dict[str, Any]:
+    """A finished cell's record with the scores of one variant, or those that its settings ask for."""
+    kept = {key: value for key, value in record.items() if key != "variants"}
+    return {**kept, "scores": {"map/chance": record["scores"]["map/chance"], **record["variants"][by]}} if by else kept
 
 
 def record_run(path: Path, folder: Path, row: str | None = None, variant: str | None = None) -> None:

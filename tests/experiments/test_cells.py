@@ -1,16 +1,20 @@
 """Rows of the protocol, their cells and ids, and the commands that run them."""
 
 import dataclasses
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from smoke_tables import PROTOCOL, SMOKE, rows_of
+from smoke_tables import CLEAN, PROTOCOL, SMOKE, rows_of
 
+import train_step1
+import train_step2
 from experiments import jobs as jobs_module
 from experiments.cells import all_cells, expand
 from experiments.protocol import HERE, Setup, find_setup, load_protocol, pair_of
+from experiments.records import publish, read_records
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 from utils.settings.config import load_config
@@ -30,7 +34,7 @@ def test_every_table_expands_on_every_data_set():
             assert len(all_cells(rows_of("table8", one))) == 8
     printed = dataclasses.replace(SMOKE, as_printed=dataclasses.replace(SMOKE, step2=("rdl.lambda_2=0.25",)))
     assert {name: len(all_cells(rows_of(name, printed))) for name in PROTOCOL["tables"]} == {
-        "headline": 3, "stages": 3, "clip": 3, "estimators": 3, "tasks": 6, "table2-romo": 2, "table4": 10, "table6": 15, "table8": 8,
+        "headline": 3, "ablation": 24, "stages": 3, "clip": 3, "estimators": 3, "tasks": 6, "table2-romo": 2, "table4": 10, "table6": 15, "table8": 8,
         "table2": 9, "table3": 9, "rono-noise": 14, "rono-ablation": 11, "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 8,
     }
     with pytest.raises(UserError, match="needs as_printed of digits"):
@@ -96,17 +100,20 @@ def test_an_added_file_brings_data_sets_tables_and_rows(tmp_path):
     assert names[0] == "RCLL" and names[-1] == "GCE, more of it" and len(protocol["tables"]["mine"]["rows"]) == 1
     assert find_setup(protocol, "smoke", "full").config == Path("configs/smoke")  # a folder of configs/ is enough
     for text, message in (("{rows: {GCE: {step3: []}}}", "rows.GCE: unknown key 'step3', did you mean"),
-                          ("{baseline: nothing}", "compared with 'nothing'"), ("{rows: {GCE: {against: none}}}", "compared with 'none'")):
+                          ("{baseline: nothing}", "compared with 'nothing'"), ("{rows: {GCE: {by: luck}}}", "ranked by 'luck'; known: embedding; "), ("{rows: {GCE: {against: none}}}", "compared with 'none'")):
         added.write_text(f"tables: {{table4: {text}}}")
         with pytest.raises(UserError, match=message):
             load_protocol(added)
 
 
 def test_commands(tmp_path):
-    (cell,), folder = [row.cells[0]["GP"] for row in rows_of("table4") if row.name == "CE"], Path("runs/x/cells/abc")
+    (cell,) = [row.cells[0]["GP"] for row in rows_of("table4") if row.name == "CE"]
+    folder, before = tmp_path / "cells/abc", tmp_path / "cells" / cell.needs[0].id / "runs/digits/step1/x"
+    before.mkdir(parents=True)
+    (before / "config.yaml").write_text("")
     line = jobs_module.command(cell, folder, "cuda:1")
     assert line[:3] == ["train_step2.py", "--config", "configs/smoke/step2.yaml"] and {"rdl.loss=ce", "run.device=cuda:1"} <= set(line)
-    assert f"rdl.pseudo_labels=runs/x/cells/{cell.needs[0].id}/pseudo_labels" in line
+    assert line[-2:] == ["--from", str(before)]
     assert not [part for part in line if part.startswith("run.threads")]
     assert "run.threads=1" in jobs_module.command(cell, folder, "cpu")
     run = tmp_path / "runs" / "digits" / "step2" / "x"
@@ -116,7 +123,35 @@ def test_commands(tmp_path):
     release = rows_of("fidelity")[1].cells[0]["GP"]
     line = jobs_module.command(release, folder, "cpu")
     assert line[:6] == ["-m", "baselines.release_protocol", "--config-dir", "configs/smoke", "--variant", "oracle_labels"]
-    assert line[-8:] == ["--seed", "0", "--device", "cpu", "--threads", "1", "--output", "runs/x/cells/abc"]
+    assert line[-8:] == ["--seed", "0", "--device", "cpu", "--threads", "1", "--output", str(folder)]
+
+
+def test_step_1_again_two_rounds_and_a_ranking_of_its_own(tmp_path, small_digits):
+    """A row's cells, run by their commands: each starts from the one before."""
+    own = (f"data.root={small_digits}", "optim.epochs=2")
+    setup = Setup("digits", "small", Path("configs/smoke"), ("GP",), step1=own, step2=own)
+    options = {"again": ["pla.num_clusters=4", "pla.fuse=trusted"], "step2": ["rdl.start=inherited"], "rounds": 2, "by": "embedding, diffusion"}
+    table = {"rows": {"the row": options, "one round": {**options, "rounds": 1, "by": None}}}
+    rows = expand(table, setup, [0])
+    last = rows[0].cells[0]["GP"]
+    cells = [*last.rests_on(), last]
+    assert cells == all_cells(rows) and [cell.stage for cell in cells] == ["step1", "step1", "step2", "step2"]
+    jobs = [jobs_module.Job(cell, tmp_path) for cell in cells]
+    for job in jobs:
+        script, *arguments = jobs_module.command(job.cell, job.path, "cpu")
+        {"train_step1.py": train_step1, "train_step2.py": train_step2}[script].main(arguments)
+        job.folder.joinpath(jobs_module.MARKER).write_text(json.dumps({**jobs_module.collect(job.cell, job.folder), **CLEAN}))
+    runs = [next(job.folder.glob("runs/*/*/*")) for job in jobs]
+    for before, run in zip(runs, runs[1:]):
+        assert f"initial weights of every encoder: {before / 'last.pt'}" in (run / "log.txt").read_text()
+    publish(tmp_path / "mine.jsonl", rows, jobs, "a call")
+    records = {(record["row"], record["id"]): record for record in read_records(tmp_path / "mine.jsonl")}
+    assert records.keys() == {("the row", cells[3].id), ("one round", cells[2].id), *((None, cell.id) for cell in cells[:3])}
+    assert [records[None, cell.id]["epochs"] for cell in cells[:3]] == [2, 0, 2]
+    shown, metrics = records["the row", cells[3].id], json.loads((runs[3] / "metrics.json").read_text())
+    assert shown["scores"]["map/avg"] == metrics["variants"]["embedding, diffusion"]["map/avg"] and "variants" not in shown
+    assert records["one round", cells[2].id]["scores"]["map/avg"] == json.loads((runs[2] / "metrics.json").read_text())["map/avg"]
+    assert metrics["map/avg"] == metrics["variants"]["embedding"]["map/avg"] != shown["scores"]["map/avg"]
 
 
 def test_files_that_cannot_change_a_cell_leave_the_tree_clean(tmp_path, monkeypatch):

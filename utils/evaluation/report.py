@@ -9,7 +9,7 @@ from torch import Tensor
 
 from utils.engine.checkpoint import atomic_write_json, read_json
 from utils.engine.run_log import RunLog
-from utils.evaluation.tables import Evaluator, format_table, scored_tasks
+from utils.evaluation.tables import Evaluator, format_table, score_variants, scored_tasks
 from utils.figures.contact_sheet import draw_retrieval
 from utils.figures.plots import plot_curves, plot_tsne
 from utils.figures.thumbnails import thumbnail
@@ -84,23 +84,27 @@ def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor
         evaluator: of the test set, None without one; arrays: its samples, for thumbnails.
         figures: whether to draw.
     """
-    rows = evaluator.rows if figures and evaluator else {}
+    features = evaluator.features if evaluator else {}
     epochs = run.read_epochs()
     if not run.writes:
         return
     if not epochs:
         run.log(f"metrics.jsonl of {run.folder} is gone; scores: python evaluate.py --run {run.folder}")
         return
-    write_scores(run, epochs)
+    write_scores(run, epochs, score_variants(features, evaluator.labels) if evaluator else {})
     if figures:
         plot_curves(epochs, run.folder / "figures" / "curves.png")
         if evaluator:
-            draw_figures(run, rows, evaluator.labels, arrays)
+            draw_figures(run, evaluator.rows, evaluator.labels, arrays)
         run.log(f"figures in {run.folder / 'figures'}")
 
 
-def write_scores(run: RunLog, epochs: list[dict[str, Any]]) -> None:
-    """Print the last epoch's table, if it has scores, and write metrics.json. The best epoch by test score is `oracle` only."""
+def write_scores(run: RunLog, epochs: list[dict[str, Any]], variants: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the last epoch's table, if it has scores, and write metrics.json. The best epoch by test score is `oracle` only.
+
+    Args:
+        epochs: lines of metrics.jsonl; variants: of `score_variants`, empty without a test set.
+    """
     last = epochs[-1]
     name, oracle = row_name(run.config()), {}
     if "map/avg" in last:
@@ -113,7 +117,7 @@ def write_scores(run: RunLog, epochs: list[dict[str, Any]]) -> None:
         oracle = {"oracle": {"map/avg": best["map/avg"], "epoch": best["epoch"]}}
     scores = {key: value for key, value in last.items() if not key.startswith(("loss/", "seconds/"))}
     facts = {"row": name, "selection": "last epoch", **oracle, **label_note(run)}
-    atomic_write_json(run.folder / "metrics.json", {**scores, **facts})
+    atomic_write_json(run.folder / "metrics.json", {**scores, **facts, **({"variants": variants} if variants else {})})
 
 
 def label_note(run: RunLog) -> dict[str, Any]:

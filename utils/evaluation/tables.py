@@ -10,6 +10,10 @@ from utils.evaluation.features import REPRESENTATIONS, Features
 from utils.evaluation.metrics import RANKINGS, chance_map, retrieval_metrics
 from utils.modalities import MODALITIES, task_name
 
+VARIANTS = {  # name -> what is compared, and how a query's list is made of it
+    name if ranking == "plain" else f"{name}, {ranking}": (name, ranking) for name in REPRESENTATIONS for ranking in RANKINGS
+}
+
 
 def retrieval_table(
     embeddings: Mapping[str, Tensor], labels: Mapping[str, Tensor], within: bool = False, ranking: str = "plain"
@@ -40,15 +44,12 @@ def retrieval_table(
 
 
 def score_variants(features: Mapping[str, Features], labels: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Return "REPRESENTATION" and "REPRESENTATION, diffusion" -> "map/RP" ... and "map/avg", for every representation."""
-    variants = {}
-    for representation in REPRESENTATIONS:
-        rows = {name: values.represent(representation) for name, values in features.items()}
-        for ranking in RANKINGS:
-            table = retrieval_table(rows, labels, ranking=ranking)
-            name = representation if ranking == "plain" else f"{representation}, {ranking}"
-            variants[name] = {key: value for key, value in table.items() if key.startswith("map/") and key != "map/chance"}
-    return variants
+    """Return name of VARIANTS -> "map/RP" ... and "map/avg"."""
+    scores = {}
+    for variant, (representation, ranking) in VARIANTS.items():
+        table = retrieval_table({name: values.represent(representation) for name, values in features.items()}, labels, ranking=ranking)
+        scores[variant] = {key: value for key, value in table.items() if key.startswith("map/") and key != "map/chance"}
+    return scores
 
 
 class Evaluator:
@@ -66,20 +67,25 @@ class Evaluator:
     ) -> None:
         self.describe, self.labels = describe, labels
         self.representation, self.ranking = representation, ranking
-        self._rows: dict[str, Tensor] | None = None
+        self._features: dict[str, Features] | None = None
 
     def __call__(self) -> dict[str, float]:
         """Describe the test set, in all processes together, and return `retrieval_table`, which the main one works out."""
-        self._rows = None
+        self._features = None
         rows = self.rows
         return distributed.from_main(lambda: retrieval_table(rows, self.labels, ranking=self.ranking))
 
     @property
+    def features(self) -> dict[str, Features]:
+        """What the last call described; described now if there was none, as when a finished run is resumed."""
+        if self._features is None:
+            self._features = self.describe()
+        return self._features
+
+    @property
     def rows(self) -> dict[str, Tensor]:
-        """The compared rows of the last call; made now if there was none, as when a finished run is resumed."""
-        if self._rows is None:
-            self._rows = {name: features.represent(self.representation) for name, features in self.describe().items()}
-        return self._rows
+        """The compared rows of `features`."""
+        return {name: values.represent(self.representation) for name, values in self.features.items()}
 
 
 def scored_tasks(modalities: Iterable[str]) -> list[tuple[str, str]]:
