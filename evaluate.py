@@ -11,7 +11,7 @@ import torch
 
 from datasets.label_runs import exported_folder
 from datasets.lists import read_labelled_list
-from datasets.pseudo_labels import pseudo_label_path, read_origin, read_pseudo_labels
+from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin, read_own_ids, read_pseudo_labels
 from datasets.samples import UNIQUE, describe_samples, list_path, load_test_samples
 from models.build import build_classifiers, build_encoders
 from utils.engine.checkpoint import atomic_write_json, load_checkpoint, read_json
@@ -27,6 +27,7 @@ from utils.settings.config import load_config, to_dict
 from utils.settings.options import Step1Config, Step2Config
 
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
+QUALITY = ("acc", "purity", "nmi", "reliability", "own_acc")
 
 
 def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
@@ -86,8 +87,9 @@ def pseudo_label_quality(config: Step1Config, run: RunLog) -> dict[str, float]:
         config: settings of the run.
         run: only files that this very run wrote are compared.
     Returns:
-        "acc/<modality>" (Hungarian), "purity/<modality>" and "nmi/<modality>", or nothing. A diagnostic: it never
-        reaches training, and no table waits for it.
+        "acc/<modality>" (Hungarian), "purity/<modality>" and "nmi/<modality>"; where ids were fused by trust, also
+        "reliability/<modality>", measured without labels, and "own_acc/<modality>" of the ids that it would have given by itself. Or
+        nothing. A diagnostic: it never reaches training, and no table waits for it.
     """
     quality, data = {}, config.data
     folder = exported_folder(run, config.run.pseudo_labels)
@@ -106,6 +108,9 @@ def pseudo_label_quality(config: Step1Config, run: RunLog) -> dict[str, float]:
             return {}
         for key, score in (("acc", clustering_accuracy), ("purity", purity), ("nmi", nmi)):
             quality[f"{key}/{name}"] = score(pseudo_labels, labels)
+        reliability, own = read_origin(path).get("reliability") or {}, read_own_ids(posteriors_path(folder, data.dataset), name)
+        if name in reliability and own is not None:
+            quality |= {f"reliability/{name}": reliability[name], f"own_acc/{name}": clustering_accuracy(own, labels)}
     return quality
 
 
@@ -138,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         variants = [(variant, {**found, "map/chance": scores["map/chance"]}) for variant, found in scores["variants"].items()]
         print(f"\n{name}, by what is compared (diffusion is transductive: it uses the whole gallery's neighbour graph)")
         print(format_table(variants))
-        quality = [f"{key} {value:.3f}" for key, value in scores.items() if key.startswith(("acc/", "purity/", "nmi/"))]
+        quality = [f"{key} {value:.3f}" for key, value in scores.items() if key.split("/")[0] in QUALITY]
         if quality:
             print(f"pseudo-labels {name} against the training labels (diagnostic): {', '.join(quality)}")
 

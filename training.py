@@ -119,8 +119,8 @@ def write_annotation(
             provenance=provenance,
         )
         run.log(f"wrote {path}" + (f", replacing that of {replaced}" if replaced != run.run_id else ""))
-    posteriors = {name: rows.numpy() for name, rows in annotation.posteriors.items()}
-    write_posteriors(posteriors_path(place, dataset), posteriors, run.run_id)
+    posteriors, own = ({name: rows.numpy() for name, rows in found.items()} for found in (annotation.posteriors, annotation.own))
+    write_posteriors(posteriors_path(place, dataset), posteriors, own, run.run_id)
     facts = [f"{clusters['num_clusters']} clusters"]
     if annotation.agreement is not None:
         facts.append(f"the modalities agree on {annotation.agreement:.3f} of the objects")

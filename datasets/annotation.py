@@ -24,12 +24,14 @@ class Annotation:
     Attributes:
         ids: modality -> (N,) int64 on the CPU, z of Sec. III-D; the same in all modalities where beliefs were fused.
         posteriors: modality -> (N, K) float32 on the CPU, what the ids were decided on.
+        own: modality -> (N,) int64, the ids that each modality by itself would give; the same as `ids` where nothing was fused.
         reliability: modality -> `consensus.view_agreement` of two augmented views; empty where it was not needed.
         agreement: share of objects whose modalities, each by itself, give the same id; None without pairs.
     """
 
     ids: dict[str, Tensor]
     posteriors: dict[str, Tensor]
+    own: dict[str, Tensor]
     reliability: dict[str, float]
     agreement: float | None
 
@@ -48,12 +50,13 @@ class Annotation:
             paired: row i of all modalities is one object; needed to fuse.
         """
         posteriors = {name: rows.cpu() for name, rows in posteriors.items()}
-        own = torch.stack([rows.argmax(dim=1) for rows in posteriors.values()]) if paired else None
-        agreement = float((own == own[0]).all(dim=0).float().mean()) if paired else None
+        own = {name: rows.argmax(dim=1) for name, rows in posteriors.items()}
+        ids = torch.stack(list(own.values())) if paired else None
+        agreement = float((ids == ids[0]).all(dim=0).float().mean()) if paired else None
         if method != "none":
             weights = trust(reliability) if method == "trusted" else dict.fromkeys(posteriors, 1.0)
             posteriors = dict.fromkeys(posteriors, fuse(posteriors, weights))
-        return cls({name: rows.argmax(dim=1) for name, rows in posteriors.items()}, posteriors, dict(reliability), agreement)
+        return cls({name: rows.argmax(dim=1) for name, rows in posteriors.items()}, posteriors, own, dict(reliability), agreement)
 
 
 def annotate(

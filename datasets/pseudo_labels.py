@@ -87,9 +87,23 @@ def posteriors_path(folder: str | Path, dataset: str) -> Path:
     return Path(folder) / f"{dataset}_train_posteriors.npz"
 
 
-def write_posteriors(path: Path, posteriors: Mapping[str, np.ndarray], run_id: str) -> None:
-    """Write what the pseudo-labels were decided on: modality -> (N, K) float32 in list order, and the run; atomically."""
-    atomic_write(path, lambda stream: np.savez_compressed(stream, run_id=np.array(run_id), **posteriors))
+def write_posteriors(path: Path, posteriors: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray], run_id: str) -> None:
+    """Write what the pseudo-labels were decided on, in list order, and the run; atomically.
+
+    Args:
+        posteriors: modality -> (N, K) float32; own: modality -> (N,) integers, the ids it would give by itself.
+    """
+    ids = {f"own_{name}": values for name, values in own.items()}
+    atomic_write(path, lambda stream: np.savez_compressed(stream, run_id=np.array(run_id), **posteriors, **ids))
+
+
+def read_own_ids(path: Path, modality: str) -> np.ndarray | None:
+    """Return the ids (N,) that a modality would give by itself, or None without a sound file that holds them."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive.get(f"own_{modality}")
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def read_posteriors(path: Path, modalities: Iterable[str], run_id: str | None, count: int, num_clusters: int) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from datasets.annotation import Annotation
-from datasets.pseudo_labels import read_posteriors, write_posteriors
+from datasets.pseudo_labels import read_own_ids, read_posteriors, write_posteriors
 from utils.errors import UserError
 
 BELIEFS = {
@@ -22,6 +22,7 @@ def test_whose_belief_counts(method, image, cloud):
     found = Annotation.of(BELIEFS, method, {"GrayImg": 0.95, "PointCloud": 0.5}, paired=True)
     assert (found.ids["GrayImg"].tolist(), found.ids["PointCloud"].tolist()) == (image, cloud)
     assert found.agreement == pytest.approx(1 / 3)  # before fusing
+    assert (found.own["GrayImg"].tolist(), found.own["PointCloud"].tolist()) == ([0, 1, 0], [0, 0, 1])
     for name, rows in found.posteriors.items():
         assert rows.argmax(1).tolist() == found.ids[name].tolist()
     other = found.with_ids(torch.tensor([1, 1, 1]))
@@ -32,7 +33,9 @@ def test_whose_belief_counts(method, image, cloud):
 
 def test_posteriors_come_back_and_strange_files_are_refused(tmp_path):
     path, beliefs = tmp_path / "p.npz", {name: rows.numpy() for name, rows in BELIEFS.items()}
-    write_posteriors(path, beliefs, "run-1")
+    assert read_own_ids(path, "GrayImg") is None
+    write_posteriors(path, beliefs, {"GrayImg": np.array([1, 0, 1])}, "run-1")
+    assert read_own_ids(path, "GrayImg").tolist() == [1, 0, 1] and read_own_ids(path, "Mesh") is None
     read = lambda **change: read_posteriors(
         **{"path": path, "modalities": list(beliefs), "run_id": "run-1", "count": 3, "num_clusters": 2, **change})
     assert all(np.array_equal(read()[name], rows) for name, rows in beliefs.items())

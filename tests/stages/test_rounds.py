@@ -77,6 +77,7 @@ def test_evaluation_prints_every_representation(recipe, small_digits, capsys):
     evaluate.main(["--run", *map(str, runs), "--device", "cpu"])
     table = capsys.readouterr().out
     assert table.count("posterior, diffusion") == 3 and "transductive" in table
+    assert table.count("reliability/PointCloud") == table.count("own_acc/PointCloud") == 3
     for run in runs[1:]:
         scores = json.loads((run / "metrics.json").read_text())
         assert scores["map/avg"] == scores["variants"]["posterior"]["map/avg"] == pytest.approx(log_lines(run)[-1]["map/avg"])
