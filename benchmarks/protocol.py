@@ -27,8 +27,8 @@ STAGES = {"step1": (train_step1, Step1Config), "step2": (train_step2, Step2Confi
 
 def run_stage(stage: str, config_dir: Path, out: Path, labels: Path, settings: list[str]) -> tuple[Path, list[dict[str, Any]]]:
     """Train a stage with pseudo-labels in `labels`; return its run folder below `out` and its epochs."""
-    own = f"run.pseudo_labels={labels}" if stage == "step1" else f"rdl.pseudo_labels={labels}"
-    settings = [f"run.output={out}", "run.figures=false", own, *settings]
+    own = [f"run.pseudo_labels={labels}"] if stage == "step1" else [f"rdl.pseudo_labels={labels}", "rdl.start=fresh"]
+    settings = [f"run.output={out}", "run.figures=false", *own, *settings]
     STAGES[stage][0].main(["--config", str(config_dir / f"{stage}.yaml"), "--set", *settings])
     (metrics,) = out.glob(f"*/{stage}/*/metrics.jsonl")
     return metrics.parent, [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
