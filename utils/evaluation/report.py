@@ -42,8 +42,10 @@ def row_name(config: Mapping[str, Any]) -> str:
     if "rdl" in config:
         name = "step 2, RDL" if config["rdl"]["lambda_2"] > 0 else "step 2, MLM alone (lambda_2 = 0)"
     else:
-        alone = config["pla"]["lambda_1"] == 0
-        name = "step 1, MLM alone (lambda_1 = 0)" if alone else f"step 1, PLA ({config['pla']['estimator']} estimator)"
+        pla, epochs = config["pla"], config["optim"]["epochs"]
+        unmatched = pla.get("mlm_only_epochs") in ("all", epochs)
+        alone = "lambda_1 = 0" if pla["lambda_1"] == 0 else "no self matching" if unmatched else ""
+        name = f"step 1, MLM alone ({alone})" if alone else f"step 1, PLA ({pla['estimator']} estimator)"
     return ", ".join([name, *(text for told, text in _remarks(config) if told)])
 
 
