@@ -17,7 +17,6 @@ from models.build import build_classifiers, build_encoders
 from training import mark_labels, run_stage, write_annotation
 from utils.engine import distributed
 from utils.engine.learner import StageLearner
-from utils.engine.run_log import RunLog
 from utils.engine.seed import BatchGenerator, derive_seed
 from utils.engine.session import LAST, Session, go_on_from, open_session, run_command, stage_parser
 from utils.errors import UserError
@@ -176,7 +175,7 @@ class PLALearner(StageLearner):
 def export(session: Session, learner: PLALearner) -> None:
     """Write the pseudo-labels: the hand-over to step 2. All processes must call it, the main one writes."""
     start = session.config.pla.start
-    clusters = {**learner.clusters["record"], **({"encoders": RunLog(start).run_id} if start else {})}
+    clusters = {**learner.clusters["record"], **({"encoders": Path(start).resolve().name} if start else {})}
     write_annotation(session, learner, session.config.run.pseudo_labels, learner.annotate(), clusters)
 
 
