@@ -96,3 +96,17 @@ def finished(tmp_path_factory, _digits_folder) -> Path:
     train_step1.main(distinct(root, out, 1))
     train_step2.main(distinct(root, out, 2))
     return out
+
+
+@pytest.fixture(scope="session")
+def renderer() -> None:
+    """Skips what draws meshes where that is impossible; found out once, since it takes seconds."""
+    from datasets.prepare.shapes.render import probe_renderer
+    from utils.errors import UserError
+
+    for name in ("pyvista", "fast_simplification", "trimesh"):
+        pytest.importorskip(name, reason=f"{name} of requirements-data.txt is not installed")
+    try:
+        probe_renderer()
+    except UserError as error:
+        pytest.skip(str(error))

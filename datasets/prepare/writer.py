@@ -26,20 +26,22 @@ from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_j
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
+REPORTED = 20  # objects left out, on the screen
+
 
 @dataclass(frozen=True)
 class ObjectTask:
     """One object to prepare: its number in file names, its name in the source, and where its content comes from.
 
     Attributes:
-        number: unique in its split; name: for messages; split: "train" or "test"; label: for the list files.
+        number: unique in its split; name: for messages; split: "train" or "test"; label: for the list files, None for none.
         member: file of its shape, in an archive or a folder; cloud: (n, 3) float32 points, z up; image: (28, 28) uint8 digit.
     """
 
     number: int
     name: str
     split: str
-    label: int
+    label: int | None
     member: str | None = None
     cloud: np.ndarray | None = None
     image: np.ndarray | None = None
@@ -90,8 +92,10 @@ def write_dataset(
 def report(root: str | Path, made: bool, manifest: dict) -> None:
     """Print what `write_dataset` did."""
     print(f"{root}: {'written' if made else 'already prepared, nothing to do'}; objects {manifest['counts']}")
-    for entry in manifest["left_out"]:
+    for entry in manifest["left_out"][:REPORTED]:
         print(f"left out of every modality: {entry['split']} {entry['name']}: {entry['left_out']}")
+    if len(manifest["left_out"]) > REPORTED:
+        print(f"... {len(manifest['left_out'])} in all (`left_out` in the manifest)")
     if manifest["flagged"]:
         print(f"{len(manifest['flagged'])} simplified meshes lost much of their area or silhouette (`flagged` in the manifest)")
 
@@ -206,7 +210,8 @@ def _publish(root: Path, dependents: Sequence[Path]) -> dict:
             os.replace(staging / name, root / name)
     for (modality, split), path in _lists(root, settings).items():
         kept = [record for record in records.values() if record["split"] == split and "files" in record]
-        atomic_write_text(path, "".join(f"{object_file(modality, split, r['number'])} {r['label']}\n" for r in kept))
+        rows = [(object_file(modality, split, record["number"]), record["label"]) for record in kept]
+        atomic_write_text(path, "".join(f"{name}\n" if label is None else f"{name} {label}\n" for name, label in rows))
     _write_journal(root, settings, records)
     atomic_write_json(root / MANIFEST, manifest)
     _discard(staging)

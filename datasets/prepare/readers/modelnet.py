@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def read_npz(path: str | Path) -> Source:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} not found: expected modelnet10_points.npz or modelnet40_points.npz")
-    arrays = _arrays(path)
+    arrays = read_arrays(path, ("points", "instance_id", "split", "label", "classes"))
     points, ids, splits = arrays["points"], arrays["instance_id"].tolist(), arrays["split"].tolist()
     rows = {len(arrays[name]) for name in ("points", "instance_id", "split", "label")}
     texts = {arrays[name].dtype.kind for name in ("instance_id", "split", "classes")} == {"U"}
@@ -145,7 +146,9 @@ def read_npz(path: str | Path) -> Source:
 
 
 def to_z_up(points: np.ndarray, up: str) -> np.ndarray:
-    """Turn points (..., 3) whose vertical axis is `up`, "y" or "z", to z up."""
+    """Turn points (..., 3) whose vertical axis is `up`, "x", "y" or "z", to z up."""
+    if up == "x":
+        return np.roll(points, -1, axis=-1)
     return points if up == "z" else np.stack([points[..., 0], -points[..., 2], points[..., 1]], axis=-1)
 
 
@@ -203,12 +206,12 @@ def _id2file(path: Path) -> list[str]:
         raise UserError(f"{path}: expected a JSON list of file names ({error})") from error
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file, each read to its end."""
-    member, arrays = "points", {}
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return arrays of an .npz file by name, each read to its end; a UserError names the one that cannot be."""
+    member, arrays = names[0], {}
     try:
         with np.load(path, allow_pickle=False) as archive:
-            for member in ("points", "instance_id", "split", "label", "classes"):
+            for member in names:
                 arrays[member] = archive[member]
     except (*READ_ERRORS, KeyError, AttributeError, TypeError) as error:
         raise UserError(problem(path, f"{member}.npy", error)) from error

@@ -223,10 +223,8 @@ def test_damaged_npz_files_are_one_message(tmp_path, damage):
         read_npz(path)
 
 
-def test_meshes_end_to_end(tmp_path, monkeypatch):
-    need_data_packages("fast_simplification")
-    need_renderer()
-    monkeypatch.setattr(modelnet, "probe_renderer", lambda: None)  # done just now; it takes seconds
+def test_meshes_end_to_end(tmp_path, monkeypatch, renderer):
+    monkeypatch.setattr(modelnet, "probe_renderer", lambda: None)
     write_hdf5(tmp_path / "h")
     for root, extra in (("sampled", []), ("given", ["--points", tmp_path / "h"])):
         run("--archive", write_archive(tmp_path / "ModelNet10.zip"), "--root", tmp_path / root, "--num-points", "64", *extra)

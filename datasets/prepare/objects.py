@@ -1,0 +1,234 @@
+"""Make any folder of 3D models, or an archive of meshes, in every modality, with a configuration to train on it.
+
+python -m datasets.prepare_objects --name NAME --source FOLDER [--root dataset/NAME] [--split 0.8] [--labels folder|none]
+python -m datasets.prepare_objects --name NAME --npz MESHES.npz
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from datasets.prepare.ownership import package_versions, read_journal
+from datasets.prepare.parallel import add_writer_options, user_path
+from datasets.prepare.readers.modelnet import to_z_up
+from datasets.prepare.readers.objects import FORMATS, Item, read_cloud, read_folder, read_npz, read_npz_parts, read_parts
+from datasets.prepare.recipe import MESH_SIZE, SPLAT_SIZE, Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh, thinned
+from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise
+from datasets.prepare.shapes.render import probe_renderer
+from datasets.prepare.writer import ObjectTask, report, write_dataset
+from utils.engine.checkpoint import atomic_write_text
+from utils.errors import UserError
+from utils.settings.options import DataConfig
+
+UNITS = {"mm": 0.001, "cm": 0.01, "in": 0.0254, "m": 1.0}
+GLTF = (".glb", ".gltf")  # by their standard in metres and y up
+MESH_PACKAGES = ("fast-simplification", "pyvista", "trimesh", "vtk")
+NPZ_CLASS_SIZE = 10
+SKIPPED = "skipped.csv"
+MARK = "# Written by datasets.prepare_objects"
+BATCH, POINTS, SUBSETS = 128, 128, 4  # of configs/shared/ours_cpu_*
+SAMPLES_SEEN = 48_000  # in training, as in configs/modelnet10_splat
+MOST_EPOCHS = 100
+
+
+@dataclass(frozen=True)
+class ObjectRecipe(Recipe):
+    """A `Recipe` and how files are read: their vertical axis, None for that of the format; their unit of lengths, if known; whether
+    pictures show textures. `max_faces` is None for clouds.
+    """
+
+    up: str | None
+    unit: str | None
+    texture: bool
+
+
+def make_object(
+    recipe: ObjectRecipe, archive: Path | None, reasons: Mapping[str, str], task: ObjectTask
+) -> tuple[dict[str, np.ndarray], dict]:
+    """Make all modalities of the object in the file, or row of the archive of meshes, `task.member`.
+
+    Args:
+        reasons: name -> why an object is left out without being read.
+    Returns:
+        As `modalities_of_mesh` or `modalities_of_cloud`; facts: `size`, the longest side, in metres where the unit is known, and
+        `points`, the number of points.
+    Raises:
+        MeshError: when the object cannot be used.
+    """
+    if task.name in reasons:
+        raise MeshError(reasons[task.name])
+    path = Path(task.member)
+    gltf = path.suffix.lower() in GLTF
+    up = recipe.up or ("y" if gltf else "z")
+    if recipe.max_faces is None:
+        shape, dropped = read_cloud(path)
+        cloud = thinned(normalise(to_z_up(shape, up)), recipe, task.name).astype(np.float32)
+        arrays, facts = modalities_of_cloud(recipe, cloud), {"dropped_points": dropped}
+    else:
+        parts = read_npz_parts(archive, int(task.member)) if archive else read_parts(path, recipe.texture)
+        parts = [(to_z_up(vertices, up), *rest) for vertices, *rest in parts]
+        starts = np.cumsum([0, *(len(vertices) for vertices, *_ in parts)])
+        corners = np.concatenate([triangles + start for (_, triangles, _), start in zip(parts, starts, strict=False)])
+        shape, triangles = clean_mesh(np.concatenate([vertices for vertices, *_ in parts]), corners)
+        painted = parts if any(look is not None for *_, look in parts) else ()
+        arrays, facts = modalities_of_mesh(recipe, shape, triangles, task.name, parts=painted)
+    if arrays["GrayImg"][0].min() == 255:
+        raise MeshError("its first picture is blank: it is flat and seen from the side")
+    size = np.ptp(shape, axis=0).max() * UNITS.get("m" if gltf else recipe.unit, 1.0)
+    return arrays, {**facts, "size": float(size), "points": len(arrays["PointCloud"])}
+
+
+def make_tasks(items: Sequence[Item], share: float, labelled: bool, least: int) -> tuple[list[ObjectTask], list[str], dict[str, str]]:
+    """Number, split and label the objects of a collection.
+
+    Numbers, and the split where the collection has none, follow the hash of the name, so they tell nothing about the class.
+
+    Args:
+        share: of the training split; labelled: whether class folders are labels; least: objects of a class that is kept.
+    Returns:
+        All objects; the classes, in the order of their labels; and name -> why an object is left out.
+    """
+    ordered = sorted(items, key=lambda item: hashlib.sha256(item.name.rsplit(".", 1)[0].encode()).digest())
+    sizes = Counter(item.object_class for item in items if not item.reason)
+    classes = sorted(name for name, size in sizes.items() if name is not None and size >= least) if labelled else []
+    clouds, first_test = mostly_clouds(items), min(max(round(share * len(items)), 1), len(items) - 1)
+    labels, reasons, tasks = {name: label for label, name in enumerate(classes)}, {}, []
+    for number, item in enumerate(ordered):
+        split = item.split or ("train" if number < first_test else "test")
+        tasks.append(ObjectTask(number, item.name, split, labels.get(item.object_class), item.place))
+        reason = item.reason
+        if not reason and item.is_cloud != clouds:
+            reason = "a point cloud among meshes" if item.is_cloud else "a mesh among point clouds"
+        if not reason and labelled and item.object_class is None:
+            reason = "in no class folder; --labels none takes it"
+        if not reason and labelled and item.object_class not in labels:
+            reason = f"class {item.object_class} has {sizes[item.object_class]} objects, --min-class-size is {least}"
+        if reason:
+            reasons[item.name] = reason
+    return tasks, classes, reasons
+
+
+def mostly_clouds(items: Sequence[Item]) -> bool:
+    """Whether more of the usable objects are clouds than are meshes."""
+    kinds = Counter(item.is_cloud for item in items if not item.reason)
+    return kinds[True] > kinds[False]
+
+
+def write_configs(folder: Path, settings: Mapping, root: Path, size: int, points: int, overwrite: bool) -> None:
+    """Write data.yaml, step1.yaml and step2.yaml, sized for a CPU; files that are there stay unless `overwrite`.
+
+    Args:
+        settings: of the data set; root: its folder; size: of its training split; points: of its largest cloud.
+    """
+    data = {"dataset": settings["dataset"], "root": str(root), "modalities": settings["modalities"]}
+    if settings["classes"]:
+        data["num_classes"] = len(settings["classes"])
+    data["num_views"] = settings["views"]
+    if "Mesh" in settings["modalities"]:
+        data["max_faces"] = settings["max_faces"]
+    if points < POINTS * SUBSETS:
+        data.update(num_points=min(points, POINTS), eval_subsets=max(points // POINTS, 1))
+    data["augment"] = {"image_elastic": 0.04, "point_warp": 0.05}
+    batch = BATCH if size >= 2 * BATCH else 2 ** max(size.bit_length() - 2, 1)
+    epochs = min(max(round(SAMPLES_SEEN / size), 12), MOST_EPOCHS)
+    texts = {"data": yaml.safe_dump({"data": data}, sort_keys=False, default_flow_style=None, allow_unicode=True)}
+    for step, last in ((1, f"pla: {{mlm_only_epochs: {epochs}}}   # the communities at the end are the pseudo-labels\n"), (2, "")):
+        texts[f"step{step}"] = (
+            f"# command: python train_step{step}.py --config {folder}/step{step}.yaml\n"
+            "# Two modalities train faster: --set data.modalities=[RGBImg,PointCloud]\n"
+            f"extends: [../shared/ours_cpu_step{step}.yaml, data.yaml]\noptim: {{epochs: {epochs}, batch_size: {batch}}}\n{last}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        path, text = folder / f"{name}.yaml", f"{MARK} for {size} training objects; yours to change.\n{text}"
+        if overwrite or not path.exists():
+            atomic_write_text(path, text)
+        elif path.read_text(encoding="utf-8") != text:
+            print(f"{path} is there already and stays as it is; --overwrite writes it anew")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="of the data set, in file names and configs/NAME")
+    parser.add_argument("--source", metavar="FOLDER", type=user_path, help=f"models ({' '.join(FORMATS)}), in class folders or not")
+    parser.add_argument("--npz", metavar="FILE", type=user_path, help="meshes in one archive, see docs/data.md")
+    parser.add_argument("--root", type=user_path, help="where it goes; default dataset/NAME")
+    parser.add_argument("--split", type=float, default=0.8, help="training share, where there are no folders train/ and test/")
+    parser.add_argument("--labels", choices=("folder", "none"), default="folder", help="whether the class folders are labels")
+    parser.add_argument("--min-class-size", type=int, help=f"smaller classes are left out; default 1, with --npz {NPZ_CLASS_SIZE}")
+    parser.add_argument("--up", choices=("x", "y", "z"), help="vertical axis; default y in GLB and GLTF, z in all others")
+    parser.add_argument("--unit", choices=tuple(UNITS), help="of lengths, for `size` in objects.jsonl; GLB and GLTF have metres")
+    parser.add_argument("--texture", action="store_true", help="pictures show the colours and textures that files have")
+    add_recipe_options(parser)
+    add_writer_options(parser)
+    return parser
+
+
+def _check(options: argparse.Namespace, root: Path, configs: Path) -> None:
+    DataConfig(dataset=options.name)  # refuses a name that cannot be part of file names
+    if bool(options.source) == bool(options.npz):
+        raise UserError("expected --source FOLDER or --npz FILE")
+    if not 0 < options.split < 1:
+        raise UserError(f"--split must be between 0 and 1, found {options.split}")
+    if options.source and not options.source.is_dir():
+        raise UserError(f"--source {options.source} is not a folder")
+    if options.source and root.resolve().is_relative_to(options.source.resolve()):
+        raise UserError(f"--root {root} lies in --source {options.source}; what is made there would be taken for models")
+    foreign = [path for path in configs.glob("*.yaml") if not path.read_text(encoding="utf-8", errors="replace").startswith(MARK)]
+    if foreign:
+        raise UserError(f"{foreign[0]} is not of this command; choose another --name")
+
+
+def _settings(options: argparse.Namespace, recipe: ObjectRecipe, items: Sequence[Item], classes: list[str]) -> dict:
+    clouds, content = recipe.max_faces is None, "".join(f"{item.name} {item.sha256}\n" for item in items)
+    return {
+        "format": 1, "dataset": options.name, "generator": "datasets.prepare_objects", "pictures": "splat" if clouds else "mesh",
+        "modalities": ["RGBImg", "GrayImg", "PointCloud", *([] if clouds else ["Mesh"])], "classes": classes, "split": options.split,
+        "input_sha256": hashlib.sha256(content.encode()).hexdigest(), **asdict(recipe),
+        "packages": package_versions(() if clouds else MESH_PACKAGES),
+    }
+
+
+def _write_skipped(path: Path, left_out: Sequence[Mapping[str, str]]) -> None:
+    stream = io.StringIO()
+    csv.writer(stream).writerows([("object", "reason"), *((entry["name"], entry["left_out"]) for entry in left_out)])
+    atomic_write_text(path, stream.getvalue())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` default to those of the process."""
+    options = _parser().parse_args(arguments)
+    root, configs = options.root or Path("dataset") / options.name, Path("configs") / options.name
+    _check(options, root, configs)
+    items, others = (read_npz(options.npz), Counter()) if options.npz else read_folder(options.source)
+    clouds, least = mostly_clouds(items), options.min_class_size or (NPZ_CLASS_SIZE if options.npz else 1)
+    labelled = options.labels == "folder" and any(item.object_class for item in items)
+    tasks, classes, reasons = make_tasks(items, options.split, labelled, least)
+    recipe = ObjectRecipe(
+        size=options.size or (SPLAT_SIZE if clouds else MESH_SIZE), max_faces=None if clouds else options.max_faces,
+        **{key: getattr(options, key) for key in ("views", "elevation", "num_points", "sampling", "seed", "up", "unit", "texture")},
+    )
+    settings = _settings(options, recipe, items, classes)
+    if not clouds:
+        probe_renderer()
+    make = partial(make_object, recipe, options.npz, reasons)
+    made, manifest = write_dataset(root, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
+    report(root, made, manifest)
+    _write_skipped(root / SKIPPED, manifest["left_out"])
+    print(f"{len(manifest['left_out'])} of {len(tasks)} objects skipped, with their reasons in {root / SKIPPED}")
+    if others:
+        print("files of other kinds:", ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items())))
+    points = max(entry["points"] for entry in read_journal(root)[1].values() if "files" in entry)
+    write_configs(configs, settings, root, manifest["counts"]["train"], points, options.overwrite)
+    if not classes:
+        print("no labels: both steps train without them; evaluation will say that it needs them")
+    print(f"train on it:\n  python train_step1.py --config {configs}/step1.yaml\n  python train_step2.py --config {configs}/step2.yaml")

@@ -1,0 +1,243 @@
+"""Preparation of any folder of 3D models through its command: every file is right or listed with its reason."""
+
+import csv
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import train_step1
+from datasets.lists import read_labelled_list
+from datasets.prepare import objects
+from datasets.prepare.objects import make_tasks
+from datasets.prepare.readers.objects import Item, read_folder, read_npz, read_npz_parts, read_parts
+from datasets.prepare.shapes.mesh import MeshError
+from utils.errors import UserError
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config, Step2Config
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+SMALL = ["--size", "16", "--views", "1", "--num-points", "32", "--workers", "1"]
+BOX = (1.0, 2.0, 4.0)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A current directory of its own, with the shared configurations."""
+    shutil.copytree(CONFIGS / "shared", tmp_path / "configs/shared")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trimesh():
+    return pytest.importorskip("trimesh", reason="trimesh of requirements-data.txt is not installed")
+
+
+def put(path: Path, data) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def exports(mesh) -> dict[str, bytes]:
+    """Name -> a file of the mesh in every format, and in both kinds of PLY and STL."""
+    made = {f"{suffix}.{suffix}": mesh.export(file_type=suffix) for suffix in ("off", "obj", "stl", "ply", "glb")}
+    made |= {"ascii.ply": mesh.export(file_type="ply", encoding="ascii"), "text.stl": mesh.export(file_type="stl_ascii")}
+    return {name: data.encode() if isinstance(data, str) else data for name, data in made.items()}
+
+
+def textured_box(trimesh):
+    picture = Image.new("RGB", (8, 8), (255, 0, 0))
+    picture.paste((0, 0, 255), (0, 0, 8, 4))
+    box = trimesh.creation.box(BOX)
+    uv = box.vertices[:, 1:] / BOX[1:] + 0.5
+    return trimesh.Trimesh(box.vertices, box.faces, visual=trimesh.visual.TextureVisuals(uv=uv, image=picture), process=False)
+
+
+def extents(root: Path, entry: dict) -> np.ndarray:
+    name = next(name for name in entry["files"] if "Mesh" in name)
+    faces = np.load(root / name)
+    corners = (faces[:, None, :3] + faces[:, 3:12].reshape(-1, 3, 3)).reshape(-1, 3)
+    return np.ptp(corners, axis=0) / np.ptp(corners, axis=0).max()
+
+
+def hostile(source: Path, trimesh) -> dict[str, str]:
+    """Write files that cannot be used; return name -> what must be said of each."""
+    ball = trimesh.creation.icosphere(subdivisions=1)
+    broken = trimesh.Trimesh(ball.vertices.copy(), ball.faces, process=False)
+    broken.vertices[3] = np.nan
+    reasons = {}
+    for name, data in exports(ball).items():
+        reasons |= {f"ball/empty-{name}": "an empty file", f"ball/cut-{name}": "", f"ball/nan-{name}": "finite|fit"}
+        for kind, content in (("empty", b""), ("cut", data[: int(0.7 * len(data))]), ("nan", exports(broken)[name])):
+            put(source / f"ball/{kind}-{name}", content)
+    loaded = {"noise.glb": os.urandom(999), "noise.stl.stl": os.urandom(999), "text.ply": "hello", "lines.obj": "v 0 0 0\nv 1 1 1\nl 1 2\n",
+              "packed.gltf": '{"extensionsRequired": ["KHR_draco_mesh_compression"]}', "dot.off": "OFF\n3 1 0\n1 1 1\n1 1 1\n1 1 1\n3 0 1 2\n"}
+    said = ("readable", "empty|readable|fit|finite|place", "readable", "no face", "KHR_draco", "one place")
+    for (name, data), reason in zip(loaded.items(), said, strict=True):
+        put(source / "ball" / name, data)
+        reasons[f"ball/{name}"] = reason
+    os.symlink("/nowhere", source / "ball/link.obj")
+    os.mkfifo(source / "ball/pipe.obj")
+    np.save(source / "ball/cloud.npy", ball.vertices)
+    put(source / "loose.obj", exports(ball)["obj.obj"])
+    put(source / "box/obj.stl", exports(ball)["stl.stl"])
+    return reasons | {"ball/link.obj": "regular file", "ball/pipe.obj": "regular file", "ball/cloud.npy": "a point cloud among meshes",
+                      "loose.obj": "in no class folder", "box/obj.stl": "same folder as box/obj.obj"}
+
+
+def test_every_file_is_right_or_listed(here, trimesh, renderer, monkeypatch, capsys):
+    monkeypatch.setattr(objects, "probe_renderer", lambda: None)
+    source, root = here / "modèles 模", here / "out"
+    box, reasons = trimesh.creation.box(BOX), hostile(source, trimesh)
+    good = {f"box/{name}": data for name, data in exports(box).items()}
+    good |= {"ball/obj.obj": exports(trimesh.creation.icosphere())["obj.obj"], "box/Ünï 'x'.obj": good["box/obj.obj"]}
+    good[os.fsdecode(b"box/caf\xe9.STL")] = good["box/stl.stl"]
+    good["ball/triangle.off"] = "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0.5\n3 0 1 2\n"
+    good["box/millimetres.stl"] = trimesh.creation.box(np.multiply(BOX, 1000)).export(file_type="stl")
+    scene = trimesh.Scene([trimesh.creation.box()])
+    scene.add_geometry(trimesh.creation.box(), transform=trimesh.transformations.translation_matrix([3, 0, 0]))
+    good["box/scene.glb"] = scene.export(file_type="glb")
+    for name, data in good.items():
+        put(source / name, data)
+    put(source / "box/readme.txt", "x"), put(source / "box/._a.obj", "junk")
+    objects.main(["--name", "mine", "--source", str(source), "--root", str(root), "--unit", "mm", *SMALL])
+    printed = capsys.readouterr().out
+    rows = list(csv.reader((root / "skipped.csv").read_text(encoding="utf-8").splitlines()))[1:]
+    assert dict(rows).keys() == reasons.keys()
+    assert f"{len(reasons)} of {len(reasons) + len(good)} objects skipped" in printed and "1 .txt" in printed
+    for name, reason in rows:
+        assert re.search(reasons[name], reason), (name, reason)
+    entries = {e["name"]: e for e in map(json.loads, (root / "objects.jsonl").read_text().splitlines()[1:]) if "files" in e}
+    assert entries.keys() == {os.fsencode(name).decode(errors="backslashreplace") for name in good}
+    for name, entry in entries.items():
+        if name.startswith("box/") and "scene" not in name:
+            across = (1, 4, 2) if name.endswith("glb") else BOX  # y is up in GLB
+            np.testing.assert_allclose(extents(root, entry), np.divide(across, 4), atol=1e-4, err_msg=name)
+    assert entries["box/millimetres.stl"]["size"] == pytest.approx(4.0) and entries["box/obj.obj"]["size"] == pytest.approx(0.004)
+    np.testing.assert_allclose(extents(root, entries["box/scene.glb"]), [1, 0.25, 0.25], atol=1e-4)
+    assert entries["box/scene.glb"]["size"] == pytest.approx(4.0) and entries["ball/triangle.off"]["faces_after"] == 1
+    names, labels = read_labelled_list(root / "mine_Mesh_train_list.txt", modality="Mesh", root=root, num_classes=2)
+    by_number = {entry["number"]: name for name, entry in entries.items()}
+    assert [("ball", "box").index(by_number[int(number)].split("/")[0]) for number in names.instance_ids] == labels.tolist()
+    for step, kind in ((1, Step1Config), (2, Step2Config)):
+        assert f"python train_step{step}.py --config configs/mine/step{step}.yaml" in printed
+        data = load_config(kind, f"configs/mine/step{step}.yaml").data
+        assert (data.dataset, data.num_classes, len(data.modalities), data.num_points, data.eval_subsets) == ("mine", 2, 4, 32, 1)
+
+
+@pytest.mark.parametrize("name", ["off.off", "stl.stl", "text.stl", "ply.ply", "ascii.ply", "glb.glb"])
+def test_no_cut_file_passes_for_a_smaller_mesh(tmp_path, trimesh, name):
+    data, path = exports(trimesh.creation.box(BOX))[name], tmp_path / name
+    assert len(read_parts(put(path, data), False)[0][1]) == 12
+    for end in range(0, len(data), 17):
+        try:
+            assert len(read_parts(put(path, data[:end]), False)[0][1]) == 12 and end > len(data) - 3
+        except MeshError:
+            continue
+
+
+def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, monkeypatch):
+    monkeypatch.setattr(objects, "probe_renderer", lambda: None)
+    box = textured_box(trimesh)
+    for name in ("a", "b"):
+        put(here / f"models/{name}.glb", box.export(file_type="glb"))
+    box.export(here / "models/c.obj")
+    colours = {}
+    for kind, extra in (("neutral", []), ("painted", ["--texture"])):
+        objects.main(["--name", kind, "--source", "models", *SMALL, "--up", "z", *extra])
+        pictures = [np.asarray(Image.open(path)).astype(int) for path in sorted(Path(f"dataset/{kind}").rglob("RGBImg*.png"))]
+        assert len(pictures) == 3
+        colours[kind] = [((p[..., 0] - p[..., 2]).max() > 100, (p[..., 2] - p[..., 0]).max() > 100) for p in pictures]
+    assert colours == {"neutral": [(False, False)] * 3, "painted": [(True, True)] * 3}
+
+
+def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        points = rng.normal(size=(40, 3)) * [1, 1 + number % 3, 1] + 1e6
+        put(here / "scans/x", "")
+        np.save(here / f"scans/{number}.npy", points) if number % 2 else np.savez(here / f"scans/{number}.npz", points=points)
+    np.save(here / "scans/nan.npy", np.full((40, 3), np.nan)), np.save(here / "scans/few.npy", np.eye(3)), np.save(here / "scans/flat.npy", np.ones(40))
+    objects.main(["--name", "scans", "--source", "scans", *SMALL])
+    assert "3 of 27 objects skipped" in capsys.readouterr().out
+    rows = Path("dataset/scans/scans_PointCloud_train_list.txt").read_text().splitlines()
+    assert all(row.endswith(".npy") for row in rows) and np.load(Path("dataset/scans") / rows[0]).shape == (32, 3)
+    assert not Path("dataset/scans/scans_Mesh_train_list.txt").exists()
+    train_step1.main(["--config", "configs/scans/step1.yaml", "--set", "optim.epochs=1", "pla.mlm_only_epochs=1", "run.device=cpu",
+                      "data.modalities=[GrayImg,PointCloud]", "data.image_size=16", "data.image_resize=16", "model.point_width=32",
+                      "model.embedding_dim=16", "run.figures=false"])
+    (run,) = Path("runs/scans/step1").iterdir()
+    assert "no evaluation" in (run / "log.txt").read_text() and list(run.glob("pseudo_labels/*PointCloud*.txt"))
+    with pytest.raises(UserError, match="evaluation needs labels"):
+        evaluate.main(["--run", str(run)])
+
+
+def layout(folder: Path, *names: str) -> dict[str, tuple]:
+    for name in names:
+        put(folder / name, "x")
+    return {item.name: (item.object_class, item.split) for item in read_folder(folder)[0]}
+
+
+def test_layouts(tmp_path):
+    assert layout(tmp_path / "a", "train/x/1.obj", "test/x/1.obj") == {"test/x/1.obj": ("x", "test"), "train/x/1.obj": ("x", "train")}
+    assert layout(tmp_path / "b", "x/train/1.off", "y/test/1.off") == {"x/train/1.off": ("x", "train"), "y/test/1.off": ("y", "test")}
+    assert layout(tmp_path / "c", "x/1/models/m.obj", "2.obj") == {"2.obj": (None, None), "x/1/models/m.obj": ("x", None)}
+    assert layout(tmp_path / "d", "train/1.obj", "bus/1.obj") == {"bus/1.obj": ("bus", None), "train/1.obj": ("train", None)}
+    with pytest.raises(UserError, match="train/, test/ and files, val/"):
+        layout(tmp_path / "e", "train/1.obj", "test/1.obj", "val/1.obj", "1.obj")
+    with pytest.raises(UserError, match="found none"):
+        layout(tmp_path / "f", "1.fbx")
+
+
+def test_split_and_numbers_owe_nothing_to_the_class(tmp_path):
+    items = [Item(f"{kind}/{n}.obj", "", "", kind) for kind, count in (("a", 60), ("b", 40), ("few", 3)) for n in range(count)]
+    tasks, classes, reasons = make_tasks(items, 0.8, True, 10)
+    assert classes == ["a", "b"] and reasons == {f"few/{n}.obj": "class few has 3 objects, --min-class-size is 10" for n in range(3)}
+    assert sum(task.split == "train" for task in tasks) == round(0.8 * 103) and [task.number for task in tasks] == list(range(103))
+    labels = [task.label for task in tasks if task.label is not None]
+    assert np.mean(np.diff(labels) != 0) > 0.3 and {task.label for task in tasks if task.split == "test"} >= {0, 1}
+    as_stl = [Item(item.name.replace("obj", "stl"), "", "", item.object_class) for item in items]
+    assert [(t.name[:-3], t.split) for t in make_tasks(as_stl, 0.8, True, 10)[0]] == [(t.name[:-3], t.split) for t in tasks]
+    assert all(task.label is None for task in make_tasks(items, 0.8, False, 10)[0]) and not make_tasks(items, 0.8, False, 10)[2]
+
+
+def write_meshes(path: Path, **changes) -> Path:
+    arrays = {
+        "vertices": np.array([[0, 0, 0], [30000, 0, 0], [0, 30000, 0], [0, 0, 0], [0, 15000, 0], [0, 0, 15000], [9, 9, 9]], np.int16),
+        "faces": np.array([[0, 1, 2], [0, 1, 2], [0, 1, 3]], np.int32), "vertex_offset": np.array([0, 3, 7]), "face_offset": np.array([0, 1, 3]),
+        "label": np.array([1, 0]), "classes": np.array(["a", "b"]), "instance_id": np.array(["m1", "m2"]),
+    }
+    np.savez(path, **{**arrays, **changes})
+    return path
+
+
+def test_mesh_archives(tmp_path):
+    path = write_meshes(tmp_path / "a.npz")
+    assert [(item.name, item.object_class, item.place) for item in read_npz(path)] == [("m1", "b", "0"), ("m2", "a", "1")]
+    vertices, faces, _ = read_npz_parts(path, 1)[0]
+    assert vertices[:3].tolist() == [[0, 0, 0], [0, 0.5, 0], [0, 0, 0.5]] and faces.tolist() == [[0, 1, 2], [0, 1, 3]]
+    with pytest.raises(MeshError, match="do not fit"):
+        read_npz_parts(write_meshes(tmp_path / "b.npz", faces=np.array([[0, 1, 3]] * 3)), 0)
+    for number, (key, value) in enumerate({"vertex_offset": [0, 3], "face_offset": [0, 2, 1], "label": [0, 2], "instance_id": ["m", "m"]}.items()):
+        with pytest.raises(UserError, match=key):
+            read_npz(write_meshes(tmp_path / f"{number}.npz", **{key: np.array(value)}))
+
+
+def test_refusals(here):
+    put(here / "m/1.obj", "x"), put(here / "configs/theirs/step1.yaml", "optim: {epochs: 1}")
+    for arguments, words in (
+        (["--name", "x"], "--source FOLDER or --npz"), (["--name", "a b", "--source", "m"], "letters"),
+        (["--name", "x", "--source", "m", "--split", "1"], "between 0 and 1"), (["--name", "x", "--source", "none"], "not a folder"),
+        (["--name", "x", "--source", "m", "--root", "m/out"], "lies in --source"), (["--name", "theirs", "--source", "m"], "another --name"),
+    ):
+        with pytest.raises(UserError, match=words):
+            objects.main([*arguments, *SMALL])
+    assert sorted(path.name for path in here.iterdir()) == ["configs", "m"]
