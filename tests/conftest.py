@@ -22,16 +22,6 @@ def need_data_packages(*names: str) -> None:
         pytest.importorskip(name, reason=f"{name} of requirements-data.txt is not installed")
 
 
-def need_renderer() -> None:
-    from datasets.prepare.shapes.render import probe_renderer
-
-    need_data_packages("pyvista")
-    try:
-        probe_renderer()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 def write_lists(root: Path, split: str, labels: list[int | None], dataset: str = "digits") -> None:
     """(Re)write all list files of a split; a label None leaves the column out."""
     for modality, (folder, token, suffix) in FOLDERS.items():
@@ -102,10 +92,8 @@ def finished(tmp_path_factory, _digits_folder) -> Path:
 def renderer() -> None:
     """Skips what draws meshes where that is impossible; found out once, since it takes seconds."""
     from datasets.prepare.shapes.render import probe_renderer
-    from utils.errors import UserError
 
-    for name in ("pyvista", "fast_simplification", "trimesh"):
-        pytest.importorskip(name, reason=f"{name} of requirements-data.txt is not installed")
+    need_data_packages("pyvista", "fast_simplification")
     try:
         probe_renderer()
     except UserError as error:

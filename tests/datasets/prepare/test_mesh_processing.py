@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import need_data_packages, need_renderer
+from conftest import need_data_packages
 
 from datasets.prepare.readers.off import read_off
 from datasets.prepare.shapes import mesh as mesh_processing
@@ -173,11 +173,6 @@ def test_splats_against_slow_loops(spread, monkeypatch):
     points = np.concatenate([sphere_points(40), spread * sphere_points(20) * [1, 0.1, 1]])
     for camera in (Camera(30, 30), Camera(200, -40)):
         np.testing.assert_allclose(splat_views(points, [camera], 20)[0], slow_splat(points, camera, 20), atol=0.501)
-
-
-@pytest.fixture(scope="module")
-def renderer():
-    need_renderer()
 
 
 def test_renderings_agree_with_splats(renderer):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import need_data_packages, need_renderer
 from PIL import Image
 
 from datasets.lists import check_paired, default_list_path, read_labelled_list
