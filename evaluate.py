@@ -13,20 +13,19 @@ from datasets.label_runs import exported_folder
 from datasets.lists import read_labelled_list
 from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin, read_own_ids, read_pseudo_labels
 from datasets.samples import UNIQUE, describe_samples, list_path, load_test_samples
-from models.build import build_classifiers, build_encoders
-from utils.engine.checkpoint import atomic_write_json, load_checkpoint, read_json
+from models.trained import open_trained
+from utils.engine.checkpoint import atomic_write_json, read_json
 from utils.engine.device import select_device
-from utils.engine.run_log import RunLog, check_same_config
+from utils.engine.run_log import RunLog
 from utils.engine.session import LAST, run_command
 from utils.errors import UserError
 from utils.evaluation.clustering import clustering_accuracy, nmi, purity
 from utils.evaluation.report import label_note, row_name
 from utils.evaluation.tables import format_matrix, format_table, retrieval_table, score_variants
 from utils.modalities import MODALITIES, task_name
-from utils.settings.config import load_config, to_dict
-from utils.settings.options import Step1Config, Step2Config
+from utils.settings.config import to_dict
+from utils.settings.options import Step1Config
 
-CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 QUALITY = ("acc", "purity", "nmi", "reliability", "own_acc")
 
 
@@ -43,23 +42,10 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
     Raises:
         UserError: if the run folder, the checkpoint or the test data is missing or broken.
     """
-    run = RunLog.open(checkpoint.parent)
-    state = load_checkpoint(checkpoint, map_location=device)
-    if not {"stage", "epoch", "learner"} <= state.keys() or state["stage"] not in CONFIGS:
-        raise UserError(f"{checkpoint} is not a checkpoint of a training stage: it holds {sorted(state)}")
-    saved = run.settings(CONFIGS[state["stage"]])
-    config = load_config(type(saved), str(run.folder / "config.yaml"), overrides)
-    check_same_config(to_dict(saved), to_dict(config))
-    encoders = build_encoders(config.data, config.model).to(device)
-    try:
-        scale = config.pla.logit_scale if state["stage"] == "step1" else None
-        classifiers = build_classifiers(encoders, config.model, state["learner"]["num_clusters"], scale).to(device)
-        encoders.load_state_dict(state["learner"]["encoders"])
-        classifiers.load_state_dict(state["learner"]["classifiers"])
-    except (LookupError, RuntimeError) as error:
-        raise UserError(f"{checkpoint} does not fit {run.folder / 'config.yaml'}: {error}") from error
+    trained = open_trained(checkpoint, device, overrides)
+    run, config, state = trained.run, trained.config, trained.state
     test, labels = load_test_samples(config.data, device)
-    features = describe_samples(encoders, classifiers, test, config.data, device)
+    features = describe_samples(trained.encoders, trained.classifiers, test, config.data, device)
     variants = score_variants(features, labels)
     rows = {name: values.represent(config.eval.representation) for name, values in features.items()}
     scores = retrieval_table(rows, labels, within=True, ranking=config.eval.ranking)

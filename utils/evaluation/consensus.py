@@ -54,7 +54,7 @@ def agreement_of_partitions(found: Mapping[str, list[list[np.ndarray]]], name: s
 
 def _neighbour_graph(rows: Tensor) -> networkx.Graph:
     graph = networkx.empty_graph(len(rows))
-    columns, similarities = nearest(rows, rows, NEIGHBOURS, own=0)
+    columns, similarities = nearest(rows, rows, NEIGHBOURS, own=torch.arange(len(rows)))
     for row, (near, weights) in enumerate(zip(columns.tolist(), similarities.clamp(min=0).tolist())):
         graph.add_weighted_edges_from((row, column, weight) for column, weight in zip(near, weights))
     return graph

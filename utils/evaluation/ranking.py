@@ -26,11 +26,12 @@ class DiffusionRanking:
     Args:
         gallery: (G, D) float rows, compared by dot products: of unit norm for cosines, or posteriors.
         exclude_self: query i is gallery item i: it is left out of its own f_0.
+        neighbours: `nearest` of the gallery in itself with k = NEIGHBOURS, where it is known already.
     """
 
-    def __init__(self, gallery: Tensor, exclude_self: bool = False) -> None:
+    def __init__(self, gallery: Tensor, exclude_self: bool = False, neighbours: tuple[Tensor, Tensor] | None = None) -> None:
         self.gallery, self.exclude_self = gallery, exclude_self
-        graph = _edges(*nearest(gallery, gallery, NEIGHBOURS, own=0), len(gallery))
+        graph = _edges(*(neighbours or nearest(gallery, gallery, NEIGHBOURS, own=torch.arange(len(gallery)))), len(gallery))
         graph = graph.maximum(graph.T)
         degrees = graph.sum(axis=1)
         scale = sparse.diags_array(np.divide(1, np.sqrt(degrees), where=degrees > 0, out=np.zeros_like(degrees)))
@@ -41,7 +42,7 @@ class DiffusionRanking:
 
         What the diffusion does not reach comes after what it does, in the order of the similarity.
         """
-        found = nearest(queries, self.gallery, NEIGHBOURS, own=start if self.exclude_self else None)
+        found = nearest(queries, self.gallery, NEIGHBOURS, own=torch.arange(start, start + len(queries)) if self.exclude_self else None)
         first = _edges(*found, len(self.gallery)).T.toarray()  # (G, B)
         first /= np.linalg.norm(first, axis=0).clip(min=1e-300)
         spread = first
@@ -51,22 +52,20 @@ class DiffusionRanking:
         return scores.add_((queries.double() @ self.gallery.double().T).cpu(), alpha=UNREACHED).to(queries.device)
 
 
-def nearest(queries: Tensor, gallery: Tensor, count: int, own: int | None = None) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, gallery: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the numbers (B, k) of the nearest gallery items of every query and their similarities, nearest first, on the CPU.
 
     Args:
         queries: (B, D) and gallery: (G, D) float, compared by dot products, in blocks of bounded memory.
         count: k, fewer if the gallery has fewer.
-        own: if given, query i is gallery item own + i and is not its own neighbour.
+        own: if given, query i is gallery item own[i] and is not its own neighbour.
     """
     count = min(count, len(gallery) - (own is not None))
-    columns, similarities = [], []
-    for block in queries.split(max(1, BLOCK_BYTES // (8 * len(gallery)))):
+    columns, similarities, rows = [], [], max(1, BLOCK_BYTES // (8 * len(gallery)))
+    for start, block in zip(range(0, len(queries), rows), queries.split(rows)):
         similarity = block @ gallery.T
         if own is not None:
-            places = torch.arange(len(block), device=block.device)
-            similarity[places, own + places] = -torch.inf
-            own += len(block)
+            similarity.scatter_(1, own[start : start + rows, None].to(block.device), -torch.inf)
         values, index = similarity.topk(count, dim=1)
         columns.append(index.cpu())
         similarities.append(values.cpu())

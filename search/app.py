@@ -1,0 +1,120 @@
+"""The page of `search.py serve`: drop a file or draw, see what is like it, turn a shape around. On 127.0.0.1 alone."""
+
+import io
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from search.files import view_of
+from search.page import caption, verdict
+from search.query import Searcher
+from search.store import identity
+from utils.errors import UserError
+from utils.evaluation.metrics import RANKINGS
+from utils.modalities import MODALITIES
+
+SHOWN = 20  # results
+CANVAS, BRUSH = (320, 320), 30  # of the sketch pad, pixels
+LARGEST_FILE = "50mb"
+FONTS = {"font": ["sans-serif"], "font_mono": ["monospace"]}  # the page asks nobody for others
+
+
+def serve(searcher: Searcher, port: int) -> None:
+    """Open the page and answer until interrupted."""
+    with TemporaryDirectory() as folder:
+        launch(make_app(searcher, Path(folder)), port)
+
+
+def launch(app: gr.Blocks, port: int, **options: Any) -> Any:
+    """Start the server; `options` go to Gradio."""
+    theme = gr.themes.Default(**FONTS)
+    return app.launch(server_name="127.0.0.1", server_port=port, share=False, max_file_size=LARGEST_FILE, theme=theme, **options)
+
+
+class Page:
+    """What the page does; drawings and 3D views go through a folder of its own."""
+
+    def __init__(self, searcher: Searcher, folder: Path) -> None:
+        self.searcher, self.index, self.folder = searcher, searcher.index, folder
+        self.drawable = next((name for name in searcher.model.encoders if MODALITIES[name].is_2d), None)
+
+    def find(self, path: str | None, ranking: str, modality: str | None = None) -> tuple[str, list, list]:
+        """Return the verdict, the gallery's pictures with captions, and the plain results for one file."""
+        if not path:
+            raise gr.Error("drop a file first", print_exception=False)
+        try:
+            (answer,) = self.searcher.search([path], SHOWN, ranking, modality)
+        except UserError as error:
+            raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
+        shown = [(Image.open(io.BytesIO(row["thumbnail"])), f"{caption(row)}: {row['path']}") for row in answer.results]
+        return verdict(answer), shown, answer.plain()["results"]
+
+    def find_drawing(self, sketch: dict[str, Any] | None, ranking: str) -> tuple[str, list, list]:
+        """As `find`, for what is on the sketch pad."""
+        ink = np.max([layer[:, :, 3] for layer in sketch["layers"]], axis=0) if sketch and sketch["layers"] else np.zeros((1, 1))
+        if not ink.any():
+            raise gr.Error("draw something first", print_exception=False)
+        tone = {key: self.index.info["calibration"][self.drawable][key] for key in ("ground", "fill")}
+        with NamedTemporaryFile(dir=self.folder, suffix=".png") as file:
+            drawn_picture(ink, **tone).save(file, "PNG")
+            file.flush()
+            return self.find(file.name, ranking, self.drawable)
+
+    def view(self, results: list[dict], event: gr.SelectData) -> str | None:
+        """Return the GLB of the chosen result; None for pictures, and for whatever is no item: nothing else is ever opened."""
+        path = results[event.index]["path"]
+        if MODALITIES[self.index.info["modality"]].is_2d or not self.index.rows([identity(path)]):
+            return None
+        target = self.folder / f"{identity(path)}.glb"
+        try:
+            target.write_bytes(view_of(path))
+        except (UserError, OSError, ValueError) as error:
+            raise gr.Error(f"no 3D view of {path}: {error}", print_exception=False) from error
+        return str(target)
+
+
+def make_app(searcher: Searcher, folder: Path) -> gr.Blocks:
+    """Return the layout around a `Page`."""
+    page, index = Page(searcher, folder), searcher.index
+    rankings = RANKINGS if index.info["graph"] else RANKINGS[:1]
+    with gr.Blocks(title="Search", analytics_enabled=False) as app:
+        gr.Markdown(f"## {len(index)} items ({index.info['modality']}), compared by {index.info['representation']}")
+        with gr.Row():
+            with gr.Column():
+                ranking = gr.Radio(list(rankings), value="plain", label="Ranking", visible=len(rankings) > 1)
+                with gr.Tab("Draw", visible=page.drawable is not None):
+                    brush = gr.Brush(default_size=BRUSH, colors=["#000000"], color_mode="fixed")
+                    sketch = gr.Sketchpad(type="numpy", layers=False, canvas_size=CANVAS, fixed_canvas=True, brush=brush, transforms=())
+                    draw = gr.Button("Find what is drawn", variant="primary")
+                with gr.Tab("File"):
+                    file = gr.File(type="filepath", label="A picture or a shape")
+                    ask = gr.Button("Find what is like it", variant="primary")
+                view = gr.Model3D(label="The chosen result", height=300)
+            with gr.Column(scale=2):
+                said = gr.Markdown()
+                gallery = gr.Gallery(columns=5, label="Results", allow_preview=False, object_fit="contain")
+        results = gr.JSON(visible=False)
+        ask.click(page.find, [file, ranking], [said, gallery, results], api_name="search")
+        draw.click(page.find_drawing, [sketch, ranking], [said, gallery, results], api_visibility="private")
+        gallery.select(page.view, results, view, api_visibility="private")
+    return app
+
+
+def drawn_picture(ink: np.ndarray, ground: float, fill: float) -> Image.Image:
+    """Return a drawing as the model's training pictures look.
+
+    Args:
+        ink: (H, W) opacity 0..255 of what is drawn, somewhere more than 0.
+        ground: tone 0..255 around what the training pictures show; the ink becomes its opposite.
+        fill: share of the side that the longer extent of the drawing shall take.
+    """
+    drawing = Image.fromarray(ink.astype(np.uint8))
+    drawing = drawing.crop(drawing.getbbox())
+    side = max(round(max(drawing.size) / fill), *drawing.size)
+    picture = Image.new("L", (side, side), round(ground))
+    picture.paste(0 if ground > 127 else 255, ((side - drawing.width) // 2, (side - drawing.height) // 2), drawing)
+    return picture

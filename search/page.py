@@ -1,0 +1,75 @@
+"""Answers as text, CSV, JSON, and one HTML file that needs no network: thumbnails are inside, made when the index was."""
+
+import base64
+import csv
+import html
+import io
+import json
+from collections.abc import Sequence
+
+from search.query import Answer
+from utils.evaluation.tables import align
+
+FIELDS = ("rank", "score", "cosine", "farther", "path")
+STYLE = "body{font:14px sans-serif;margin:2em}figure{display:inline-block;width:110px;margin:6px;vertical-align:top}" \
+    "figcaption{font-size:11px;overflow-wrap:anywhere}.nothing{color:#a00}"
+
+
+def as_text(answers: Sequence[Answer]) -> str:
+    """Return one table per query; names are shown without control characters."""
+    return "\n\n".join(f"{_title(answer)}\n{align([FIELDS, *map(_cells, answer.results)])}" for answer in answers)
+
+
+def as_json(answers: Sequence[Answer]) -> str:
+    """Return a list of `Answer.plain`."""
+    return json.dumps([answer.plain() for answer in answers], indent=2, allow_nan=False)
+
+
+def as_csv(answers: Sequence[Answer]) -> str:
+    """Return one row per result."""
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(["query", "nothing_like_this", *FIELDS])
+    writer.writerows([answer.query, answer.nothing, *(row[name] for name in FIELDS)] for answer in answers for row in answer.results)
+    return stream.getvalue()
+
+
+def as_html(answers: Sequence[Answer], queries: Sequence[bytes]) -> str:
+    """Return a page; `queries` are PNGs of what was asked for."""
+    parts = [f"<!doctype html><meta charset=utf-8><title>Search</title><style>{STYLE}</style>"]
+    for answer, picture in zip(answers, queries, strict=True):
+        heading = f"<h2 class={'nothing' if answer.nothing else 'found'}>{html.escape(_title(answer))}</h2>"
+        parts.append(f"{heading}{_figure(picture, 'query')}<hr>")
+        parts += [_figure(row["thumbnail"], caption(row), row["path"]) for row in answer.results]
+    return "\n".join(parts)
+
+
+def caption(row: dict) -> str:
+    """Say rank, score, cosine and the share of random pairs that are farther, of one result."""
+    return f"{row['rank']}. score {row['score']:.3f}, cosine {row['cosine']:.3f}, nearer than {100 * row['farther']:.1f} % of random pairs"
+
+
+def verdict(answer: Answer) -> str:
+    """Say in words whether the collection holds something like the query."""
+    best = max(row["cosine"] for row in answer.results)
+    if answer.nothing:
+        return f"nothing like this in the collection: best cosine {best:.3f}, unrelated queries reach {answer.level:.3f}"
+    return f"best cosine {best:.3f}, above the {answer.level:.3f} that unrelated queries reach"
+
+
+def _title(answer: Answer) -> str:
+    return f"{_shown(answer.query)} ({answer.modality}): {verdict(answer)}"
+
+
+def _cells(row: dict) -> list[str]:
+    return [str(row["rank"]), *(f"{row[name]:.4f}" for name in FIELDS[1:4]), _shown(row["path"])]
+
+
+def _shown(name: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+
+
+def _figure(png: bytes, text: str, path: str = "") -> str:
+    data = base64.b64encode(png).decode()
+    return f'<figure><img src="data:image/png;base64,{data}" width=96 height=96><figcaption>{html.escape(text)}<br>' \
+        f"{html.escape(_shown(path))}</figcaption></figure>"

@@ -1,0 +1,376 @@
+"""search.py on a small trained run: the ranking of evaluate.py, only what changed is described, kills, hostile files, what a score means."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TRAIN, write_lists
+from PIL import Image
+from stage_runs import REPOSITORY, labels_of, only_run, settings
+
+if find_spec("lancedb") is None:
+    pytest.skip("search needs the packages of requirements-search.txt", allow_module_level=True)
+import train_step2
+from datasets.samples import describe_samples, load_test_samples
+from models.trained import open_trained
+from search import commands, files, indexing, model, page
+from search.model import Model
+from search.query import Answer, Searcher
+from search.store import Index, identity
+from utils.engine.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import UserError
+from utils.evaluation.features import Features
+from utils.evaluation.metrics import retrieval_metrics
+from utils.evaluation.ranking import DiffusionRanking
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(_digits_folder):
+    folder, labels = _digits_folder
+    write_lists(folder, "train", labels[:TRAIN])
+    write_lists(folder, "test", labels[TRAIN:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(finished, root, tmp_path_factory):
+    """A run of step 2 that averages over two subsets of every cloud."""
+    out = tmp_path_factory.mktemp("search")
+    quick = ["optim.epochs=2", "data.eval_subsets=2", "data.num_points=24", f"rdl.pseudo_labels={labels_of(finished)}"]
+    train_step2.main(settings(root, out, 2, *quick))
+    return only_run(out, 2)
+
+
+def clouds(root):
+    return str(root / "digits_PointCloud_test_list.txt")
+
+
+def build(run, index, collection, *more):
+    commands.main(["build", "--run", str(run), "--collection", str(collection), "--index", str(index), "--device", "cpu", *more])
+    return Index(str(index))
+
+
+@pytest.fixture(scope="module")
+def built(run, root, tmp_path_factory):
+    index = tmp_path_factory.mktemp("built") / "index"
+    build(run, index, clouds(root))
+    return index
+
+
+@pytest.fixture
+def copied(built, tmp_path):
+    shutil.copytree(built, tmp_path / "index")
+    return Index(str(tmp_path / "index"))
+
+
+@pytest.mark.parametrize("representation,ranking,query,gallery", [
+    ("posterior", "plain", "GrayImg", "PointCloud"), ("embedding", "diffusion", "GrayImg", "PointCloud"),
+    ("joint", "plain", "PointCloud", "GrayImg"), ("posterior", "diffusion", "PointCloud", "GrayImg"),
+])
+def test_every_query_is_ranked_as_evaluation_ranks_it(run, root, tmp_path, representation, ranking, query, gallery):
+    trained = open_trained(run / "last.pt", CPU)
+    test, labels = load_test_samples(trained.config.data, CPU)
+    features = describe_samples(trained.encoders, trained.classifiers, test, trained.config.data, CPU)
+    rows = {name: values.represent(representation).double() for name, values in features.items()}
+    listing = {name: test.lists[name].path for name in rows}
+    index = build(run, tmp_path / "index", listing[gallery], "--modality", gallery, "--representation", representation)
+    paths = {name: [os.path.abspath(file) for file in test.lists[name].files] for name in rows}
+    answers = Searcher(index, CPU).search(paths[query], len(index), ranking)
+    scores = DiffusionRanking(rows[gallery]).scores(rows[query]) if ranking == "diffusion" else rows[query] @ rows[gallery].T
+    for number, answer in enumerate(answers):
+        order = [paths[gallery].index(row["path"]) for row in answer.results]
+        assert sorted(order) == list(range(len(index)))
+        np.testing.assert_allclose([row["score"] for row in answer.results], scores[number][order], atol=2e-6)
+        assert (scores[number][order].diff() < 1e-9).all()
+        relevant = (labels[gallery][order] == labels[query][number]).numpy()
+        precision = (np.cumsum(relevant) / np.arange(1, len(order) + 1))[relevant].mean() if relevant.any() else 0
+        one = retrieval_metrics(rows[query][[number]], labels[query][[number]], rows[gallery], labels[gallery], ranking=ranking,
+                                similarity="dot")
+        assert precision == pytest.approx(one["map"], abs=1e-9)
+
+
+def described(monkeypatch):
+    """Count the files that are given to the encoders."""
+    counted, original = [], Model.describe
+    monkeypatch.setattr(Model, "describe", lambda self, modality, samples: (counted.append(len(samples)), original(self, modality, samples))[1])
+    return counted
+
+
+def rows_of(index):
+    rows = index.columns(index.items, "id", "path", "sha256", "vector").to_pylist()
+    return {row["path"]: (row["id"], row["sha256"], tuple(row["vector"])) for row in rows}
+
+
+def test_only_what_changed_is_described(run, root, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "shapes"
+    shutil.copytree(root / "test" / "point_cloud", folder)
+    names = sorted(os.listdir(folder))
+    extra = folder / names[-1]
+    kept = extra.read_bytes()
+    extra.unlink()
+    index, counted = build(run, tmp_path / "index", folder), described(monkeypatch)
+    before = rows_of(index)
+    build(run, tmp_path / "index", folder)
+    assert counted == []
+    extra.write_bytes(kept)
+    np.save(folder / names[0], np.load(folder / names[0])[::-1] * [1, 2, 3])
+    (folder / names[1]).unlink()
+    for dry in (["--dry-run"], []):
+        capsys.readouterr()
+        commands.main(["add", index.place, str(folder), *dry])
+        said = capsys.readouterr().out
+        assert "1 new, 1 changed" in said and ("would be" in said) == bool(dry) and (rows_of(index) == before) == bool(dry)
+    assert counted == [2]
+    commands.main(["update", index.place])
+    after = rows_of(index)
+    assert "1 gone" in capsys.readouterr().out and counted == [2]
+    assert {Path(path).name for path in after} == {*names} - {names[1]}
+    assert all(after[path] == before[path] for path in after if Path(path).name not in (names[0], names[-1]))
+    assert indexing.problems(index) == []
+    commands.main(["remove", index.place, str(folder / names[2]), "/not/there"])
+    assert len(index) == len(names) - 2 and indexing.problems(index) == []
+    (folder / names[3]).write_bytes(b"no cloud any more")
+    with pytest.raises(SystemExit):
+        commands.main(["verify", index.place])
+    commands.main(["update", index.place])
+    commands.main(["stats", index.place])
+    said = capsys.readouterr().out
+    assert f"changed: {folder / names[3]}" in said and f"skipped {folder / names[3]}: unreadable" in said and indexing.problems(index) == []
+    commands.main(["remove", index.place, str(folder)])
+    assert len(index) == 0 and indexing.problems(index) == []
+    with pytest.raises(UserError, match="holds no item"):
+        Searcher(index, CPU).search([str(extra)])
+
+
+KILLING = """
+import os, signal, sys
+from search import commands, store
+calls, stop = [], int(sys.argv.pop(1))
+def counting(name):
+    original = getattr(store.Index, name)
+    def counted(self, *given):
+        original(self, *given)
+        calls.append(name)
+        if len(calls) == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+    setattr(store.Index, name, counted)
+counting("put"), counting("delete")
+import search.indexing
+search.indexing.BATCH = 5
+commands.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_build_add_or_remove_is_finished_by_the_same_command(run, root, tmp_path, monkeypatch, capsys):
+    index, folder = str(tmp_path / "index"), root / "test" / "point_cloud"
+    names = sorted(map(str, folder.iterdir()))
+    listing = tmp_path / "list.txt"
+    listing.write_text("\n".join(names[:12]))
+    monkeypatch.setattr(indexing, "BATCH", 5)
+    for stop, command, expected in (
+        (3, ["build", "--run", str(run), "--collection", str(listing), "--index", index], names[:12]),
+        (2, ["add", index, str(folder)], names), (1, ["remove", index, *names[:3]], names[3:]),
+    ):
+        program = [sys.executable, "-c", KILLING, str(stop), *command]
+        killed = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        commands.main(command)
+        rows = Index(index).columns(Index(index).items, "path")["path"].to_pylist()
+        assert sorted(rows) == expected and indexing.problems(Index(index)) == []
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def bomb():
+    """A PNG that promises 40,000 x 40,000 pixels."""
+    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def hostile(folder):
+    """Write files that are no picture or shape; return name -> (code, words of the reason)."""
+    stream = io.BytesIO()
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(stream, "PNG")
+    objects = io.BytesIO()
+    np.save(objects, np.array([Payload(folder / "unpickled")], dtype=object), allow_pickle=True)
+    content = {
+        "empty.npy": (b"", "empty", "no content"), "empty.png": (b"", "empty", "no content"), "text.png": (b"hello", "unreadable", "cannot identify"),
+        "huge.png": (bomb(), "unreadable", "decompression bomb"), "deep.png": (stream.getvalue(), "unreadable", "more than 8 bits"),
+        "notes.txt": (b"hello", "type", "expected one of"), "raw.npy": (pickle.dumps(Payload(folder / "unpickled")), "unreadable", "not a readable"),
+        "objects.npy": (objects.getvalue(), "unreadable", "not a readable .npy"), "short.off": (b"OFF\n8 6 0\n0 0 0\n", "unreadable", "promises 8 vertices"),
+        "flat.obj": (b"v 0 0 0\nf 1 1 1\n", "unreadable", "one place"),
+    }
+    for name, (data, _, _) in content.items():
+        (folder / name).write_bytes(data)
+    np.save(folder / "nan.npy", np.full((9, 3), np.nan))
+    (folder / "away.npy").symlink_to("/etc/hostname")
+    return {name: row[1:] for name, row in content.items()} | {"nan.npy": ("unreadable", "finite"), "away.npy": ("outside", "leads out of")}
+
+
+def test_every_skipped_file_is_listed_with_a_stable_code(run, root, tmp_path, capsys):
+    folder = tmp_path / "collection"
+    folder.mkdir()
+    expected = hostile(folder)
+    shutil.copy(next((root / "test" / "point_cloud").iterdir()), folder / "good 1.npy")
+    index = build(run, tmp_path / "index", folder)
+    said = capsys.readouterr().err
+    rows = {Path(row["path"]).name: row for row in index.columns(index.skipped, "path", "code", "reason").to_pylist()}
+    pictures = {name for name in expected if name.endswith(".png")} - {"empty.png"}
+    assert rows.keys() == expected.keys() and len(index) == 1 and indexing.problems(index) == []
+    for name, (code, words) in expected.items():
+        assert (rows[name]["code"], name) == ("type" if name in pictures else code, name)
+        assert words in rows[name]["reason"] or name in pictures
+        assert f"skipped {folder / name}: {rows[name]['code']}: " in said
+    assert not (folder / "unpickled").exists()
+    listing = tmp_path / "collection" / "list.txt"
+    listing.write_text("good 1.npy 7\n../secret.npy\nlost.npy\nbad\0name.npy\n")
+    codes = [problem and problem.code for _, problem in files.list_collection(str(listing))]
+    assert codes == [None, "outside", "missing", "name"]
+
+
+@pytest.mark.parametrize("name", ["empty.png", "text.png", "huge.png", "deep.png", "notes.txt", "raw.npy", "objects.npy", "nan.npy", "../../lost.png"])
+def test_hostile_queries_are_one_message(built, tmp_path, name):
+    expected = hostile(tmp_path)
+    searcher = Searcher(Index(str(built)), CPU)
+    with pytest.raises(UserError, match="is no query: ") as caught:
+        searcher.search([str(tmp_path / name)])
+    if name.endswith(("g", "y")) and name in expected:
+        assert expected[name][1] in str(caught.value) or name == "empty.png"
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_one_picture_in_any_dress_is_one_query(run, root, tmp_path):
+    data = Model(str(run), CPU).data
+    source = Image.open(next((root / "test" / "gray_imgs").iterdir())).convert("L")
+    plain = tmp_path / "plain.png"
+    source.save(plain)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown turned by 90 degrees
+    dressed = {
+        "palette.png": lambda path: source.convert("P").save(path), "alpha.png": lambda path: source.convert("RGBA").save(path),
+        "exif.png": lambda path: source.transpose(Image.Transpose.ROTATE_90).save(path, exif=turned),
+        "frames.gif": lambda path: source.save(path, save_all=True, append_images=[Image.new("L", source.size)]),
+    }
+    expected = files.read_sample(str(plain), "GrayImg", data)
+    for name, save in dressed.items():
+        save(tmp_path / name)
+        np.testing.assert_array_equal(files.read_sample(str(tmp_path / name), "GrayImg", data), expected)
+    Image.new("L", (40_000, 30)).save(tmp_path / "wide.png")
+    assert files.read_sample(str(tmp_path / "wide.png"), "GrayImg", data).shape == (1, 3, 36, 36)
+
+
+def test_another_model_is_refused_with_the_command_that_mends_it(run, copied, root, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    save_checkpoint(other / "last.pt", load_checkpoint(run / "last.pt") | {"epoch": 1})
+    for call in (lambda: Searcher(copied, CPU, str(other)), lambda: build(other, copied.place, clouds(root))):
+        with pytest.raises(UserError, match=f"another model.*python search.py build --run {other} --collection {clouds(root)} --index NEW"):
+            call()
+    with pytest.raises(UserError, match="was built with representation embedding"):
+        build(run, copied.place, clouds(root), "--representation", "joint")
+    with pytest.raises(UserError, match="--ann needs"):
+        Searcher(copied, CPU).search([str(next((root / "test" / "gray_imgs").iterdir()))], ann=True)
+
+
+def test_what_a_cosine_means_is_measured_without_labels(monkeypatch):
+    rng = np.random.default_rng(0)
+    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    query, gallery = (unit(rng.standard_normal((40, 3))) for _ in range(2))
+    beliefs = [rng.dirichlet(np.ones(4), 40) for _ in range(2)]
+    wrap = lambda rows, posteriors: Features(torch.from_numpy(rows).float(), torch.from_numpy(posteriors).float())
+    found = model._meaning(wrap(query, beliefs[0]), wrap(gallery, beliefs[1]))
+    random, unrelated, best = [], [], []
+    for i in range(40):
+        cosines = {j: float(query[i] @ gallery[j]) for j in range(40) if j != i}
+        random += cosines.values()
+        best.append(max(cosines.values()))
+        unrelated.append(max(value for j, value in cosines.items() if beliefs[0][i].argmax() != beliefs[1][j].argmax()))
+    assert found["level"] == pytest.approx(np.quantile(unrelated, 0.95), abs=1e-6)
+    assert found["kept"] == pytest.approx(np.mean(np.array(best) >= found["level"]))
+    np.testing.assert_allclose(found["quantiles"], np.quantile(random, np.linspace(0, 1, 101)), atol=1e-6)
+    pictures = torch.full((5, 1, 3, 20, 20), 10, dtype=torch.uint8)
+    pictures[:, :, :, 4:14, 8:11] = 240
+    assert model._tone(pictures) == {"ground": 10, "fill": 0.5}
+
+
+def test_scores_and_verdicts_of_a_query(built, root):
+    index = Index(str(built))
+    searcher = Searcher(index, CPU)
+    picture = str(next((root / "test" / "gray_imgs").iterdir()))
+    (answer,) = searcher.search([picture], 4)
+    meaning = index.info["calibration"]["GrayImg"]
+    for row in answer.results:
+        assert row["farther"] == pytest.approx(np.mean(np.array(meaning["quantiles"]) < row["cosine"]), abs=0.02)
+    assert answer.nothing == (max(row["cosine"] for row in answer.results) < meaning["level"])
+    meaning["level"] = 1.01
+    (answer,) = searcher.search([picture], 4)
+    assert answer.nothing and "nothing like this in the collection: best cosine" in page.as_text([answer])
+    meaning["level"] = -1.0
+    assert not searcher.search([picture], 4)[0].nothing
+
+
+def test_answers_as_json_csv_and_one_offline_page(built, root, tmp_path, capsys):
+    pictures = [str(path) for path in sorted((root / "test" / "gray_imgs").iterdir())[:2]]
+    shape = str(next((root / "test" / "point_cloud").iterdir()))
+    commands.main(["query", str(built), *pictures, shape, "-k", "3", "--json"])
+    first, _, last = json.loads(capsys.readouterr().out)
+    assert first["query"] == pictures[0] and [row["rank"] for row in first["results"]] == [1, 2, 3]
+    assert last["modality"] == "PointCloud" and last["results"][0]["path"] == shape and last["results"][0]["cosine"] == pytest.approx(1)
+    commands.main(["query", str(built), pictures[0], "-k", "3", "--csv"])
+    assert [line.split(",")[2] for line in capsys.readouterr().out.splitlines()] == ["rank", "1", "2", "3"]
+    commands.main(["query", str(built), *pictures, "-k", "3", "--html", str(tmp_path / "out.html")])
+    text = (tmp_path / "out.html").read_text()
+    assert text.count("data:image/png;base64,") == 2 * 4 and "http" not in text and "src=" in text
+    rows = [{"rank": 1, "path": "/a/<script>\x1b[2J.off", "score": 1.0, "cosine": 1.0, "farther": 1.0, "thumbnail": b"x"}]
+    evil = Answer("<img>\n.png", "GrayImg", rows, False, 0.5)
+    assert "<script>" not in page.as_html([evil], [b""]) and "<img>" not in page.as_html([evil], [b""])
+    assert "\x1b" not in page.as_text([evil]) and page.as_text([evil]).count("\n") == 2
+
+
+TETRAHEDRON = "OFF\n4 4 0\n0 0 0\n1 0 0\n0 1 0\n0 0 2\n3 0 2 1\n3 0 1 3\n3 0 3 2\n3 1 2 3\n"
+
+
+def test_meshes_become_points_and_every_shape_a_view(run, root, tmp_path):
+    trimesh = pytest.importorskip("trimesh", reason="search needs the packages of requirements-search.txt")
+    path = tmp_path / "solid.off"
+    path.write_text(TETRAHEDRON)
+    for suffix in ("ply", "stl", "glb"):
+        trimesh.load(path).export(tmp_path / f"solid.{suffix}")
+    data = Model(str(run), CPU).data
+    for name in ("solid.off", "solid.ply", "solid.stl", "solid.glb"):
+        sample = files.read_sample(str(tmp_path / name), "PointCloud", data)
+        assert sample.shape == (1, 48, 3) and np.linalg.norm(sample, axis=2).max() <= 1 + 1e-6
+        mesh = trimesh.load(io.BytesIO(files.view_of(str(tmp_path / name))), file_type="glb", force="mesh")
+        extents = mesh.bounds[1] - mesh.bounds[0]
+        assert len(mesh.faces) == 4 and extents[1] == pytest.approx(2 * extents[0], rel=1e-5)  # z up became y up
+    (tmp_path / "cut.ply").write_bytes((tmp_path / "solid.ply").read_bytes()[:60])
+    with pytest.raises(files.Unusable) as caught:
+        files.read_sample(str(tmp_path / "cut.ply"), "PointCloud", data)
+    assert caught.value.code == "unreadable"
+    cloud = next((root / "test" / "point_cloud").iterdir())
+    view = trimesh.load(io.BytesIO(files.view_of(str(cloud))), file_type="glb", force="mesh")
+    assert len(view.faces) == 8 * 48 and view.volume > 0  # octahedra whose outsides face out
+    with pytest.raises(files.Unusable, match="a shape is no GrayImg"):
+        files.read_sample(str(cloud), "GrayImg", data)
+    assert identity(str(cloud)) > 0

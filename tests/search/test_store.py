@@ -1,0 +1,158 @@
+"""search.store and search.graph on fabricated vectors: exact order, keys, crashes at every write, a graph equal to one made from scratch."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+if find_spec("lancedb") is None:
+    pytest.skip("search needs the packages of requirements-search.txt", allow_module_level=True)
+from search import graph, store
+from search.store import Index, identity
+from utils.errors import UserError
+from utils.evaluation.ranking import NEIGHBOURS, nearest
+
+WIDTH = 6
+
+
+def make(folder, **info):
+    return Index.create(str(folder / "index"), {"graph": True, **info}, {"vector": WIDTH})
+
+
+def put(index, numbers, seed=0):
+    """Items number -> unit vector that depends on number and seed."""
+    rows = np.stack([np.random.default_rng([seed, number]).standard_normal(WIDTH) for number in numbers])
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    index.put(index.items, {
+        "path": [f"/c/{number}.npy" for number in numbers], "sha256": [f"{seed}-{number}" for number in numbers], "vector": rows,
+        "thumbnail": [b"png"] * len(numbers),
+    })
+
+
+def ids_of(numbers):
+    return [identity(f"/c/{number}.npy") for number in numbers]
+
+
+def assert_graph_is_fresh(index):
+    """The stored lists equal those of all items looked up anew."""
+    assert graph.graph_problem(index) is None
+    ids, vectors = index.matrix()
+    rows = torch.from_numpy(vectors).double()
+    columns, similarities = nearest(rows, rows, NEIGHBOURS, torch.arange(len(rows)))
+    stored = {row["id"]: row for row in index.columns(index.graph, "id", "neighbours", "similarities").to_pylist()}
+    assert len(stored) == len(ids)
+    for row, number in enumerate(ids.tolist()):
+        assert stored[number]["neighbours"] == ids[columns[row]].tolist()
+        np.testing.assert_allclose(stored[number]["similarities"], similarities[row], atol=1e-12)
+
+
+def test_nearest_is_exact_and_keys_are_stable(tmp_path):
+    index = make(tmp_path)
+    put(index, range(300))
+    put(index, range(250, 300), seed=1)  # the same keys again: replaced, not doubled
+    index.delete(index.items, ids_of([5, 6, 999]))
+    ids, vectors = index.matrix()
+    assert len(index) == len(ids) == len(set(ids.tolist())) == 298 and identity("/c/7.npy") in ids
+    for query in np.random.default_rng(2).standard_normal((5, WIDTH)):
+        scores = vectors.astype(np.float64) @ query.astype(np.float32).astype(np.float64)
+        for count in (1, 10, 298, 400):
+            found, values = index.nearest(query.astype(np.float32), count)
+            assert found.tolist() == ids[np.argsort(-scores, kind="stable")][:count].tolist()
+            np.testing.assert_allclose(values, np.sort(scores)[::-1][:count], rtol=1e-12)
+
+
+def test_scores_equal_in_single_precision_are_told_apart(tmp_path):
+    index = make(tmp_path)
+    rows = np.zeros((400, WIDTH), np.float32)
+    rows[:, 0], rows[:, 1] = 1, np.arange(400) * 1e-9  # single precision sees 400 equal products
+    index.put(index.items, {"path": [f"/c/{i}.npy" for i in range(400)], "sha256": [""] * 400, "vector": rows, "thumbnail": [b""] * 400})
+    found, _ = index.nearest(np.array([1, 0.5, 0, 0, 0, 0], np.float32), 20)
+    assert found.tolist() == ids_of(range(399, 379, -1))
+
+
+def test_the_graph_follows_every_change(tmp_path):
+    index = make(tmp_path)
+    for change in (
+        lambda: put(index, range(10)), lambda: put(index, range(10, 120)), lambda: put(index, [300]),
+        lambda: put(index, range(5), seed=1), lambda: index.delete(index.items, ids_of([3, 50, 51, 119])),
+        lambda: (index.delete(index.items, ids_of([7])), put(index, [400, 401]), put(index, [8], seed=2)), lambda: None,
+    ):
+        change()
+        graph.update_graph(index)
+        assert_graph_is_fresh(index)
+
+
+def test_a_graph_behind_its_items_is_refused(tmp_path):
+    index = make(tmp_path)
+    put(index, range(30))
+    with pytest.raises(UserError, match="30 items are not in the neighbour graph.*search.py update"):
+        graph.diffusion(index)
+    graph.update_graph(index)
+    put(index, [4], seed=9)
+    with pytest.raises(UserError, match="1 items are not"):
+        graph.diffusion(index)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", ["put", "delete"])
+def test_a_stop_before_or_after_any_write_of_the_graph_is_made_good(tmp_path, monkeypatch, method):
+    index, original = make(tmp_path), getattr(Index, method)
+    put(index, range(60))
+    graph.update_graph(index)
+    for late in (False, True):
+        put(index, range(60, 70), seed=int(late))
+        index.delete(index.items, ids_of([late, 20 + late]))
+
+        def stopped(self, *given):
+            if late:
+                original(self, *given)
+            raise Killed
+
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Index, method, stopped)
+            graph.update_graph(index)
+        graph.update_graph(index)
+        assert_graph_is_fresh(index)
+
+
+def test_a_half_made_index_counts_as_none_and_is_completed(tmp_path):
+    index = make(tmp_path)
+    put(index, range(3))
+    store.lancedb.connect(index.place).drop_table("info")
+    with pytest.raises(UserError, match="no index at .*python search.py build"):
+        Index(index.place)
+    assert len(make(tmp_path)) == 3
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        Index.create(str(tmp_path / "full"), {}, {"vector": 2})
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "no manifest"])
+def test_a_damaged_index_is_one_message(tmp_path, damage):
+    index = make(tmp_path)
+    put(index, range(40))
+    place = tmp_path / "index" / "items.lance"
+    for path in (place / ("_versions" if damage == "no manifest" else "data")).iterdir():
+        path.unlink() if damage == "no manifest" else path.write_bytes(path.read_bytes()[: 100 * (damage == "truncated")])
+    with pytest.raises(UserError, match="is damaged.*make it anew with python search.py build"):
+        Index(index.place).nearest(np.ones(WIDTH, np.float32), 3)
+
+
+def test_the_ann_index_finds_most_and_takes_in_what_is_added(tmp_path):
+    index = make(tmp_path)
+    put(index, range(100))
+    with pytest.raises(UserError, match="at least 256"):
+        index.optimise(ann=True)
+    put(index, range(100, 600))
+    assert not index.has_ann
+    index.optimise(ann=True)
+    put(index, [999])
+    index.optimise()
+    query = np.random.default_rng([0, 999]).standard_normal(WIDTH).astype(np.float32)
+    best, found = (set(index.nearest(query, 10, ann)[0].tolist()) for ann in (False, True))
+    assert index.has_ann and identity("/c/999.npy") in found and len(best & found) >= 7
