@@ -22,25 +22,39 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     whole = argparse.ArgumentParser(prog="search.py", description="Search in a collection with a trained run; see docs/search.md.")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    make = lambda name, action, text: _add(commands, name, action, text)
-    build = make("build", _build, "make an index of a collection, or finish one that was interrupted")
+    for name, (action, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(action=action)
+        if name != "build":
+            command.add_argument("index")
+        if name in ("build", "add", "update", "remove"):
+            command.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+        if name in ("build", "update"):
+            command.add_argument("--ann", action="store_true", help="make LanceDB's ANN index too")
+        if name in ("add", "update", "query", "serve"):
+            command.add_argument("--run", help="run folder, if it has moved")
+        if name in ("build", "add", "update", "query", "serve"):
+            command.add_argument("--device", default="auto")
+    commands.choices["add"].add_argument("collection", nargs="+", metavar="DIR|LIST|FILE")
+    commands.choices["remove"].add_argument("path", nargs="+")
+    commands.choices["serve"].add_argument("--port", type=int, default=7860)
+    _add_build_options(commands.choices["build"])
+    _add_query_options(commands.choices["query"])
+    return whole
+
+
+def _add_build_options(build: argparse.ArgumentParser) -> None:
     build.add_argument("--run", required=True, help="run folder of train_step1.py or train_step2.py")
     build.add_argument("--collection", required=True, metavar="DIR|LIST", help="folder, list of files, or one file")
     build.add_argument("--index", required=True, help="folder of the index, or an address of object storage")
     build.add_argument("--modality", choices=MODALITIES, help="what the collection holds; default: the run's only 3D modality")
     build.add_argument("--representation", choices=REPRESENTATIONS, help="what is compared; default: the run's eval.representation")
     build.add_argument("--no-graph", dest="graph", action="store_false", help="without neighbour graph, which --ranking diffusion needs")
-    add = make("add", _add_files, "add files, or describe those that have changed anew")
-    add.add_argument("index")
-    add.add_argument("collection", nargs="+", metavar="DIR|LIST|FILE")
-    make("update", _update, "describe files that have changed anew, drop those that are gone").add_argument("index")
-    remove = make("remove", _remove, "take files, or all files of folders, out of the index; the files stay")
-    remove.add_argument("index")
-    remove.add_argument("path", nargs="+")
-    make("verify", _verify, "compare every item with its file").add_argument("index")
-    make("stats", _stats, "say what the index holds and which files were skipped").add_argument("index")
-    query = make("query", _query, "find what is like pictures or shapes")
-    query.add_argument("index")
+    build.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                       help="where the training data lie now, e.g. data.root=DIR")
+
+
+def _add_query_options(query: argparse.ArgumentParser) -> None:
     query.add_argument("picture", nargs="+")
     query.add_argument("-k", type=int, default=10, help="results per query")
     query.add_argument("--as", dest="modality", choices=MODALITIES, help="modality of the queries; default: by their files")
@@ -50,26 +64,6 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true")
     form.add_argument("--csv", action="store_true")
     form.add_argument("--html", metavar="FILE")
-    serve = make("serve", _serve, "open a page on 127.0.0.1")
-    serve.add_argument("index")
-    serve.add_argument("--port", type=int, default=7860)
-    for name in ("build", "add", "update", "remove"):
-        commands.choices[name].add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
-    for name in ("build", "update"):
-        commands.choices[name].add_argument("--ann", action="store_true", help="make LanceDB's ANN index too")
-    for name in ("add", "update", "query", "serve"):
-        commands.choices[name].add_argument("--run", help="run folder, if it has moved")
-    for name in ("build", "add", "update", "query", "serve"):
-        commands.choices[name].add_argument("--device", default="auto")
-    commands.choices["build"].add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                                           help="where the training data lie now, e.g. data.root=DIR")
-    return whole
-
-
-def _add(commands: Any, name: str, action: Any, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(action=action)
-    return command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -158,3 +152,13 @@ def _serve(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"the page needs Gradio ({error}): pip install -r requirements-search.txt") from error
     serve(_opened(arguments), arguments.port)
+
+
+COMMANDS = {
+    "build": (_build, "make an index of a collection, or finish one that was interrupted"),
+    "add": (_add_files, "add files, or describe those that have changed anew"),
+    "update": (_update, "describe files that have changed anew, drop those that are gone"),
+    "remove": (_remove, "take files, or all files of folders, out of the index; the files stay"),
+    "verify": (_verify, "compare every item with its file"), "stats": (_stats, "say what the index holds and which files were skipped"),
+    "query": (_query, "find what is like pictures or shapes"), "serve": (_serve, "open a page on 127.0.0.1"),
+}
