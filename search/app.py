@@ -18,6 +18,7 @@ from utils.evaluation.metrics import RANKINGS
 from utils.modalities import MODALITIES
 
 SHOWN = 20  # results
+HINT = "Choose the brush on the left, then draw"
 CANVAS, BRUSH = (320, 320), 30  # of the sketch pad, pixels
 LARGEST_FILE = "50mb"
 FONTS = {"font": ["sans-serif"], "font_mono": ["monospace"]}  # the page asks nobody for others
@@ -88,7 +89,8 @@ def make_app(searcher: Searcher, folder: Path) -> gr.Blocks:
                 ranking = gr.Radio(list(rankings), value="plain", label="Ranking", visible=len(rankings) > 1)
                 with gr.Tab("Draw", visible=page.drawable is not None):
                     brush = gr.Brush(default_size=BRUSH, colors=["#000000"], color_mode="fixed")
-                    sketch = gr.Sketchpad(type="numpy", layers=False, canvas_size=CANVAS, fixed_canvas=True, brush=brush, transforms=())
+                    pad = {"canvas_size": CANVAS, "fixed_canvas": True, "brush": brush, "transforms": (), "layers": False}
+                    sketch = gr.Sketchpad(type="numpy", label="Sketch", placeholder=HINT, **pad)
                     draw = gr.Button("Find what is drawn", variant="primary")
                 with gr.Tab("File"):
                     file = gr.File(type="filepath", label="A picture or a shape")
