@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from search.files import view_of
-from search.page import caption, verdict
+from search.page import FIELDS, cells, verdict
 from search.query import Searcher
 from search.store import identity
 from utils.errors import UserError
@@ -19,7 +19,8 @@ from utils.modalities import MODALITIES
 
 SHOWN = 20  # results
 HINT = "Choose the brush on the left, then draw"
-CANVAS, BRUSH = (320, 320), 30  # of the sketch pad, pixels
+CANVAS, BRUSH = (320, 320), 16  # of the sketch pad, pixels
+DISTANCE = 3.5  # of the camera from a shape in the unit sphere
 LARGEST_FILE = "50mb"
 FONTS = {"font": ["sans-serif"], "font_mono": ["monospace"]}  # the page asks nobody for others
 
@@ -43,18 +44,19 @@ class Page:
         self.searcher, self.index, self.folder = searcher, searcher.index, folder
         self.drawable = next((name for name in searcher.model.encoders if MODALITIES[name].is_2d), None)
 
-    def find(self, path: str | None, ranking: str, modality: str | None = None) -> tuple[str, list, list]:
-        """Return the verdict, the gallery's pictures with captions, and the plain results for one file."""
+    def find(self, path: str | None, ranking: str, modality: str | None = None) -> tuple[str, list, list, list]:
+        """Return for one file the verdict, the gallery's pictures with captions, the rows of the table, and the plain results."""
         if not path:
             raise gr.Error("drop a file first", print_exception=False)
         try:
             (answer,) = self.searcher.search([path], SHOWN, ranking, modality)
         except UserError as error:
             raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
-        shown = [(Image.open(io.BytesIO(row["thumbnail"])), f"{caption(row)}: {row['path']}") for row in answer.results]
-        return verdict(answer), shown, answer.plain()["results"]
+        results = answer.plain()["results"]
+        shown = [(Image.open(io.BytesIO(row["thumbnail"])), f"{row['rank']}. {row['score']:.3f}") for row in answer.results]
+        return verdict(answer), shown, [cells(row) for row in results], results
 
-    def find_drawing(self, sketch: dict[str, Any] | None, ranking: str) -> tuple[str, list, list]:
+    def find_drawing(self, sketch: dict[str, Any] | None, ranking: str) -> tuple[str, list, list, list]:
         """As `find`, for what is on the sketch pad."""
         ink = np.max([layer[:, :, 3] for layer in sketch["layers"]], axis=0) if sketch and sketch["layers"] else np.zeros((1, 1))
         if not ink.any():
@@ -95,13 +97,14 @@ def make_app(searcher: Searcher, folder: Path) -> gr.Blocks:
                 with gr.Tab("File"):
                     file = gr.File(type="filepath", label="A picture or a shape")
                     ask = gr.Button("Find what is like it", variant="primary")
-                view = gr.Model3D(label="The chosen result", height=300)
+                view = gr.Model3D(label="The chosen result", height=300, camera_position=(None, None, DISTANCE))
             with gr.Column(scale=2):
                 said = gr.Markdown()
                 gallery = gr.Gallery(columns=5, label="Results", allow_preview=False, object_fit="contain")
+                table = gr.Dataframe(headers=list(FIELDS), label="Scores", interactive=False, wrap=True)
         results = gr.JSON(visible=False)
-        ask.click(page.find, [file, ranking], [said, gallery, results], api_name="search")
-        draw.click(page.find_drawing, [sketch, ranking], [said, gallery, results], api_visibility="private")
+        ask.click(page.find, [file, ranking], [said, gallery, table, results], api_name="search")
+        draw.click(page.find_drawing, [sketch, ranking], [said, gallery, table, results], api_visibility="private")
         gallery.select(page.view, results, view, api_visibility="private")
     return app
 

@@ -17,7 +17,7 @@ STYLE = "body{font:14px sans-serif;margin:2em}figure{display:inline-block;width:
 
 def as_text(answers: Sequence[Answer]) -> str:
     """Return one table per query; names are shown without control characters."""
-    return "\n\n".join(f"{_title(answer)}\n{align([FIELDS, *map(_cells, answer.results)])}" for answer in answers)
+    return "\n\n".join(f"{_title(answer)}\n{align([FIELDS, *map(cells, answer.results)])}" for answer in answers)
 
 
 def as_json(answers: Sequence[Answer]) -> str:
@@ -40,12 +40,11 @@ def as_html(answers: Sequence[Answer], queries: Sequence[bytes]) -> str:
     for answer, picture in zip(answers, queries, strict=True):
         heading = f"<h2 class={'nothing' if answer.nothing else 'found'}>{html.escape(_title(answer))}</h2>"
         parts.append(f"{heading}{_figure(picture, 'query')}<hr>")
-        parts += [_figure(row["thumbnail"], caption(row), row["path"]) for row in answer.results]
+        parts += [_figure(row["thumbnail"], _caption(row), row["path"]) for row in answer.results]
     return "\n".join(parts)
 
 
-def caption(row: dict) -> str:
-    """Say rank, score, cosine and the share of random pairs that are farther, of one result."""
+def _caption(row: dict) -> str:
     return f"{row['rank']}. score {row['score']:.3f}, cosine {row['cosine']:.3f}, nearer than {100 * row['farther']:.1f} % of random pairs"
 
 
@@ -61,7 +60,8 @@ def _title(answer: Answer) -> str:
     return f"{_shown(answer.query)} ({answer.modality}): {verdict(answer)}"
 
 
-def _cells(row: dict) -> list[str]:
+def cells(row: dict) -> list[str]:
+    """Return what stands in the columns `FIELDS`."""
     return [str(row["rank"]), *(f"{row[name]:.4f}" for name in FIELDS[1:4]), _shown(row["path"])]
 
 
