@@ -1,6 +1,7 @@
 """The page of `search.py serve`: drop a file or draw, see what is like it, turn a shape around. On 127.0.0.1 alone."""
 
 import io
+import os
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
@@ -20,7 +21,6 @@ from utils.modalities import MODALITIES
 SHOWN = 20  # results
 HINT = "Choose the brush on the left, then draw"
 CANVAS, BRUSH = (320, 320), 16  # of the sketch pad, pixels
-DISTANCE = 3.5  # of the camera from a shape in the unit sphere
 LARGEST_FILE = "50mb"
 FONTS = {"font": ["sans-serif"], "font_mono": ["monospace"]}  # the page asks nobody for others
 
@@ -42,6 +42,8 @@ class Page:
 
     def __init__(self, searcher: Searcher, folder: Path) -> None:
         self.searcher, self.index, self.folder = searcher, searcher.index, folder
+        place = self.index.info["collection"]
+        self.folder_of_items = place if os.path.isdir(place) else os.path.dirname(place)
         self.drawable = next((name for name in searcher.model.encoders if MODALITIES[name].is_2d), None)
 
     def find(self, path: str | None, ranking: str, modality: str | None = None) -> tuple[str, list, list, list]:
@@ -54,7 +56,8 @@ class Page:
             raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
         results = answer.plain()["results"]
         shown = [(Image.open(io.BytesIO(row["thumbnail"])), f"{row['rank']}. {row['score']:.3f}") for row in answer.results]
-        return verdict(answer), shown, [cells(row) for row in results], results
+        short = lambda path: path.removeprefix(os.path.join(self.folder_of_items, ""))
+        return verdict(answer), shown, [cells(row | {"path": short(row["path"])}) for row in results], results
 
     def find_drawing(self, sketch: dict[str, Any] | None, ranking: str) -> tuple[str, list, list, list]:
         """As `find`, for what is on the sketch pad."""
@@ -97,7 +100,7 @@ def make_app(searcher: Searcher, folder: Path) -> gr.Blocks:
                 with gr.Tab("File"):
                     file = gr.File(type="filepath", label="A picture or a shape")
                     ask = gr.Button("Find what is like it", variant="primary")
-                view = gr.Model3D(label="The chosen result", height=300, camera_position=(None, None, DISTANCE))
+                view = gr.Model3D(label="The chosen result", height=300)
             with gr.Column(scale=2):
                 said = gr.Markdown()
                 gallery = gr.Gallery(columns=5, label="Results", allow_preview=False, object_fit="contain")
