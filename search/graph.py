@@ -74,7 +74,7 @@ def diffusion(index: Index) -> tuple[np.ndarray, DiffusionRanking]:
         raise UserError(f"no diffusion over {index.place}: {problem}; mend it with python search.py {command}")
     ids, vectors = index.matrix()
     rows = index.columns(index.graph, "id", "neighbours", "similarities").sort_by("id")
-    shape = (len(ids), -1)
+    shape = (len(ids), min(NEIGHBOURS, len(ids) - 1))
     lists = [rows[name].combine_chunks().flatten().to_numpy().reshape(shape) for name in ("neighbours", "similarities")]
     places = torch.from_numpy(np.searchsorted(ids, lists[0]))
     return ids, DiffusionRanking(torch.from_numpy(vectors).double(), neighbours=(places, torch.from_numpy(lists[1].copy())))

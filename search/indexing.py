@@ -12,7 +12,7 @@ from datasets.images import read_image
 from search.files import Unusable, content_hash, list_collection, modality_of, read_sample
 from search.graph import graph_problem, update_graph
 from search.model import Model
-from search.store import Index, exists, identity
+from search.store import Index, exists, identity, vectors_of
 from utils.engine.progress import progress
 from utils.errors import UserError
 from utils.figures.thumbnails import thumbnail
@@ -151,7 +151,7 @@ def problems(index: Index) -> list[str]:
     """Check every item against its file, itself and the graph; return one line `code: what` per problem."""
     rows = index.columns(index.items, "id", "path", "sha256", "vector")
     found, seen = [], set()
-    vectors = rows["vector"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
+    vectors = vectors_of(rows["vector"])
     for number, path, digest, vector in zip(rows["id"].to_pylist(), rows["path"].to_pylist(), rows["sha256"].to_pylist(), vectors):
         if number in seen:
             found.append(f"twice: {path}")

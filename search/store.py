@@ -101,7 +101,7 @@ class Index:
         """Return the ids (N,) of all items in ascending order and a column of theirs (N, D) float32."""
         rows = self.columns(self.items, "id", name)
         ids, order = rows["id"].to_numpy(), np.argsort(rows["id"].to_numpy())
-        return ids[order], _vectors(rows[name])[order]
+        return ids[order], vectors_of(rows[name])[order]
 
     def put(self, table: Any, columns: Mapping[str, Sequence]) -> None:
         """Insert rows or replace those with the same id, in one step; `columns` has one entry per column but "id" if it has "path"."""
@@ -137,7 +137,7 @@ class Index:
             search = search.nprobes(64).refine_factor(4) if ann else search.bypass_vector_index()
             with self._readable():
                 rows = search.select(["id", "vector", "_distance"]).to_arrow()
-            ids, scores = rows["id"].to_numpy(), _vectors(rows["vector"]).astype(np.float64) @ query.astype(np.float64)
+            ids, scores = rows["id"].to_numpy(), vectors_of(rows["vector"]).astype(np.float64) @ query.astype(np.float64)
             order = np.lexsort([ids, -np.round(scores * SCORE_STEPS)])[:count]
             complete = ann or len(ids) < fetch or scores[order[-1]] > 1 - rows["_distance"][-1].as_py() + MARGIN
             if complete:
@@ -184,9 +184,9 @@ def _parts(ids: Iterable[int]) -> Iterator[str]:
     return (", ".join(numbers[start : start + AT_ONCE]) for start in range(0, len(numbers), AT_ONCE))
 
 
-def _vectors(column: pa.ChunkedArray) -> np.ndarray:
-    array = column.combine_chunks()
-    return array.flatten().to_numpy().reshape(len(array), -1)
+def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of vectors as (N, D)."""
+    return column.combine_chunks().flatten().to_numpy().reshape(len(column), column.type.list_size)
 
 
 def _arrow(values: Sequence, kind: pa.DataType) -> pa.Array:

@@ -74,13 +74,15 @@ def test_scores_equal_in_single_precision_are_told_apart(tmp_path):
 def test_the_graph_follows_every_change(tmp_path):
     index = make(tmp_path)
     for change in (
-        lambda: put(index, range(10)), lambda: put(index, range(10, 120)), lambda: put(index, [300]),
+        lambda: None, lambda: put(index, [0]), lambda: put(index, range(10)), lambda: put(index, range(10, 120)), lambda: put(index, [300]),
         lambda: put(index, range(5), seed=1), lambda: index.delete(index.items, ids_of([3, 50, 51, 119])),
         lambda: (index.delete(index.items, ids_of([7])), put(index, [400, 401]), put(index, [8], seed=2)), lambda: None,
     ):
         change()
         graph.update_graph(index)
         assert_graph_is_fresh(index)
+        if len(index):
+            assert graph.diffusion(index)[1].scores(torch.ones(1, WIDTH, dtype=torch.float64)).shape == (1, len(index))
 
 
 def test_a_graph_behind_its_items_is_refused(tmp_path):
