@@ -80,8 +80,8 @@ def test_the_graph_follows_every_change(tmp_path):
     ):
         change()
         graph.update_graph(index)
-        assert_graph_is_fresh(index)
         if len(index):
+            assert_graph_is_fresh(index)
             assert graph.diffusion(index)[1].scores(torch.ones(1, WIDTH, dtype=torch.float64)).shape == (1, len(index))
 
 
