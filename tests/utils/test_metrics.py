@@ -264,7 +264,8 @@ def test_dot_products_rank_posteriors_by_the_chance_of_one_cluster():
 def test_nearest_leaves_out_the_item_itself_in_every_block(monkeypatch):
     monkeypatch.setattr("utils.evaluation.ranking.BLOCK_BYTES", 8 * 30 * 4)  # four rows at a time
     rows = unit(30, 3, 8)
-    columns, values = nearest(rows, rows, 5, own=0)
     similar = (rows @ rows.T).fill_diagonal_(-torch.inf)
-    assert torch.equal(columns, similar.topk(5).indices)
-    torch.testing.assert_close(values, similar.topk(5).values)
+    for own in (torch.arange(30), torch.tensor([7, 3, 29, 4, 0, 11])):
+        columns, values = nearest(rows[own], rows, 5, own)
+        assert torch.equal(columns, similar[own].topk(5).indices)
+        torch.testing.assert_close(values, similar[own].topk(5).values)
