@@ -28,10 +28,10 @@ def as_json(answers: Sequence[Answer]) -> str:
 def as_csv(answers: Sequence[Answer]) -> str:
     """Return one row per result."""
     stream = io.StringIO()
-    writer = csv.writer(stream)
+    writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["query", "nothing_like_this", *FIELDS])
     writer.writerows([answer.query, answer.nothing, *(row[name] for name in FIELDS)] for answer in answers for row in answer.results)
-    return stream.getvalue()
+    return stream.getvalue().rstrip("\n")
 
 
 def as_html(answers: Sequence[Answer], queries: Sequence[bytes]) -> str:
