@@ -57,7 +57,7 @@ def textured_box(trimesh):
     picture = Image.new("RGB", (8, 8), (255, 0, 0))
     picture.paste((0, 0, 255), (0, 0, 8, 4))
     box = trimesh.creation.box(BOX)
-    uv = box.vertices[:, 1:] / BOX[1:] + 0.5
+    uv = 0.9 * box.vertices[:, 1:] / BOX[1:] + 0.5  # at 1 a texture begins anew
     return trimesh.Trimesh(box.vertices, box.faces, visual=trimesh.visual.TextureVisuals(uv=uv, image=picture), process=False)
 
 
@@ -156,7 +156,7 @@ def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, mo
         for red, _, blue in (np.moveaxis(picture, -1, 0) for picture in pictures):
             rows = [np.nonzero(excess > 100)[0] for excess in (blue - red, red - blue)]
             assert [len(found) > 5 for found in rows] == [kind == "painted"] * 2
-            assert kind == "neutral" or rows[0].mean() < rows[1].mean() - 4  # the upper half of the texture is blue
+            assert kind == "neutral" or rows[0].mean() < rows[1].mean() - 2  # the upper half of the texture is blue
 
 
 def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
