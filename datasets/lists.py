@@ -125,9 +125,12 @@ def check_disjoint(train: SampleList, test: SampleList) -> None:
             )
 
 
-def _identity(file: Path) -> tuple[int, int]:
-    """Return what the links to a file share; much faster than resolving its path."""
-    entry = os.stat(file)
+def _identity(file: Path) -> tuple[int, int] | Path:
+    """Return what the links to a file share, much faster than resolving its path; the path of a file that is not there."""
+    try:
+        entry = os.stat(file)
+    except OSError:
+        return file
     return entry.st_dev, entry.st_ino
 
 

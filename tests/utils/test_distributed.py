@@ -170,7 +170,8 @@ def test_views_as_positives_and_resume_under_torchrun(small_digits, tmp_path):
 
 
 def test_uneven_batches_are_refused(small_digits, monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: 3)
     config = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={small_digits}"])
+    samples = load_training_samples(config.data, torch.device("cpu"))
+    monkeypatch.setattr(distributed, "world", lambda: 3)
     with pytest.raises(ValueError, match="batch of 16.*3 processes.*optim.batch_size"):
-        train_step1.PLALearner(config, load_training_samples(config.data, torch.device("cpu")), torch.device("cpu"))
+        train_step1.PLALearner(config, samples, torch.device("cpu"))
