@@ -73,35 +73,28 @@ def _centre_square(image: Image.Image, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
 
 
-def load_points(
-    sample_list: SampleList, max_points: int = MAX_POINTS, seed: int = 0, unit_sphere: bool = True, allocate: Allocate = np.empty
-) -> np.ndarray:
-    """Read all point clouds of a list, with the same number of points each, in an order that owes nothing to the files.
+def load_points(sample_list: SampleList, max_points: int = MAX_POINTS, allocate: Allocate = np.empty) -> np.ndarray:
+    """Read all point clouds of a list, in the unit sphere about their means, with the same number of points each, in any order.
 
     That number P is the size of the largest cloud, at most `max_points`. The points of a cloud are sorted by coordinates and then
     shuffled, so that one set of points gives the same array however it was stored, and any beginning of it (what evaluation
-    takes, see `datasets.transforms.prepare_points`) is a random subset. Larger clouds lose the end, smaller ones repeat.
+    takes, see `datasets.transforms.prepare_points`) is a random subset that depends on the instance id, not on the row. Larger
+    clouds lose the end, smaller ones repeat.
 
     Args:
         sample_list: of a modality of kind "points": .npy files of shape (n, 3).
-        seed: of the shuffle, together with the instance id, so the row does not matter.
-        unit_sphere: apply `to_unit_sphere` with the mean of each stored cloud.
     Returns:
         (N, P, 3) float32.
     Raises:
-        UserError: on an unreadable file, another shape or type, an empty cloud, NaN or infinity (names file and row), or
-            max_points < 1.
+        UserError: on an unreadable file, another shape or type, an empty cloud, NaN or infinity (names file and row).
     """
-    if max_points < 1:
-        raise UserError(f"max_points must be at least 1, found {max_points}")
     stored = min(max_points, longest(sample_list))
     clouds = allocate((len(sample_list), stored, 3), np.float32)
     for row, instance_id in enumerate(sample_list.instance_ids):
         points = _check_cloud(read_array(sample_list, row), sample_list.where(row))
         points = points[np.lexsort(points.T)]
-        if unit_sphere:
-            points = to_unit_sphere(points, points.mean(axis=0))
-        rng = np.random.default_rng([seed, zlib.crc32(instance_id.encode())])
+        points = to_unit_sphere(points, points.mean(axis=0))
+        rng = np.random.default_rng([0, zlib.crc32(instance_id.encode())])
         points = points[rng.permutation(len(points))[:stored]]
         clouds[row] = points[np.arange(stored) % len(points)]
     return clouds

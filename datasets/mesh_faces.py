@@ -79,16 +79,12 @@ def _neighbours(triangles: np.ndarray) -> np.ndarray:
     return np.where(lowest[edge] != face, lowest[edge], second[edge]).reshape(-1, 3)
 
 
-def load_faces(
-    sample_list: SampleList, max_faces: int = MAX_FACES, seed: int = 0, unit_sphere: bool = True, allocate: Allocate = np.empty
-) -> np.ndarray:
-    """Read all meshes of a list; smaller ones repeat faces drawn at random, with their neighbours, after their own.
+def load_faces(sample_list: SampleList, max_faces: int = MAX_FACES, allocate: Allocate = np.empty) -> np.ndarray:
+    """Read all meshes of a list, in the unit sphere about their bounding boxes; smaller ones repeat some of their faces after their own.
 
     Args:
         sample_list: of a modality of kind "mesh": .npy files of shape (F, 18), see the module.
         max_faces: no mesh may have more.
-        seed: of the draw, together with the instance id.
-        unit_sphere: apply `datasets.arrays.to_unit_sphere` to the corners, with the centre of their bounding box.
     Returns:
         (N, F, 18) float32, F of the largest.
     Raises:
@@ -99,8 +95,8 @@ def load_faces(
     for row, name in enumerate(sample_list.instance_ids):
         faces = read_array(sample_list, row)
         _check_faces(faces, max_faces, sample_list.where(row))
-        faces = _to_unit_sphere(faces) if unit_sphere else faces.astype(np.float32)
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        faces = _to_unit_sphere(faces)
+        rng = np.random.default_rng([0, zlib.crc32(name.encode())])
         meshes[row] = np.concatenate([faces, faces[rng.integers(len(faces), size=stored - len(faces))]])
     return meshes
 

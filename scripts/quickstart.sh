@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Both stages of RoMo on scikit-learn's handwritten digits, on the CPU: environment, data, step 1, step 2 in two rounds, evaluation.
+# Both stages of RoMo on scikit-learn's handwritten digits, on the CPU: environment, data, step 1, step 2, evaluation.
 # SEED=1 bash scripts/quickstart.sh repeats it with another seed.
 source "$(dirname "$0")/environment.sh"
 SEED="${SEED:-0}"
@@ -14,9 +14,6 @@ echo "== Step 1: pseudo-label annotation"
 
 echo "== Step 2: robust learning from the pseudo-labels"
 "$PYTHON_BIN" train_step2.py --config configs/digits/step2.yaml --set "${SETTINGS[@]}"
-
-echo "== Step 2, second round: from the pseudo-labels that the first one wrote"
-"$PYTHON_BIN" train_step2.py --config configs/digits/step2.yaml --set "${SETTINGS[@]}" --from "$RUNS"/digits/step2/*
 
 echo "== Evaluation: test scores of the last epochs, label-free training"
 "$PYTHON_BIN" evaluate.py --device cpu --run "$RUNS"/digits/step1/* "$RUNS"/digits/step2/*

@@ -192,5 +192,3 @@ def test_bad_clouds_are_named(tmp_path, bad):
         words = " is not a readable .npy array"
     with pytest.raises(UserError, match=rf"list.txt, row 2: .*1\.npy{words}"):
         load_points(samples)
-    with pytest.raises(UserError, match="max_points"):
-        load_points(samples, 0)
