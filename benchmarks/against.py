@@ -1,4 +1,4 @@
-"""Old / new: the hot paths of two checkouts, timed in turns: `python -m benchmarks.against OLD [--threads 1 2] [--repeats 7]`.
+"""Old / new: the hot paths of two checkouts, timed in turns: `python -m benchmarks.against OLD [--counts 1 2] [--repeats 7]`.
 
 OLD is the folder of another checkout, e.g. made by `git worktree add OLD COMMIT`. One process per checkout does the work when it
 is told to, so that both meet the same noise. What both return is compared before any time is taken. Floors are those of this

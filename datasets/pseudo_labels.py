@@ -136,9 +136,10 @@ def read_origin(path: str | Path) -> dict:
     return origin
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: Path | str) -> str:
     """Return the SHA-256 of a file."""
-    return _sha256(path.read_bytes())
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _resolve_clusters(path: Path, content: bytes, modality: str, dataset: str, num_clusters: int | None) -> int:

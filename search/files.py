@@ -1,6 +1,5 @@
 """The files of a collection: which ones there are, what an encoder reads of one, and its shape for a 3D view."""
 
-import hashlib
 import io
 import os
 import re
@@ -79,12 +78,6 @@ def _wrong(path: str, root: str | None) -> Unusable | None:
     if Path(path).suffix.lower() not in PICTURES | SHAPES:
         return Unusable("type", f"expected one of {' '.join(sorted(PICTURES | SHAPES))}")
     return None if os.path.getsize(path) else Unusable("empty", "it has no content")
-
-
-def content_hash(path: str) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def modality_of(path: str, modalities: tuple[str, ...], wanted: str | None = None) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from datasets.images import read_image
-from search.files import Unusable, content_hash, list_collection, modality_of, read_sample
+from datasets.pseudo_labels import file_hash
+from search.files import Unusable, list_collection, modality_of, read_sample
 from search.graph import graph_problem, update_graph
 from search.model import Model
 from search.store import Index, exists, identity, vectors_of
@@ -71,7 +72,7 @@ def _synchronise(index: Index, model: Model, listed: dict[str, Unusable | None],
             if problem:
                 raise problem
             modality_of(path, (index.info["modality"],))
-            digests[path] = content_hash(path)
+            digests[path] = file_hash(path)
         except (Unusable, OSError) as error:
             skipped[path] = error if isinstance(error, Unusable) else Unusable("unreadable", str(error))
     todo = [path for path, digest in digests.items() if known.get(path) != digest]
@@ -160,7 +161,7 @@ def problems(index: Index) -> list[str]:
             found.append(f"damaged: {path}")
         if not os.path.isfile(path):
             found.append(f"missing: {path}")
-        elif content_hash(path) != digest:
+        elif file_hash(path) != digest:
             found.append(f"changed: {path}")
     problem = graph_problem(index) if index.info["graph"] else None
     return found + ([f"graph: {problem}"] if problem else [])

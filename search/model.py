@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.pseudo_labels import file_hash
 from datasets.samples import PairedSamples, describe_samples, load_training_samples
 from models.trained import open_trained
-from search.files import content_hash
 from utils.engine.session import LAST
 from utils.errors import UserError
 from utils.evaluation.features import Features
@@ -46,7 +46,7 @@ class Model:
         dim, clusters = trained.config.model.embedding_dim, trained.state["learner"]["num_clusters"]
         self.widths = {"embedding": dim, "posterior": clusters, "joint": dim + clusters}
         self.identity = {
-            "run": str(checkpoint.parent.resolve()), "checkpoint": content_hash(str(checkpoint)),
+            "run": str(checkpoint.parent.resolve()), "checkpoint": file_hash(checkpoint),
             "preprocessing": {key: getattr(self.data, key) for key in PREPROCESSING},
         }
 
