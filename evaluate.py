@@ -1,6 +1,7 @@
 """Evaluation of trained runs: mAP@All of every task in one table; writes metrics.json into each run folder."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
         overrides: "section.key=value" texts of where things lie, see `utils.engine.run_log.RESULT_NEUTRAL`.
     Returns:
         Name of the table row, and the scores of `retrieval_table` for what the run's settings compare, with those of
-        `score_variants` under "variants".
+        `score_variants` under "variants", also of the mean over all pictures of an object where there are several.
     Raises:
         UserError: if the run folder, the checkpoint or the test data is missing or broken.
     """
@@ -47,6 +48,10 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
     test, labels = load_test_samples(config.data, device)
     features = describe_samples(trained.encoders, trained.classifiers, test, config.data, device)
     variants = score_variants(features, labels)
+    if config.data.eval_view == "first" and any(array.shape[1] > 1 for array in test.arrays.values()):
+        whole = dataclasses.replace(config.data, eval_view="mean")
+        averaged = score_variants(describe_samples(trained.encoders, trained.classifiers, test, whole, device), labels)
+        variants |= {f"{name}, all pictures": scores for name, scores in averaged.items()}
     rows = {name: values.represent(config.eval.representation) for name, values in features.items()}
     scores = retrieval_table(rows, labels, within=True, ranking=config.eval.ranking)
     scores.update(pseudo_label_quality(config, run))

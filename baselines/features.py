@@ -35,7 +35,7 @@ from utils.settings.options import Step1Config
 
 NOTE, SOURCE = "features.json", "source.yaml"
 GRID = 16  # cells per axis of the occupancy grid of raw clouds and meshes
-SUFFIXES = {"learned": "features", "raw": "raw", "random": "random"}
+SUFFIXES = {"learned": "features", "raw": "raw", "random": "random", "initial": "initial"}
 
 
 class ViewsLearner(StageLearner):
@@ -90,7 +90,8 @@ def make_features(
 
     Args:
         config_path, overrides: settings of step 1 on the samples.
-        kind: "learned" without labels and pairs, "raw" (pixels, occupancy grid) or "random" (untrained encoders).
+        kind: "learned" without labels and pairs, "raw" (pixels, occupancy grid), "random" (untrained encoders), or "initial": of the
+            modalities that `model.pretrained` names a file for, the features of that file of all views; the others keep their samples.
         seed: of the encoders; out: the folder, which must not exist; command: for the record; resume: run folder to continue.
     Returns:
         The content of features.json.
@@ -119,6 +120,11 @@ def _encoders(session: Any, kind: str) -> tuple[nn.ModuleDict, PairedSamples]:
     if kind == "raw":
         return raw_encoders(config.data), samples
     learner = ViewsLearner(config, samples, device)
+    if kind == "initial":
+        for name in [name for name in learner.encoders if config.model.pretrained[name] == "none"]:
+            del learner.encoders[name]
+        if not learner.encoders:
+            raise UserError("--kind initial needs weights: give imagenet or a file, e.g. --set model.pretrained.RGBImg=imagenet")
     load_pretrained(learner.encoders, config.model.pretrained)
     if kind == "learned":
         fit(session, learner, None)
@@ -135,10 +141,13 @@ def _write(
     as_training = dataclasses.replace(data, train_lists={name: str(list_path(data, name, "test")) for name in data.modalities})
     test = load_training_samples(as_training, device)  # without their labels, which no feature needs
     dataset, widths = f"{data.dataset}_{SUFFIXES[kind]}", {}
+    shown = dataclasses.replace(data, eval_view="mean") if kind == "initial" else data  # all views, each by itself
     for split, samples in (("train", train), ("test", test)):
-        for name, rows in read_out(encoders, samples, data, device).items():
-            widths[name] = rows.shape[1]
+        for name, rows in read_out(encoders, samples, shown, device, average=kind != "initial").items():
+            widths[name] = rows.shape[-1]
             _write_list(staging, dataset, split, samples.lists[name], rows.cpu().numpy())
+        for name in set(samples.lists) - set(encoders):
+            _refer(staging, out, dataset, split, samples.lists[name])
     noted = environment(config.run.seed)
     note = {
         "kind": kind, "seed": config.run.seed, "instance_id": data.instance_id, "command": command,
@@ -152,13 +161,23 @@ def _write(
 
 
 def _write_list(root: Path, dataset: str, split: str, source: SampleList, rows: np.ndarray) -> None:
-    """Write one file per sample and the list of them; what follows the path in the source's list is copied as text, unread."""
+    """Write one file per sample and the list of them."""
     folder = f"{split}/{MODALITIES[source.modality].folder}"
     (root / folder).mkdir(parents=True)
-    lines = []
-    for name, file, row, text in zip(source.names, source.files, rows, text_rows(source.path.read_bytes(), source.path, "path label")):
+    for file, row in zip(source.files, rows):
         np.save(root / folder / f"{file.stem}.npy", row)
-        lines.append(f"{folder}/{file.stem}.npy{text.removeprefix(name)}\n")
+    _copy_list(root, dataset, split, source, [f"{folder}/{file.stem}.npy" for file in source.files])
+
+
+def _refer(staging: Path, out: Path, dataset: str, split: str, source: SampleList) -> None:
+    """Write a list that names the source's own files, seen from the finished folder `out`."""
+    _copy_list(staging, dataset, split, source, [os.path.relpath(file, out) for file in source.files])
+
+
+def _copy_list(root: Path, dataset: str, split: str, source: SampleList, paths: Sequence[str]) -> None:
+    """Write a list of other paths; what follows a path in the source's list is copied as text, unread."""
+    texts = text_rows(source.path.read_bytes(), source.path, "path label")
+    lines = [f"{path}{text.removeprefix(name)}\n" for path, name, text in zip(paths, source.names, texts)]
     atomic_write_text(default_list_path(root, dataset, source.modality, split), "".join(lines))
 
 
@@ -194,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m baselines.features", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="settings of step 1 on the samples, e.g. configs/digits/step1.yaml")
     parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
-    parser.add_argument("--kind", choices=SUFFIXES, default="learned", help="trained without labels or pairs, plain samples, untrained")
+    parser.add_argument("--kind", choices=SUFFIXES, default="learned",
+                        help="trained without labels or pairs, plain samples, untrained, or of the weights in model.pretrained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="folder to make, e.g. dataset/digits_features")
     parser.add_argument("--resume", metavar="RUN", type=os.path.expanduser, help="run folder of an interrupted call to continue")

@@ -101,18 +101,19 @@ def load_points(sample_list: SampleList, max_points: int = MAX_POINTS, allocate:
 
 
 def load_vectors(sample_list: SampleList, width: int, allocate: Allocate = np.empty) -> np.ndarray:
-    """Read the feature vectors of a list, one .npy file of shape (width,) per sample: (N, width) float32.
+    """Read the feature vectors of a list, one .npy file of shape (width,) or, of V views, (V, width) per sample: (N, V, width) float32.
 
     Raises:
-        UserError: on an unreadable file, another shape or type, NaN or infinity (names file and row).
+        UserError: on an unreadable file, another shape or type, files of different V, NaN or infinity (names file and row).
     """
-    rows = allocate((len(sample_list), width), np.float32)
+    views = 1 if (shape := read_array(sample_list, 0, "r").shape) == (width,) else shape[0] if shape else 1
+    rows = allocate((len(sample_list), views, width), np.float32)
     for row in range(len(sample_list)):
-        vector, where = read_array(sample_list, row), sample_list.where(row)
-        if vector.shape != (width,) or vector.dtype.kind not in "fiu":
-            found = f"shape {vector.shape} and dtype {vector.dtype}"
-            raise UserError(f"{where}: expected {width} numbers (data.features.{sample_list.modality}), found {found}")
-        rows[row] = vector
+        vectors, where = np.atleast_2d(read_array(sample_list, row)), sample_list.where(row)
+        if vectors.shape != (views, width) or not views or vectors.dtype.kind not in "fiu":
+            wanted = f"{width} numbers (data.features.{sample_list.modality})" + f" of each of {views} views" * (views > 1)
+            raise UserError(f"{where}: expected {wanted}, found shape {vectors.shape} and dtype {vectors.dtype}")
+        rows[row] = vectors
         if not np.isfinite(rows[row]).all():
             raise UserError(f"{where}: expected finite float32 features, found NaN or infinity")
     return rows

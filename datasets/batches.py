@@ -14,6 +14,7 @@ from datasets.kinds import KINDS
 from datasets.samples import PairedSamples
 from utils.engine import distributed
 from utils.engine.seed import BatchGenerator
+from utils.errors import UserError
 from utils.settings.options import DataConfig
 
 
@@ -36,7 +37,7 @@ class BatchSource:
         self.kinds = [KINDS[data.kind_of(name)] for name in samples.arrays]
         self.counts = list(samples.counts.values())
         self.stored_views = [array.shape[1] if data.train_view == "random" else 1 for array in self.arrays]
-        self.views = [data.views_of(name) for name in samples.arrays]
+        self.views = [_views(name, array, data) for name, array in samples.arrays.items()]
         self.of_view = [place for place, views in enumerate(self.views) for _ in range(views)]  # modality of every view
 
     @property
@@ -73,6 +74,15 @@ class BatchSource:
             raw: rows from `fetch`; generator: on their device, the only source of randomness.
         """
         return [self.kinds[place].augment(rows, self.data, generator) for place, rows in zip(self.of_view, raw)]
+
+
+def _views(name: str, array: Tensor, data: DataConfig) -> int:
+    """How many views of a sample a step sees: as `data.views` says, but of features, which nothing augments, those stored at most."""
+    if name not in data.features:
+        return data.views_of(name)
+    if data.positives == "views" and array.shape[1] < 2:
+        raise UserError(f"data.positives: views contrasts two views of a sample, but data.features of {name} hold one vector each")
+    return min(data.views_of(name), array.shape[1])
 
 
 def _rows(arrays: list[Tensor], index: Tensor) -> list[Tensor]:

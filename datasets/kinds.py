@@ -69,6 +69,11 @@ def _load_image_views(sample_list: SampleList, data: DataConfig, allocate: Alloc
     return whole
 
 
+def _shown(rows: Tensor, data: DataConfig) -> Tensor:
+    """Return the views (B, V, ...) that evaluation sees."""
+    return rows if data.eval_view == "mean" else rows[:, :1]
+
+
 def _one_view(allocate: Allocate) -> Allocate:
     """Return what makes (N, ...) as the only view of (N, 1, ...)."""
     return lambda shape, dtype: allocate((shape[0], 1, *shape[1:]), dtype)[:, 0]
@@ -97,8 +102,7 @@ KINDS: dict[str, Kind] = {
         ),
         augment=lambda rows, data, generator: augment_images(rows, data.image_size, data.image_resize, data.augment, generator),
         prepare=lambda rows, data: [
-            prepare_images(rows[:, view], data.image_size, data.image_resize)
-            for view in range(rows.shape[1] if data.eval_view == "mean" else 1)
+            prepare_images(view, data.image_size, data.image_resize) for view in _shown(rows, data).unbind(1)
         ],
     ),
     "points": Kind(
@@ -115,9 +119,9 @@ KINDS: dict[str, Kind] = {
         prepare=lambda rows, data: [prepare_faces(rows[:, 0])],
     ),
     "features": Kind(
-        load=lambda rows, data, allocate=np.empty: load_vectors(rows, data.features[rows.modality], _one_view(allocate))[:, None],
+        load=lambda rows, data, allocate=np.empty: load_vectors(rows, data.features[rows.modality], allocate),
         sources=lambda rows, data: ([data.features[rows.modality]], rows.files),
         augment=lambda rows, data, generator: rows,
-        prepare=lambda rows, data: [rows[:, 0]],
+        prepare=lambda rows, data: list(_shown(rows, data).unbind(1)),
     ),
 }

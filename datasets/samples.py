@@ -41,7 +41,7 @@ class PairedSamples:
     Attributes:
         lists: modality -> list file it came from.
         arrays: modality -> (N, V, 3, S, S) uint8 pictures, V views each, (N, 1, P, 3) float32 points, or (N, 1, F, 18)
-            float32 faces, or (N, 1, d) float32 features. N may differ between modalities where rows are not pairs.
+            float32 faces, or (N, V, d) float32 features. N may differ between modalities where rows are not pairs.
             On the CPU they are mapped from files that processes share, see `datasets.stored`: read-only.
         fingerprints: modality -> sha256 of its array, where it is stored with it.
     """

@@ -1,5 +1,6 @@
 """Expands the rows of a table into cells. A cell is one run, with an id that depends on what decides its result."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -72,10 +73,17 @@ def _load(stage: str, config: Path, overrides: tuple[str, ...]) -> Any:
 
 
 def _decisive(stage: str, config: Path, overrides: Sequence[str]) -> dict:
-    """The settings of a run that decide its result, without the seed."""
-    tree = to_dict(_load(stage, config, tuple(overrides)))
-    return {section: {key: value for key, value in entries.items() if key not in NEUTRAL.get(section, ())}
-            for section, entries in tree.items()}
+    """The settings that decide a run's result, without the seed, where they depart from their defaults: a new one changes no id."""
+    given = to_dict(_load(stage, config, tuple(overrides)))
+    for section, keys in NEUTRAL.items():
+        given[section] = {key: value for key, value in given.get(section, {}).items() if key not in keys}
+    return _departures(given, {field.name: to_dict(field.default_factory()) for field in dataclasses.fields(CONFIGS[stage])})
+
+
+def _departures(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict:
+    """What differs from the defaults, section by section; sections without a departure are left out."""
+    nested = {key: _departures(value, defaults.get(key) or {}) if isinstance(value, dict) else value for key, value in given.items()}
+    return {key: value for key, value in nested.items() if value != ({} if isinstance(value, dict) else defaults.get(key))}
 
 
 def _identify(*content: Any) -> str:

@@ -51,6 +51,16 @@ def write_samples(root: Path, split: str, images: np.ndarray, seed: int) -> None
         np.save(root / split / "point_cloud" / f"PointCloud_{split}_{i:06d}.npy", points.astype(np.float32))
 
 
+def add_views(root, count):
+    """Pictures of further views: view v of an object is uniformly v * 40 bright."""
+    for split in ("train", "test"):
+        for view in range(1, count):
+            folder = root / split / "gray_imgs" / f"view_{view:02d}"
+            folder.mkdir(exist_ok=True)
+            for file in (root / split / "gray_imgs").glob("*.png"):
+                Image.fromarray(np.full((30, 30), view * 40, np.uint8)).save(folder / file.name)
+
+
 @pytest.fixture(scope="session")
 def _digits_folder(tmp_path_factory) -> tuple[Path, list[int]]:
     from sklearn.datasets import load_digits

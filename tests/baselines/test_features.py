@@ -1,9 +1,11 @@
 """Frozen features: no label and no pair is read, lists are the source's, and every training runs on them by configuration alone."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from conftest import TEST, TRAIN, write_lists
+from conftest import TEST, TRAIN, add_views, write_lists
 
 import train_step1
 import train_step2
@@ -11,7 +13,15 @@ from baselines import features
 from baselines.features import Occupancy, RawImage, make_features, provenance
 from datasets import lists, samples
 from datasets.arrays import load_vectors
+from datasets.batches import BatchSource
+from datasets.kinds import KINDS
+from datasets.transforms import prepare_images
+from evaluate import evaluate_checkpoint
+from models import ResNet18
 from utils.errors import UserError
+from utils.evaluation.tables import VARIANTS
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
 
 SMOKE = "configs/smoke/step1.yaml"
 
@@ -96,12 +106,58 @@ def test_both_stages_run_on_features_by_configuration_alone(small_digits, tmp_pa
         train_step1.main(on_features(1, folder, tmp_path, note, "model.pretrained.GrayImg=imagenet"))
 
 
-@pytest.mark.parametrize("content,problem", [([1.0, np.nan], "finite"), ([[1.0, 2.0]], "expected 2 numbers"), (["a", "b"], "expected 2 numbers")])
+@pytest.mark.parametrize(
+    "content,problem",
+    [([1.0, np.nan], "finite"), ([[[1.0, 2.0]]], "expected 2 numbers"), ([[1.0, 2.0, 3.0]], "expected 2 numbers"), (["a", "b"], "expected 2 numbers"), (7.0, "expected 2 numbers"),
+     (np.zeros((0, 2)), "expected 2 numbers")],
+)
 def test_a_bad_vector_is_named(tmp_path, content, problem):
     np.save(tmp_path / "x_0.npy", np.array(content))
     (tmp_path / "list.txt").write_text("x_0.npy\n")
     with pytest.raises(UserError, match=f"row 1.*{problem}"):
         load_vectors(lists.read_training_list(tmp_path / "list.txt", modality="GrayImg", root=tmp_path), 2)
+
+
+def test_vectors_of_several_views(tmp_path):
+    rows = np.arange(12.0).reshape(2, 3, 2)
+    for number, row in enumerate(rows):
+        np.save(tmp_path / f"x_{number}.npy", row)
+    (tmp_path / "list.txt").write_text("x_0.npy\nx_1.npy\n")
+    read = lambda: load_vectors(lists.read_training_list(tmp_path / "list.txt", modality="GrayImg", root=tmp_path), 2)
+    assert np.array_equal(read(), rows)
+    np.save(tmp_path / "x_1.npy", rows[1, :2])
+    with pytest.raises(UserError, match="row 2.*2 numbers.*of each of 3 views, found shape"):
+        read()
+
+
+def test_initial_features_keep_every_view_and_the_other_modalities_samples(small_digits, tmp_path):
+    add_views(small_digits, 3)
+    model = ResNet18(16, 2)
+    torch.save(model.backbone.state_dict(), tmp_path / "weights.pt")
+    views = ["data.num_views=3", "data.views={GrayImg: 2}"]
+    note = make(small_digits, tmp_path, "initial", 0, "features", f"model.pretrained.GrayImg={tmp_path / 'weights.pt'}", *views)
+    data = load_config(Step1Config, SMOKE, [f"data.root={small_digits}", *views]).data
+    pictures = samples.load_training_samples(data, torch.device("cpu")).arrays["GrayImg"]
+    rows = vectors(tmp_path / "features", "GrayImg")
+    model.eval()
+    for view in range(3):
+        expected = model.backbone(prepare_images(pictures[:, view], data.image_size, data.image_resize))
+        assert torch.allclose(torch.from_numpy(rows[:, view]), expected, atol=1e-5)
+    assert not np.allclose(rows[:, 0], rows[:, 1])
+
+    train_step1.main(on_features(1, tmp_path / "features", tmp_path, note, "optim.epochs=1", "pla.mlm_only_epochs=0", *views[1:]))
+    (run,) = (tmp_path / "trained" / "digits_initial" / "step1").iterdir()
+    scores = evaluate_checkpoint(run / "last.pt", torch.device("cpu"))[1]["variants"]
+    assert scores["embedding, all pictures"] != scores["embedding"] and len(scores) == 2 * len(VARIANTS)
+    assert note["settings"][1:] == ["data.features.GrayImg=128"] and (run / "pseudo_labels").is_dir()
+    own = load_config(Step1Config, SMOKE, [f"data.root={tmp_path / 'features'}", *note["settings"], *views[1:]]).data
+    loaded = samples.load_training_samples(own, torch.device("cpu"))
+    assert torch.equal(loaded.arrays["PointCloud"], samples.load_training_samples(data, torch.device("cpu")).arrays["PointCloud"])
+    assert BatchSource(loaded, own, torch.device("cpu")).views == [2, 1]
+    averaged = dataclasses.replace(own, eval_view="mean")
+    assert len(KINDS["features"].prepare(loaded.arrays["GrayImg"], averaged)) == 3 and len(KINDS["features"].prepare(loaded.arrays["GrayImg"], own)) == 1
+    with pytest.raises(UserError, match="needs weights"):
+        make(small_digits, tmp_path, "initial", 0, "nothing")
 
 
 def test_raw_features_by_hand():

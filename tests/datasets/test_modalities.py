@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN, write_lists
+from conftest import TRAIN, add_views, write_lists
 from PIL import Image
 from stage_runs import labels_of, only_run, settings
 
@@ -88,16 +88,6 @@ def test_tables_of_sets_of_different_size_average_the_tasks_between_2d_and_3d():
     assert [line.split()[1:] for line in lines[1:]] == [["RR", "90.0", "RP", "50.0"], ["PR", "25.0", "-"]]
     runs = [("one", {"map/RP": 0.5, "map/avg": 0.5, "map/chance": 0.1}), ("two", {"map/RM": 0.6, "map/avg": 0.6, "map/chance": 0.3})]
     assert [line.split() for line in format_table(runs).splitlines()[1:3]] == [["chance", "10.0", "-", "10.0"], ["chance", "-", "30.0", "30.0"]]
-
-
-def add_views(root, count):
-    """Pictures of further views: view v of an object is uniformly v * 40 bright."""
-    for split in ("train", "test"):
-        for view in range(1, count):
-            folder = root / split / "gray_imgs" / f"view_{view:02d}"
-            folder.mkdir(exist_ok=True)
-            for file in (root / split / "gray_imgs").glob("*.png"):
-                Image.fromarray(np.full((30, 30), view * 40, np.uint8)).save(folder / file.name)
 
 
 def brightness(training, data):

@@ -11,6 +11,7 @@ from smoke_tables import CLEAN, PROTOCOL, SMOKE, rows_of
 
 import train_step1
 import train_step2
+from experiments import cells as cells_module
 from experiments import jobs as jobs_module
 from experiments.cells import all_cells, expand
 from experiments.protocol import HERE, Setup, find_setup, load_protocol, pair_of
@@ -72,6 +73,23 @@ def test_an_id_depends_on_what_decides_the_result_and_on_nothing_else(tmp_path):
     assert len({plain.id, *(entry.id for entry in different)}) == 5
     assert different[3].needs[0].id != plain.needs[0].id  # other pseudo-labels, so another step 2
     assert different[0].needs[0].seed == 1
+
+
+def test_a_setting_that_comes_later_changes_no_id(monkeypatch):
+    setup = Setup("digits", "full", Path("configs/digits"), ())
+    before, to_dict = cells_module.describe_setup(setup)["hash"], cells_module.to_dict
+
+    def later(config):  # every class of settings, and one of its own classes, has one more
+        tree = to_dict(config) | {"new": 1}
+        return tree | {"augment": tree["augment"] | {"new": 1}} if "augment" in tree else tree
+
+    def read_later(config):
+        return {name: later(getattr(config, name)) for name in to_dict(config)} if hasattr(config, "data") else later(config)
+
+    monkeypatch.setattr(cells_module, "to_dict", read_later)
+    assert cells_module.describe_setup(setup)["hash"] == before
+    given = dataclasses.replace(setup, step2=("rdl.alpha=0.2",))
+    assert cells_module.describe_setup(given)["hash"] != before
 
 
 def test_placeholders_and_tasks():

@@ -78,7 +78,7 @@ class DataConfig:
     instance_id: str = option(r"(\d+)$", "expression on the file stem; group 1 is the id that pairs modalities")
     num_classes: int | None = option(None, "number of classes: checks label ranges in evaluation, never used for training", min=1)
     features: dict[str, int] = option(
-        {}, "modality -> width of its vectors, for modalities whose files hold features of a trained encoder instead of samples", min=1
+        {}, "modality -> width of its vectors, for modalities whose files hold features of one view or several, not samples", min=1
     )
     image_size: int = option(224, "side of the encoder's input, pixels", min=8)
     image_resize: int = option(256, "side after resizing, before the crop, pixels", min=8)
@@ -136,4 +136,4 @@ class DataConfig:
     def views_of(self, modality: str) -> int:
         """Return how many augmented views of a sample a training step sees."""
         least = 2 if self.positives == "views" else 1
-        return least if modality in self.features else self.views.get(modality, least)  # features have no other views
+        return self.views.get(modality, least)
