@@ -84,7 +84,7 @@ def raw_encoders(data: DataConfig) -> nn.ModuleDict:
 
 
 def make_features(
-    config_path: str, overrides: list[str], kind: str, seed: int, out: Path, command: str, resume: str | None = None
+    config_path: str, overrides: list[str], kind: str, seed: int, out: Path | None, command: str, resume: str | None = None
 ) -> dict[str, Any]:
     """Write features of both splits into a folder of their own, with lists as the source's and `features.json`.
 
@@ -92,7 +92,7 @@ def make_features(
         config_path, overrides: settings of step 1 on the samples.
         kind: "learned" without labels and pairs, "raw" (pixels, occupancy grid), "random" (untrained encoders), or "initial": of the
             modalities that `model.pretrained` names a file for, the features of that file of all views; the others keep their samples.
-        seed: of the encoders; out: the folder, which must not exist; command: for the record; resume: run folder to continue.
+        seed: of the encoders; out: the folder, by default `default_folder`; command: for the record; resume: run folder to continue.
     Returns:
         The content of features.json.
     """
@@ -101,16 +101,23 @@ def make_features(
     config = load_config(Step1Config, config_path, texts)
     if config.data.features:
         raise UserError(f"{config_path} is of features already: give the configuration of the samples")
-    if out.exists():
-        noted = provenance(out)
-        if (noted["kind"], noted["seed"], noted["config_hash"]) == (kind, seed, config_hash(config)):
-            print(f"{out} holds these features already")
-            return noted
-        raise UserError(f"{out} holds {noted['kind']} features of seed {noted['seed']} with other settings: give another --out")
-    session = open_session(Step1Config, "features", argparse.Namespace(config=config_path, resume=resume, overrides=texts), config_path)
-    with session.run.failures_logged():
-        encoders, samples = _encoders(session, kind)
-        return _write(session.config, kind, encoders, samples, out, command, session.device)
+    out = out or default_folder(config.data, kind, seed)
+    if not out.exists():
+        arguments = argparse.Namespace(config=config_path, resume=resume, overrides=texts)
+        session = open_session(Step1Config, "features", arguments, config_path)
+        with session.run.failures_logged():
+            encoders, samples = _encoders(session, kind)
+            _write(session.config, kind, encoders, samples, out, command, session.device)
+    note = provenance(out)
+    if (note["kind"], note["seed"], note["config_hash"]) != (kind, seed, config_hash(config)):
+        raise UserError(f"{out} holds {note['kind']} features of seed {note['seed']} with other settings: give another --out")
+    print(f"{out} holds these features; train on them with --set data.root={out} {' '.join(note['settings'])}")
+    return note
+
+
+def default_folder(data: DataConfig, kind: str, seed: int) -> Path:
+    """Return where features of a data set go if nothing else is said."""
+    return Path("dataset") / (f"{data.dataset}_{SUFFIXES[kind]}" + f"_seed{seed}" * (seed > 0))
 
 
 def _encoders(session: Any, kind: str) -> tuple[nn.ModuleDict, PairedSamples]:
@@ -135,7 +142,7 @@ def _encoders(session: Any, kind: str) -> tuple[nn.ModuleDict, PairedSamples]:
 
 def _write(
     config: Step1Config, kind: str, encoders: nn.ModuleDict, train: PairedSamples, out: Path, command: str, device: torch.device
-) -> dict[str, Any]:
+) -> None:
     data, staging = config.data, out.with_name(f"{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     as_training = dataclasses.replace(data, train_lists={name: str(list_path(data, name, "test")) for name in data.modalities})
@@ -157,7 +164,6 @@ def _write(
     atomic_write_text(staging / SOURCE, yaml.safe_dump(to_dict(config), sort_keys=False))
     atomic_write_json(staging / NOTE, note)
     os.replace(staging, out)
-    return note
 
 
 def _write_list(root: Path, dataset: str, split: str, source: SampleList, rows: np.ndarray) -> None:
@@ -216,12 +222,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kind", choices=SUFFIXES, default="learned",
                         help="trained without labels or pairs, plain samples, untrained, or of the weights in model.pretrained")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="folder to make, e.g. dataset/digits_features")
+    parser.add_argument("--out", type=user_path, metavar="DIR", help="folder to make; default dataset/NAME_KIND, and _seedS if S > 0")
     parser.add_argument("--resume", metavar="RUN", type=os.path.expanduser, help="run folder of an interrupted call to continue")
     arguments = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "baselines.features", *argv])
-    note = make_features(arguments.config, arguments.overrides, arguments.kind, arguments.seed, arguments.out, command, arguments.resume)
-    print(f"train on them with a configuration of features and --set data.root={arguments.out} {' '.join(note['settings'])}")
+    make_features(arguments.config, arguments.overrides, arguments.kind, arguments.seed, arguments.out, command, arguments.resume)
 
 
 if __name__ == "__main__":

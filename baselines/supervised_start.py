@@ -1,6 +1,6 @@
 """Trains the point encoder with the training labels of a data set: the start that the paper's ModelNet rows most likely had.
 
-python -m baselines.supervised_start --config configs/modelnet40_splat/step1.yaml --output FILE --set optim.epochs=8
+python -m baselines.supervised_start [--config configs/modelnet40_splat/step1.yaml] [--output FILE] [--set optim.epochs=8]
 
 The file is for `model.pretrained.PointCloud` and says that it has read labels: runs that start from it carry the mark.
 """
@@ -32,6 +32,7 @@ from utils.settings.config import load_config, to_dict
 from utils.settings.data_options import DataConfig
 from utils.settings.options import Step1Config
 
+CONFIG, OUTPUT = "configs/modelnet40_splat/step1.yaml", Path("pretrained/dgcnn-reads-labels.pt")
 MODALITY, SMOOTHING, LOGIT_SCALE = "PointCloud", 0.2, 10.0  # label smoothing as in DGCNN's release
 
 
@@ -95,9 +96,9 @@ def _accuracy(encoder: nn.Module, classifier: nn.Module, data: DataConfig, devic
 def main(argv: list[str] | None = None) -> None:
     """Train by the settings of a step 1 and write the weight file."""
     parser = argparse.ArgumentParser(prog="python -m baselines.supervised_start", description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of settings of a step 1")
+    parser.add_argument("--config", default=CONFIG, metavar="FILE", help=f"YAML file of settings of a step 1; default {CONFIG}")
     parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
-    parser.add_argument("--output", type=user_path, required=True, metavar="FILE", help="weight file to write")
+    parser.add_argument("--output", type=user_path, default=OUTPUT, metavar="FILE", help=f"weight file to write; default {OUTPUT}")
     arguments = parser.parse_args(argv)
     config = load_config(Step1Config, arguments.config, [*arguments.overrides, "model.freeze=[]", "mlm.relations=0"])
     device = select_device(config.run.device)

@@ -1,6 +1,6 @@
 """Make any folder of 3D models, or an archive of meshes, in every modality, with a configuration to train on it.
 
-python -m datasets.prepare_objects --name NAME --source FOLDER [--root dataset/NAME] [--split 0.8] [--labels folder|none]
+python -m datasets.prepare_objects --name NAME --root DIR [--output dataset/NAME] [--split 0.8] [--labels folder|none]
 python -m datasets.prepare_objects --name NAME --npz MESHES.npz
 """
 
@@ -171,9 +171,9 @@ def write_configs(folder: Path, settings: Mapping, root: Path, size: int, points
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="of the data set, in file names and configs/NAME")
-    parser.add_argument("--source", metavar="FOLDER", type=user_path, help=f"models ({' '.join(FORMATS)}), in class folders or not")
+    parser.add_argument("--root", metavar="DIR", type=user_path, help=f"models ({' '.join(FORMATS)}), in class folders or not; only read")
     parser.add_argument("--npz", metavar="FILE", type=user_path, help="meshes in one archive, see docs/data.md")
-    parser.add_argument("--root", type=user_path, help="where it goes; default dataset/NAME")
+    parser.add_argument("--output", metavar="DIR", type=user_path, help="where it goes; default dataset/NAME")
     parser.add_argument("--split", type=float, default=0.8, help="training share, where there are no folders train/ and test/")
     parser.add_argument("--labels", choices=("folder", "none"), default="folder", help="whether the class folders are labels")
     parser.add_argument("--min-class-size", type=int, help=f"smaller classes are left out; default 1, with --npz {NPZ_CLASS_SIZE}")
@@ -185,16 +185,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(options: argparse.Namespace, root: Path, configs: Path) -> None:
+def _check(options: argparse.Namespace, output: Path, configs: Path) -> None:
     DataConfig(dataset=options.name)  # refuses a name that cannot be part of file names
-    if bool(options.source) == bool(options.npz):
-        raise UserError("expected --source FOLDER or --npz FILE")
+    if bool(options.root) == bool(options.npz):
+        raise UserError("expected --root DIR or --npz FILE")
     if not 0 < options.split < 1:
         raise UserError(f"--split must be between 0 and 1, found {options.split}")
-    if options.source and not options.source.is_dir():
-        raise UserError(f"--source {options.source} is not a folder")
-    if options.source and root.resolve().is_relative_to(options.source.resolve()):
-        raise UserError(f"--root {root} lies in --source {options.source}; what is made there would be taken for models")
+    if options.root and not options.root.is_dir():
+        raise UserError(f"--root {options.root} is not a folder")
+    if options.root and output.resolve().is_relative_to(options.root.resolve()):
+        raise UserError(f"--output {output} lies in --root {options.root}; what is made there would be taken for models")
     foreign = [path for path in configs.glob("*.yaml") if not path.read_text(encoding="utf-8", errors="replace").startswith(MARK)]
     if foreign:
         raise UserError(f"{foreign[0]} is not of this command; choose another --name")
@@ -219,9 +219,9 @@ def _write_skipped(path: Path, left_out: Sequence[Mapping[str, str]]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` default to those of the process."""
     options = _parser().parse_args(arguments)
-    root, configs = options.root or Path("dataset") / options.name, Path("configs") / options.name
-    _check(options, root, configs)
-    items, others = (read_npz(options.npz), Counter()) if options.npz else read_folder(options.source)
+    output, configs = options.output or Path("dataset") / options.name, Path("configs") / options.name
+    _check(options, output, configs)
+    items, others = (read_npz(options.npz), Counter()) if options.npz else read_folder(options.root)
     clouds, least = mostly_clouds(items), options.min_class_size or (NPZ_CLASS_SIZE if options.npz else 1)
     labelled = options.labels == "folder" and any(item.object_class for item in items)
     tasks, classes, reasons = make_tasks(items, options.split, labelled, least)
@@ -233,14 +233,14 @@ def main(arguments: list[str] | None = None) -> None:
     if not clouds:
         probe_renderer()
     make = partial(make_object, recipe, options.npz, reasons)
-    made, manifest = write_dataset(root, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
-    report(root, made, manifest)
-    _write_skipped(root / SKIPPED, manifest["left_out"])
-    print(f"{len(manifest['left_out'])} of {len(tasks)} objects skipped, with their reasons in {root / SKIPPED}")
+    made, manifest = write_dataset(output, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
+    report(output, made, manifest)
+    _write_skipped(output / SKIPPED, manifest["left_out"])
+    print(f"{len(manifest['left_out'])} of {len(tasks)} objects skipped, with their reasons in {output / SKIPPED}")
     if others:
         print("files of other kinds:", ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items())))
-    points = max(entry["points"] for entry in read_journal(root)[1].values() if "files" in entry)
-    write_configs(configs, settings, root, manifest["counts"]["train"], points, options.overwrite)
+    points = max(entry["points"] for entry in read_journal(output)[1].values() if "files" in entry)
+    write_configs(configs, settings, output, manifest["counts"]["train"], points, options.overwrite)
     if not classes:
         print("no labels: both steps train without them; evaluation will say that it needs them")
     print(f"train on it:\n  python train_step1.py --config {configs}/step1.yaml\n  python train_step2.py --config {configs}/step2.yaml")

@@ -86,11 +86,17 @@ def test_lists_are_copied_as_text_and_pairs_stay(small_digits, tmp_path):
 
 def test_a_folder_is_never_overwritten_by_other_features(small_digits, tmp_path, capsys):
     note = make(small_digits, tmp_path)
-    assert make(small_digits, tmp_path) == note and "already" in capsys.readouterr().out
+    assert make(small_digits, tmp_path) == note and "holds these features" in capsys.readouterr().out
     with pytest.raises(UserError, match="random features of seed 0.*another --out"):
         make(small_digits, tmp_path, seed=1)
     with pytest.raises(UserError, match="holds no features.json"):
         provenance(small_digits)
+
+
+def test_features_have_a_folder_of_their_own_by_default():
+    data = load_config(Step1Config, SMOKE).data
+    folders = {str(features.default_folder(data, kind, seed)) for kind in features.SUFFIXES for seed in (0, 1)}
+    assert len(folders) == 8 and {"dataset/digits_features", "dataset/digits_raw_seed1"} <= folders
 
 
 def test_both_stages_run_on_features_by_configuration_alone(small_digits, tmp_path):

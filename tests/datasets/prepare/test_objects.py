@@ -108,7 +108,7 @@ def test_every_file_is_right_or_listed(here, trimesh, renderer, monkeypatch, cap
     for name, data in good.items():
         put(source / name, data)
     put(source / "box/readme.txt", "x"), put(source / "box/._a.obj", "junk")
-    objects.main(["--name", "mine", "--source", str(source), "--root", str(root), "--unit", "mm", *SMALL])
+    objects.main(["--name", "mine", "--root", str(source), "--output", str(root), "--unit", "mm", *SMALL])
     printed = capsys.readouterr().out
     rows = list(csv.reader((root / "skipped.csv").read_text(encoding="utf-8").splitlines()))[1:]
     assert dict(rows).keys() == reasons.keys()
@@ -150,7 +150,7 @@ def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, mo
     put(here / "models/a.glb", box.export(file_type="glb"))
     box.export(here / "models/b.obj")
     for kind, extra in (("neutral", []), ("painted", ["--texture"])):
-        objects.main(["--name", kind, "--source", "models", *SMALL, "--up", "z", *extra])
+        objects.main(["--name", kind, "--root", "models", *SMALL, "--up", "z", *extra])
         pictures = [np.asarray(Image.open(path)).astype(int) for path in Path(f"dataset/{kind}").rglob("RGBImg*.png")]
         assert len(pictures) == 2
         for red, _, blue in (np.moveaxis(picture, -1, 0) for picture in pictures):
@@ -166,7 +166,7 @@ def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
         put(here / "scans/x", "")
         np.save(here / f"scans/{number}.npy", points) if number % 2 else np.savez(here / f"scans/{number}.npz", points=points)
     np.save(here / "scans/nan.npy", np.full((40, 3), np.nan)), np.save(here / "scans/few.npy", np.eye(3)), np.save(here / "scans/flat.npy", np.ones(40))
-    objects.main(["--name", "scans", "--source", "scans", *SMALL])
+    objects.main(["--name", "scans", "--root", "scans", *SMALL])
     assert "3 of 27 objects skipped" in capsys.readouterr().out
     rows = Path("dataset/scans/scans_PointCloud_train_list.txt").read_text().splitlines()
     assert all(row.endswith(".npy") for row in rows) and np.load(Path("dataset/scans") / rows[0]).shape == (32, 3)
@@ -234,9 +234,9 @@ def test_mesh_archives(tmp_path):
 def test_refusals(here):
     put(here / "m/1.obj", "x"), put(here / "configs/theirs/step1.yaml", "optim: {epochs: 1}")
     for arguments, words in (
-        (["--name", "x"], "--source FOLDER or --npz"), (["--name", "a b", "--source", "m"], "letters"),
-        (["--name", "x", "--source", "m", "--split", "1"], "between 0 and 1"), (["--name", "x", "--source", "none"], "not a folder"),
-        (["--name", "x", "--source", "m", "--root", "m/out"], "lies in --source"), (["--name", "theirs", "--source", "m"], "another --name"),
+        (["--name", "x"], "--root DIR or --npz"), (["--name", "a b", "--root", "m"], "letters"),
+        (["--name", "x", "--root", "m", "--split", "1"], "between 0 and 1"), (["--name", "x", "--root", "none"], "not a folder"),
+        (["--name", "x", "--root", "m", "--output", "m/out"], "lies in --root"), (["--name", "theirs", "--root", "m"], "another --name"),
     ):
         with pytest.raises(UserError, match=words):
             objects.main([*arguments, *SMALL])
