@@ -201,8 +201,8 @@ def compare(case: str, old: Checkout, new: Checkout, repeats: int) -> dict[str, 
     floors = new.ask(case, "floors")
     return {
         "old_value": values[0], "new_value": values[1], "equal": equal, "old_seconds": times[0], "new_seconds": times[1],
-        "ratio": before / after, "flops": floors["flops"], "bytes": floors["bytes"],
-        "flop_floor_seconds": floors["flop_floor_seconds"], "byte_floor_seconds": floors["byte_floor_seconds"],
+        "ratio": before / after, "seconds": after, "share_of_matmul_rate": floors["flop_floor_seconds"] / after,
+        **{key: floors[key] for key in ("flops", "bytes", "flop_floor_seconds", "byte_floor_seconds")},
     }
 
 
@@ -227,8 +227,8 @@ def main(argv: list[str] | None = None) -> int:
         old.close()
         new.close()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=args.old, capture_output=True, text=True, check=True).stdout.strip()
-    write_report("against", {**report, "command": report["command"].replace(str(args.old), "OLD"), "old_commit": commit, "cases": found},
-                 args.output)
+    write_report("against", {**report, "command": report["command"].replace(str(args.old), "OLD"), "old_commit": commit, "cases": found,
+                             "old_over_new": {case: row["ratio"] for case, row in found.items()}}, args.output)
     return 0 if all(row["equal"] for row in found.values()) else 1
 
 
