@@ -80,11 +80,13 @@ def read_lists(data: DataConfig) -> tuple[Lists, list[Check]]:
     Returns:
         The lists that could be read, and the checks `list files exist and parse` and `listed files exist`.
     """
-    lists, parsed, found = {}, Check("list files exist and parse"), Check("listed files exist")
+    lists, parsed, found, bare = {}, Check("list files exist and parse"), Check("listed files exist"), []
     for split in SPLITS:
         for name in prepared_modalities(data):
             path = list_path(data, name, split)
-            if name not in data.modalities and not path.is_file():
+            optional = name not in data.modalities or split == "test" and name not in data.test_lists
+            if optional and not path.is_file():
+                bare += [path] * (name in data.modalities)
                 continue
             options = {"modality": name, "root": data.root, "instance_id": data.instance_id, "num_classes": data.num_classes}
             options["unique"] = UNIQUE[split][data.pairing]
@@ -92,11 +94,15 @@ def read_lists(data: DataConfig) -> tuple[Lists, list[Check]]:
                 lists[split, name] = Listed(*read_labelled_list(path, **options))
             except MissingLabelsError:
                 lists[split, name] = Listed(read_training_list(path, **options), None)
-                if split == "test":
-                    parsed.problems.append(f"{path}: expected rows `path label`: evaluation needs labels; add the class to every row")
+                bare += [path] * (split == "test")
             except (UserError, OSError) as error:
                 of_sample = isinstance(error, MissingFileError) and path.is_file()
                 (found if of_sample else parsed).problems.append(f"{error}; {REPAIR}" if of_sample else str(error))
+    if any(listed.labels is not None for listed in _by_split(lists, "test")):
+        wanted = "expected rows `path label` as in the other test lists: evaluation needs labels; add the class to every row"
+        parsed.problems += [f"{path}: {wanted}" for path in bare]
+    elif bare:
+        parsed.notes.append("no test list with labels: training runs, evaluation is skipped")
     found.done = bool(lists or found.problems)
     return lists, [parsed, found]
 
@@ -173,7 +179,7 @@ def _copies(train: tuple[Path, ...], test: tuple[Path, ...]) -> list[tuple[Path,
 def _check_files(data: DataConfig, lists: Lists, check: Check) -> None:
     for (_, name), listed in lists.items():
         try:
-            KINDS[MODALITIES[name].kind].load(listed.samples, data)
+            KINDS[data.kind_of(name)].load(listed.samples, data)
         except (ValueError, OSError) as error:
             check.problems.append(f"{error}; {REPAIR}")
 

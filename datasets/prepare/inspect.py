@@ -19,7 +19,6 @@ from utils.errors import UserError
 from utils.evaluation.tables import align
 from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
 from utils.figures.thumbnails import thumbnail
-from utils.modalities import MODALITIES
 from utils.settings.config import load_config
 from utils.settings.files import Sources, read_files
 from utils.settings.options import DataConfig, Step1Config, Step2Config
@@ -106,11 +105,13 @@ def _make_tile(
     samples, part = listed.samples, slice(row, row + 1)
     one = dataclasses.replace(samples, **{key: getattr(samples, key)[part] for key in ("names", "files", "instance_ids")})
     try:
-        sample = KINDS[MODALITIES[samples.modality].kind].load(one, dataclasses.replace(data, num_views=1, num_points=2))[0, 0]
+        sample = KINDS[data.kind_of(samples.modality)].load(one, dataclasses.replace(data, num_views=1, num_points=2))[0, 0]
     except (ValueError, OSError):
         return Tile(None, "unreadable", wrong=True)  # the check that loads every file says why
     differs = expected is not None and samples.instance_ids[row] != expected
     caption = _describe(listed, row, split, names) if differs or expected is None else ""
+    if samples.modality in data.features:
+        return Tile(None, caption or f"{len(sample)} numbers", wrong=differs)
     return Tile(thumbnail(samples.modality, sample, TILE_PIXELS), caption, wrong=differs)
 
 
