@@ -125,7 +125,8 @@ def export(session: Session, learner: RDLLearner) -> None:
     )
     before = learner.source_labels
     clusters = {"num_clusters": before.num_clusters, "method": f"a round on the labels of {before.origin.get('run_id')}"}
-    write_annotation(session, learner, config.run.pseudo_labels, found, {**clusters, "agreement_before": before.agreement})
+    known = {f"{key}_before": before.origin.get(key) for key in ("agreement", "reliability")}
+    write_annotation(session, learner, config.run.pseudo_labels, found, clusters | known)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -79,11 +79,6 @@ class PseudoLabels:
     origin: dict[str, Any]
     paths: dict[str, Path]
 
-    @property
-    def agreement(self) -> float | None:
-        """Share of objects on which the modalities of the run that wrote the labels agreed, if it is known."""
-        return self.origin.get("agreement")
-
 
 def load_pseudo_labels(
     folder: str, lists: Mapping[str, SampleList], data: DataConfig, num_clusters: int | None = None, confidence: bool = False
@@ -127,10 +122,15 @@ def load_pseudo_labels(
 
 
 def _check_it_helped(folder: str, origin: Mapping[str, Any]) -> None:
-    """Stop the rounds when one has not helped: no label is needed to see that its modalities agree less than before."""
-    before, now = (origin.get("clusters") or {}).get("agreement_before"), origin.get("agreement")
-    if before is not None and now is not None and now < before:
-        raise UserError(
-            f"the round that wrote {folder} did not help: its modalities agree on {now:.4f} of the objects, after {before:.4f} "
-            "before it. Take the run before it as the result; to go on all the same, copy the labels without their .meta.json"
-        )
+    """Stop the rounds when one has not helped: its modalities, or the views of a sample, agree less than before; no label is read."""
+    clusters, mean = origin.get("clusters") or {}, lambda shares: sum(shares.values()) / len(shares) if shares else None
+    for what, now, before in (
+        ("its modalities agree on {:.4f} of the objects, after {:.4f}", origin.get("agreement"), clusters.get("agreement_before")),
+        ("views of a sample agree to {:.4f} beyond chance, after {:.4f}", mean(origin.get("reliability")),
+         mean(clusters.get("reliability_before"))),
+    ):
+        if None not in (now, before) and now < before:
+            raise UserError(
+                f"the round that wrote {folder} did not help: {what.format(now, before)} before it. Take the run before it as the "
+                "result; to go on all the same, copy the labels without their .meta.json"
+            )

@@ -1,6 +1,7 @@
 """The recipe through the command lines: views, communities, inherited encoders, rounds; deterministic, resumable, without labels."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -119,17 +120,24 @@ def test_resume_equals_uninterrupted(recipe, small_digits, tmp_path, monkeypatch
     assert_same_result(out, tmp_path, 1)
 
 
-def test_a_round_that_did_not_help_starts_no_other(recipe, small_digits, tmp_path):
+@pytest.mark.parametrize("now,before,words", [
+    ({"agreement": 0.5}, {"agreement_before": 0.6}, "its modalities agree on 0.5000 of the objects, after 0.6000"),
+    ({"agreement": 0.6, "reliability": {"GrayImg": 0.5, "PointCloud": 0.5}},
+     {"agreement_before": 0.6, "reliability_before": {"GrayImg": 0.4, "PointCloud": 0.7}}, "views of a sample agree to 0.5000 beyond chance, after 0.5500"),
+])
+def test_a_round_that_did_not_help_starts_no_other(recipe, small_digits, tmp_path, now, before, words):
     _, runs = recipe
+    labels = tmp_path / "run" / "pseudo_labels"
+    shutil.copytree(runs[2] / "pseudo_labels", labels)
     for name in ("GrayImg", "PointCloud"):
-        meta = pseudo_label_path(runs[2] / "pseudo_labels", "digits", name)
+        meta = pseudo_label_path(labels, "digits", name)
         meta = meta.with_name(f"{meta.name}.meta.json")
         content = json.loads(meta.read_text())
-        content["provenance"] |= {"agreement": 0.5}
-        content["provenance"]["clusters"] |= {"agreement_before": 0.6}
+        content["provenance"] |= now
+        content["provenance"]["clusters"] |= before
         meta.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="did not help: its modalities agree on 0.5000 of the objects, after 0.6000"):
-        train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2), "--from", str(runs[2])])
+    with pytest.raises(UserError, match=f"did not help: {words}"):
+        train_step2.main(settings(small_digits, tmp_path, 2, *STEP2, f"rdl.pseudo_labels={labels}"))
 
 
 def test_confidence_weighs_samples(recipe, small_digits, tmp_path):
