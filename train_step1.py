@@ -181,14 +181,9 @@ def export(session: Session, learner: PLALearner) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Train step 1, write the pseudo-labels, and report the test scores of the last epoch."""
-    parser = stage_parser(__doc__)
-    parser.add_argument(
-        "--from", dest="source", metavar="RUN",
-        help="finished run of step 1 whose encoders to cluster anew without training, e.g. --set pla.num_clusters=10",
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.source and arguments.resume:
-        parser.error("--from beside --resume: a run keeps its initial weights")
+    arguments = stage_parser(
+        __doc__, "finished run of step 1 whose encoders to cluster anew without training, e.g. --set pla.num_clusters=10"
+    ).parse_args(argv)
     if arguments.source:
         go_on_from(arguments, "pla", "optim.epochs=0", "pla.mlm_only_epochs=0")
     session = open_session(Step1Config, "step1", arguments, DEFAULT_CONFIG, lambda config: mark_labels(config, config.pla.start))

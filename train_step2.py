@@ -131,14 +131,9 @@ def export(session: Session, learner: RDLLearner) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Train step 2 on the pseudo-labels and report the test scores of the last epoch."""
-    parser = stage_parser(__doc__)
-    parser.add_argument(
-        "--from", dest="source", metavar="RUN",
-        help="run folder whose pseudo-labels to learn: of step 1, or of a round of step 2; default: the newest of step 1",
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.source and arguments.resume:
-        parser.error("--from beside --resume: a run keeps its pseudo-labels")
+    arguments = stage_parser(
+        __doc__, "run folder whose pseudo-labels to learn: of step 1, or of a round of step 2; default: the newest of step 1"
+    ).parse_args(argv)
     choose = lambda config: choose_pseudo_labels(config, arguments.source)
     session = open_session(Step2Config, "step2", arguments, DEFAULT_CONFIG, choose)
 

@@ -67,7 +67,7 @@ def test_the_newest_finished_run_is_found_and_another_one_can_be_named(copied, t
         train_step2.choose_pseudo_labels(step2(copied, "rdl.pseudo_labels=somewhere"), str(run))
     with pytest.raises(UserError, match="no finished run of step 1.*no run is there.*train_step1.py"):
         newest_labels(tmp_path / "nowhere", data)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--from beside --resume"):
         train_step2.main(["--from", str(run), "--resume", str(only_run(copied, 2))])
 
 

@@ -41,10 +41,12 @@ class Session:
     checkpoint: dict | None  # what to continue from, if anything; `fit` loads it and lets it go
 
 
-def stage_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser of --config, --set and --resume."""
+def stage_parser(description: str, meaning_of_from: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser of --config, --set and --resume, and of --from (`source`) if it has a meaning."""
     parser = argparse.ArgumentParser(description=description)
     add_config_arguments(parser)
+    if meaning_of_from:
+        parser.add_argument("--from", dest="source", metavar="RUN", help=meaning_of_from)
     return parser
 
 
@@ -85,6 +87,8 @@ def open_session(
     Raises:
         UserError: on bad settings or a run folder that cannot be continued.
     """
+    if arguments.resume and getattr(arguments, "source", None):
+        raise UserError("--from beside --resume: a run keeps what it started from; give one of them")
     distributed.start()
     run = RunLog.open(arguments.resume) if arguments.resume else None
     saved = to_dict(run.settings(config_class)) if run else {}
