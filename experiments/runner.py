@@ -1,7 +1,6 @@
 """Runs jobs as processes, a few at a time. What is done is never run again; what was begun goes on where it stopped."""
 
 import contextlib
-import fcntl
 import math
 import os
 import signal
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.jobs import FAILED, INTERRUPTED, RUNNING, SKIPPED, WAITING, Job
+from utils.engine.lock import hold_lock
 from utils.engine.progress import progress
 from utils.errors import UserError
 
@@ -29,17 +29,10 @@ def states(jobs: Sequence[Job]) -> list[dict]:
     return list(found.values())
 
 
-@contextlib.contextmanager
-def hold(root: Path) -> Iterator[int]:
+def hold(root: Path) -> contextlib.AbstractContextManager[int]:
     """Lock a folder of jobs for one command; processes that inherit the yielded descriptor hold it as long as they live."""
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another reproduce.py, or a run that one started, works in {root}: wait until it ends, or stop it; "
-                            "--list shows its state") from None
-        yield file.fileno()
+    return hold_lock(root / "lock", f"another reproduce.py, or a run that one started, works in {root}: wait until it ends, or stop it; "
+                                    "--list shows its state")
 
 
 def run_jobs(jobs: Sequence[Job], devices: Sequence[str], lock: int, budget: float | None = None, resume: bool = False) -> None:

@@ -2,8 +2,9 @@
 
 import io
 import os
+from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
@@ -19,22 +20,16 @@ from utils.evaluation.metrics import RANKINGS
 from utils.modalities import MODALITIES
 
 SHOWN = 20  # results
+refusal = partial(gr.Error, print_exception=False)  # a message on the page
 HINT = "Choose the brush on the left, then draw"
-CANVAS, BRUSH = (320, 320), 16  # of the sketch pad, pixels
-LARGEST_FILE = "50mb"
-FONTS = {"font": ["sans-serif"], "font_mono": ["monospace"]}  # the page asks nobody for others
-
-
-def serve(searcher: Searcher, port: int) -> None:
-    """Open the page and answer until interrupted."""
-    with TemporaryDirectory() as folder:
-        launch(make_app(searcher, Path(folder)), port)
+BRUSH = gr.Brush(default_size=16, colors=["#000000"], color_mode="fixed")
+PAD = {"canvas_size": (320, 320), "fixed_canvas": True, "brush": BRUSH, "transforms": (), "layers": False, "placeholder": HINT}
 
 
 def launch(app: gr.Blocks, port: int, **options: Any) -> Any:
-    """Start the server; `options` go to Gradio."""
-    theme = gr.themes.Default(**FONTS)
-    return app.launch(server_name="127.0.0.1", server_port=port, share=False, max_file_size=LARGEST_FILE, theme=theme, **options)
+    """Open the page and answer until interrupted; `options` go to Gradio. The page asks nobody for fonts."""
+    theme = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])
+    return app.launch(server_name="127.0.0.1", server_port=port, share=False, max_file_size="50mb", theme=theme, **options)
 
 
 class Page:
@@ -43,32 +38,31 @@ class Page:
     def __init__(self, searcher: Searcher, folder: Path) -> None:
         self.searcher, self.index, self.folder = searcher, searcher.index, folder
         place = self.index.info["collection"]
-        self.folder_of_items = place if os.path.isdir(place) else os.path.dirname(place)
+        self.collection = place if os.path.isdir(place) else os.path.dirname(place)
         self.drawable = next((name for name in searcher.model.encoders if MODALITIES[name].is_2d), None)
 
     def find(self, path: str | None, ranking: str, modality: str | None = None) -> tuple[str, list, list, list]:
         """Return for one file the verdict, the gallery's pictures with captions, the rows of the table, and the plain results."""
         if not path:
-            raise gr.Error("drop a file first", print_exception=False)
+            raise refusal("drop a file first")
         try:
             (answer,) = self.searcher.search([path], SHOWN, ranking, modality)
         except UserError as error:
-            raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
-        results = answer.plain()["results"]
+            raise refusal(str(error).replace(path, Path(path).name)) from error
         shown = [(Image.open(io.BytesIO(row["thumbnail"])), f"{row['rank']}. {row['score']:.3f}") for row in answer.results]
-        short = lambda path: path.removeprefix(os.path.join(self.folder_of_items, ""))
-        return verdict(answer), shown, [cells(row | {"path": short(row["path"])}) for row in results], results
+        short = lambda path: path.removeprefix(os.path.join(self.collection, ""))
+        rows = [cells(row | {"path": short(row["path"])}) for row in answer.results]
+        return verdict(answer), shown, rows, answer.plain()["results"]
 
     def find_drawing(self, sketch: dict[str, Any] | None, ranking: str) -> tuple[str, list, list, list]:
         """As `find`, for what is on the sketch pad."""
         ink = np.max([layer[:, :, 3] for layer in sketch["layers"]], axis=0) if sketch and sketch["layers"] else np.zeros((1, 1))
         if not ink.any():
-            raise gr.Error("draw something first", print_exception=False)
-        tone = {key: self.index.info["calibration"][self.drawable][key] for key in ("ground", "fill")}
-        with NamedTemporaryFile(dir=self.folder, suffix=".png") as file:
-            drawn_picture(ink, **tone).save(file, "PNG")
-            file.flush()
-            return self.find(file.name, ranking, self.drawable)
+            raise refusal("draw something first")
+        meaning = self.index.info["calibration"][self.drawable]
+        with TemporaryDirectory(dir=self.folder) as folder:
+            drawn_picture(ink, meaning["ground"], meaning["fill"]).save(f"{folder}/drawing.png")
+            return self.find(f"{folder}/drawing.png", ranking, self.drawable)
 
     def view(self, results: list[dict], event: gr.SelectData) -> str | None:
         """Return the GLB of the chosen result; None for pictures, and for whatever is no item: nothing else is ever opened."""
@@ -79,23 +73,20 @@ class Page:
         try:
             target.write_bytes(view_of(path))
         except (UserError, OSError, ValueError) as error:
-            raise gr.Error(f"no 3D view of {path}: {error}", print_exception=False) from error
+            raise refusal(f"no 3D view of {path}: {error}") from error
         return str(target)
 
 
 def make_app(searcher: Searcher, folder: Path) -> gr.Blocks:
     """Return the layout around a `Page`."""
     page, index = Page(searcher, folder), searcher.index
-    rankings = RANKINGS if index.info["graph"] else RANKINGS[:1]
     with gr.Blocks(title="Search", analytics_enabled=False) as app:
         gr.Markdown(f"## {len(index)} items ({index.info['modality']}), compared by {index.info['representation']}")
         with gr.Row():
             with gr.Column():
-                ranking = gr.Radio(list(rankings), value="plain", label="Ranking", visible=len(rankings) > 1)
+                ranking = gr.Radio(list(RANKINGS), value="plain", label="Ranking", visible=index.info["graph"])
                 with gr.Tab("Draw", visible=page.drawable is not None):
-                    brush = gr.Brush(default_size=BRUSH, colors=["#000000"], color_mode="fixed")
-                    pad = {"canvas_size": CANVAS, "fixed_canvas": True, "brush": brush, "transforms": (), "layers": False}
-                    sketch = gr.Sketchpad(type="numpy", label="Sketch", placeholder=HINT, **pad)
+                    sketch = gr.Sketchpad(type="numpy", label="Sketch", **PAD)
                     draw = gr.Button("Find what is drawn", variant="primary")
                 with gr.Tab("File"):
                     file = gr.File(type="filepath", label="A picture or a shape")

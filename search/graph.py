@@ -1,7 +1,8 @@
 """The neighbour graph that `--ranking diffusion` needs, kept with the index: only what a change touches is worked out anew."""
 
+from collections.abc import Iterator
+
 import numpy as np
-import pyarrow as pa
 import torch
 
 from search.store import Index
@@ -19,51 +20,41 @@ def update_graph(index: Index) -> None:
     others, items that are new or changed are added where they are near enough. All changed lists are written in one step.
     """
     ids, vectors = index.matrix()
-    gallery = torch.from_numpy(vectors).double()
-    known = dict(zip(*(index.columns(index.items, "id", "sha256")[name].to_pylist() for name in ("id", "sha256"))))
-    rows = index.columns(index.graph, "id", "sha256", "neighbours", "similarities")
-    old = {row["id"]: row for row in rows.to_pylist() if known.get(row["id"]) == row["sha256"]}
-    full = lambda row: len(row["neighbours"]) >= min(NEIGHBOURS, len(ids) - 1) and all(number in old for number in row["neighbours"])
-    lists = {number: row for number, row in old.items() if full(row)}
-    again = np.flatnonzero([number not in lists for number in ids.tolist()])
-    fresh = np.flatnonzero([number not in old for number in ids.tolist()])
-    changed = {}
+    gallery, known = torch.tensor(vectors, dtype=torch.float64), index.hashes(index.items)
+    rows = {row["id"]: row for row in index.columns(index.graph, "id", "sha256", "neighbours", "similarities").to_pylist()}
+    old = {number: row for number, row in rows.items() if known.get(number) == row["sha256"]}
+    complete = lambda row: len(row["neighbours"]) >= min(NEIGHBOURS, len(ids) - 1) and old.keys() >= set(row["neighbours"])
+    kept = np.array([number in old and complete(old[number]) for number in ids.tolist()], dtype=bool)
+    again, changed = np.flatnonzero(~kept), []
     for block in progress(np.array_split(again, len(again) // BLOCK + 1), len(again) // BLOCK + 1, "neighbours"):
-        own = torch.from_numpy(block)
-        columns, similarities = nearest(gallery[own], gallery, NEIGHBOURS, own) if len(block) else ([], [])
-        changed |= {int(ids[row]): (ids[places].tolist(), values.tolist()) for row, places, values in zip(block, columns, similarities)}
-    changed |= _entered(lists, ids, gallery, fresh)
-    numbers = list(changed)
-    neighbours, similarities = zip(*changed.values()) if changed else ([], [])
+        if len(block):
+            columns, similarities = nearest(gallery[block], gallery, NEIGHBOURS, torch.from_numpy(block))
+            changed += zip(ids[block].tolist(), ids[columns.numpy()].tolist(), similarities.tolist())
+    fresh = np.array([number not in old for number in ids.tolist()], dtype=bool)
+    if fresh.any() and kept.any():
+        changed += _entered([old[number] for number in ids[kept].tolist()], gallery[kept], ids[fresh], gallery[fresh])
+    numbers, neighbours, similarities = zip(*changed) if changed else ([], [], [])
     hashes = [known[number] for number in numbers]
     index.put(index.graph, {"id": numbers, "sha256": hashes, "neighbours": neighbours, "similarities": similarities})
-    index.delete(index.graph, set(rows["id"].to_pylist()) - known.keys())
+    index.delete(index.graph, rows.keys() - known.keys())
 
 
-def _entered(lists: dict[int, dict], ids: np.ndarray, gallery: torch.Tensor, fresh: np.ndarray) -> dict[int, tuple[list, list]]:
-    """Return the lists that one of the fresh items enters: id -> neighbours and their similarities."""
-    kept, found = np.flatnonzero([number in lists for number in ids.tolist()]), {}
-    for start in range(0, len(kept) if len(fresh) else 0, BLOCK):
-        block = kept[start : start + BLOCK]
-        old = torch.tensor([lists[number]["similarities"] for number in ids[block].tolist()], dtype=torch.float64)
-        similarity = gallery[block] @ gallery[fresh].T
-        for row in torch.nonzero((similarity > old[:, -1:]).any(dim=1)).flatten().tolist():
-            number = int(ids[block[row]])
-            best = torch.cat([old[row], similarity[row]]).topk(old.shape[1])
-            names = np.concatenate([lists[number]["neighbours"], ids[fresh]])[best.indices]
-            found[number] = (names.tolist(), best.values.tolist())
-    return found
+def _entered(rows: list[dict], vectors: torch.Tensor, ids: np.ndarray, fresh: torch.Tensor) -> Iterator[tuple[int, list, list]]:
+    """Yield id, neighbours and similarities of the rows whose lists one of the fresh items enters; all lists are equally long."""
+    columns, similarities = nearest(vectors, fresh, NEIGHBOURS)
+    near = torch.tensor([row["similarities"] for row in rows], dtype=torch.float64)
+    best = torch.cat([near, similarities], dim=1).topk(near.shape[1])
+    names = np.concatenate([[row["neighbours"] for row in rows], ids[columns.numpy()]], axis=1)
+    names = np.take_along_axis(names, best.indices.numpy(), axis=1)
+    for row in torch.nonzero(similarities[:, 0] > near[:, -1]).flatten().tolist():
+        yield rows[row]["id"], names[row].tolist(), best.values[row].tolist()
 
 
 def graph_problem(index: Index) -> str | None:
-    """Say how the graph differs from the items, if it does: ids, contents, or neighbours that are not there."""
-    pairs = lambda table: set(zip(*(index.columns(table, "id", "sha256")[name].to_pylist() for name in ("id", "sha256"))))
-    items, graph = pairs(index.items), pairs(index.graph)
-    if items != graph:
-        return f"{len(items - graph)} items are not in the neighbour graph, {len(graph - items)} of its rows are of no item"
-    named = index.columns(index.graph, "neighbours")["neighbours"].combine_chunks().flatten()
-    lost = set(pa.compute.unique(named).to_pylist()) - {number for number, _ in items}
-    return f"{len(lost)} neighbours in the graph are gone" if lost else None
+    """Say how the graph differs from the items, if it does: by ids or contents."""
+    items, graph = (index.hashes(table).items() for table in (index.items, index.graph))
+    problem = f"{len(items - graph)} items are not in the neighbour graph, {len(graph - items)} of its rows are of no item"
+    return problem if items != graph else None
 
 
 def diffusion(index: Index) -> tuple[np.ndarray, DiffusionRanking]:
@@ -77,4 +68,4 @@ def diffusion(index: Index) -> tuple[np.ndarray, DiffusionRanking]:
     shape = (len(ids), min(NEIGHBOURS, len(ids) - 1))
     lists = [rows[name].combine_chunks().flatten().to_numpy().reshape(shape) for name in ("neighbours", "similarities")]
     places = torch.from_numpy(np.searchsorted(ids, lists[0]))
-    return ids, DiffusionRanking(torch.from_numpy(vectors).double(), neighbours=(places, torch.from_numpy(lists[1].copy())))
+    return ids, DiffusionRanking(torch.tensor(vectors, dtype=torch.float64), neighbours=(places, torch.from_numpy(lists[1].copy())))

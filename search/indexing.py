@@ -33,40 +33,34 @@ def open_or_create(place: str, model: Model, collection: str, modality: str | No
         if wrong:
             raise UserError(f"{place} was built with {', '.join(wrong)}: leave these options as they were, or give a new --index")
         return index
-    shapes = [name for name in model.encoders if not MODALITIES[name].is_2d]
-    if (modality or len(shapes) == 1) and (modality or shapes[0]) in model.encoders:
-        modality = modality or shapes[0]
-    else:
+    fitting = [modality] if modality else [name for name in model.encoders if not MODALITIES[name].is_2d]
+    if len(fitting) != 1 or fitting[0] not in model.encoders:
         raise UserError(f"say with --modality what the collection holds: one of {', '.join(model.encoders)}")
     representation = representation or model.scores.representation
-    width = model.widths
-    vectors = {"vector": width[representation]} | ({} if representation == "embedding" else {"embedding": width["embedding"]})
-    info = {
-        **model.identity, "collection": os.path.abspath(collection), "modality": modality, "representation": representation,
-        "graph": graph, "calibration": model.calibrate(modality),
-    }
-    return Index.create(place, info, vectors)
+    vectors = {"vector": model.widths[representation], "embedding": model.widths["embedding"]}
+    if representation == "embedding":
+        del vectors["embedding"]
+    return Index.create(place, {
+        **model.identity, "collection": os.path.abspath(collection), "modality": fitting[0], "representation": representation,
+        "graph": graph, "calibration": model.calibrate(fitting[0]),
+    }, vectors)
 
 
-def add_files(index: Index, model: Model, collections: Iterable[str], dry_run: bool = False) -> dict[str, Any]:
+def synchronise(index: Index, model: Model, collections: Iterable[str] | None, dry_run: bool = False) -> dict[str, Any]:
     """Describe the files of collections that the index does not hold with their present content.
 
+    Args:
+        collections: see `list_collection`; None stands for the items of the index, of which those without a file are dropped.
     Returns:
-        Lists of paths "new", "changed", "unchanged" and "gone" (none), and "skipped": path -> Unusable. What cannot be described
-        is listed in the index, and no longer found if it could be before.
+        Lists of paths "new", "changed", "unchanged" and "gone", and "skipped": path -> Unusable. What cannot be described is listed
+        in the index, and no longer found if it could be before.
     """
-    return _synchronise(index, model, dict(entry for place in collections for entry in list_collection(place)), [], dry_run)
-
-
-def update(index: Index, model: Model, dry_run: bool = False) -> dict[str, Any]:
-    """As `add_files`, of the files in the index: describes changed ones anew and drops those that are gone."""
-    present = {path: os.path.isfile(path) for path in index.known()}
-    gone = [path for path, there in present.items() if not there]
-    return _synchronise(index, model, {path: None for path, there in present.items() if there}, gone, dry_run)
-
-
-def _synchronise(index: Index, model: Model, listed: dict[str, Unusable | None], gone: list[str], dry_run: bool) -> dict[str, Any]:
-    known, digests, skipped = index.known(), {}, {}
+    known, digests, skipped = index.hashes(index.items, "path"), {}, {}
+    gone = [path for path in known if collections is None and not os.path.isfile(path)]
+    if collections is None:
+        listed = dict.fromkeys(known.keys() - set(gone))
+    else:
+        listed = dict(entry for place in collections for entry in list_collection(place))
     for path, problem in progress(listed.items(), len(listed), "files compared"):
         try:
             if problem:
@@ -83,39 +77,39 @@ def _synchronise(index: Index, model: Model, listed: dict[str, Unusable | None],
             skipped |= _describe(index, model, {path: digests[path] for path in batch})
         _keep_skipped(index, listed.keys(), skipped)
         _finish(index)
+    described = [path for path in todo if path not in skipped]
     return {
-        "new": [path for path in todo if path not in known and path not in skipped],
-        "changed": [path for path in todo if path in known and path not in skipped],
+        "new": [path for path in described if path not in known], "changed": [path for path in described if path in known],
         "unchanged": [path for path in digests if known.get(path) == digests[path]], "gone": gone, "skipped": skipped,
     }
 
 
-def _keep_skipped(index: Index, listed: Iterable[str], skipped: dict[str, Unusable]) -> None:
-    """List what was skipped, take it out of the items, and unlist what is skipped no longer."""
-    reasons = list(map(str, skipped.values()))
-    index.put(index.skipped, {"path": list(skipped), "code": [error.code for error in skipped.values()], "reason": reasons})
-    index.delete(index.items, map(identity, skipped.keys() & index.known().keys()))
-    before = set(index.columns(index.skipped, "path")["path"].to_pylist())
-    index.delete(index.skipped, map(identity, before & set(listed) - skipped.keys()))
-
-
 def _describe(index: Index, model: Model, digests: dict[str, str]) -> dict[str, Unusable]:
     """Store one batch of files; return those that could not be read."""
-    modality, representation = index.info["modality"], index.info["representation"]
-    samples, thumbnails, failed = {}, {}, {}
+    modality, samples, thumbnails, failed = index.info["modality"], {}, [], {}
     for path in digests:
         try:
-            samples[path] = read_sample(path, modality, model.data)
-            thumbnails[path] = picture_of(path, modality, samples[path])
+            sample = read_sample(path, modality, model.data)
+            thumbnails.append(picture_of(path, modality, sample))
+            samples[path] = sample
         except Unusable as error:
-            samples.pop(path, None)
             failed[path] = error
     if samples:
         features = model.describe(modality, list(samples.values()))
-        columns = {"path": list(samples), "sha256": [digests[path] for path in samples], "thumbnail": list(thumbnails.values())}
-        columns |= {"vector": features.represent(representation).numpy(), "embedding": features.embeddings.numpy()}
-        index.put(index.items, columns)
+        index.put(index.items, {
+            "path": list(samples), "sha256": [digests[path] for path in samples], "thumbnail": thumbnails,
+            "vector": features.represent(index.info["representation"]).numpy(), "embedding": features.embeddings.numpy(),
+        })
     return failed
+
+
+def _keep_skipped(index: Index, listed: Iterable[str], skipped: dict[str, Unusable]) -> None:
+    """List what was skipped, take it out of the items, and unlist what is skipped no longer."""
+    codes, reasons = [error.code for error in skipped.values()], list(map(str, skipped.values()))
+    index.put(index.skipped, {"path": list(skipped), "code": codes, "reason": reasons})
+    index.delete(index.items, map(identity, skipped))
+    before = set(index.columns(index.skipped, "path")["path"].to_pylist())
+    index.delete(index.skipped, map(identity, before & set(listed) - skipped.keys()))
 
 
 def picture_of(path: str, modality: str, sample: np.ndarray) -> bytes:
@@ -133,13 +127,12 @@ def remove(index: Index, places: Iterable[str], dry_run: bool = False) -> list[s
     """Drop files, or all files below folders, from the index; return the paths of what was there."""
     roots = [os.path.abspath(os.path.expanduser(place)) for place in places]
     inside = lambda path: any(path == root or path.startswith(os.path.join(root, "")) for root in roots)
-    skipped = index.columns(index.skipped, "path")["path"].to_pylist()
-    found = {name: [path for path in paths if inside(path)] for name, paths in (("items", index.known()), ("skipped", skipped))}
+    found = [[path for path in index.columns(table, "path")["path"].to_pylist() if inside(path)] for table in (index.items, index.skipped)]
     if not dry_run:
-        for name, paths in found.items():
-            index.delete(getattr(index, name), map(identity, paths))
+        for table, paths in zip((index.items, index.skipped), found):
+            index.delete(table, map(identity, paths))
         _finish(index)
-    return found["items"]
+    return found[0]
 
 
 def _finish(index: Index) -> None:
@@ -151,17 +144,11 @@ def _finish(index: Index) -> None:
 def problems(index: Index) -> list[str]:
     """Check every item against its file, itself and the graph; return one line `code: what` per problem."""
     rows = index.columns(index.items, "id", "path", "sha256", "vector")
-    found, seen = [], set()
-    vectors = vectors_of(rows["vector"])
-    for number, path, digest, vector in zip(rows["id"].to_pylist(), rows["path"].to_pylist(), rows["sha256"].to_pylist(), vectors):
-        if number in seen:
-            found.append(f"twice: {path}")
+    found, seen, vectors = [], set(), vectors_of(rows["vector"])
+    for number, path, digest, vector in zip(*(rows[name].to_pylist() for name in ("id", "path", "sha256")), vectors):
+        there, sound = os.path.isfile(path), np.isfinite(vector).all() and vector.any() and number == identity(path)
+        wrong = {"twice": number in seen, "damaged": not sound, "missing": not there, "changed": there and file_hash(path) != digest}
+        found += [f"{code}: {path}" for code in wrong if wrong[code]]
         seen.add(number)
-        if number != identity(path) or not np.isfinite(vector).all() or not vector.any():
-            found.append(f"damaged: {path}")
-        if not os.path.isfile(path):
-            found.append(f"missing: {path}")
-        elif file_hash(path) != digest:
-            found.append(f"changed: {path}")
     problem = graph_problem(index) if index.info["graph"] else None
     return found + ([f"graph: {problem}"] if problem else [])

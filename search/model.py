@@ -1,12 +1,13 @@
 """The trained run behind an index: describes files as evaluation does, and knows what its similarities mean."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from datasets.pseudo_labels import file_hash
@@ -19,7 +20,6 @@ from utils.modalities import MODALITIES
 
 PREPROCESSING = ("image_size", "image_resize", "num_points", "max_faces", "eval_subsets", "instance_id")
 CALIBRATION_PAIRS = 2000  # training samples that the similarities are measured on
-CALIBRATION_SEED = 0
 QUANTILES = 101
 REACHED = 0.95  # share of the unrelated queries below the level
 INK = 64  # difference of tone from the ground, of 255
@@ -62,17 +62,17 @@ class Model:
 
     def describe(self, modality: str, samples: Sequence[np.ndarray]) -> Features:
         """Describe samples of `search.files.read_sample`, which may differ in shape, in their order."""
-        groups = defaultdict(list)
-        for place, sample in enumerate(samples):
-            groups[sample.shape].append(place)
-        encoders, classifiers = {modality: self.encoders[modality]}, {modality: self.classifiers[modality]}
-        parts = []
-        for places in groups.values():
+        shape = lambda place: samples[place].shape
+        order, parts = sorted(range(len(samples)), key=shape), []
+        for _, places in groupby(order, key=shape):
             arrays = {modality: torch.from_numpy(np.stack([samples[place] for place in places]))}
-            parts.append(describe_samples(encoders, classifiers, PairedSamples({}, arrays), self.data, self.device)[modality])
-        order = torch.tensor([place for places in groups.values() for place in places]).argsort()
-        join = lambda name: torch.cat([getattr(part, name).cpu() for part in parts])[order]
+            parts.append(self._features(PairedSamples({}, arrays))[modality])
+        join = lambda name: torch.cat([getattr(part, name).cpu() for part in parts])[torch.tensor(order).argsort()]
         return Features(join("embeddings"), join("posteriors"))
+
+    def _features(self, samples: PairedSamples) -> dict[str, Features]:
+        encoders = {name: self.encoders[name] for name in samples.arrays}
+        return describe_samples(encoders, self.classifiers, samples, self.data, self.device)
 
     def calibrate(self, modality: str) -> dict[str, dict[str, Any]]:
         """Measure on the training samples, without labels, what cosines to items of a modality mean.
@@ -83,43 +83,31 @@ class Model:
             away from what it is compared with; "kept", the share of the queries above the level when none but its own
             partner is taken away. For pictures also "ground" and "fill", see `search.app`.
         """
-        train = load_training_samples(self.data, self.device)
-        rng = np.random.default_rng(CALIBRATION_SEED)
+        train, rng = load_training_samples(self.data, self.device), np.random.default_rng(0)
         count = min(CALIBRATION_PAIRS, *train.counts.values())
         chosen = {name: torch.from_numpy(rng.permutation(size)[:count]) for name, size in train.counts.items()}
         if self.data.pairing != "none":  # rows are pairs
             chosen = dict.fromkeys(chosen, chosen[modality])
         arrays = {name: array[chosen[name].to(array.device)] for name, array in train.arrays.items()}
-        features = describe_samples(self.encoders, self.classifiers, PairedSamples({}, arrays), self.data, self.device)
-        gallery = features[modality]
-        return {
-            name: _meaning(query, gallery) | (_tone(arrays[name]) if MODALITIES[name].is_2d else {}) for name, query in features.items()
-        }
+        features = self._features(PairedSamples({}, arrays))
+        tones = {name: _tone(array) for name, array in arrays.items() if MODALITIES[name].is_2d}
+        return {name: _meaning(query, features[modality]) | tones.get(name, {}) for name, query in features.items()}
 
 
 def _meaning(query: Features, gallery: Features) -> dict[str, Any]:
     cosines = query.embeddings @ gallery.embeddings.T
-    random = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    own = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
     alike = query.posteriors.argmax(dim=1)[:, None] == gallery.posteriors.argmax(dim=1)
-    unrelated = cosines.masked_fill(alike | ~random, -1).amax(dim=1)
-    level = float(unrelated.double().quantile(REACHED))
-    quantiles = np.quantile(cosines[random].cpu().numpy(), np.linspace(0, 1, QUANTILES))
-    kept = (cosines.masked_fill(~random, -1).amax(dim=1) >= level).double().mean()
+    level = float(cosines.masked_fill(alike | own, -1).amax(dim=1).double().quantile(REACHED))
+    kept = (cosines.masked_fill(own, -1).amax(dim=1) >= level).double().mean()
+    quantiles = np.quantile(cosines[~own].cpu().numpy(), np.linspace(0, 1, QUANTILES))
     return {"quantiles": quantiles.tolist(), "level": level, "kept": float(kept)}
 
 
-def _tone(pictures: Tensor) -> dict[str, Any]:
+def _tone(pictures: Tensor) -> dict[str, float]:
     """Return the tone 0..255 around what (N, V, 3, S, S) pictures show, and the share of the side that it takes: both medians."""
-    tone = pictures[:, 0].float().mean(dim=1)  # (N, S, S)
-    border = torch.cat([tone[:, 0], tone[:, -1], tone[:, :, 0], tone[:, :, -1]], dim=1).median(dim=1).values
-    ink = (tone - border[:, None, None]).abs() > INK
-    extents = torch.stack([_extent(ink.any(dim=axis)) for axis in (1, 2)]).amax(dim=0)
-    return {"ground": float(border.median()), "fill": float(extents.median()) / tone.shape[-1]}
-
-
-def _extent(marked: Tensor) -> Tensor:
-    """Return the distance (N,) from the first to the last marked place of rows (N, S), both counted."""
-    size = marked.shape[1]
-    places = torch.arange(size, device=marked.device).expand_as(marked)
-    first, last = places.masked_fill(~marked, size).amin(dim=1), places.masked_fill(~marked, -1).amax(dim=1)
-    return (last - first + 1).clamp(min=1).float()
+    tones = pictures[:, 0].float().mean(dim=1).cpu().numpy()  # (N, S, S)
+    grounds = np.median(np.concatenate([tones[:, 0], tones[:, -1], tones[:, :, 0], tones[:, :, -1]], axis=1), axis=1)
+    boxes = [Image.fromarray(np.abs(tone - ground) > INK).getbbox() or (0, 0, 1, 1) for tone, ground in zip(tones, grounds)]
+    extents = [max(right - left, low - top) for left, top, right, low in boxes]
+    return {"ground": float(np.median(grounds)), "fill": float(np.median(extents)) / tones.shape[-1]}

@@ -27,8 +27,7 @@ def as_json(answers: Sequence[Answer]) -> str:
 
 def as_csv(answers: Sequence[Answer]) -> str:
     """Return one row per result."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
+    writer = csv.writer(stream := io.StringIO(), lineterminator="\n")
     writer.writerow(["query", "nothing_like_this", *FIELDS])
     writer.writerows([answer.query, answer.nothing, *(row[name] for name in FIELDS)] for answer in answers for row in answer.results)
     return stream.getvalue().rstrip("\n")
@@ -38,22 +37,25 @@ def as_html(answers: Sequence[Answer], queries: Sequence[bytes]) -> str:
     """Return a page; `queries` are PNGs of what was asked for."""
     parts = [f"<!doctype html><meta charset=utf-8><title>Search</title><style>{STYLE}</style>"]
     for answer, picture in zip(answers, queries, strict=True):
-        heading = f"<h2 class={'nothing' if answer.nothing else 'found'}>{html.escape(_title(answer))}</h2>"
-        parts.append(f"{heading}{_figure(picture, 'query')}<hr>")
-        parts += [_figure(row["thumbnail"], _caption(row), row["path"]) for row in answer.results]
+        parts.append(f"<h2 class={'nothing' if answer.nothing else 'found'}>{html.escape(_title(answer))}</h2>")
+        parts.append(_figure(picture, "query", "") + "<hr>")
+        for row in answer.results:
+            text = f"{row['rank']}. score {row['score']:.3f}, cosine {row['cosine']:.3f}"
+            parts.append(_figure(row["thumbnail"], f"{text}, nearer than {100 * row['farther']:.1f} % of random pairs", row["path"]))
     return "\n".join(parts)
 
 
-def _caption(row: dict) -> str:
-    return f"{row['rank']}. score {row['score']:.3f}, cosine {row['cosine']:.3f}, nearer than {100 * row['farther']:.1f} % of random pairs"
+def _figure(png: bytes, text: str, path: str) -> str:
+    return f'<figure><img src="data:image/png;base64,{base64.b64encode(png).decode()}" width=96 height=96>' \
+        f"<figcaption>{html.escape(text)}<br>{html.escape(_shown(path))}</figcaption></figure>"
 
 
 def verdict(answer: Answer) -> str:
     """Say in words whether the collection holds something like the query."""
-    best = max(row["cosine"] for row in answer.results)
+    best = f"best cosine {max(row['cosine'] for row in answer.results):.3f}"
     if answer.nothing:
-        return f"nothing like this in the collection: best cosine {best:.3f}, unrelated queries reach {answer.level:.3f}"
-    return f"best cosine {best:.3f}, above the {answer.level:.3f} that unrelated queries reach"
+        return f"nothing like this in the collection: {best}, unrelated queries reach {answer.level:.3f}"
+    return f"{best}, above the {answer.level:.3f} that unrelated queries reach"
 
 
 def _title(answer: Answer) -> str:
@@ -67,9 +69,3 @@ def cells(row: dict) -> list[str]:
 
 def _shown(name: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
-
-
-def _figure(png: bytes, text: str, path: str = "") -> str:
-    data = base64.b64encode(png).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" width=96 height=96><figcaption>{html.escape(text)}<br>' \
-        f"{html.escape(_shown(path))}</figcaption></figure>"

@@ -9,22 +9,18 @@ import torch
 from search.files import modality_of, read_sample
 from search.graph import diffusion
 from search.model import Model
-from search.store import SCORE_STEPS, Index
+from search.store import Index, best_first
 from utils.errors import UserError
-from utils.evaluation.features import Features
-from utils.evaluation.ranking import DiffusionRanking
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found for one query.
+    """What was found for the file `query`, seen as `modality`.
 
     Attributes:
-        query: path; modality: as which it was seen.
         results: dictionaries of rank, path, score (of the ranking), cosine, farther (share 0..1 of random pairs that are farther
             apart) and thumbnail (PNG), best first.
-        nothing: the best cosine does not reach the level below which unrelated queries stay, so these are no matches.
-        level: that level.
+        nothing: the best cosine does not reach `level`, below which unrelated queries stay, so these are no matches.
     """
 
     query: str
@@ -40,33 +36,12 @@ class Answer:
 
 
 class Searcher:
-    """An index and the model that made it; refuses another model.
-
-    Args:
-        run: run folder, if it is no longer where the index says.
-    """
+    """An index and the model that made it, in the folder `run` if that is no longer where the index says; refuses another model."""
 
     def __init__(self, index: Index, device: torch.device, run: str | None = None) -> None:
         self.index, self.model = index, Model(run or index.info["run"], device)
         self.model.check(index.info, index.place)
-        self._graph = None  # versions of the index and its `diffusion`
-
-    def describe(self, paths: list[str], modality: str | None = None) -> tuple[list[str], list[Features]]:
-        """Return modality and Features (one row each) of query files; a UserError names the first that cannot be read."""
-        names, samples = [], []
-        for path in paths:
-            try:
-                names.append(modality_of(path, tuple(self.model.encoders), modality))
-                samples.append(read_sample(path, names[-1], self.model.data))
-            except UserError as error:
-                raise UserError(f"{path} is no query: {error}") from error
-        features = [None] * len(paths)
-        for name in set(names):
-            places = [place for place, other in enumerate(names) if other == name]
-            found = self.model.describe(name, [samples[place] for place in places])
-            for row, place in enumerate(places):
-                features[place] = Features(found.embeddings[row : row + 1], found.posteriors[row : row + 1])
-        return names, features
+        self._graph = None, None  # versions of the index and its `diffusion`
 
     def search(
         self, paths: list[str], count: int = 10, ranking: str = "plain", modality: str | None = None, ann: bool = False
@@ -76,32 +51,32 @@ class Searcher:
             raise UserError(f"{self.index.place} holds no item: add some with python search.py add {self.index.place} DIR")
         if ann and not (ranking == "plain" and self.index.has_ann):
             raise UserError(f"--ann needs --ranking plain and an ANN index: python search.py update {self.index.place} --ann")
-        return [self._answer(*given, count, ranking, ann) for given in zip(paths, *self.describe(paths, modality))]
+        return [self._answer(path, count, ranking, modality, ann) for path in paths]
 
-    def _answer(self, path: str, modality: str, features: Features, count: int, ranking: str, ann: bool) -> Answer:
+    def _answer(self, path: str, count: int, ranking: str, wanted: str | None, ann: bool) -> Answer:
+        try:
+            modality = modality_of(path, tuple(self.model.encoders), wanted)
+            features = self.model.describe(modality, [read_sample(path, modality, self.model.data)])
+        except UserError as error:
+            raise UserError(f"{path} is no query: {error}") from error
         query = features.represent(self.index.info["representation"])
         if ranking == "diffusion":
-            ids, graph = self._diffusion()
+            versions = self.index.items.version, self.index.graph.version
+            if self._graph[0] != versions:
+                self._graph = versions, diffusion(self.index)
+            ids, graph = self._graph[1]
             scores = graph.scores(query.double())[0].numpy()
-            order = np.lexsort([ids, -np.round(scores * SCORE_STEPS)])[:count]
+            order = best_first(ids, scores)[:count]
             ids, scores = ids[order], scores[order]
         else:
             ids, scores = self.index.nearest(query[0].numpy(), count, ann)
         column = "vector" if self.index.info["representation"] == "embedding" else "embedding"
-        rows = self.index.rows(ids, "path", "thumbnail", column)
-        meaning = self.index.info["calibration"][modality]
-        results = []
-        for number, score in zip(ids.tolist(), scores.tolist()):
-            row = rows[number]
-            cosine = float(np.dot(np.asarray(row[column], dtype=np.float64), features.embeddings[0].double().numpy()))
-            farther = float(np.interp(cosine, meaning["quantiles"], np.linspace(0, 1, len(meaning["quantiles"]))))
-            results.append({"rank": len(results) + 1, "path": row["path"], "score": score, "cosine": cosine, "farther": farther,
-                            "thumbnail": row["thumbnail"]})
-        return Answer(path, modality, results, max(row["cosine"] for row in results) < meaning["level"], meaning["level"])
-
-    def _diffusion(self) -> tuple[np.ndarray, DiffusionRanking]:
-        """Return `diffusion` of the present state of the index."""
-        versions = self.index.items.version, self.index.graph.version
-        if self._graph is None or self._graph[0] != versions:
-            self._graph = versions, diffusion(self.index)
-        return self._graph[1]
+        found = self.index.rows(ids, "path", "thumbnail", column)
+        meaning, rows = self.index.info["calibration"][modality], [found[number] for number in ids.tolist()]
+        cosines = np.array([row[column] for row in rows], dtype=np.float64) @ features.embeddings[0].double().numpy()
+        farther = np.interp(cosines, meaning["quantiles"], np.linspace(0, 1, len(meaning["quantiles"])))
+        results = [
+            {"rank": rank, "path": row["path"], "score": score, "cosine": cosine, "farther": share, "thumbnail": row["thumbnail"]}
+            for rank, (row, score, cosine, share) in enumerate(zip(rows, scores.tolist(), cosines.tolist(), farther.tolist()), start=1)
+        ]
+        return Answer(path, modality, results, bool(cosines.max() < meaning["level"]), meaning["level"])

@@ -8,13 +8,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from utils.engine.lock import hold_lock
 from utils.errors import UserError
 
 _ours = sys.modules.pop("datasets", None)  # LanceDB takes a loaded package of this name for Hugging Face's, here and in Table.add
@@ -29,6 +30,7 @@ finally:
         sys.modules["datasets"] = _ours
 
 FORMAT = 1
+LOCK = "lock"
 SPARE = 64  # items fetched beyond those wanted, to be ordered in double precision
 MARGIN = 1e-5  # more than single precision misplaces a dot product of two vectors of norm at most 1
 SCORE_STEPS = 1e12  # equal scores that differ by summation order alone must tie
@@ -57,8 +59,8 @@ class Index:
             raise UserError(f"no index at {place}: make one with python search.py build --run RUN --collection DIR --index {place}")
         with self._readable():
             tables = lancedb.connect(place, read_consistency_interval=timedelta(0))  # a server sees what others change
-            self.items, self.skipped, self.graph, self._info = map(tables.open_table, ("items", "skipped", "graph", "info"))
-            self.info = json.loads(self._info.search().to_list()[0]["text"])
+            self.items, self.skipped, self.graph, info = map(tables.open_table, ("items", "skipped", "graph", "info"))
+            self.info = json.loads(info.search().to_list()[0]["text"])
         if self.info["format"] != FORMAT:
             raise UserError(f"{place} has index format {self.info['format']!r}, this code reads {FORMAT}: use the matching version")
 
@@ -70,12 +72,11 @@ class Index:
             info: what to remember of the model and the collection, plain values.
             widths: column of `items` -> width of its vectors; "vector" is what is ranked.
         """
-        if "://" not in place and Path(place).exists() and [path for path in Path(place).iterdir() if path.suffix != ".lance"]:
-            raise UserError(f"{place} holds other files: give an empty or new folder for the index")
+        _refuse_other_files(place)
         key, text = ("id", pa.int64()), lambda *names: [(name, pa.string()) for name in names]
         vectors = [(name, pa.list_(pa.float32(), width)) for name, width in widths.items()]
-        tables = lancedb.connect(place)
         lists = [("neighbours", pa.list_(pa.int64())), ("similarities", pa.list_(pa.float64()))]
+        tables = lancedb.connect(place)
         for name, columns in (
             ("items", [key, *text("path", "sha256"), *vectors, ("thumbnail", pa.binary())]),
             ("skipped", [key, *text("path", "code", "reason")]), ("graph", [key, *text("sha256"), *lists]),
@@ -87,44 +88,39 @@ class Index:
     def __len__(self) -> int:
         return self.items.count_rows()
 
-    def known(self) -> dict[str, str]:
-        """Return path -> SHA-256 of the content of every item."""
-        rows = self.columns(self.items, "path", "sha256")
-        return dict(zip(rows["path"].to_pylist(), rows["sha256"].to_pylist()))
+    def hashes(self, table: Any, key: str = "id") -> dict[Any, str]:
+        """Return column `key` -> SHA-256 of the content, of every row of `items` or `graph`."""
+        rows = self.columns(table, key, "sha256")
+        return dict(zip(rows[key].to_pylist(), rows["sha256"].to_pylist()))
 
     def columns(self, table: Any, *names: str) -> pa.Table:
         """Return whole columns of one of the tables."""
         with self._readable():
             return table.search().select(list(names)).to_arrow()
 
-    def matrix(self, name: str = "vector") -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids (N,) of all items in ascending order and a column of theirs (N, D) float32."""
-        rows = self.columns(self.items, "id", name)
-        ids, order = rows["id"].to_numpy(), np.argsort(rows["id"].to_numpy())
-        return ids[order], vectors_of(rows[name])[order]
+    def matrix(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids (N,) of all items in ascending order and their vectors (N, D) float32."""
+        rows = self.columns(self.items, "id", "vector").sort_by("id")
+        return rows["id"].to_numpy(), vectors_of(rows["vector"])
 
     def put(self, table: Any, columns: Mapping[str, Sequence]) -> None:
-        """Insert rows or replace those with the same id, in one step; `columns` has one entry per column but "id" if it has "path"."""
-        ids = columns.get("id", None)
-        ids = [identity(path) for path in columns["path"]] if ids is None else ids
-        if len(ids):
-            arrays = [_arrow(({"id": ids} | dict(columns))[field.name], field.type) for field in table.schema]
-            rows = pa.table(arrays, schema=table.schema)
+        """Insert rows or replace those with the same id, in one step; ids are those of the column "path" if it is given."""
+        if "path" in columns:
+            columns = {**columns, "id": [identity(path) for path in columns["path"]]}
+        if len(columns["id"]):
+            rows = pa.table([pa.array(list(columns[field.name]), field.type) for field in table.schema], schema=table.schema)
             table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
     def delete(self, table: Any, ids: Iterable[int]) -> None:
         """Remove the rows of these ids, a thousand in one step; absent ones do not matter."""
-        for part in _parts(ids):
-            table.delete(f"id IN ({part})")
+        for condition in _conditions(ids):
+            table.delete(condition)
 
     def rows(self, ids: Iterable[int], *names: str) -> dict[int, dict[str, Any]]:
         """Return id -> columns of some items; absent ones are left out."""
-        found = {}
         with self._readable():
-            for part in _parts(ids):
-                rows = self.items.search().where(f"id IN ({part})").select(["id", *names]).to_list()
-                found |= {row["id"]: row for row in rows}
-        return found
+            parts = [self.items.search().where(condition).select(["id", *names]).to_list() for condition in _conditions(ids)]
+        return {row["id"]: row for part in parts for row in part}
 
     def nearest(self, query: np.ndarray, count: int, ann: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and scores float64 of the items with the largest dot products with a query (D,), best first, ties by id.
@@ -138,9 +134,8 @@ class Index:
             with self._readable():
                 rows = search.select(["id", "vector", "_distance"]).to_arrow()
             ids, scores = rows["id"].to_numpy(), vectors_of(rows["vector"]).astype(np.float64) @ query.astype(np.float64)
-            order = np.lexsort([ids, -np.round(scores * SCORE_STEPS)])[:count]
-            complete = ann or len(ids) < fetch or scores[order[-1]] > 1 - rows["_distance"][-1].as_py() + MARGIN
-            if complete:
+            order = best_first(ids, scores)[:count]
+            if ann or len(ids) < fetch or scores[order[-1]] > 1 - rows["_distance"][-1].as_py() + MARGIN:
                 return ids[order], scores[order]
             fetch *= 4
 
@@ -162,8 +157,6 @@ class Index:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except UserError:
-            raise
         except (RuntimeError, OSError, ValueError, LookupError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -174,14 +167,29 @@ class Index:
 
 def exists(place: str) -> bool:
     """Whether there is an index; one whose making was stopped at its very start counts as none."""
-    if "://" not in place and not Path(place).is_dir():
-        return False
-    return "info" in lancedb.connect(place).list_tables().tables
+    return ("://" in place or Path(place).is_dir()) and "info" in lancedb.connect(place).list_tables().tables
 
 
-def _parts(ids: Iterable[int]) -> Iterator[str]:
-    numbers = [str(int(number)) for number in ids]
-    return (", ".join(numbers[start : start + AT_ONCE]) for start in range(0, len(numbers), AT_ONCE))
+def writing(place: str, new: bool) -> AbstractContextManager:
+    """Return what one process at a time may enter, to change the index or (`new`) to make one; a UserError refuses all others.
+
+    There is no such lock on object storage, nor where there is no index to change.
+    """
+    if "://" in place or not (new or exists(place)):
+        return nullcontext()
+    _refuse_other_files(place)
+    return hold_lock(Path(place) / LOCK, f"another search.py changes {place} at this moment: repeat the command when it has ended")
+
+
+def _refuse_other_files(place: str) -> None:
+    here = Path(place).iterdir() if "://" not in place and Path(place).exists() else ()
+    if [path for path in here if path.suffix != ".lance" and path.name != LOCK]:
+        raise UserError(f"{place} holds other files: give an empty or new folder for the index")
+
+
+def best_first(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return the order of falling scores, equal ones by id."""
+    return np.lexsort([ids, -np.round(scores * SCORE_STEPS)])
 
 
 def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
@@ -189,7 +197,6 @@ def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), column.type.list_size)
 
 
-def _arrow(values: Sequence, kind: pa.DataType) -> pa.Array:
-    if pa.types.is_fixed_size_list(kind):
-        return pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(values, dtype=np.float32).ravel()), kind.list_size)
-    return pa.array(values, kind)
+def _conditions(ids: Iterable[int]) -> Iterator[str]:
+    numbers = [str(int(number)) for number in ids]
+    return (f"id IN ({', '.join(numbers[start : start + AT_ONCE])})" for start in range(0, len(numbers), AT_ONCE))

@@ -20,7 +20,7 @@ import yaml
 from datasets.prepare.ownership import package_versions, read_journal
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.modelnet import to_z_up
-from datasets.prepare.readers.objects import FORMATS, Item, read_cloud, read_folder, read_npz, read_npz_parts, read_parts
+from datasets.prepare.readers.objects import FORMATS, Item, joined, read_cloud, read_folder, read_npz, read_npz_parts, read_parts
 from datasets.prepare.recipe import MESH_SIZE, SPLAT_SIZE, Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh, thinned
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise
 from datasets.prepare.shapes.render import probe_renderer
@@ -87,9 +87,7 @@ def _from_mesh(recipe: ObjectRecipe, archive: Path | None, task: ObjectTask) -> 
     gltf = task.member.lower().endswith(GLTF)
     parts = read_npz_parts(archive, int(task.member)) if archive else read_parts(Path(task.member), recipe.texture)
     parts = [(to_z_up(vertices, recipe.up or ("y" if gltf else "z")), *rest) for vertices, *rest in parts]
-    starts = np.cumsum([0, *(len(vertices) for vertices, *_ in parts)])
-    corners = np.concatenate([triangles + start for (_, triangles, _), start in zip(parts, starts, strict=False)])
-    vertices, triangles = clean_mesh(np.concatenate([vertices for vertices, *_ in parts]), corners)
+    vertices, triangles = clean_mesh(*joined(parts))
     painted = parts if any(look is not None for *_, look in parts) else ()
     arrays, facts = modalities_of_mesh(recipe, vertices, triangles, task.name, parts=painted)
     return arrays, {**facts, "size": _size(vertices, "m" if gltf else recipe.unit)}

@@ -25,7 +25,7 @@ if find_spec("lancedb") is None:
 import train_step2
 from datasets.samples import describe_samples, load_test_samples
 from models.trained import open_trained
-from search import commands, files, indexing, model, page
+from search import commands, files, indexing, model, page, store
 from search.model import Model
 from search.query import Answer, Searcher
 from search.store import Index, identity
@@ -195,6 +195,21 @@ def test_a_killed_build_add_or_remove_is_finished_by_the_same_command(run, root,
         commands.main(command)
         rows = Index(index).columns(Index(index).items, "path")["path"].to_pylist()
         assert sorted(rows) == expected and indexing.problems(Index(index)) == []
+
+
+def test_a_second_writer_is_refused_at_once_and_readers_are_not(run, copied, root):
+    place, paths = copied.place, sorted(copied.hashes(copied.items, "path"))
+    remove = ["remove", place, paths[0]]
+    with store.writing(place, new=False):
+        for command in (["build", "--run", str(run), "--collection", clouds(root), "--index", place], ["add", place, clouds(root)],
+                        ["update", place], remove):
+            with pytest.raises(UserError, match=f"another search.py changes {place} at this moment"):
+                commands.main(command)
+        commands.main([*remove, "--dry-run"])
+        commands.main(["verify", place])
+        assert len(Searcher(Index(place), CPU).search(paths[:1], 3)[0].results) == 3
+    commands.main(remove)
+    assert sorted(copied.hashes(copied.items, "path")) == paths[1:]
 
 
 class Payload:
@@ -368,10 +383,17 @@ def test_meshes_become_points_and_every_shape_a_view(run, root, tmp_path):
         mesh = trimesh.load(io.BytesIO(files.view_of(str(tmp_path / name))), file_type="glb", force="mesh")
         extents = mesh.bounds[1] - mesh.bounds[0]
         assert len(mesh.faces) == 4 and extents[1] == pytest.approx(2 * extents[0], rel=1e-5)  # z up became y up
-    (tmp_path / "cut.ply").write_bytes((tmp_path / "solid.ply").read_bytes()[:60])
-    with pytest.raises(files.Unusable) as caught:
-        files.read_sample(str(tmp_path / "cut.ply"), "PointCloud", data)
-    assert caught.value.code == "unreadable"
+    whole = {suffix: (tmp_path / f"solid.{suffix}").read_bytes() for suffix in ("ply", "glb")}
+    for name, content in (("head.ply", whole["ply"][:60]), ("cut.ply", whole["ply"][:-9]), ("cut.glb", whole["glb"][:-9]),
+                          ("packed.glb", whole["glb"].replace(b"{", b'{"extensionsUsed": ["KHR_draco_mesh_compression"],', 1))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(files.Unusable, match="compressed" if name == "packed.glb" else None) as caught:
+            files.read_sample(str(tmp_path / name), "PointCloud", data)
+        assert (name, caught.value.code) == (name, "unreadable")
+    for suffix, made in (("ply", trimesh.PointCloud(np.eye(3))), ("glb", trimesh.Scene(trimesh.PointCloud(np.eye(3))))):
+        made.export(tmp_path / f"points.{suffix}")
+        points, triangles = files.read_shape(str(tmp_path / f"points.{suffix}"))
+        assert triangles is None and sorted(points.tolist()) == sorted(np.eye(3).tolist())
     cloud = next((root / "test" / "point_cloud").iterdir())
     view = trimesh.load(io.BytesIO(files.view_of(str(cloud))), file_type="glb", force="mesh")
     assert len(view.faces) == 8 * 48 and view.volume > 0  # octahedra whose outsides face out

@@ -132,6 +132,11 @@ def test_a_half_made_index_counts_as_none_and_is_completed(tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
         Index.create(str(tmp_path / "full"), {}, {"vector": 2})
+    with pytest.raises(UserError, match="holds other files"), store.writing(str(tmp_path / "full"), new=True):
+        pass
+    with store.writing(str(tmp_path / "typing error"), new=False):
+        pass
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"] and not (tmp_path / "typing error").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "no manifest"])

@@ -87,9 +87,14 @@ def _examine(item: Item) -> Item:
         data = path.read_bytes()
     except OSError as error:
         return replace(item, reason=f"cannot be read: {error.strerror}")
+    reason = None if data else "an empty file"
+    return replace(item, sha256=hashlib.sha256(data).hexdigest(), is_cloud=is_cloud(path, data), reason=reason)
+
+
+def is_cloud(path: Path, data: bytes) -> bool:
+    """Whether a file holds points alone, as far as its name and the header of a PLY file tell."""
     suffix = path.suffix.lower()
-    cloud = suffix in CLOUDS or (suffix == ".ply" and _promised(data, "vertex") > 0 == _promised(data, "face"))
-    return replace(item, sha256=hashlib.sha256(data).hexdigest(), is_cloud=cloud, reason=None if data else "an empty file")
+    return suffix in CLOUDS or (suffix == ".ply" and _promised(data, "vertex") > 0 == _promised(data, "face"))
 
 
 def _promised(data: bytes, element: str) -> int:
@@ -163,21 +168,27 @@ def read_parts(path: Path, texture: bool) -> list[Part]:
     return seen if np.isclose(*areas, rtol=1e-4) else own
 
 
+def joined(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the vertices (V, 3) and triangles (T, 3) of parts as one mesh."""
+    starts = np.cumsum([0, *(len(vertices) for vertices, *_ in parts)])
+    triangles = np.concatenate([triangles + start for (_, triangles, _), start in zip(parts, starts, strict=False)])
+    return np.concatenate([vertices for vertices, *_ in parts]), triangles
+
+
 def _load(path: Path, data: bytes) -> list[Any]:
-    """Return the meshes, clouds and paths of a file, moved to their places."""
+    """Return the meshes, clouds and paths of a file, moved to their places; a MeshError if they are compressed."""
     import trimesh
+    packed = [name.decode() for name in COMPRESSIONS if path.suffix.lower() in (".glb", ".gltf") and name in data]
+    if packed:
+        raise MeshError(f"compressed with {packed[0]}; export it uncompressed")
     resolver = trimesh.resolvers.FilePathResolver(str(path))  # finds textures and buffers; a path must be UTF-8 to be loaded
     scene = trimesh.load_scene(io.BytesIO(data), file_type=path.suffix[1:].lower(), resolver=resolver, process=False)
     return scene.dump()
 
 
 def _scene(path: Path, data: bytes, texture: bool) -> list[Part]:
-    suffix = path.suffix.lower()
-    packed = [name.decode() for name in COMPRESSIONS if suffix in (".glb", ".gltf") and name in data]
-    if packed:
-        raise MeshError(f"compressed with {packed[0]}; export it uncompressed")
     meshes = [mesh for mesh in _load(path, data) if len(getattr(mesh, "faces", ()))]
-    found, promised = sum(len(mesh.faces) for mesh in meshes), _promised(data, "face") if suffix == ".ply" else 1
+    found, promised = sum(len(mesh.faces) for mesh in meshes), _promised(data, "face") if path.suffix.lower() == ".ply" else 1
     if found < promised:
         raise MeshError(f"empty or cut short: {found} triangles, of at least {promised}")
     return _checked([(np.asarray(mesh.vertices), np.asarray(mesh.faces), look_of(mesh) if texture else None) for mesh in meshes])
@@ -193,7 +204,8 @@ def _checked(parts: list[Part]) -> list[Part]:
 
 
 def read_cloud(path: Path) -> tuple[np.ndarray, int]:
-    """Read a PCD or PLY file, an .npy array (n, 3 or more), or of an .npz file the array `points`, else the first such one.
+    """Read a PCD or PLY file, the points of a GLB file, an .npy array (n, 3 or more), or of an .npz file the array `points`, else the
+    first such one.
 
     Returns:
         (n, 3) points, and how many of a PCD file were dropped as not valid.
@@ -204,7 +216,10 @@ def read_cloud(path: Path) -> tuple[np.ndarray, int]:
     if suffix == ".pcd":
         return read_pcd(data)
     least = max(_promised(data, "vertex"), 1) if suffix == ".ply" else 1
-    points = np.concatenate([part.vertices for part in _load(path, data)]) if suffix == ".ply" else _array(path)
+    if suffix in (".ply", ".glb"):
+        points = np.concatenate([part.vertices for part in _load(path, data) if not len(getattr(part, "faces", ()))])
+    else:
+        points = _array(path)
     if points.ndim != 2 or points.shape[1] < 3 or points.dtype.kind not in "fiu" or len(points) < least:
         raise MeshError(f"expected numbers of shape (n, 3) with n >= {least}, found {points.dtype} {points.shape}")
     return points[:, :3], 0
