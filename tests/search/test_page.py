@@ -56,7 +56,7 @@ def test_upload_draw_result_view_and_bad_file_in_a_browser(page, root, tmp_path)
     from playwright.sync_api import expect, sync_playwright
 
     (tmp_path / "bad.png").write_text("no picture")
-    port = 7861
+    port, picture = 7861, next((root / "test" / "gray_imgs").iterdir())
     app.launch(page[0], port, prevent_thread_lock=True, quiet=True)
     try:
         with sync_playwright() as playwright:
@@ -81,12 +81,13 @@ def test_upload_draw_result_view_and_bad_file_in_a_browser(page, root, tmp_path)
             tab.locator(".thumbnail-item").first.click()
             expect(tab.locator("canvas").last).to_be_visible()
             tab.get_by_role("tab", name="File").click()
-            for file, text in ((tmp_path / "bad.png", "bad.png is no query"), (next((root / "test" / "gray_imgs").iterdir()), "best cosine")):
-                tab.locator("input[type=file]").last.set_input_files(str(file))
-                expect(tab.get_by_text(file.name[:8]).first).to_be_visible()
+            panel = tab.get_by_role("tabpanel").filter(has_text="A picture or a shape")
+            for file, text in ((tmp_path / "bad.png", "bad.png is no query"), (picture, page[1].find(str(picture), "plain")[0])):
+                panel.locator("input[type=file]").set_input_files(str(file))
+                expect(panel.get_by_text(file.name[:8]).first).to_be_visible()
                 tab.get_by_role("button", name="Find what is like it").click()
                 expect(tab.get_by_text(text).first).to_be_visible()
-                tab.get_by_label("Remove this file").or_(tab.get_by_label("Clear")).last.click()
+                panel.get_by_label("Clear").click()
             browser.close()
             assert outside == []
     finally:
