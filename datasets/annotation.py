@@ -46,7 +46,7 @@ class Annotation:
         Args:
             posteriors: modality -> (N, K).
             method: "none" (every modality its own, as in the paper), "mean" or "trusted" (weights by `consensus.trust`).
-            reliability: modality -> `view_agreement`; used by "trusted".
+            reliability: modality -> `view_agreement`; used by "trusted", which without it is "mean".
             paired: row i of all modalities is one object; needed to fuse.
         """
         posteriors = {name: rows.cpu() for name, rows in posteriors.items()}
@@ -54,7 +54,7 @@ class Annotation:
         ids = torch.stack(list(own.values())) if paired else None
         agreement = float((ids == ids[0]).all(dim=0).float().mean()) if paired else None
         if method != "none":
-            weights = trust(reliability) if method == "trusted" else dict.fromkeys(posteriors, 1.0)
+            weights = trust(reliability) if method == "trusted" and reliability else dict.fromkeys(posteriors, 1.0)
             posteriors = dict.fromkeys(posteriors, fuse(posteriors, weights))
         return cls({name: rows.argmax(dim=1) for name, rows in posteriors.items()}, posteriors, own, dict(reliability), agreement)
 
@@ -82,14 +82,20 @@ def measure_reliability(
     encoders: Mapping[str, nn.Module], classifiers: Mapping[str, nn.Module], samples: PairedSamples, data: DataConfig,
     device: torch.device, seed: int,
 ) -> dict[str, float]:
-    """Return modality -> `view_agreement` of two augmented views of every sample, in eval mode."""
+    """Return modality -> `view_agreement` of two augmented views of every sample, in eval mode; of features, two stored views.
+
+    Nothing, if some modality's features are of one view: it would look wholly reliable.
+    """
+    if any(name in data.features and samples.arrays[name].shape[1] < 2 for name in encoders):
+        return {}
     shares = {}
     for name, encoder in encoders.items():
         array, kind = samples.arrays[name], KINDS[data.kind_of(name)]
         views = []
         for view in range(2):
             numbers = BatchGenerator(generator_for(seed, "reliability", name, view, device=device))
-            inputs = lambda index: [kind.augment(array[index, 0].to(device), data, numbers)]  # noqa: B023
+            stored = view if name in data.features else 0
+            inputs = lambda index: [kind.augment(array[index, stored].to(device), data, numbers)]  # noqa: B023
             views.append(extract_features(encoder, classifiers[name], inputs, len(array), array.device).posteriors)
         shares[name] = view_agreement(views)
     return shares

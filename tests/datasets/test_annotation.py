@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.annotation import Annotation
+from datasets.annotation import Annotation, measure_reliability
 from datasets.pseudo_labels import read_own_ids, read_posteriors, write_posteriors
+from datasets.samples import PairedSamples
+from models.heads import LinearClassifier
 from utils.errors import UserError
+from utils.settings.data_options import DataConfig
 
 BELIEFS = {
     "GrayImg": torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4]]), "PointCloud": torch.tensor([[0.7, 0.3], [0.8, 0.2], [0.1, 0.9]]),
@@ -29,6 +32,19 @@ def test_whose_belief_counts(method, image, cloud):
     assert other.ids["PointCloud"].tolist() == [1, 1, 1] and other.posteriors is found.posteriors
     unpaired = Annotation.of({"GrayImg": BELIEFS["GrayImg"], "Mesh": torch.tensor([[0.3, 0.7]])}, "none", {}, paired=False)
     assert unpaired.agreement is None and [len(ids) for ids in unpaired.ids.values()] == [3, 1]
+
+
+def test_features_are_reliable_as_far_as_their_views_agree():
+    data = DataConfig(modalities=("GrayImg", "PointCloud"), features={"GrayImg": 2, "PointCloud": 2})
+    one, other = torch.eye(2)[[0, 1, 0, 1]], torch.eye(2)[[0, 1, 1, 1]]  # a view of each of four samples
+    arrays = {"GrayImg": torch.stack([one, other], dim=1), "PointCloud": torch.stack([one, one], dim=1)}
+    identity = dict.fromkeys(arrays, torch.nn.Identity())
+    heads = dict.fromkeys(arrays, LinearClassifier(2, 2, 1.0))
+    heads["GrayImg"].start_from(torch.eye(2))
+    measure = lambda arrays: measure_reliability(identity, heads, PairedSamples({}, arrays), data, torch.device("cpu"), 0)
+    assert measure(arrays) == pytest.approx({"GrayImg": 0.5, "PointCloud": 1.0})  # (3/4 - 1/2) / (1 - 1/2)
+    assert measure({**arrays, "PointCloud": one[:, None]}) == {}
+    assert Annotation.of(BELIEFS, "trusted", {}, True).ids["GrayImg"].tolist() == [0, 0, 1]  # as "mean"
 
 
 def test_posteriors_come_back_and_strange_files_are_refused(tmp_path):
