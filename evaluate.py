@@ -48,10 +48,11 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
     test, labels = load_test_samples(config.data, device)
     features = describe_samples(trained.encoders, trained.classifiers, test, config.data, device)
     variants = score_variants(features, labels)
-    if config.data.eval_view == "first" and any(array.shape[1] > 1 for array in test.arrays.values()):
+    several = {name: trained.encoders[name] for name, array in test.arrays.items() if array.shape[1] > 1}
+    if several and config.data.eval_view == "first":
         whole = dataclasses.replace(config.data, eval_view="mean")
-        averaged = score_variants(describe_samples(trained.encoders, trained.classifiers, test, whole, device), labels)
-        variants |= {f"{name}, all pictures": scores for name, scores in averaged.items()}
+        averaged = features | describe_samples(several, trained.classifiers, test, whole, device)
+        variants |= {f"{name}, all pictures": scores for name, scores in score_variants(averaged, labels).items()}
     rows = {name: values.represent(config.eval.representation) for name, values in features.items()}
     scores = retrieval_table(rows, labels, within=True, ranking=config.eval.ranking)
     scores.update(pseudo_label_quality(config, run))
