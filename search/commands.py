@@ -9,7 +9,7 @@ from search import indexing, page
 from search.files import read_sample
 from search.model import Model
 from search.query import Searcher
-from search.store import Index, writing
+from search.store import Index, exists, writing
 from utils.engine.checkpoint import atomic_write_text
 from utils.engine.device import select_device
 from utils.errors import UserError
@@ -78,7 +78,7 @@ def _describe(arguments: argparse.Namespace) -> None:
     """Build, add and update."""
     if arguments.command == "build":
         model, collections = Model(arguments.run, select_device(arguments.device), arguments.overrides), [arguments.collection]
-        if arguments.dry_run and not indexing.exists(arguments.index):
+        if arguments.dry_run and not exists(arguments.index):
             problems = [problem for _, problem in indexing.list_collection(arguments.collection)]
             skipped = len(problems) - problems.count(None)
             return print(f"would make {arguments.index} of {len(problems)} files, of which {skipped} are to be skipped")

@@ -91,8 +91,8 @@ def read_sample(path: str, modality: str, data: DataConfig) -> np.ndarray:
     Raises:
         Unusable: if it cannot be read as this modality.
     """
-    kind, found = MODALITIES[modality].kind, re.search(data.instance_id, Path(path).stem)
     modality_of(path, (modality,))
+    kind, found = MODALITIES[modality].kind, re.search(data.instance_id, Path(path).stem)
     with TemporaryDirectory() as folder:
         file = Path(path) if kind == "image" else Path(folder) / "shape.npy"  # the loaders read .npy files alone
         rows = SampleList(Path(path), modality, (path,), (file,), (found and found[1] or Path(path).stem,))
@@ -133,7 +133,13 @@ def read_shape(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     file, suffix = Path(path), Path(path).suffix.lower()
     try:
         if suffix == ".npy":
-            return _stored(np.load(file, allow_pickle=False))
+            array = np.load(file, allow_pickle=False)
+            if array.ndim != 2 or array.dtype.kind not in "fiu" or array.shape[1] not in (3, FACE_CHANNELS):
+                raise MeshError(f"expected numbers of shape (n, 3) or (F, {FACE_CHANNELS}), found {array.dtype} {array.shape}")
+            if array.shape[1] == 3:
+                return array, None
+            corners = array[:, None, :3] + array[:, 3:12].reshape(-1, 3, 3)
+            return corners.reshape(-1, 3), np.arange(3 * len(array)).reshape(-1, 3)
         if is_cloud(file, file.read_bytes()):
             return read_cloud(file)[0], None
         try:
@@ -147,15 +153,6 @@ def read_shape(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         raise Unusable("unreadable", str(error)) from error
     except Exception as error:  # libraries raise anything on a damaged file
         raise Unusable("unreadable", f"not a readable {suffix} file: {error}") from error
-
-
-def _stored(array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    if array.ndim != 2 or array.dtype.kind not in "fiu" or array.shape[1] not in (3, FACE_CHANNELS):
-        raise MeshError(f"expected numbers of shape (n, 3) or (F, {FACE_CHANNELS}), found {array.dtype} {array.shape}")
-    if array.shape[1] == 3:
-        return array, None
-    corners = array[:, None, :3] + array[:, 3:12].reshape(-1, 3, 3)
-    return corners.reshape(-1, 3), np.arange(3 * len(array)).reshape(-1, 3)
 
 
 def view_of(path: str) -> bytes:

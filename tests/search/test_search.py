@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN, write_lists
+from conftest import with_lists
 from PIL import Image
 from stage_runs import REPOSITORY, labels_of, only_run, settings
 
@@ -40,10 +40,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def root(_digits_folder):
-    folder, labels = _digits_folder
-    write_lists(folder, "train", labels[:TRAIN])
-    write_lists(folder, "test", labels[TRAIN:])
-    return folder
+    return with_lists(_digits_folder)
 
 
 @pytest.fixture(scope="module")
