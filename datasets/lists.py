@@ -21,6 +21,7 @@ PREPARATION = {
     "modelnet40_splat": "python -m datasets.prepare_modelnet --npz modelnet40_points.npz",
     "modelnet10": "python -m datasets.prepare_modelnet --archive ModelNet10.zip",
     "modelnet40": "python -m datasets.prepare_modelnet --archive ModelNet40.zip",
+    "photos_modelnet40": "python -m datasets.prepare_photos --photos DIR --npz modelnet40_points.npz",
     "mi3dor_class": "python -m datasets.prepare_mi3dor --root DIR --pairing class",
     "mi3dor": "python -m datasets.prepare_mi3dor --root DIR",
 }

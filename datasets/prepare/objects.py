@@ -5,9 +5,7 @@ python -m datasets.prepare_objects --name NAME --npz MESHES.npz
 """
 
 import argparse
-import csv
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +22,7 @@ from datasets.prepare.readers.objects import FORMATS, Item, joined, read_cloud, 
 from datasets.prepare.recipe import MESH_SIZE, SPLAT_SIZE, Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh, thinned
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise
 from datasets.prepare.shapes.render import probe_renderer
-from datasets.prepare.writer import ObjectTask, report, write_dataset
+from datasets.prepare.writer import SKIPPED, ObjectTask, report, write_dataset, write_skipped
 from utils.engine.checkpoint import atomic_write_text
 from utils.errors import UserError
 from utils.settings.options import DataConfig
@@ -33,7 +31,6 @@ UNITS = {"mm": 0.001, "cm": 0.01, "in": 0.0254, "m": 1.0}
 GLTF = (".glb", ".gltf")  # by their standard in metres and y up
 MESH_PACKAGES = ("fast-simplification", "pyvista", "trimesh", "vtk")
 NPZ_CLASS_SIZE = 10
-SKIPPED = "skipped.csv"
 MARK = "# Written by datasets.prepare_objects"
 BATCH, POINTS, SUBSETS = 128, 128, 4  # of configs/shared/ours_cpu_*
 SAMPLES_SEEN = 48_000  # in training, as in configs/modelnet10_splat
@@ -208,12 +205,6 @@ def _settings(options: argparse.Namespace, recipe: ObjectRecipe, items: Sequence
     }
 
 
-def _write_skipped(path: Path, left_out: Sequence[Mapping[str, str]]) -> None:
-    stream = io.StringIO()
-    csv.writer(stream).writerows([("object", "reason"), *((entry["name"], entry["left_out"]) for entry in left_out)])
-    atomic_write_text(path, stream.getvalue())
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` default to those of the process."""
     options = _parser().parse_args(arguments)
@@ -233,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     make = partial(make_object, recipe, options.npz, reasons)
     made, manifest = write_dataset(output, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
     report(output, made, manifest)
-    _write_skipped(output / SKIPPED, manifest["left_out"])
+    write_skipped(output / SKIPPED, manifest["left_out"])
     print(f"{len(manifest['left_out'])} of {len(tasks)} objects skipped, with their reasons in {output / SKIPPED}")
     if others:
         print("files of other kinds:", ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items())))

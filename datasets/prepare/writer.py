@@ -5,6 +5,7 @@ then, and a run that was cut off goes on where it stopped. `objects.jsonl` is th
 with the hashes of its files. Files that no journal names are never touched.
 """
 
+import csv
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ from utils.errors import UserError
 from utils.modalities import MODALITIES
 
 REPORTED = 20  # objects left out, on the screen
+SKIPPED = "skipped.csv"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,13 @@ def report(root: str | Path, made: bool, manifest: dict) -> None:
         print(f"... {len(manifest['left_out'])} in all (`left_out` in the manifest)")
     if manifest["flagged"]:
         print(f"{len(manifest['flagged'])} simplified meshes lost much of their area or silhouette (`flagged` in the manifest)")
+
+
+def write_skipped(path: Path, left_out: Sequence[Mapping[str, str]]) -> None:
+    """Write a CSV file with `name` and `left_out`, the reason, of what was left out."""
+    stream = io.StringIO()
+    csv.writer(stream).writerows([("object", "reason"), *((entry["name"], entry["left_out"]) for entry in left_out)])
+    atomic_write_text(path, stream.getvalue())
 
 
 def _write(

@@ -106,21 +106,28 @@ def check_official(release: Release) -> dict[str, str | None]:
 
 
 def check_photographs(root: str | Path, images: Sequence[Item], workers: int) -> dict[str, str]:
-    """Read every photograph below `root` to its end; a UserError names those that are no complete 8-bit pictures.
+    """Read every photograph as `examine_photographs` does; a UserError names those that are no complete 8-bit pictures.
 
     Returns:
         name -> sha256 of the file.
     """
-    hashes, broken = {}, []
-    for name, digest, error in run_tasks(partial(_check_photograph, str(root)), images, workers, "photographs"):
-        hashes[name] = digest
-        broken += [f"{name} ({error})"] if error else []
+    hashes, broken = examine_photographs(root, images, workers)
     if broken:
         raise UserError(
-            f"{root}: {len(broken)} of {len(images)} photographs cannot be read: {', '.join(sorted(broken)[:4])}; fetch them "
+            f"{root}: {len(broken)} of {len(images)} photographs cannot be read: "
+            f"{', '.join(f'{name} ({reason})' for name, reason in sorted(broken.items())[:4])}; fetch them "
             "again, or take them out of the release and use --any-counts"
         )
     return hashes
+
+
+def examine_photographs(root: str | Path, images: Sequence[Item], workers: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Read every photograph below `root` to its end; return name -> sha256 of the file, and name -> why it cannot be used."""
+    hashes, broken = {}, {}
+    for name, digest, error in run_tasks(partial(_check_photograph, str(root)), images, workers, "photographs"):
+        hashes[name] = digest
+        broken |= {name: error} if error else {}
+    return hashes, broken
 
 
 def by_name_hash(items: Iterable[Item]) -> list[Item]:
@@ -171,20 +178,21 @@ def _read_folders(root: Path) -> Release:
     found = {
         kind: tuple(
             Item(path.relative_to(root).as_posix(), split, label, path.relative_to(root).as_posix())
-            for split in SPLITS for name, label in labels.items() for path in _files(root / kind / split / name, suffixes)
+            for split in SPLITS for name, label in labels.items() for path in files_below(root / kind / split / name, suffixes)
         )
         for kind, suffixes in (("image", IMAGE_SUFFIXES), ("model", (".obj",)))
     }
     return Release("folder", found["image"], found["model"], labels)
 
 
-def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Return the files anywhere below a folder with one of the suffixes, in any case, but for hidden ones; sorted."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
 
 
 def _read_track(root: Path) -> Release:
     meshes: dict[str, list[PurePosixPath]] = {}
-    for path in _files(root, (".obj",)):
+    for path in files_below(root, (".obj",)):
         meshes.setdefault(path.stem, []).append(PurePosixPath(path.relative_to(root).as_posix()))
     images, models = [], []
     for split in SPLITS:

@@ -1,0 +1,119 @@
+"""Make a data set of photographs and of ModelNet's shapes of the same classes, where nothing but the class joins the two.
+
+python -m datasets.prepare_photos --photos DIR --npz modelnet40_points.npz [--root dataset/photos_modelnet40]
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from datasets.lists import default_list_path
+from datasets.prepare.ownership import SPLITS, check_root, check_settings, read_manifest
+from datasets.prepare.parallel import add_writer_options, user_path
+from datasets.prepare.readers.mi3dor import IMAGE_SUFFIXES, Item, by_name_hash, examine_photographs, files_below
+from datasets.prepare.readers.modelnet import OFFICIAL, check_official, make_tasks, read_npz
+from datasets.prepare.writer import SKIPPED, ObjectTask, report, write_dataset, write_skipped
+from utils.engine.checkpoint import atomic_write_text
+from utils.errors import UserError
+
+DATASET, GENERATOR, TRAINING_SHARE = "photos_modelnet40", "datasets.prepare_photos", 0.8
+PICTURES = ("RGBImg", "GrayImg")  # both lists name the photographs themselves
+
+
+def find_photographs(root: Path, known: Sequence[str]) -> tuple[list[Item], list[str], list[str]]:
+    """List the photographs ROOT/CLASS/*.jpg (also .jpeg, .png, .bmp), 80 % of them for training, in the order of a hash of their names.
+
+    Args:
+        known: classes that have shapes; folders of other names are passed over.
+    Returns:
+        The photographs of both splits; the classes found, in the order of `known`, whose positions are the labels; the other folders.
+    Raises:
+        UserError: without a folder of a known class, or if one of them is empty.
+    """
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if root.is_dir() else []
+    classes = [name for name in known if name in folders]
+    if not classes:
+        raise UserError(f"--photos {root}: expected folders named after classes such as {', '.join(known[:3])}, found {folders[:4] or 'none'}")
+    files = [(label, path) for label, name in enumerate(classes) for path in files_below(root / name, IMAGE_SUFFIXES)]
+    empty = [name for label, name in enumerate(classes) if label not in {found for found, _ in files}]
+    if empty:
+        raise UserError(f"--photos {root}: no photograph ({' '.join(IMAGE_SUFFIXES)}) in {', '.join(empty)}; fill or remove the folder")
+    names = [path.relative_to(root).as_posix() for _, path in files]
+    items = by_name_hash(Item(name, "train", label, name) for name, (label, _) in zip(names, files))
+    first_test = round(TRAINING_SHARE * len(items))
+    items[first_test:] = [replace(item, split="test") for item in items[first_test:]]
+    return items, classes, [name for name in folders if name not in classes]
+
+
+def make_cloud(task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
+    """Return the cloud of a task as it is, and no facts."""
+    return {"PointCloud": task.cloud}, {}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", metavar="DIR", type=user_path, required=True, help="DIR/CLASS/*.jpg, only read")
+    parser.add_argument("--npz", metavar="FILE", type=user_path, required=True, help="modelnet40_points.npz")
+    parser.add_argument("--root", type=user_path, default=Path("dataset") / DATASET, help="where lists and clouds go")
+    parser.add_argument("--any-counts", action="store_true", help="accept other than the official counts of shapes; noted in the manifest")
+    add_writer_options(parser)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` default to those of the process."""
+    options = _parser().parse_args(arguments)
+    source = read_npz(options.npz)
+    difference = check_official(source, hdf5=False)
+    if difference and not options.any_counts:
+        raise UserError(f"{difference}; fetch the complete set, or accept it as it is with --any-counts")
+    official, shown = list(OFFICIAL[source.dataset]), {shape.object_class for shape in source.shapes}
+    photographs, classes, others = find_photographs(options.photos, [name for name in official if name in shown])
+    labels = {official.index(name): label for label, name in enumerate(classes)}
+    tasks = [replace(task, label=labels[task.label]) for task in make_tasks(source) if task.label in labels]
+    settings = {
+        "format": 1, "dataset": DATASET, "generator": GENERATOR, "modalities": ["PointCloud"], "official_counts": difference is None,
+        "classes": classes, "input_sha256": {"objects": source.sha256},
+    }
+    check_root(options.root, settings, options.overwrite)
+    hashes, broken = examine_photographs(options.photos, photographs, options.workers)
+    kept = [item for item in photographs if item.name not in broken]
+    lost = [name for label, name in enumerate(classes) if label not in {item.label for item in kept}]
+    if lost:
+        raise UserError(f"--photos {options.photos}: no photograph of {', '.join(lost)} can be read; fetch them again or remove the folder")
+    paths = _paths(options.root)
+    made, manifest = write_dataset(
+        options.root, settings, tasks, make_cloud, workers=options.workers, overwrite=options.overwrite, dependents=list(paths.values())
+    )
+    report(options.root, made, manifest)
+    _publish(options, kept, hashes, manifest["counts"])
+    write_skipped(options.root / SKIPPED, [{"name": name, "left_out": reason} for name, reason in sorted(broken.items())])
+    print(f"{len(kept)} photographs of {len(classes)} classes, {len(broken)} skipped, with their reasons in {options.root / SKIPPED}")
+    if others:
+        print(f"folders without shapes, passed over: {', '.join(others)}")
+
+
+def _paths(root: Path) -> dict[tuple[str, str] | str, Path]:
+    """Return the lists of photographs by (modality, split) and, last, their "manifest"."""
+    lists = {(name, split): default_list_path(root, DATASET, name, split) for split in SPLITS for name in PICTURES}
+    return {**lists, "manifest": root / f"{DATASET}_pairs.json"}
+
+
+def _publish(options: argparse.Namespace, kept: Sequence[Item], hashes: dict[str, str], shapes: dict[str, int]) -> None:
+    """Write the lists of photographs, and then what they hold."""
+    root, paths, parts = options.photos.resolve(), _paths(options.root), {split: [] for split in SPLITS}
+    for item in kept:
+        parts[item.split].append(item)
+    digest = {split: hashlib.sha256("".join(f"{item.name} {hashes[item.name]}\n" for item in items).encode()).hexdigest()
+              for split, items in parts.items()}
+    counts = {split: {**dict.fromkeys(PICTURES, len(items)), "PointCloud": shapes[split]} for split, items in parts.items()}
+    manifest = {"format": 1, "dataset": DATASET, "generator": GENERATOR, "pairing": "none", "counts": counts, "photographs_sha256": digest}
+    check_settings(paths["manifest"], read_manifest(paths["manifest"]), manifest, options.overwrite)
+    for name, split in (key for key in paths if key != "manifest"):
+        atomic_write_text(paths[name, split], "".join(f"{root / item.file} {item.label}\n" for item in parts[split]))
+    atomic_write_text(paths["manifest"], json.dumps(manifest, indent=2) + "\n")

@@ -1,0 +1,96 @@
+"""Photographs and shapes without pairs: the preparation on fabricated files, among them what users really have."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_modelnet import write_npz
+
+from datasets.lists import default_list_path, read_labelled_list
+from datasets.prepare import inspect, photos
+from datasets.prepare.readers.modelnet import make_tasks, read_npz
+from utils.errors import UserError
+
+CONFIG = "configs/photos_modelnet40/step1.yaml"
+
+
+@pytest.fixture
+def source(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("bathtub", "table", "zebra"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            pixels = rng.integers(0, 256, (*rng.integers(20, 40, 2), 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{name} {number}.{'JPG' if number % 2 else 'png'}")
+    write_npz(tmp_path / "clouds.npz", 30)
+    return tmp_path
+
+
+def run(folder, *more):
+    photos.main(["--photos", str(folder / "photos"), "--npz", str(folder / "clouds.npz"), "--root", str(folder / "made"), "--any-counts",
+                 "--workers", "1", *more])
+
+
+def rows(folder, modality, split):
+    path = default_list_path(folder / "made", photos.DATASET, modality, split)
+    return read_labelled_list(path, modality=modality, root=folder / "made", instance_id="(.+)")
+
+
+def test_lists_of_photographs_and_shapes_of_the_shared_classes(source, capsys):
+    run(source)
+    assert "20 photographs of 2 classes, 0 skipped" in (said := capsys.readouterr().out) and "passed over: zebra" in said
+    numbers = {(task.split, task.number): task for task in make_tasks(read_npz(source / "clouds.npz"))}
+    for split, count in (("train", 16), ("test", 4)):
+        pictures, labels = rows(source, "RGBImg", split)
+        assert len(pictures) == count and [path.parent.name for path in pictures.files] == [("bathtub", "table")[k] for k in labels]
+        assert (source / "photos").resolve() in pictures.files[0].parents and pictures.names == rows(source, "GrayImg", split)[0].names
+        shapes, labels = rows(source, "PointCloud", split)
+        tasks = [numbers[split, int(path.stem[-6:])] for path in shapes.files]  # the numbers of modelnet40_splat
+        assert [task.name.rsplit("_", 1)[0] for task in tasks] == [("bathtub", "table")[k] for k in labels]
+        assert all((np.load(path) == task.cloud).all() for path, task in zip(shapes.files, tasks))
+    before = {path: path.read_bytes() for path in (source / "made").rglob("*") if path.is_file()}
+    run(source)
+    assert "already prepared" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in (source / "made").rglob("*") if path.is_file()}
+    inspect.main([CONFIG, "--set", f"data.root={source / 'made'}", "--output", str(source / "sheet.png")])
+    assert "FAILED" not in capsys.readouterr().out and (source / "sheet.png").stat().st_size > 1000
+
+
+def test_the_half_of_a_photograph_depends_on_its_name_alone(source):
+    run(source)
+    chosen = {path.name for path in rows(source, "RGBImg", "test")[0].files}
+    for path in (source / "photos").glob("*/*"):
+        Image.new("RGB", (30, 30), (9, 8, 7)).save(path)
+    with pytest.raises(UserError, match="other settings or input"):
+        run(source)
+    run(source, "--overwrite")
+    assert {path.name for path in rows(source, "RGBImg", "test")[0].files} == chosen
+
+
+def test_unreadable_photographs_are_listed_with_their_reason(source, capsys):
+    whole = (source / "photos/table/table 3.JPG").read_bytes()
+    (source / "photos/table/table 3.JPG").write_bytes(whole[: len(whole) // 2])
+    (source / "photos/bathtub/empty.jpg").touch()
+    (source / "photos/bathtub/notes.txt").write_text("no picture")
+    run(source)
+    assert "19 photographs of 2 classes, 2 skipped" in capsys.readouterr().out
+    listed = dict(csv.reader((source / "made/skipped.csv").open()))
+    assert set(listed) == {"object", "table/table 3.JPG", "bathtub/empty.jpg"} and all(listed.values())
+    names = [path.name for split in ("train", "test") for path in rows(source, "RGBImg", split)[0].files]
+    assert len(names) == 19 and "table 3.JPG" not in names
+    counts = json.loads((source / f"made/{photos.DATASET}_pairs.json").read_text())["counts"]
+    assert counts["train"]["RGBImg"] + counts["test"]["RGBImg"] == 19
+
+
+@pytest.mark.parametrize("spoil,message", [
+    (lambda folder: [path.unlink() for path in (folder / "table").iterdir()], r"no photograph .* in table; fill or remove"),
+    (lambda folder: [path.write_bytes(b"") for path in (folder / "table").iterdir()], "no photograph of table can be read"),
+    (lambda folder: [path.rename(folder / f"my {path.name}") for path in list(folder.iterdir())], "expected folders named after classes"),
+])
+def test_folders_that_cannot_be_used(source, spoil, message):
+    spoil(source / "photos")
+    with pytest.raises(UserError, match=message):
+        run(source)
+    assert not (source / "made").exists()
