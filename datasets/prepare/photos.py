@@ -38,7 +38,8 @@ def find_photographs(root: Path, known: Sequence[str]) -> tuple[list[Item], list
     folders = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if root.is_dir() else []
     classes = [name for name in known if name in folders]
     if not classes:
-        raise UserError(f"--photos {root}: expected folders named after classes such as {', '.join(known[:3])}, found {folders[:4] or 'none'}")
+        found = ", ".join(folders[:4]) or "none"
+        raise UserError(f"--photos {root}: expected folders named after classes such as {', '.join(known[:3])}, found {found}")
     files = [(label, path) for label, name in enumerate(classes) for path in files_below(root / name, IMAGE_SUFFIXES)]
     empty = [name for label, name in enumerate(classes) if label not in {found for found, _ in files}]
     if empty:

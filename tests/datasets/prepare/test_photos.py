@@ -54,7 +54,7 @@ def test_lists_of_photographs_and_shapes_of_the_shared_classes(source, capsys):
     run(source)
     assert "already prepared" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in (source / "made").rglob("*") if path.is_file()}
-    inspect.main([CONFIG, "--set", f"data.root={source / 'made'}", "--output", str(source / "sheet.png")])
+    inspect.main([CONFIG, "--set", f"data.root={source / 'made'}", "data.num_points=8", "data.eval_subsets=4", "model.num_neighbors=4", "--output", str(source / "sheet.png")])
     assert "FAILED" not in capsys.readouterr().out and (source / "sheet.png").stat().st_size > 1000
 
 

@@ -1,0 +1,151 @@
+"""Joins two sets of which no member is paired, by their clusters: many clusterings of each, matched one by one, and their consensus.
+
+For `baselines.unpaired`. Nothing here reads a label. All arrays are float64, sets are called first and second.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from utils.errors import UserError
+from utils.evaluation.clustering import kmeans
+
+AXES = 32  # of the space that a set is clustered in
+SOFTNESS = 0.1  # temperature of the cosines in soft memberships
+STRUCTURE = 0.5  # weight of the clusters' own distances in the fused Gromov-Wasserstein cost
+SHARPNESS = 4  # exponent of the consensus that makes targets of it
+RIDGE = 0.3  # of the linear map between two rounds, in mean squared lengths of its input
+JUDGED = 400  # members of each set that the agreement is measured on
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Scale rows (N, D) to unit norm."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+
+
+def standardise(rows: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Scale rows (N, D) by mean and standard deviation of the set `of` (M, D), then to unit norm."""
+    return unit((rows - of.mean(axis=0)) / (of.std(axis=0) + 1e-6))
+
+
+def shared_axes(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
+    """Return (D, count): principal axes of two sets of unit rows that weigh the same, each divided by the root of its deviation.
+
+    What both sets vary in most is mainly how they differ as sets; halving the exponents of the spectrum lets the rest be heard.
+    """
+    spread = sum(rows.T @ rows / len(rows) for rows in (first, second)) / 2
+    values, axes = np.linalg.eigh(spread)
+    return axes[:, ::-1][:, :count] / values[::-1][:count].clip(1e-12) ** 0.25
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Soft memberships of one set: of its training members (N, K), and of others (M, K); rows sum to 1."""
+
+    train: np.ndarray
+    test: np.ndarray
+
+
+def soft_clusters(train: np.ndarray, test: np.ndarray, num_clusters: int, seed: int) -> Clustering:
+    """Cluster unit rows (N, D) of a training set on their own axes; others (M, D) are told their clusters."""
+    axes = shared_axes(train - train.mean(axis=0), train - train.mean(axis=0), min(AXES, *train.shape))
+    places = [unit((rows - train.mean(axis=0)) @ axes) for rows in (train, test)]
+    centroids = unit(kmeans(torch.from_numpy(places[0]), num_clusters, seed=seed, num_init=1)[0].double().numpy())
+    return Clustering(*(_softmax(rows @ centroids.T / SOFTNESS) for rows in places))
+
+
+def centroids_of(clustering: Clustering, rows: np.ndarray) -> np.ndarray:
+    """Return the unit centroids (K, D) of the training members' rows (N, D) about the mean centroid: large clusters count as small ones."""
+    weights = clustering.train**2
+    found = unit((weights / weights.sum(axis=0).clip(1e-12)).T @ rows)
+    return unit(found - found.mean(axis=0))
+
+
+def match_clusters(first: np.ndarray, second: np.ndarray, how: str) -> np.ndarray:
+    """Match unit centroids (K, D) of two sets.
+
+    Args:
+        how: "hungarian", one to one by cosine, which is optimal transport between equal weights; or "gromov", fused
+            Gromov-Wasserstein: pairs of matched clusters should also be as far from each other in both sets (Vayer et al. 2019).
+    Returns:
+        (K, K), rows sum to 1: how much of a first cluster goes to each second one.
+    Raises:
+        UserError: without POT, which "gromov" needs.
+    """
+    cost = 1 - first @ second.T
+    if how == "hungarian":
+        return np.eye(len(cost))[linear_sum_assignment(cost)[1]]
+    try:
+        import ot
+    except ImportError as error:
+        raise UserError("Gromov-Wasserstein needs POT: pip install -r requirements-baselines.txt") from error
+    weights = np.full(len(cost), 1 / len(cost))
+    inner = [1 - rows @ rows.T for rows in (first, second)]
+    scaled = [matrix / matrix.mean() for matrix in (cost, *inner)]
+    return ot.gromov.fused_gromov_wasserstein(*scaled, weights, weights, alpha=STRUCTURE) * len(cost)
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """What many matchings say together.
+
+    Attributes:
+        first, second: codes of the training members (N, S) and (M, S), whose dot product is the mean share of matched clusters.
+        first_test, second_test: the same of the others.
+        agreement: mean correlation of one matching's scores with those of all others, on training members.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    first_test: np.ndarray
+    second_test: np.ndarray
+    agreement: float
+
+
+def agree(
+    first: Sequence[Clustering], second: Sequence[Clustering], spaces: Sequence[tuple[np.ndarray, np.ndarray]], how: str
+) -> Consensus:
+    """Match the k-th clusterings of both sets in every space, and join all matchings.
+
+    Args:
+        spaces: rows of the training members, (N, D) and (M, D), in which clusters of the two sets can be compared.
+        how: as in `match_clusters`.
+    """
+    codes: list[list[np.ndarray]] = [[], [], [], []]
+    for mine, other in zip(first, second, strict=True):
+        for rows, other_rows in spaces:
+            shares = match_clusters(centroids_of(mine, rows), centroids_of(other, other_rows), how)
+            for part, found in zip(codes, (mine.train @ shares, other.train, mine.test @ shares, other.test)):
+                part.append(found)
+    scale = len(codes[0]) ** -0.5
+    return Consensus(*(np.concatenate(part, axis=1) * scale for part in codes), _agreement(codes[0], codes[1]))
+
+
+def next_round(consensus: Consensus, first: np.ndarray, spaces: Sequence[tuple[np.ndarray, np.ndarray]]) -> list:
+    """Return the spaces with the first set mapped anew: a ridge regression towards the members of the second that it is matched with.
+
+    Args:
+        first: (N, D) unit rows of the first set's training members; spaces: those of the round before.
+    """
+    scores = consensus.first @ consensus.second.T  # (N, M)
+    shares = scores**SHARPNESS / (scores**SHARPNESS).sum(axis=1, keepdims=True)
+    inputs = np.concatenate([first, np.ones((len(first), 1))], axis=1)
+    gram = inputs.T @ inputs / len(inputs)
+    gram += RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+    mapped = lambda rows: unit(inputs @ np.linalg.solve(gram, inputs.T @ unit(shares @ rows) / len(inputs)))
+    return [(unit(before + mapped(rows)), rows) for before, rows in spaces]
+
+
+def _agreement(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
+    chosen = [np.linspace(0, len(side[0]) - 1, min(JUDGED, len(side[0]))).astype(int) for side in (first, second)]
+    scores = [(mine[chosen[0]] @ other[chosen[1]].T).ravel() for mine, other in zip(first, second)]
+    total = sum(scores)
+    return float(np.mean([np.corrcoef(one, total - one)[0, 1] for one in scores])) if len(scores) > 1 else 1.0
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)

@@ -1,0 +1,119 @@
+"""Matching without pairs: fabricated sets whose right answer is known, and the command on a miniature of the bridge."""
+
+import numpy as np
+import pytest
+import torch
+
+from baselines import unpaired
+from baselines.matching import agree, centroids_of, match_clusters, next_round, shared_axes, soft_clusters, standardise, unit
+from experiments.records import read_records
+from utils.errors import UserError
+from utils.evaluation.metrics import mean_average_precision
+
+CLASSES, WIDTH = 6, 40
+
+
+def two_sets(sizes, others, shift=0.0, noise=0.5, seed=0):
+    """Rows and labels of two sets around the same class means; the second one is shifted and scaled."""
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(CLASSES, WIDTH))
+    labels = [np.repeat(np.arange(CLASSES), counts) for counts in (sizes, others)]
+    rows = [means[found] + noise * rng.normal(size=(len(found), WIDTH)) for found in labels]
+    return (rows[0], rows[1] * (1 + shift) + 3 * shift * rng.normal(size=WIDTH)), labels
+
+
+def clusterings(rows, seed=0):
+    return [soft_clusters(rows, rows, count, seed + count) for count in (5, 6, 8)]
+
+
+def precision(found, labels):
+    codes = [torch.from_numpy(part) for part in (found.first_test, found.second_test)]
+    return mean_average_precision(codes[0], torch.from_numpy(labels[0]), codes[1], torch.from_numpy(labels[1]))
+
+
+@pytest.mark.parametrize("how", ["hungarian", "gromov"])
+def test_shifted_sets_of_other_sizes_are_joined(how):
+    if how != "hungarian":
+        pytest.importorskip("ot", reason="POT of requirements-baselines.txt is not installed")
+    rows, labels = two_sets([20, 10, 12, 8, 10, 14], [6, 18, 10, 12, 9, 15], shift=0.6)
+    first, second = (standardise(part, part) for part in rows)
+    spaces = [(first, second)]
+    found = agree(clusterings(first), clusterings(second), spaces, how)
+    np.testing.assert_allclose(np.linalg.norm(found.first, axis=1) <= 1.0 + 1e-9, True)
+    assert precision(found, labels) > 0.85 and found.agreement > 0.5
+    wrong = agree(clusterings(first), clusterings(second), [(first, np.random.default_rng(1).permutation(second))], how)
+    assert precision(wrong, labels) < 0.6 and wrong.agreement < found.agreement
+    again = agree(clusterings(first), clusterings(second), next_round(found, first, spaces), how)
+    assert precision(again, labels) > precision(found, labels) - 0.02
+
+
+def test_structure_is_matched_where_no_direction_is_shared():
+    pytest.importorskip("ot", reason="POT of requirements-baselines.txt is not installed")
+    rng = np.random.default_rng(0)
+    first = unit(np.cumsum(rng.normal(size=(CLASSES, 4)), axis=0))
+    order = rng.permutation(CLASSES)
+    turned = np.zeros((CLASSES, 8))
+    turned[:, 4:] = first[order]
+    padded = np.concatenate([first, np.zeros((CLASSES, 4))], axis=1)  # every cosine with the turned ones is 0
+    shares = match_clusters(padded, turned, "gromov")
+    np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-6)
+    assert (order[shares.argmax(axis=1)] == np.arange(CLASSES)).all()
+
+
+def test_formulas_against_slow_ones():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(9, 5)) + 4
+    expected = (rows - rows.mean(axis=0)) / (rows.std(axis=0) + 1e-6)
+    np.testing.assert_allclose(standardise(rows, rows), [row / np.sqrt((row**2).sum()) for row in expected])
+    first, second = unit(rng.normal(size=(50, 6))), unit(rng.normal(size=(8, 6)))
+    axes = shared_axes(first, second, 3)
+    spread = np.mean([sum(np.outer(row, row) for row in side) / len(side) for side in (first, second)], axis=0)
+    values = np.sort(np.linalg.eigvalsh(spread))[::-1][:3]
+    np.testing.assert_allclose(np.diag(axes.T @ spread @ axes), np.sqrt(values))
+    clusters = soft_clusters(first, second, 4, seed=0)
+    assert clusters.test.shape == (8, 4) and np.allclose(clusters.train.sum(axis=1), 1)
+    slow = np.array([sum(clusters.train[i, k] ** 2 * first[i] for i in range(50)) for k in range(4)])
+    slow /= np.linalg.norm(slow, axis=1, keepdims=True)
+    np.testing.assert_allclose(centroids_of(clusters, first), unit(slow - slow.mean(axis=0)))
+    cosines = rng.uniform(-1, 1, size=(2, 3, 3))
+    best = max(np.ndindex(3, 3, 3), key=lambda p: (len(set(p)) == 3, sum(cosines[0][k] @ cosines[1][p[k]] for k in range(3))))
+    assert (match_clusters(*cosines, "hungarian").argmax(axis=1) == best).all()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Fabricated sides of the bridge, and fewer clusterings."""
+    for name, value in {"CLUSTERS": (5, 6), "STARTS": 1, "CLASSES": 6, "DIMENSIONS": (8,), "ROUNDS": 2, "COUPLINGS": ("hungarian",)}.items():
+        monkeypatch.setattr(unpaired, name, value)
+    (photos, pictures), labels = two_sets([20, 10, 12, 8, 10, 14], [6, 18, 10, 12, 9, 15], shift=0.6)
+    halves = lambda rows: {"train": rows[::2], "test": rows[1::2]}
+    clouds = unit(pictures @ np.random.default_rng(1).normal(size=(WIDTH, 12)))  # another space, of which only the pairs tell
+    seen = unit(photos @ np.random.default_rng(1).normal(size=(WIDTH, 12)))
+    names = (unpaired.PICTURE, unpaired.SHAPE)
+    test, train = ({name: found[start::2] for name, found in zip(names, labels)} for start in (1, 0))
+    return unpaired.Sets(*map(halves, (photos, pictures, seen, clouds)), {name: torch.from_numpy(rows) for name, rows in test.items()}, train)
+
+
+def test_training_labels_reach_the_marked_row_alone_and_test_labels_no_choice(small):
+    rows = dict(unpaired.rows_of(small, seed=0))
+    shuffled = {name: np.random.default_rng(0).permutation(found) for name, found in small.classes.items()}
+    other = dict(unpaired.rows_of(unpaired.Sets(**{**vars(small), "classes": shuffled}), seed=0))
+    assert list(rows) == list(other) and [name for name in rows if rows[name] != other[name]] == [name for name in rows if "READS" in name]
+    matched = {name: scores["agreement"] for name, scores in rows.items() if "round" in name and not name.startswith("chosen")}
+    best = max(matched, key=matched.get)
+    assert rows[f"chosen by agreement ({best})"] == rows[best] and len(matched) == 2
+    assert rows[best]["map/avg"] > max(0.8, rows["ImageNet features, photograph to picture"]["map/chance"])
+    flipped = {name: found.flip(0) for name, found in small.labels.items()}
+    assert list(dict(unpaired.rows_of(unpaired.Sets(**{**vars(small), "labels": flipped}), seed=0))) == list(rows)
+
+
+def test_records_of_uncommitted_code_are_refused(tmp_path, monkeypatch):
+    facts = {"git_sha": "a" * 40, "git_dirty": True, "gpu": None, "cpu": "some", "threads": 1, "torch": "2"}
+    monkeypatch.setattr(unpaired, "environment", lambda seed: facts)
+    rows = [("chosen", {"map/RP": 0.5}, 1.0), ("prototypes, READS LABELS", {"map/RP": 0.9}, 1.0)]
+    with pytest.raises(UserError, match="uncommitted"):
+        unpaired.write_records(tmp_path / "t.jsonl", rows, 0, "python")
+    facts["git_dirty"] = False
+    unpaired.write_records(tmp_path / "t.jsonl", rows, 0, "python")
+    found = read_records(tmp_path / "t.jsonl")
+    assert [entry.get("reads_labels") for entry in found] == [None, "training labels of photos_modelnet40"]
