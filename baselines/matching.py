@@ -95,14 +95,12 @@ class Consensus:
     Attributes:
         first, second: codes of the training members (N, S) and (M, S), whose dot product is the mean share of matched clusters.
         first_test, second_test: the same of the others.
-        agreement: mean correlation of one matching's scores with those of all others, on training members.
     """
 
     first: np.ndarray
     second: np.ndarray
     first_test: np.ndarray
     second_test: np.ndarray
-    agreement: float
 
 
 def agree(
@@ -121,7 +119,7 @@ def agree(
             for part, found in zip(codes, (mine.train @ shares, other.train, mine.test @ shares, other.test)):
                 part.append(found)
     scale = len(codes[0]) ** -0.5
-    return Consensus(*(np.concatenate(part, axis=1) * scale for part in codes), _agreement(codes[0], codes[1]))
+    return Consensus(*(np.concatenate(part, axis=1) * scale for part in codes))
 
 
 def next_round(consensus: Consensus, first: np.ndarray, spaces: Sequence[tuple[np.ndarray, np.ndarray]]) -> list:
@@ -139,11 +137,20 @@ def next_round(consensus: Consensus, first: np.ndarray, spaces: Sequence[tuple[n
     return [(unit(before + mapped(rows)), rows) for before, rows in spaces]
 
 
-def _agreement(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
-    chosen = [np.linspace(0, len(side[0]) - 1, min(JUDGED, len(side[0]))).astype(int) for side in (first, second)]
-    scores = [(mine[chosen[0]] @ other[chosen[1]].T).ravel() for mine, other in zip(first, second)]
-    total = sum(scores)
-    return float(np.mean([np.corrcoef(one, total - one)[0, 1] for one in scores])) if len(scores) > 1 else 1.0
+def agreement(found: Consensus, first: np.ndarray, second: np.ndarray) -> float:
+    """Return the correlation of a consensus with the cosines of other unit rows of its training members: a measure without labels.
+
+    Args:
+        first: (N, L) and second: (M, L), of which at most JUDGED each are compared, evenly spaced.
+    """
+    chosen = [np.linspace(0, len(side) - 1, min(JUDGED, len(side))).astype(int) for side in (first, second)]
+    scores = [(mine[chosen[0]] @ other[chosen[1]].T).ravel() for mine, other in ((found.first, found.second), (first, second))]
+    return float(np.corrcoef(*scores)[0, 1])
+
+
+def joint(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Put rows (N, S) and unit rows (N, L) side by side such that both weigh the same in dot products, on average."""
+    return np.concatenate([rows, others * np.sqrt((rows**2).sum(axis=1).mean())], axis=1) / 2**0.5
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
