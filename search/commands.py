@@ -93,7 +93,7 @@ def _describe(arguments: argparse.Namespace) -> None:
     counts = ", ".join(f"{len(paths)} {name}" for name, paths in report.items())
     print(f"{'would be' if arguments.dry_run else 'done'}: {counts}; {len(index)} items in {index.place}")
     for path, error in report["skipped"].items():
-        print(f"skipped {path}: {error.code}: {error}", file=sys.stderr)
+        print(f"skipped {page.shown(path)}: {error.code}: {error}", file=sys.stderr)
 
 
 def _remove(arguments: argparse.Namespace) -> None:
@@ -105,7 +105,7 @@ def _remove(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     index = Index(arguments.index)
     found = indexing.problems(index)
-    print("\n".join([*found, f"{len(index)} items, {len(found)} problems"]))
+    print("\n".join([*map(page.shown, found), f"{len(index)} items, {len(found)} problems"]))
     if found:
         sys.exit(1)
 
@@ -120,7 +120,7 @@ def _stats(arguments: argparse.Namespace) -> None:
     size = sum(path.stat().st_size for path in Path(index.place).rglob("*") if path.is_file())
     print(f"items: {len(index)}, ANN index: {index.has_ann}, {size} bytes on disk ({size // max(len(index), 1)} per item)")
     for row in index.columns(index.skipped, "path", "code", "reason").to_pylist():
-        print(f"skipped {row['path']}: {row['code']}: {row['reason']}")
+        print(f"skipped {page.shown(row['path'])}: {row['code']}: {row['reason']}")
 
 
 def _query(arguments: argparse.Namespace) -> None:

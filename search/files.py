@@ -37,7 +37,8 @@ def list_collection(place: str) -> Iterator[tuple[str, Unusable | None]]:
     """Yield the absolute path of every file of a folder, of a list of files, or of one file, with what is wrong with it.
 
     Rows of a list are `path`, or `path label` as in the lists of a data set, whose labels are dropped; paths are relative to the
-    folder of the list or absolute. Nothing outside of that folder is reached by `..` or a link, unless a row says so in full.
+    folder of the list or absolute. Nothing outside of that folder is reached by `..` or a link, unless a row says so in full. Bytes
+    of a name that are not UTF-8 are yielded as text, such as `\\xe9`.
     """
     root = os.path.abspath(os.path.expanduser(place))
     if os.path.isdir(root):
@@ -52,7 +53,8 @@ def list_collection(place: str) -> Iterator[tuple[str, Unusable | None]]:
     else:
         raise UserError(f"collection {place} does not exist: give a folder, a list of files, or a file")
     for path, bound in found:
-        yield os.path.normpath(path), _wrong(path, bound and os.path.realpath(bound))
+        name = os.fsencode(os.path.normpath(path)).decode(errors="backslashreplace")
+        yield name, _wrong(path, bound and os.path.realpath(bound))
 
 
 def _wrong(path: str, root: str | None) -> Unusable | None:
@@ -89,8 +91,10 @@ def read_sample(path: str, modality: str, data: DataConfig) -> np.ndarray:
     Clouds of fewer points than evaluation takes and meshes of fewer faces than `data.max_faces` repeat theirs.
 
     Raises:
-        Unusable: if it cannot be read as this modality.
+        Unusable: if there is no such file, or it cannot be read as this modality.
     """
+    if problem := _wrong(path, None):
+        raise problem
     modality_of(path, (modality,))
     kind, found = MODALITIES[modality].kind, re.search(data.instance_id, Path(path).stem)
     with TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ def as_html(answers: Sequence[Answer], queries: Sequence[bytes]) -> str:
 
 def _figure(png: bytes, text: str, path: str) -> str:
     return f'<figure><img src="data:image/png;base64,{base64.b64encode(png).decode()}" width=96 height=96>' \
-        f"<figcaption>{html.escape(text)}<br>{html.escape(_shown(path))}</figcaption></figure>"
+        f"<figcaption>{html.escape(text)}<br>{html.escape(shown(path))}</figcaption></figure>"
 
 
 def verdict(answer: Answer) -> str:
@@ -59,13 +59,14 @@ def verdict(answer: Answer) -> str:
 
 
 def _title(answer: Answer) -> str:
-    return f"{_shown(answer.query)} ({answer.modality}): {verdict(answer)}"
+    return f"{shown(answer.query)} ({answer.modality}): {verdict(answer)}"
 
 
 def cells(row: dict) -> list[str]:
     """Return what stands in the columns `FIELDS`."""
-    return [str(row["rank"]), *(f"{row[name]:.4f}" for name in FIELDS[1:4]), _shown(row["path"])]
+    return [str(row["rank"]), *(f"{row[name]:.4f}" for name in FIELDS[1:4]), shown(row["path"])]
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """Return a name without characters that move the cursor of a terminal."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
