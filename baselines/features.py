@@ -167,12 +167,14 @@ def _write(
 
 
 def _write_list(root: Path, dataset: str, split: str, source: SampleList, rows: np.ndarray) -> None:
-    """Write one file per sample and the list of them."""
-    folder = f"{split}/{MODALITIES[source.modality].folder}"
+    """Write one file per sample and the list of them; where files of several folders share names, a row's number goes before its name."""
+    folder, stems = f"{split}/{MODALITIES[source.modality].folder}", [file.stem for file in source.files]
+    if len(set(stems)) < len(stems):
+        stems = [f"{row:06d}_{stem}" for row, stem in enumerate(stems)]
     (root / folder).mkdir(parents=True)
-    for file, row in zip(source.files, rows):
-        np.save(root / folder / f"{file.stem}.npy", row)
-    _copy_list(root, dataset, split, source, [f"{folder}/{file.stem}.npy" for file in source.files])
+    for stem, row in zip(stems, rows):
+        np.save(root / folder / f"{stem}.npy", row)
+    _copy_list(root, dataset, split, source, [f"{folder}/{stem}.npy" for stem in stems])
 
 
 def _refer(staging: Path, out: Path, dataset: str, split: str, source: SampleList) -> None:

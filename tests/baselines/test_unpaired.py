@@ -1,10 +1,13 @@
 """Matching without pairs: fabricated sets whose right answer is known, and the command on a miniature of the bridge."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from baselines import unpaired
+from baselines.features import _write_list
 from baselines.matching import (
     agree,
     agreement,
@@ -17,6 +20,7 @@ from baselines.matching import (
     standardise,
     unit,
 )
+from datasets.lists import SampleList, default_list_path, read_labelled_list
 from experiments.records import read_records
 from utils.errors import UserError
 from utils.evaluation.metrics import mean_average_precision
@@ -131,3 +135,13 @@ def test_records_of_uncommitted_code_are_refused(tmp_path, monkeypatch):
     unpaired.write_records(tmp_path / "t.jsonl", rows, 0, "python")
     found = read_records(tmp_path / "t.jsonl")
     assert [entry.get("reads_labels") for entry in found] == [None, "training labels of photos_modelnet40"]
+
+
+def test_features_of_photographs_that_share_a_name_stay_apart(tmp_path):
+    names = tuple(f"{folder}/image_0001.jpg" for folder in ("car", "cup"))
+    (tmp_path / "list.txt").write_text("".join(f"{name} {label}\n" for label, name in enumerate(names)))
+    source = SampleList(tmp_path / "list.txt", "RGBImg", names, tuple(map(Path, names)), names)
+    _write_list(tmp_path / "made", "set", "train", source, np.eye(2))
+    path = default_list_path(tmp_path / "made", "set", "RGBImg", "train")
+    found, labels = read_labelled_list(path, modality="RGBImg", root=tmp_path / "made", instance_id="(.+)")
+    assert [np.load(file).tolist() for file in found.files] == [[1, 0], [0, 1]] and labels.tolist() == [0, 1]
