@@ -13,6 +13,7 @@ import numpy as np
 from datasets.arrays import MAX_POINTS, load_images, load_points, to_unit_sphere
 from datasets.lists import SampleList, text_rows
 from datasets.mesh_faces import load_faces
+from datasets.prepare.readers.modelnet import to_z_up
 from datasets.prepare.readers.objects import is_cloud, joined, read_cloud, read_parts
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise, sample_surface, simplified_faces
 from utils.errors import UserError
@@ -130,10 +131,15 @@ def _prepared(path: str, kind: str, max_faces: int) -> np.ndarray:
 
 
 def read_shape(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the points (n, 3) of a cloud, or vertices (V, 3) and triangles (T, 3) of a mesh; an Unusable says why it is neither.
+    """Return the points (n, 3) of a cloud, or vertices (V, 3) and triangles (T, 3) of a mesh, z up; an Unusable says why it is neither.
 
-    Nothing is ever unpickled.
+    Nothing is ever unpickled. GLB files are y up, as their standard says, all others are taken as they are.
     """
+    points, triangles = _stored_shape(path)
+    return (to_z_up(points, "y") if path.lower().endswith(".glb") else points), triangles
+
+
+def _stored_shape(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     file, suffix = Path(path), Path(path).suffix.lower()
     try:
         if suffix == ".npy":

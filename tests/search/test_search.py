@@ -366,6 +366,11 @@ def test_answers_as_json_csv_and_one_offline_page(built, root, tmp_path, capsys)
     assert "\x1b" not in page.as_text([evil]) and page.as_text([evil]).count("\n") == 2
 
 
+def y_up(points):
+    """z up to y up, as GLB files have it."""
+    return np.stack([points[:, 0], points[:, 2], -points[:, 1]], axis=1)
+
+
 TETRAHEDRON = "OFF\n4 4 0\n0 0 0\n1 0 0\n0 1 0\n0 0 2\n3 0 2 1\n3 0 1 3\n3 0 3 2\n3 1 2 3\n"
 
 
@@ -374,7 +379,9 @@ def test_meshes_become_points_and_every_shape_a_view(run, root, tmp_path):
     path = tmp_path / "solid.off"
     path.write_text(TETRAHEDRON)
     for suffix in ("ply", "stl", "glb"):
-        trimesh.load(path).export(tmp_path / f"solid.{suffix}")
+        mesh = trimesh.load(path)
+        mesh.vertices = y_up(mesh.vertices) if suffix == "glb" else mesh.vertices
+        mesh.export(tmp_path / f"solid.{suffix}")
     data = Model(str(run), CPU).data
     for name in ("solid.off", "solid.ply", "solid.stl", "solid.glb"):
         sample = files.read_sample(str(tmp_path / name), "PointCloud", data)
@@ -389,7 +396,7 @@ def test_meshes_become_points_and_every_shape_a_view(run, root, tmp_path):
         with pytest.raises(files.Unusable, match="compressed" if name == "packed.glb" else None) as caught:
             files.read_sample(str(tmp_path / name), "PointCloud", data)
         assert (name, caught.value.code) == (name, "unreadable")
-    for suffix, made in (("ply", trimesh.PointCloud(np.eye(3))), ("glb", trimesh.Scene(trimesh.PointCloud(np.eye(3))))):
+    for suffix, made in (("ply", trimesh.PointCloud(np.eye(3))), ("glb", trimesh.Scene(trimesh.PointCloud(y_up(np.eye(3)))))):
         made.export(tmp_path / f"points.{suffix}")
         points, triangles = files.read_shape(str(tmp_path / f"points.{suffix}"))
         assert triangles is None and sorted(points.tolist()) == sorted(np.eye(3).tolist())
