@@ -95,7 +95,7 @@ def _printed(table: Table, entry: Summary, task: str, tasks: Sequence[str]) -> s
 
 def _no_data(table: Table, task: str) -> bool:
     """Whether a task's samples cannot be had; of the average, whether those of all tasks cannot."""
-    return bool({task, task[::-1]} & set(table.absent)) or (task == "avg" and not table.pairs)
+    return bool({task, task[::-1]} & set(table.absent)) or (task == "avg" and bool(table.absent) and not table.pairs)
 
 
 def _score(entry: Summary, task: str) -> str:
