@@ -14,6 +14,7 @@ from utils.engine.run_log import RunLog
 from utils.errors import UserError
 from utils.settings.data_options import DataConfig
 
+VIEW_NOISE = 0.02  # by which the agreement of two random views of some hundred samples changes from draw to draw
 
 def exported_folder(run: RunLog, given: str | None) -> Path:
     """Return where a run writes its pseudo-labels: the folder given as `run.pseudo_labels`, else one of its own."""
@@ -124,12 +125,12 @@ def load_pseudo_labels(
 def _check_it_helped(folder: str, origin: Mapping[str, Any]) -> None:
     """Stop the rounds when one has not helped: its modalities, or the views of a sample, agree less than before; no label is read."""
     clusters, mean = origin.get("clusters") or {}, lambda shares: sum(shares.values()) / len(shares) if shares else None
-    for what, now, before in (
-        ("its modalities agree on {:.4f} of the objects, after {:.4f}", origin.get("agreement"), clusters.get("agreement_before")),
+    for what, now, before, slack in (
+        ("its modalities agree on {:.4f} of the objects, after {:.4f}", origin.get("agreement"), clusters.get("agreement_before"), 0),
         ("views of a sample agree to {:.4f} beyond chance, after {:.4f}", mean(origin.get("reliability")),
-         mean(clusters.get("reliability_before"))),
+         mean(clusters.get("reliability_before")), VIEW_NOISE),
     ):
-        if None not in (now, before) and now < before:
+        if None not in (now, before) and now < before - slack:
             raise UserError(
                 f"the round that wrote {folder} did not help: {what.format(now, before)} before it. Take the run before it as the "
                 "result; to go on all the same, copy the labels without their .meta.json"
