@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.special import softmax
 
 from utils.errors import UserError
 from utils.evaluation.clustering import kmeans
@@ -54,7 +55,7 @@ def soft_clusters(train: np.ndarray, test: np.ndarray, num_clusters: int, seed: 
     axes = shared_axes(train - train.mean(axis=0), train - train.mean(axis=0), min(AXES, *train.shape))
     places = [unit((rows - train.mean(axis=0)) @ axes) for rows in (train, test)]
     centroids = unit(kmeans(torch.from_numpy(places[0]), num_clusters, seed=seed, num_init=1)[0].double().numpy())
-    return Clustering(*(_softmax(rows @ centroids.T / SOFTNESS) for rows in places))
+    return Clustering(*(softmax(rows @ centroids.T / SOFTNESS, axis=1) for rows in places))
 
 
 def centroids_of(clustering: Clustering, rows: np.ndarray) -> np.ndarray:
@@ -151,8 +152,3 @@ def agreement(found: Consensus, first: np.ndarray, second: np.ndarray) -> float:
 def joint(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Put rows (N, S) and unit rows (N, L) side by side such that both weigh the same in dot products, on average."""
     return np.concatenate([rows, others * np.sqrt((rows**2).sum(axis=1).mean())], axis=1) / 2**0.5
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)

@@ -17,11 +17,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import Tensor
 
 from baselines.extract import read_out
 from baselines.features import SOURCE, provenance
-from baselines.matching import Clustering, Consensus, agree, agreement, joint, next_round, shared_axes, soft_clusters, standardise, unit
+from baselines.matching import (
+    SOFTNESS,
+    Clustering,
+    Consensus,
+    agree,
+    agreement,
+    joint,
+    next_round,
+    shared_axes,
+    soft_clusters,
+    standardise,
+    unit,
+)
 from baselines.release_protocol.labels import training_labels
 from datasets.prepare.ownership import MANIFEST, read_manifest
 from datasets.prepare.parallel import user_path
@@ -181,8 +194,7 @@ def _prototypes(sets: Sets) -> tuple[np.ndarray, np.ndarray]:
     for side, name in ((sets.photos, PICTURE), (sets.clouds, SHAPE)):
         train, test = (standardise(side[split], side["train"]) for split in SPLITS)
         means = unit(np.stack([train[sets.classes[name] == label].mean(axis=0) for label in np.unique(sets.classes[name])]))
-        powers = np.exp(test @ means.T / 0.1)
-        sides.append(powers / powers.sum(axis=1, keepdims=True))
+        sides.append(softmax(test @ means.T / SOFTNESS, axis=1))
     return tuple(sides)
 
 
