@@ -57,6 +57,21 @@ def test_the_frozen_encoder_stands_still_through_both_stages_and_a_resume(small_
         assert found[".encoders.GrayImg.head.1.num_batches_tracked"] > 0
 
 
+def test_a_pretrained_trunk_moves_at_its_own_rate_and_its_projection_at_the_full_one(small_digits, start, tmp_path):
+    def after_one_step(factor):
+        out = tmp_path / str(factor)
+        train_step1.main(settings(small_digits, out, 1, f"model.pretrained.PointCloud={start}", f"optim.trunk_rate={factor}",
+                                  "optim.learning_rate=0.01", "optim.epochs=1", "optim.batch_size=40"))
+        return weights(only_run(out, 1))
+
+    given = torch.load(start, weights_only=True)["conv5.0.weight"]
+    slow, full = after_one_step(0.1), after_one_step(1)
+    for found, rate in ((slow, 0.001), (full, 0.01)):  # Adam's first step is the rate, wherever there is a gradient
+        assert (found[".encoders.PointCloud.conv5.weight"] - given).abs().max() == pytest.approx(rate, rel=0.01)
+    for key in (".encoders.PointCloud.head.0.weight", ".encoders.GrayImg.backbone.conv1.weight"):
+        assert torch.equal(slow[key], full[key])
+
+
 def test_the_weight_of_relations_is_that_of_the_other_loss(small_digits, start, tmp_path):
     def first_loss(weight):
         out = tmp_path / str(weight)

@@ -61,12 +61,21 @@ class StageLearner:
         hashed = lambda values: values if isinstance(values, str) else hashlib.sha256(values.cpu().numpy()).hexdigest()
         self.inputs = {name: hashed(values) for name, values in inputs.items()}
         self.encoders, self.classifiers = encoders.to(device), classifiers.to(device)
-        groups = [{"params": list(part.parameters())} for part in (self.encoders, self.classifiers)]
         self.optimizer = torch.optim.Adam(
-            groups, lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay, fused=config.optim.fused
+            self._parameter_groups(), lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay, fused=config.optim.fused
         )
         self.frozen = [name for name in encoders if name in config.model.freeze]
         self.forwards = [_fast_forward(encoder, config.run.compile, device) for encoder in self.encoders.values()]
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Return what Adam trains: encoders, classifiers, and trunks that have a rate of their own, `optim.trunk_rate`."""
+        factor, pretrained = self.config.optim.trunk_rate, self.config.model.pretrained
+        named = [(name, key, values) for name, encoder in self.encoders.items() for key, values in encoder.named_parameters()]
+        slow = lambda name, key: factor != 1 and pretrained[name] != "none" and not key.startswith("head.")
+        trunks = [values for name, key, values in named if slow(name, key)]
+        others = [values for name, key, values in named if not slow(name, key)]
+        groups = [{"params": others, "factor": 1.0}, {"params": list(self.classifiers.parameters()), "factor": 1.0}]
+        return [*groups, {"params": trunks, "factor": factor}] if trunks else groups
 
     def load_initial_weights(self) -> str | None:
         """Load weights of another run in place of `model.pretrained`, if the settings say so; return where they came from."""
@@ -108,7 +117,7 @@ class StageLearner:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch (1-based). Its random numbers depend on the seed and the epoch alone, not on the past."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optim, epoch)
+            group["lr"] = group["factor"] * learning_rate(self.config.optim, epoch)
         torch.manual_seed(derive_seed(self.config.run.seed, self.stage, epoch, "global"))  # of MeshNet's mask, alike in all processes
         numbers = generator_for(self.config.run.seed, self.stage, epoch, device=self.device)
         own = None if distributed.world() == 1 else distributed.own_share(self.batch_size)

@@ -51,6 +51,7 @@ class OptimConfig:
     epochs: int = option(20, "passes over the training set (paper: 20 in step 1, 50 in step 2); 0 in step 1 with pla.start", min=0)
     batch_size: int = option(50, "instances per step", min=2)
     learning_rate: float = option(2e-4, "Adam's step size", above=0)
+    trunk_rate: float = option(1.0, "factor on it for encoders that start from model.pretrained, all but their projection", above=0)
     weight_decay: float = option(0.0, "L2 penalty", min=0)
     schedule: Literal["constant", "cosine"] = option("cosine", "course of the learning rate")
     fused: bool = option(False, "Adam's fused kernel: one pass over all parameters; equal up to rounding")
