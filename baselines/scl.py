@@ -25,10 +25,48 @@ from baselines.dccae import standardised
 from baselines.method import Context, Method, Training
 
 CRITIC_INPUT = 1024
+BLOCK = 16  # rows of pairs at a time
+
+
+class PairLoss(torch.autograd.Function):
+    """Sum over i of -log softmax_j(s_ij) at j = i mod B, s_ij = v . relu(W relu(c_i + x_j) + b), of codes c (n, h) and inputs x (B, h).
+
+    Arrays of all pairs, (n, B, h), would leave the processor's cache several times: `BLOCK` codes at a time pass both directions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, score: Tensor) -> Tensor:
+        count, hidden = inputs.shape
+        buffers, ones = codes.new_empty(3, BLOCK * count, hidden), codes.new_ones(BLOCK * count)
+        total, back = codes.new_zeros(()), score[:, None] * weight
+        to_codes, to_inputs, to_weight, to_bias, to_score = (torch.zeros_like(values) for values in (codes, inputs, weight, bias, score))
+        for start in range(0, len(codes), BLOCK):
+            part = codes[start : start + BLOCK]
+            own = torch.arange(start, start + len(part), device=codes.device)[:, None] % count
+            first, second, slopes = buffers[:, : len(part) * count]  # (pairs, h): both layers, and the slope before the first
+            by_pair = slopes.view(len(part), count, hidden)
+            torch.add(part[:, None], inputs, out=first.view_as(by_pair)).relu_()
+            torch.addmm(bias, first, weight.T, out=second).relu_()
+            scores = (second @ score).view(len(part), count).log_softmax(1)
+            total -= scores.gather(1, own).sum()
+            slope = scores.exp_().scatter_add_(1, own, -torch.ones_like(scores[:, :1])).flatten()  # of the loss by a score
+            to_score.addmv_(second.T, slope)
+            second.sign_().mul_(slope[:, None])  # the slope before the second layer, but for the factor v
+            to_weight.addmm_(second.T, first)
+            to_bias.addmv_(second.T, ones[: len(second)])
+            torch.mm(second, back, out=slopes).mul_(first.sign_())
+            to_codes[start : start + BLOCK] = by_pair.sum(1)
+            to_inputs += by_pair.sum(0)
+        ctx.save_for_backward(to_codes, to_inputs, to_weight * score[:, None], to_bias * score, to_score)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient * saved for saved in ctx.saved_tensors)
 
 
 class Critic(nn.Module):
-    """D(x, z): scores of all pairs of inputs (B, d) and codes (B, L)."""
+    """D(x, z), a score of each pair of an input (d,) and a code (L,): relu and linear on relu(inputs(x) + codes(z))."""
 
     def __init__(self, width: int, dim: int, hidden: int) -> None:
         super().__init__()
@@ -37,8 +75,10 @@ class Critic(nn.Module):
         self.score = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
     def forward(self, inputs: Tensor, codes: Tensor) -> Tensor:
-        """Return (B, B): entry [i, j] is D(x_j, z_i)."""
-        return self.score(self.codes(codes)[:, None] + self.inputs(inputs)[None]).squeeze(2)
+        """Return Lmi of inputs (B, d) with several codes of each, (n B, L), summed over the n; 1/B once more, as in the release."""
+        _, hidden, _, last = self.score  # the last bias is the same in all scores, and so without effect
+        loss = PairLoss.apply(self.codes(codes), self.inputs(inputs), hidden.weight, hidden.bias, last.weight[0])
+        return loss / len(inputs) ** 2
 
 
 class SCL(Method):
@@ -68,9 +108,7 @@ class SCL(Method):
         options = self.context.settings
         first, second = (self.represent(name, embeddings[name]) for name in self.context.modalities)
         contrast = contrastive(first, second, options["temperature"])
-        information = sum(
-            information_loss(self.critics[name](rows[index], codes)) for name, rows in self.inputs.items() for codes in (first, second)
-        )
+        information = sum(self.critics[name](rows[index], torch.cat([first, second])) for name, rows in self.inputs.items())
         invariance = (first - second).square().sum(dim=1).clamp_min(1e-12).sqrt().mean()  # the root's slope at 0 is infinite
         return options["alpha"] * contrast + options["beta"] * information + options["gamma"] * invariance
 
@@ -85,8 +123,3 @@ def contrastive(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     excluded = torch.zeros_like(similarity, dtype=torch.bool)
     excluded[anchors, anchors] = excluded[anchors, partners] = True
     return (torch.logsumexp(similarity.masked_fill(excluded, -torch.inf), dim=1) - positive).mean()
-
-
-def information_loss(scores: Tensor) -> Tensor:
-    """Return the InfoNCE loss of a critic's scores (B, B), the pairs on the diagonal; divided by B once more, as in the release."""
-    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device)) / len(scores)

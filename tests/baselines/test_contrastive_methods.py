@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from baselines.mrl import MRL, robust_clustering
 from baselines.rono import RONO, progress
-from baselines.scl import SCL, Critic, contrastive, information_loss
+from baselines.scl import SCL, Critic, contrastive
 from losses import ModalityInvarianceLoss
 
 FEATURES, LABELS = pairs(40)
@@ -38,6 +38,13 @@ def test_contrast_of_scl_leaves_the_positive_out_of_the_denominator():
     assert contrastive(first, first, 0.05).item() < 0  # NT-Xent is never below 0
 
 
+def joined_score(critic, x, z):
+    """D(x, z) of one input and one code, joined."""
+    *reading, last = critic.inputs
+    joined = torch.cat([torch.nn.Sequential(*reading)(x), z])
+    return critic.score(F.linear(joined, torch.cat([last.weight, critic.codes.weight], 1), last.bias)).squeeze()
+
+
 def test_losses_of_scl():
     torch.manual_seed(0)
     method = double(SCL(context_of("scl", FEATURES, dtype=torch.float64, dim=6, settings={"critic_width": 5}))).eval()
@@ -52,22 +59,28 @@ def test_losses_of_scl():
         inputs = torch.as_tensor((FEATURES[name] - FEATURES[name].mean(0)) / FEATURES[name].std(0))[INDEX]
         for code in (first, second):
             for i in range(4):
-                scores = torch.stack([method.critics[name](inputs[j : j + 1], code[i : i + 1]).squeeze() for j in range(4)])
+                scores = torch.stack([joined_score(method.critics[name], inputs[j], code[i]) for j in range(4)])
                 information -= scores.log_softmax(0)[i].item() / 16
     invariance = (first - second).norm(dim=1).mean().item()
     wanted = 10 * contrastive(first, second, 0.5).item() + 0.01 * information + invariance
     assert method(INDEX, embeddings, 1).item() == pytest.approx(wanted, rel=1e-6)
 
 
-def test_the_critic_is_one_on_joined_inputs():
-    critic = Critic(7, 6, 5)
-    inputs, codes = torch.randn(3, 7), torch.randn(3, 6)
-    *reading, last = critic.inputs
-    read = torch.nn.Sequential(*reading)(inputs)
-    joined = F.linear(torch.cat([read[2], codes[1]]), torch.cat([last.weight, critic.codes.weight], 1), last.bias)
-    assert critic(inputs, codes)[1, 2].item() == pytest.approx(critic.score(joined).item(), rel=1e-4, abs=1e-6)
-    confident = information_loss(20.0 * torch.eye(3))
-    assert confident.item() < 1e-6 < information_loss(torch.zeros(3, 3)).item() == pytest.approx(np.log(3) / 3)
+@pytest.mark.parametrize("count,copies", [(4, 1), (16, 1), (11, 3)])
+def test_the_critics_loss_and_slopes_are_those_of_the_plain_form(count, copies):
+    torch.manual_seed(0)
+    critic, inputs = double(Critic(7, 6, 5)), torch.randn(count, 7, dtype=torch.float64, requires_grad=True)
+    codes = torch.randn(copies * count, 6, dtype=torch.float64, requires_grad=True)
+    scores = torch.stack([torch.stack([joined_score(critic, x, z) for x in inputs]) for z in codes])  # (copies count, count)
+    plain = F.cross_entropy(scores, torch.arange(count).repeat(copies), reduction="sum") / count**2
+    found, parameters = critic(inputs, codes), [p for name, p in critic.named_parameters() if name != "score.3.bias"]
+    assert found.item() == pytest.approx(plain.item(), rel=1e-12)
+    wanted = torch.autograd.grad(plain, [inputs, codes, *parameters])
+    for slope, other in zip(torch.autograd.grad(3 * found, [inputs, codes, *parameters]), wanted, strict=True):
+        assert torch.allclose(slope, 3 * other, rtol=1e-9, atol=1e-15) and other.abs().max() > 0
+    with torch.no_grad():
+        critic.score[3].weight.zero_()
+    assert critic(inputs, codes).item() == pytest.approx(copies * np.log(count) / count)
 
 
 def test_scl_survives_rows_of_zeros():
