@@ -168,7 +168,7 @@ def _write(
 
 def _write_list(root: Path, dataset: str, split: str, source: SampleList, rows: np.ndarray) -> None:
     """Write one file per sample and the list of them; where files of several folders share names, a row's number goes before its name."""
-    folder, stems = f"{split}/{MODALITIES[source.modality].folder}", [file.stem for file in source.files]
+    folder, stems = f"{split}/{MODALITIES[source.modality].folder}", [Path(file).stem for file in source.files]
     if len(set(stems)) < len(stems):
         stems = [f"{row:06d}_{stem}" for row, stem in enumerate(stems)]
     (root / folder).mkdir(parents=True)

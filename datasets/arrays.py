@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,7 @@ def load_images(sample_list: SampleList, resize: int, allocate: Allocate = np.em
     return images
 
 
-def _named(sample_list: SampleList, row: int, read: Callable[[Path], Any]) -> Any:
+def _named(sample_list: SampleList, row: int, read: Callable[[str], Any]) -> Any:
     """Return read(file of that row); an error gets file and row in front."""
     try:
         return read(sample_list.files[row])

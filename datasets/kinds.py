@@ -1,8 +1,8 @@
 """What each kind of file needs: how it is read, how its samples are augmented, and how they are prepared for evaluation."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Kind:
     """
 
     load: Callable[..., np.ndarray]
-    sources: Callable[[SampleList, DataConfig], tuple[list, Sequence[Path]]]
+    sources: Callable[[SampleList, DataConfig], tuple[list, Sequence[str]]]
     augment: Callable[[Tensor, DataConfig, torch.Generator], Tensor]
     prepare: Callable[[Tensor, DataConfig], list[Tensor]]
     check: Callable[[np.ndarray, SampleList, DataConfig], None] = lambda array, sample_list, data: None
@@ -43,15 +43,15 @@ def view_list(sample_list: SampleList, view: int) -> SampleList:
     """
     if view == 0:
         return sample_list
-    moved = lambda path: Path(path).parent / f"view_{view:02d}" / Path(path).name
+    moved = lambda path: os.path.join(os.path.dirname(path), f"view_{view:02d}", os.path.basename(path))
     files = tuple(map(moved, sample_list.files))
     for row, file in enumerate(files, start=1):
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UserError(
                 f"{sample_list.path}, row {row}: {file} does not exist; data.num_views asks for view {view}: prepare more views "
                 "or lower data.num_views"
             )
-    return replace(sample_list, names=tuple(str(moved(name)) for name in sample_list.names), files=files)
+    return replace(sample_list, names=tuple(map(moved, sample_list.names)), files=files)
 
 
 def _load_image_views(sample_list: SampleList, data: DataConfig, allocate: Allocate = np.empty) -> np.ndarray:

@@ -25,6 +25,7 @@ PREPARATION = {
     "mi3dor_class": "python -m datasets.prepare_mi3dor --root DIR --pairing class",
     "mi3dor": "python -m datasets.prepare_mi3dor --root DIR",
 }
+INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class SampleList:
 
     Attributes:
         path: the list file; modality: key of `MODALITIES`.
-        names: paths as written in the list; files: the same paths, resolved to existing files.
+        names: paths as written in the list; files: where they were found, as text: a million path objects take half a minute.
         instance_ids: the object each sample shows; equal ids in two lists are the same object.
     """
 
     path: Path
     modality: str
     names: tuple[str, ...]
-    files: tuple[Path, ...]
+    files: tuple[str, ...]
     instance_ids: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -126,7 +127,7 @@ def check_disjoint(train: SampleList, test: SampleList) -> None:
             )
 
 
-def _identity(file: Path) -> tuple[int, int] | Path:
+def _identity(file: str) -> tuple[int, int] | str:
     """Return what the links to a file share, much faster than resolving its path; the path of a file that is not there."""
     try:
         entry = os.stat(file)
@@ -162,19 +163,20 @@ def _read(
     path: Path, modality: str, root: Path, instance_id: str, num_classes: int | None, unique: Sequence[str]
 ) -> tuple[SampleList, np.ndarray | None]:
     _check_modality(modality)
-    pattern = _compile(instance_id)
+    pattern, folder, prefix = _compile(instance_id), str(root), f"{path}, row "
     parsed: list[tuple] = []
     for row, text in enumerate(_rows(path), start=1):
-        where = f"{path}, row {row}"
-        name, label, file = _parse_row(text, root, where)
+        where = prefix + str(row)
+        name, label, file = _parse_row(text, folder, where)
         if label is not None and not 0 <= label < (num_classes or 2**63):
             raise UserError(f"{where}: label {label} is outside 0..{num_classes - 1 if num_classes else '2^63'}; see data.num_classes")
         if parsed and (label is None) != (parsed[0][1] is None):
             raise UserError(f"{where}: either all rows carry a label or none; row 1 and this row differ ({text!r})")
-        match = pattern.search(file.stem)
-        if not match or not match.group(1):
-            raise UserError(f"{where}: instance_id {pattern.pattern!r} finds no id in the file stem {file.stem!r}")
-        parsed.append((name, label, file, match.group(1)))
+        stem = os.path.splitext(os.path.basename(file))[0]
+        match = pattern.search(stem)
+        if not match or not match[1]:
+            raise UserError(f"{where}: instance_id {pattern.pattern!r} finds no id in the file stem {stem!r}")
+        parsed.append((name, label, file, match[1]))
     names, labels, files, ids = zip(*parsed, strict=True)
     for what, values in (("path", files), ("instance id", ids)):
         if what in unique:
@@ -193,21 +195,23 @@ def _rows(path: Path) -> list[str]:
     return rows
 
 
-def _parse_row(text: str, root: Path, where: str) -> tuple[str, int | None, Path]:
+def _parse_row(text: str, root: str, where: str) -> tuple[str, int | None, str]:
     """Split one row from the right, so that paths may hold spaces; the last column is a label if it is an integer."""
     head, *tail = text.rsplit(maxsplit=1)
-    if tail and re.fullmatch(r"[+-]?[0-9]{1,19}", tail[0]) and abs(int(tail[0])) < 2**63:
+    if tail and INTEGER.fullmatch(tail[0]) and abs(int(tail[0])) < 2**63:
         return head, int(tail[0]), _find_file(head, root, where)
     if tail and _existing(text, root) is None and _existing(head, root) is not None:
         raise UserError(f"{where}: expected `path label` with an integer label of at most 64 bits, found label {tail[0]!r}")
     return text, None, _find_file(text, root, where)
 
 
-def _existing(name: str, root: Path) -> Path | None:
-    return next((file for file in (root / name, Path(name)) if os.path.isfile(file)), None)  # False, too, for impossible names
+def _existing(name: str, root: str) -> str | None:
+    if "./" in name or "//" in name:  # another spelling of a path that may stand in another row
+        name = str(Path(name))
+    return next((file for file in (os.path.join(root, name), name) if os.path.isfile(file)), None)  # False, too, for impossible names
 
 
-def _find_file(name: str, root: Path, where: str) -> Path:
+def _find_file(name: str, root: str, where: str) -> str:
     file = _existing(name, root)
     if file is not None:
         return file

@@ -1,7 +1,7 @@
 """The checks of `datasets.inspect`: each reports all it finds and none stops another. Training never imports this module."""
 
-import hashlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from datasets.lists import (
     read_training_list,
 )
 from datasets.prepare.ownership import MANIFEST, SPLITS, read_manifest
+from datasets.pseudo_labels import file_hash
 from datasets.samples import UNIQUE, list_path
 from utils.errors import MissingFileError, MissingLabelsError, UserError
 from utils.modalities import MODALITIES
@@ -168,11 +169,10 @@ def _check_splits(data: DataConfig, lists: Lists, check: Check) -> None:
                 check.notes.append(f"warning: {many}, the first: {other} and {mine}")
 
 
-def _copies(train: tuple[Path, ...], test: tuple[Path, ...]) -> list[tuple[Path, Path]]:
+def _copies(train: Sequence[str], test: Sequence[str]) -> list[tuple[str, str]]:
     """Return (training file, test file) of equal content, for test files that are not themselves in the training list."""
-    digest = lambda file: hashlib.sha256(file.read_bytes()).digest()
-    same_file, same_content = {file.resolve() for file in train}, {digest(file): file for file in train}
-    fresh = [(digest(file), file) for file in test if file.resolve() not in same_file]
+    same_file, same_content = set(map(os.path.realpath, train)), {file_hash(file): file for file in train}
+    fresh = [(file_hash(file), file) for file in test if os.path.realpath(file) not in same_file]
     return [(same_content[key], file) for key, file in fresh if key in same_content]
 
 

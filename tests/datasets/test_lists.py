@@ -27,7 +27,7 @@ def test_training_lists_carry_no_labels_and_labelled_lists_do(tmp_path):
     samples, labels = read(path, read_labelled_list)
     assert labels.dtype == np.int64 and labels.tolist() == [20231128123456, 2**63 - 1]
     assert [field.name for field in fields(SampleList)] == ["path", "modality", "names", "files", "instance_ids"]
-    assert samples == SampleList(path, "RGBImg", ("a_1.png", "b_02.png"), (tmp_path / "a_1.png", tmp_path / "b_02.png"), ("1", "02"))
+    assert samples == SampleList(path, "RGBImg", ("a_1.png", "b_02.png"), (str(tmp_path / "a_1.png"), str(tmp_path / "b_02.png")), ("1", "02"))
     for text in ("a_1.png 9\nb_02.png 3\n", "a_1.png\nb_02.png\n"):
         path.write_text(text)
         assert read(path) == samples  # other labels or none change nothing
@@ -50,7 +50,7 @@ def test_paths_relative_to_the_current_directory(tmp_path, monkeypatch):
     with pytest.raises(UserError):
         read(path, root=tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    assert read(path, root=tmp_path / "elsewhere").files[0].is_file()
+    assert read(path, root=tmp_path / "elsewhere").files == ("dataset/a_1.png",)
 
 
 @pytest.mark.parametrize(("rows", "options", "words"), [
@@ -60,7 +60,7 @@ def test_paths_relative_to_the_current_directory(tmp_path, monkeypatch):
     (["a_1.png 0", "b_2.png -1"], {}, "row 2: label -1 is outside"),
     (["a_1.png 9223372036854775808"], {}, "row 1: .*64 bits, found label '9223372036854775808'"),
     (["a_1.png " + "9" * 5000], {}, "row 1: .*64 bits"), (["a_1.png 0", "b_2.png"], {}, "row 2.*all rows carry a label or none"),
-    (["a_1.png 0", "", "a_1.png 0"], {}, "row 2: path .*row 1"),
+    (["a_1.png 0", "", "a_1.png 0"], {}, "row 2: path .*row 1"), (["a_1.png 0", ".//./a_1.png 0"], {}, "row 2: path .*row 1"),
     (["a_1.png 0", "c_1.png 0"], {}, "row 2: instance id '1' is already in row 1"), (["x.png 0"], {}, "row 1.*finds no id"),
     (["a_1.png 0"], {"instance_id": "("}, "not a regular expression"), (["a_1.png 0"], {"instance_id": r"\d+"}, "needs a group"),
     (["a_1.png 0"], {"modality": "Mesh2"}, "unknown modality"),
@@ -89,8 +89,8 @@ def test_other_encodings_are_named_with_their_row(tmp_path, content, row):
 
 def test_pairs_and_splits(tmp_path):
     def listed(path, *ids):
-        files = tuple(tmp_path / f"{path}_{i}.png" for i in ids)
-        return SampleList(tmp_path / path, "RGBImg", tuple(f.name for f in files), files, ids)
+        names = tuple(f"{path}_{i}.png" for i in ids)
+        return SampleList(tmp_path / path, "RGBImg", names, tuple(str(tmp_path / name) for name in names), ids)
 
     first, same = listed("a", "1", "2", "3"), listed("b", "1", "2", "3")
     check_paired([first, same])

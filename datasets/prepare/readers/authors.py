@@ -1,5 +1,6 @@
 """Reads the authors' processed 3D MNIST through its list files and pairs it on object ids, for `datasets.prepare.mnist3d`."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def _join(read: dict[str, tuple[SampleList, np.ndarray]], split: str) -> dict[st
         if odd:
             raise UserError(f"{split}: {first} and {name} lists give object {odd[0]} different labels")
     order = sorted(tables[first], key=int)
-    return {name: "".join(f"{table[i][0].resolve()} {table[i][1]}\n" for i in order) for name, table in tables.items()}
+    return {name: "".join(f"{os.path.realpath(table[i][0])} {table[i][1]}\n" for i in order) for name, table in tables.items()}
 
 
 def _report(read: dict[str, tuple[SampleList, np.ndarray]], split: str) -> list[str]:

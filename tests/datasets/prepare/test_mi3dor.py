@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from collections import Counter
@@ -137,8 +138,8 @@ def test_lists_and_manifests(prepared, folder_release, dataset, training):
         lists = [default_list_path(prepared, dataset, name, split) for name in ("RGBImg", "GrayImg")]
         assert lists[0].read_bytes() == lists[1].read_bytes()
         rows, labels = read(prepared, dataset, "RGBImg", split)
-        names = [file.relative_to(folder_release.resolve()).as_posix() for file in rows.files]
-        assert [list(CLASSES)[label] for label in labels] == [file.parent.name for file in rows.files] and all(Path(name).is_absolute() for name in rows.names)
+        names = [os.path.relpath(file, folder_release.resolve()) for file in rows.files]
+        assert [list(CLASSES)[label] for label in labels] == [Path(file).parent.name for file in rows.files] and all(Path(name).is_absolute() for name in rows.names)
         if split == "test" or dataset == "mi3dor":
             assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
             assert set(names) == {item.file for item in photographs if item.split == split} and len(names) == len(set(names))
@@ -148,7 +149,7 @@ def test_lists_and_manifests(prepared, folder_release, dataset, training):
         pictures = training if split == "train" else 5
         assert manifest["counts"][split] == {"RGBImg": pictures, "GrayImg": pictures, "Mesh": 8 if split == "train" else 5}
         for modality, files, listed in (("GrayImg", rows.files, names), ("Mesh", meshes.files, meshes.names)):
-            text = "".join(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for name, file in zip(listed, files, strict=True))
+            text = "".join(f"{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}\n" for name, file in zip(listed, files, strict=True))
             assert manifest["content_sha256"][split][modality] == hashlib.sha256(text.encode()).hexdigest()
     assert manifest["test_photographs_also_in_training"] == 0 and manifest["official_counts"] == {"images": False, "models": False}
     assert (manifest["pairing"], manifest["uses_labels_for_training_pairs"], manifest["seed"]) == (
@@ -158,8 +159,8 @@ def test_lists_and_manifests(prepared, folder_release, dataset, training):
         (images, labels), (meshes, mesh_labels) = (read(prepared, dataset, modality, "train") for modality in ("RGBImg", "Mesh"))
         assert labels.tolist() == mesh_labels.tolist() and meshes.names == read(prepared, "mi3dor", "Mesh", "train")[0].names
         uses = Counter(images.files)
-        assert sorted(count for file, count in uses.items() if file.parent.name == "arm_chair") == [2, 3]
-        assert all(count == 1 for file, count in uses.items() if file.parent.name != "arm_chair")
+        assert sorted(count for file, count in uses.items() if Path(file).parent.name == "arm_chair") == [2, 3]
+        assert all(count == 1 for file, count in uses.items() if Path(file).parent.name != "arm_chair")
         assert manifest["distinct_training_photographs"] == len(uses) == 5 and manifest["largest_use_of_one_photograph"] == 3
 
 
@@ -199,7 +200,7 @@ def test_track_release_end_to_end(track_release, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "read the class labels to build the training pairs" in text and "00000: the release holds no OBJ file" in text
     rows, labels = read(tmp_path / "out", "mi3dor_class", "RGBImg", "train")
-    assert [file.parent.name for file in rows.files] == [list(CLASSES)[i] for i in labels] and len(rows) == 7
+    assert [Path(file).parent.name for file in rows.files] == [list(CLASSES)[i] for i in labels] and len(rows) == 7
     manifest = json.loads((tmp_path / "out/mi3dor_class_pairs.json").read_text())
     assert manifest["class_to_index"] is None and manifest["layout"] == "track" and manifest["seed"] == 5
     assert not default_list_path(tmp_path / "out", "mi3dor", "RGBImg", "train").exists()

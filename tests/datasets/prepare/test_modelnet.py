@@ -80,8 +80,9 @@ def test_splats_end_to_end(tmp_path):
         row = archive["instance_id"].tolist().index(kept[0]["name"])
         stored = np.load(lists["PointCloud"].files[0])
         assert stored.dtype == np.float32 and np.array_equal(stored, archive["points"][row].astype(np.float32) / 32767)
-    second = lists["RGBImg"].files[0].parent / "view_01" / lists["RGBImg"].files[0].name
-    first, second, gray = (np.asarray(Image.open(f)) for f in (lists["RGBImg"].files[0], second, lists["GrayImg"].files[0]))
+    first = Path(lists["RGBImg"].files[0])
+    pictures = first, first.parent / "view_01" / first.name, lists["GrayImg"].files[0]
+    first, second, gray = map(np.asarray, map(Image.open, pictures))
     assert first.shape == second.shape == (24, 24, 3) and (first != second).any() and gray.shape == (24, 24)
     np.testing.assert_allclose(gray, first @ [0.299, 0.587, 0.114], atol=0.51)
     manifest = json.loads((root / "manifest.json").read_text())

@@ -67,7 +67,7 @@ def test_what_is_written(tmp_path, whole):
         lists[name], labels = read_labelled_list(default_list_path(tmp_path, "own", name, "train"), modality=name, root=tmp_path)
         assert labels.tolist() == [task.label for task in TASKS if task.split == "train"]
     check_paired(list(lists.values()))
-    picture = lists["RGBImg"].files[3]
+    picture = Path(lists["RGBImg"].files[3])
     assert lists["RGBImg"].names[3] == "train/rgb_imgs/RGBImg_train_000003.png" and (np.asarray(Image.open(picture)) == 30).all()
     assert (picture.parent / "view_01" / picture.name).is_file() and np.load(lists["PointCloud"].files[3]).dtype == np.float32
     manifest = json.loads((tmp_path / "manifest.json").read_text())
