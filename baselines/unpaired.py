@@ -1,7 +1,7 @@
 """Photographs and shapes that no pair joins, through splat pictures: a photograph and a picture are of one modality, a picture and its
-shape are a pair. Prints one row per method, from chance to what labels would give, and adds them to a table's records.
+shape are a pair. Prints one row per method, and adds them to a table's records.
 
-python -m baselines.unpaired --photos dataset/photos_modelnet40_initial --bridge RUN [--record results/TABLE.jsonl]
+python -m baselines.unpaired --photos dataset/photos_modelnet40_initial --bridge RUN [--reads-labels] [--record results/TABLE.jsonl]
 
 Both were made by `python -m baselines.features --kind initial` with the same weights: the folder of --photos, and the pictures that RUN was
 trained on (configs/modelnet40_imagenet).
@@ -41,7 +41,7 @@ from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, load_test_samples, load_training_samples
 from experiments.cells import describe_setup
 from experiments.protocol import Setup
-from experiments.records import add_records
+from experiments.records import add_records, made_with
 from models.trained import TrainedRun, open_trained
 from utils.engine.device import set_threads
 from utils.engine.run_log import environment
@@ -70,7 +70,7 @@ class Sets:
     Attributes:
         photos, pictures: features of the same weights, (N, d) and (M, d), of pictures the mean over the views.
         seen: photographs through the picture head, (N, L); clouds: (M, L), both unit rows of the common space of the bridge.
-        labels: of the test split, modality -> (N,) int64; classes: the training labels, for the row that says so.
+        labels: of the test split, modality -> (N,) int64; classes: of the training split, where the row that says so is wanted.
     """
 
     photos: dict[str, np.ndarray]
@@ -78,14 +78,15 @@ class Sets:
     seen: dict[str, np.ndarray]
     clouds: dict[str, np.ndarray]
     labels: dict[str, Tensor]
-    classes: dict[str, np.ndarray]
+    classes: dict[str, np.ndarray] | None
 
 
-def load_sets(photos: Path, bridge: Path, pictures: Path | None, device: torch.device) -> Sets:
+def load_sets(photos: Path, bridge: Path, pictures: Path | None, device: torch.device, reads_labels: bool = False) -> Sets:
     """Read the photographs' features, and of their shapes the pictures' features and what the bridge makes of the clouds.
 
     Args:
         photos: folder of features; bridge: run folder; pictures: where the features lie that it was trained on, default: as it says.
+        reads_labels: whether those of the training split are wanted; else they are not read.
     Raises:
         UserError: if the run is not on features of pictures, other weights or shapes are behind the two, or shapes are missing.
     """
@@ -108,7 +109,7 @@ def load_sets(photos: Path, bridge: Path, pictures: Path | None, device: torch.d
         parts["pictures"][split], parts["clouds"][split] = found
     for split in SPLITS:
         parts["seen"][split] = _through_head(trained, parts, split)
-    classes = {name: values.numpy() for name, values in training_labels(config.data, mine).items()}
+    classes = {name: values.numpy() for name, values in training_labels(config.data, mine).items()} if reads_labels else None
     return Sets(**parts, labels=labels, classes=classes)
 
 
@@ -165,7 +166,8 @@ def rows_of(sets: Sets, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     both = joint(found[chosen].first_test, sets.seen["test"]), joint(found[chosen].second_test, sets.clouds["test"])
     yield f"{chosen}, joint with the picture head", _scores(sets, *both)
     yield f"{chosen}, joint with the picture head, diffusion", _scores(sets, *both, "diffusion")
-    yield "prototypes of the true classes, READS LABELS", _scores(sets, *_prototypes(sets))
+    if sets.classes is not None:
+        yield "prototypes of the true classes, READS LABELS", _scores(sets, *_prototypes(sets))
 
 
 def _matchings(sets: Sets, features: list[np.ndarray], seed: int) -> Iterator[tuple[str, Consensus]]:
@@ -204,13 +206,9 @@ def _scores(sets: Sets, photos: np.ndarray, shapes: np.ndarray, ranking: str = "
 
 def write_records(path: Path, rows: list[tuple[str, dict, float]], seed: int, command: str) -> None:
     """Add the rows, with their seconds, to a table's records; a UserError from uncommitted code, whose commit would not repeat them."""
-    noted = environment(seed)
-    if noted["git_dirty"] is not False:
-        raise UserError(f"{path} takes no numbers of uncommitted code: commit, and run it again")
     shared = {
         "pair": "RP", "setup": describe_setup(Setup(CONFIG.name, "full", CONFIG, ())), "id": f"unpaired-seed{seed}", "stage": "unpaired",
-        "seed": seed, "needs": [], "commit": noted["git_sha"], "dirty": False, "device": noted["gpu"] or noted["cpu"],
-        "threads": noted["threads"], "torch": noted["torch"], "command": command,
+        "seed": seed, "needs": [], **made_with(environment(seed), "this result"), "command": command,
     }
     marks = lambda name: {"reads_labels": f"training labels of {CONFIG.name}"} if "READS LABELS" in name else {}
     add_records(path, [{"row": name, **shared, **marks(name), "scores": scores, "seconds": seconds} for name, scores, seconds in rows])
@@ -224,12 +222,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--photos", type=user_path, required=True, metavar="DIR", help="features of the photographs")
     parser.add_argument("--bridge", type=user_path, required=True, metavar="RUN", help="run folder on features of pictures, and clouds")
     parser.add_argument("--pictures", type=user_path, metavar="DIR", help="the features RUN was trained on, if moved")
+    parser.add_argument("--reads-labels", action="store_true", help="also score what the training labels would give, in a row that says so")
     parser.add_argument("--record", type=user_path, metavar="FILE", help="records of a table to add the rows to")
     parser.add_argument("--seed", type=int, default=0, help="of the clusterings")
     parser.add_argument("--threads", type=int, help="CPU threads")
     arguments = parser.parse_args(argv)
     set_threads(arguments.threads)
-    sets = load_sets(arguments.photos, arguments.bridge, arguments.pictures, torch.device("cpu"))
+    sets = load_sets(arguments.photos, arguments.bridge, arguments.pictures, torch.device("cpu"), arguments.reads_labels)
     rows, before = [], time.perf_counter()
     for name, scores in rows_of(sets, arguments.seed):
         rows.append((name, scores, round(time.perf_counter() - before, 1)))

@@ -90,6 +90,14 @@ def _scored(record: Mapping[str, Any], by: str | None = None) -> dict[str, Any]:
     return {**kept, "scores": {"map/chance": record["scores"]["map/chance"], **record["variants"][by]}} if by else kept
 
 
+def made_with(environment: Mapping[str, Any], what: object) -> dict[str, Any]:
+    """Return what a record says of a run's environment (see `utils.engine.run_log.environment`); a UserError refuses uncommitted code."""
+    if environment["git_dirty"] is not False:
+        raise UserError(f"{what} was made from uncommitted code, its commit would not repeat it: commit, and run it again")
+    device = environment["gpu"] or environment["cpu"]
+    return {"commit": environment["git_sha"], "dirty": False, "device": device, **{key: environment[key] for key in ("threads", "torch")}}
+
+
 def record_run(path: Path, folder: Path, row: str | None = None, variant: str | None = None) -> None:
     """Add a run folder to a table's file, under a row's name or as what was trained.
 
@@ -100,8 +108,7 @@ def record_run(path: Path, folder: Path, row: str | None = None, variant: str | 
     """
     run = RunLog.open(folder)
     config, environment = run.config(), read_json(folder / "env.json")
-    if environment["git_dirty"] is not False:
-        raise UserError(f"{folder} was made from uncommitted code, its commit would not repeat it: commit, and run it again")
+    made = made_with(environment, folder)
     command = ["python", *environment["command"]]
     if "--config" not in command:
         raise UserError(f"{folder} was started without --config, so its record could not name its settings: start it with one")
@@ -110,8 +117,7 @@ def record_run(path: Path, folder: Path, row: str | None = None, variant: str | 
     record = {
         "row": row or row_name(config), "pair": letters, "setup": describe_setup(setup), "id": run.run_id,
         "stage": "step2" if "rdl" in config else "step1", "seed": config["run"]["seed"], "needs": [], **training_scores(folder, variant),
-        "commit": environment["git_sha"], "dirty": False, "device": environment["gpu"] or environment["cpu"],
-        "threads": environment["threads"], "torch": environment["torch"], "command": " ".join(command),
+        **made, "command": " ".join(command),
     }
     place = lambda entry: (entry["row"], entry["pair"], entry["seed"])
     for other in read_records(path):

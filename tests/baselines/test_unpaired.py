@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+import train_step1
 from baselines import unpaired
-from baselines.features import _write_list
+from baselines.features import _write_list, make_features
 from baselines.matching import (
     agree,
     agreement,
@@ -21,6 +22,7 @@ from baselines.matching import (
 )
 from datasets.lists import SampleList, default_list_path, read_labelled_list
 from experiments.records import read_records
+from models import ResNet18
 from utils.errors import UserError
 from utils.evaluation.metrics import mean_average_precision
 
@@ -99,7 +101,7 @@ def test_formulas_against_slow_ones():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Fabricated sides of the bridge, and fewer clusterings."""
+    """Fabricated sides of the bridge."""
     for name, value in {"CLUSTERS": (5, 6), "STARTS": 1, "CLASSES": 6, "DIMENSIONS": (8,), "ROUNDS": 2, "COUPLINGS": ("hungarian",)}.items():
         monkeypatch.setattr(unpaired, name, value)
     (photos, pictures), labels = two_sets([20, 10, 12, 8, 10, 14], [6, 18, 10, 12, 9, 15], shift=0.6)
@@ -121,7 +123,47 @@ def test_training_labels_reach_the_marked_row_alone_and_test_labels_no_choice(sm
     assert len(matched) == 2 and f"{chosen}, joint with the picture head" in rows
     assert rows[chosen]["map/avg"] > 0.6 > 2 * rows[chosen]["map/chance"]
     flipped = {name: found.flip(0) for name, found in small.labels.items()}
-    assert list(dict(unpaired.rows_of(unpaired.Sets(**{**vars(small), "labels": flipped}), seed=0))) == list(rows)
+    unread = unpaired.Sets(**{**vars(small), "labels": flipped, "classes": None})
+    assert list(dict(unpaired.rows_of(unread, seed=0))) == [name for name in rows if "READS" not in name]
+
+
+def test_rows_are_those_of_the_photographs_lists_and_training_labels_are_read_when_asked_for(small_digits, tmp_path, monkeypatch):
+    """Photographs are every second digit here, in falling order, and shapes are all digits."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for path in small_digits.glob("digits_*_list.txt"):
+        rows = [f"{small_digits}/{row}\n" for row in path.read_text().splitlines()]
+        (photos / path.name).write_text("".join(rows[::-2]))
+    for name in ("weights", "others"):
+        torch.save(ResNet18(16, 2).backbone.state_dict(), tmp_path / f"{name}.pt")
+    given = [f"run.output={tmp_path / 'runs'}", "data.modalities=[RGBImg,PointCloud]"]
+    make = lambda root, out, weights="weights": make_features(
+        "configs/smoke/step1.yaml", [*given, f"data.root={root}", f"model.pretrained.RGBImg={tmp_path / weights}.pt"], "initial", 0, tmp_path / out, "")
+    make(photos, "seen"), make(photos, "foreign", "others")
+    note = make(small_digits, "bridge")
+    train_step1.main(["--config", "configs/smoke/step1.yaml", "--set", *given, f"data.root={tmp_path / 'bridge'}", *note["settings"],
+                      "model.pretrained.RGBImg=none", "optim.epochs=1", "pla.mlm_only_epochs=0", "run.figures=false"])
+    (run,) = (tmp_path / "runs/digits_initial/step1").iterdir()
+    cpu = torch.device("cpu")
+    asked = unpaired.load_sets(tmp_path / "seen", run, None, cpu, reads_labels=True)
+    monkeypatch.setattr(unpaired, "training_labels", None)  # nothing may call it
+    sets = unpaired.load_sets(tmp_path / "seen", run, tmp_path / "bridge", cpu)
+    assert sets.classes is None
+    for split, count in (("train", 20), ("test", 8)):
+        numbers = range(2 * count - 1, 0, -2)
+        stored = [np.load(tmp_path / f"bridge/{split}/rgb_imgs/RGBImg_{split}_{number:06d}.npy")[0] for number in numbers]
+        np.testing.assert_array_equal(sets.photos[split], np.stack(stored).astype(np.float64))  # the same pictures, so the same features
+        np.testing.assert_array_equal(sets.pictures[split], sets.photos[split])
+        assert sets.clouds[split].shape == sets.seen[split].shape == (count, 16)
+    truth = [int(row.split()[-1]) for row in (photos / "digits_RGBImgs_train_list.txt").read_text().splitlines()]
+    assert {name: rows.tolist() for name, rows in asked.classes.items()} == {"RGBImg": truth, "PointCloud": truth}
+    with pytest.raises(UserError, match="make both with the same weights"):
+        unpaired.load_sets(tmp_path / "foreign", run, None, cpu)
+    path = tmp_path / "bridge/digits_initial_PointCloud_train_list.txt"
+    for path in (path, path.with_name("digits_initial_RGBImgs_train_list.txt")):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="lacks 1 train shapes"):
+        unpaired.load_sets(tmp_path / "seen", run, None, cpu)
 
 
 def test_records_of_uncommitted_code_are_refused(tmp_path, monkeypatch):
