@@ -40,13 +40,13 @@ class MethodLearner(StageLearner):
         self.num_clusters = context.num_clusters
         self.method = cls(context)
         self.classifiers = nn.ModuleDict({"method": self.method}).to(device)
-        optim, parameters = config.optim, [*self.encoders.parameters(), *self.method.parameters()]
+        optim, groups = config.optim, self._parameter_groups()
         if optim.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(
-                parameters, optim.learning_rate, momentum=0.9, nesterov=optim.nesterov, weight_decay=optim.weight_decay
+                groups, optim.learning_rate, momentum=0.9, nesterov=optim.nesterov, weight_decay=optim.weight_decay
             )
         else:
-            self.optimizer = torch.optim.Adam(parameters, optim.learning_rate, optim.betas, weight_decay=optim.weight_decay)
+            self.optimizer = torch.optim.Adam(groups, optim.learning_rate, optim.betas, weight_decay=optim.weight_decay)
 
     def _initial_features(self) -> dict[str, Tensor]:
         """The features themselves, or what the encoders say before training."""
