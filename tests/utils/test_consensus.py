@@ -47,6 +47,17 @@ def test_the_modality_that_sees_the_groups_is_trusted():
     assert best["A"] > best["B"]
 
 
+def test_small_groups_that_the_graphs_merge_are_split_rather():
+    rows, labels = modalities((16,) * 30, 0.2, 0.25)
+    found = cluster_objects(rows, "auto", True, seed=0)
+    trials = found.record["trials"]["A"]
+    assert max(trial["agreement"] for trial in trials) < 0.7 and max(max(trial["num_clusters"]) for trial in trials) < 15
+    assert found.record["method"] == "Louvain communities of A, over-clustered" and found.record["resolution"] == 6
+    assert found.record["num_clusters"] == len(found.centroids["B"]) and clustering_accuracy(found.ids, labels) > 0.9
+    one = [np.zeros(8, dtype=np.int64)]
+    assert agreement_of_partitions({"A": [one], "B": [one]}, "A") == [0]  # a single community says nothing
+
+
 def test_agreement_by_hand():
     coarse, fine = np.array([0, 0, 0, 0, 1, 1, 1, 1]), np.array([0, 0, 2, 2, 1, 1, 1, 1])
     found = {"A": [[coarse], [fine]], "B": [[coarse], [coarse]], "C": [[fine], [fine]]}

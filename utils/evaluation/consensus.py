@@ -16,11 +16,13 @@ from utils.evaluation.ranking import nearest
 NEIGHBOURS = 15
 RESOLUTIONS = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 SEEDS = 2
+CONFIRMED = 0.7  # agreement of two graphs below which they confirm no number of clusters
+FINE, MEMBERS = 6.0, 5  # resolution of the over-clustering that is taken then, if its communities have so many members on average
 CERTAIN = 1e-3  # least disagreement assumed, so that no modality's odds are infinite
 
 
-def find_communities(rows: Tensor, seed: int) -> list[list[np.ndarray]]:
-    """Cluster unit rows (N, D) into as many communities as their neighbour graph has, at every one of RESOLUTIONS.
+def find_communities(rows: Tensor, seed: int, resolutions: Sequence[float] = RESOLUTIONS) -> list[list[np.ndarray]]:
+    """Cluster unit rows (N, D) into as many communities as their neighbour graph has, at every one of the resolutions.
 
     Louvain's method (Blondel et al. 2008) on the graph of NEIGHBOURS nearest neighbours, weighted by cosine.
 
@@ -32,21 +34,21 @@ def find_communities(rows: Tensor, seed: int) -> list[list[np.ndarray]]:
     if len(rows) <= NEIGHBOURS:
         raise ValueError(f"communities need more than {NEIGHBOURS} rows, found {len(rows)}")
     graph = _neighbour_graph(rows)
-    return [[_louvain(graph, resolution, seed + offset) for offset in range(SEEDS)] for resolution in RESOLUTIONS]
+    return [[_louvain(graph, resolution, seed + offset) for offset in range(SEEDS)] for resolution in resolutions]
 
 
 def agreement_of_partitions(found: Mapping[str, list[list[np.ndarray]]], name: str) -> list[float]:
     """Return, per resolution, how well the communities of one graph are confirmed by the other graphs.
 
     The adjusted Rand index with the communities of each other graph at the resolution that fits best, its mean over the other
-    graphs and the seeds. A split or a merger that only this graph sees lowers it, so its maximum over the resolutions tells the
-    number of clusters, and over the graphs, which one sees them best.
+    graphs and the seeds; 0 for a single community, which any other confirms. A split or a merger that only this graph sees lowers
+    it, so its maximum over the resolutions tells the number of clusters, and over the graphs, which one sees them best.
 
     Args:
         found: graph -> `find_communities`, at least two graphs of the same objects; name: the one to judge.
     """
     others = [partitions for other, partitions in found.items() if other != name]
-    fit = lambda ids, seed, partitions: max(adjusted_rand_score(ids, near[seed]) for near in partitions)
+    fit = lambda ids, seed, partitions: max(adjusted_rand_score(ids, near[seed]) for near in partitions) if ids.any() else 0.0
     return [
         float(np.mean([fit(ids, seed, partitions) for seed, ids in enumerate(runs) for partitions in others])) for runs in found[name]
     ]
@@ -94,7 +96,9 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
     Args:
         rows: modality -> (N, D) unit rows; for "auto", row i of all of them is one object.
         num_clusters: K of the paper's joint k-means, then one per modality from its centres; or "auto": the communities of the
-            neighbour graph of the mean embeddings.
+            neighbour graph of the mean embeddings. Where the other graphs confirm them at no resolution, many small ones are
+            taken: modularity merges groups that are small beside the whole (Fortunato and Barthelemy 2007), and kinds that are
+            split cost step 2 less than kinds that are merged.
         trusted: with "auto", take those of one modality's own graph instead: the one that the other graphs confirm best.
         seed: of the starts.
     """
@@ -106,7 +110,12 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
     confirmed = {name: agreement_of_partitions(found, name) for name in (rows if trusted else ["mean"])}
     best = max(confirmed, key=lambda name: max(confirmed[name]))
     place = int(np.argmax(confirmed[best]))
-    ids = torch.from_numpy(found[best][place][0])
+    resolution, ids = RESOLUTIONS[place], found[best][place][0]
+    if max(confirmed[best]) < CONFIRMED:
+        finer = find_communities(graphs[best], seed, (FINE,))[0][0]
+        if len(finer) >= MEMBERS * (finer.max() + 1):
+            resolution, ids = FINE, finer
+    ids = torch.from_numpy(ids)
     members = F.one_hot(ids).float().T  # (K, N)
     centroids = {name: F.normalize(members.to(values.device) @ values, dim=1) for name, values in rows.items()}
     trials = {
@@ -116,7 +125,8 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
         for name, scores in confirmed.items()
     }
     record = {
-        "num_clusters": len(members), "method": f"Louvain communities of {best}", "resolution": RESOLUTIONS[place], "trials": trials,
+        "num_clusters": len(members), "method": f"Louvain communities of {best}" + ", over-clustered" * (resolution == FINE),
+        "resolution": resolution, "trials": trials,
     }
     return Clusters(centroids, ids, record)
 
