@@ -98,7 +98,7 @@ def write_annotation(
         session, learner: of the run; the learner's `samples` are the ones annotated.
         folder: given by the settings, or None for the run's own.
         annotation: what to write.
-        clusters: plain values on how the clusters came about, with "num_clusters"; kept in the meta files.
+        clusters: plain values on how the clusters came about, with "num_clusters" and "method"; kept in the meta files.
     """
     config, run = session.config, session.run
     if not run.writes:
@@ -121,7 +121,7 @@ def write_annotation(
         run.log(f"wrote {path}" + (f", replacing that of {replaced}" if replaced != run.run_id else ""))
     posteriors, own = ({name: rows.numpy() for name, rows in found.items()} for found in (annotation.posteriors, annotation.own))
     write_posteriors(posteriors_path(place, dataset), posteriors, own, run.run_id)
-    facts = [f"{clusters['num_clusters']} clusters"]
+    facts = [f"{clusters['num_clusters']} clusters ({clusters['method']})"]
     if annotation.agreement is not None:
         facts.append(f"the modalities agree on {annotation.agreement:.3f} of the objects")
     facts += [f"reliability of {name} {share:.3f}" for name, share in annotation.reliability.items()]

@@ -62,6 +62,7 @@ def test_one_id_for_all_modalities_and_what_it_was_decided_on(recipe):
                 assert beliefs["GrayImg"].argmax(1).tolist() == ids_of(run)
     found = read_origin(pseudo_label_path(runs[0] / "pseudo_labels", "digits", "GrayImg"))["clusters"]
     assert found["num_clusters"] == len(set(ids_of(runs[0]))) and {"resolution", "trials"} <= found.keys()
+    assert f"{found['num_clusters']} clusters ({found['method']})" in (runs[0] / "log.txt").read_text()
 
 
 def test_a_round_starts_from_the_run_before(recipe):
