@@ -1,7 +1,6 @@
 """The page of `search.py serve`: drop a file or draw, see what is like it, turn a shape around. On 127.0.0.1 alone."""
 
 import io
-import os
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +28,10 @@ PAD = {"canvas_size": (320, 320), "fixed_canvas": True, "brush": BRUSH, "transfo
 def launch(app: gr.Blocks, port: int, **options: Any) -> Any:
     """Open the page and answer until interrupted; `options` go to Gradio. The page asks nobody for fonts."""
     theme = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])
-    return app.launch(server_name="127.0.0.1", server_port=port, share=False, max_file_size="50mb", theme=theme, **options)
+    try:
+        return app.launch(server_name="127.0.0.1", server_port=port, share=False, max_file_size="50mb", theme=theme, **options)
+    except OSError as error:
+        raise UserError(f"no page on port {port} ({error}): end what uses the port, or give another with --port") from error
 
 
 class Page:
@@ -37,8 +39,6 @@ class Page:
 
     def __init__(self, searcher: Searcher, folder: Path) -> None:
         self.searcher, self.index, self.folder = searcher, searcher.index, folder
-        place = self.index.info["collection"]
-        self.collection = place if os.path.isdir(place) else os.path.dirname(place)
         self.drawable = next((name for name in searcher.model.encoders if MODALITIES[name].is_2d), None)
 
     def find(self, path: str | None, ranking: str, modality: str | None = None) -> tuple[str, list, list, list]:
@@ -50,9 +50,7 @@ class Page:
         except UserError as error:
             raise refusal(str(error).replace(path, Path(path).name)) from error
         shown = [(Image.open(io.BytesIO(row["thumbnail"])), f"{row['rank']}. {row['score']:.3f}") for row in answer.results]
-        short = lambda path: path.removeprefix(os.path.join(self.collection, ""))
-        rows = [cells(row | {"path": short(row["path"])}) for row in answer.results]
-        return verdict(answer), shown, rows, answer.plain()["results"]
+        return verdict(answer), shown, list(map(cells, answer.results)), answer.plain()["results"]
 
     def find_drawing(self, sketch: dict[str, Any] | None, ranking: str) -> tuple[str, list, list, list]:
         """As `find`, for what is on the sketch pad."""
@@ -71,7 +69,7 @@ class Page:
             return None
         target = self.folder / f"{identity(path)}.glb"
         try:
-            target.write_bytes(view_of(path))
+            target.write_bytes(view_of(path, self.index.info["up"]))
         except (UserError, OSError, ValueError) as error:
             raise refusal(f"no 3D view of {path}: {error}") from error
         return str(target)

@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from search import indexing, page
-from search.files import read_sample
 from search.model import Model
 from search.query import Searcher
 from search.store import Index, exists, writing
@@ -29,6 +28,8 @@ ARGUMENTS = (  # the commands that take it, its name, how it is parsed
     ("build", "--index", {"required": True, "help": "folder of the index, or an address of object storage"}),
     ("build", "--modality", {"choices": MODALITIES, "help": "what the collection holds; default: the run's only 3D modality"}),
     ("build", "--representation", {"choices": REPRESENTATIONS, "help": "what is compared; default: the run's eval.representation"}),
+    ("build add update query", "--up", {"choices": ("x", "y", "z"), "help": "vertical axis of shapes; default: of the index, else y in GLB "
+                                        "and GLTF, z in all others"}),
     ("build", "--no-graph", {"dest": "graph", "action": "store_false", "help": "no neighbour graph, which --ranking diffusion needs"}),
     ("build", "--set", {"dest": "overrides", "nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE",
                         "help": "where the training data lie now, e.g. data.root=DIR"}),
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _opened(arguments: argparse.Namespace) -> Searcher:
-    return Searcher(Index(arguments.index), select_device(arguments.device), arguments.run)
+    return Searcher(Index(arguments.index), select_device(arguments.device), arguments.run, getattr(arguments, "up", None))
 
 
 def _describe(arguments: argparse.Namespace) -> None:
@@ -79,14 +80,14 @@ def _describe(arguments: argparse.Namespace) -> None:
     if arguments.command == "build":
         model, collections = Model(arguments.run, select_device(arguments.device), arguments.overrides), [arguments.collection]
         if arguments.dry_run and not exists(arguments.index):
-            problems = [problem for _, problem in indexing.list_collection(arguments.collection)]
-            skipped = len(problems) - problems.count(None)
-            return print(f"would make {arguments.index} of {len(problems)} files, of which {skipped} are to be skipped")
-        asked = arguments.collection, arguments.modality, arguments.representation, arguments.graph
-        index = indexing.open_or_create(arguments.index, model, *asked)
+            usable = [problem is None for _, problem in indexing.list_collection(arguments.collection)]
+            return print(f"would make {arguments.index} of {len(usable)} files, of which {usable.count(False)} are to be skipped")
+        asked = {name: getattr(arguments, name) for name in ("modality", "representation", "graph", "up")}
+        index = indexing.open_or_create(arguments.index, model, arguments.collection, asked)
     else:
         opened, collections = _opened(arguments), arguments.collection if arguments.command == "add" else None
         index, model = opened.index, opened.model
+        indexing.check_same(index, {"up": arguments.up})
     report = indexing.synchronise(index, model, collections, arguments.dry_run)
     if arguments.command != "add" and arguments.ann and not arguments.dry_run:
         index.optimise(ann=True)
@@ -112,7 +113,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _stats(arguments: argparse.Namespace) -> None:
     index = Index(arguments.index)
-    for key in ("modality", "representation", "run", "checkpoint", "preprocessing", "collection", "graph"):
+    for key in ("modality", "representation", "run", "checkpoint", "preprocessing", "collection", "graph", "up"):
         print(f"{key}: {index.info[key]}")
     for modality, meaning in index.info["calibration"].items():
         level, kept = meaning["level"], 100 * meaning["kept"]
@@ -124,11 +125,9 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 
 def _query(arguments: argparse.Namespace) -> None:
-    opened = _opened(arguments)
-    answers = opened.search(arguments.picture, arguments.k, arguments.ranking, arguments.modality, arguments.ann)
+    answers = _opened(arguments).search(arguments.picture, arguments.k, arguments.ranking, arguments.modality, arguments.ann)
     if arguments.html:
-        pictures = [indexing.picture_of(a.query, a.modality, read_sample(a.query, a.modality, opened.model.data)) for a in answers]
-        atomic_write_text(arguments.html, page.as_html(answers, pictures))
+        atomic_write_text(arguments.html, page.as_html(answers))
         return print(f"{len(answers)} answers in {arguments.html}")
     print((page.as_json if arguments.json else page.as_csv if arguments.csv else page.as_text)(answers))
 

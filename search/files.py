@@ -3,7 +3,7 @@
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,14 +14,13 @@ from datasets.arrays import MAX_POINTS, load_images, load_points, to_unit_sphere
 from datasets.lists import SampleList, text_rows
 from datasets.mesh_faces import load_faces
 from datasets.prepare.readers.modelnet import to_z_up
-from datasets.prepare.readers.objects import is_cloud, joined, read_cloud, read_parts
+from datasets.prepare.readers.objects import FORMATS, GLTF, is_cloud, joined, read_cloud, read_parts, vertical_axis
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise, sample_surface, simplified_faces
 from utils.errors import UserError
 from utils.modalities import FACE_CHANNELS, MODALITIES
 from utils.settings.options import DataConfig
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-SHAPES = {".npy", ".pcd", ".off", ".obj", ".ply", ".stl", ".glb"}
 VIEW_POINTS, VIEW_FACES, BALL = 1024, 50_000, 0.025  # of a 3D view; the radius of its points in unit spheres
 OCTAHEDRON = np.array([[0, 1, 2], [5, 1, 0], [2, 4, 0], [0, 4, 5], [2, 1, 3], [3, 1, 5], [3, 4, 2], [5, 4, 3]])  # of +x +y +z -x -y -z
 
@@ -44,7 +43,7 @@ def list_collection(place: str) -> Iterator[tuple[str, Unusable | None]]:
     root = os.path.abspath(os.path.expanduser(place))
     if os.path.isdir(root):
         found = ((os.path.join(folder, name), root) for folder, _, names in sorted(os.walk(root)) for name in sorted(names))
-    elif Path(root).suffix.lower() in PICTURES | SHAPES:
+    elif Path(root).suffix.lower() in PICTURES | set(FORMATS):
         found = iter([(root, None)])
     elif os.path.isfile(root):
         folder = os.path.dirname(root)
@@ -66,18 +65,14 @@ def _wrong(path: str, root: str | None) -> Unusable | None:
         return Unusable("outside", f"it leads out of {root}")
     if not os.path.isfile(path):
         return Unusable("missing", "there is no such file")
-    if Path(path).suffix.lower() not in PICTURES | SHAPES:
-        return Unusable("type", f"expected one of {' '.join(sorted(PICTURES | SHAPES))}")
+    if Path(path).suffix.lower() not in PICTURES | set(FORMATS):
+        return Unusable("type", f"expected one of {' '.join(sorted(PICTURES | set(FORMATS)))}")
     return None if os.path.getsize(path) else Unusable("empty", "it has no content")
 
 
-def modality_of(path: str, modalities: tuple[str, ...], wanted: str | None = None) -> str:
-    """Return the modality as which a file is seen: the wanted one, else the first of the run's that it can be.
-
-    Raises:
-        Unusable: if no modality, or not the wanted one, can be made of such a file: a cloud has no faces, a shape no picture.
-    """
-    picture, modalities = Path(path).suffix.lower() in PICTURES, (wanted,) if wanted else modalities
+def modality_of(path: str, modalities: Sequence[str]) -> str:
+    """Return the first of some modalities as which a file can be seen; an Unusable if there is none: a shape is no picture."""
+    picture = Path(path).suffix.lower() in PICTURES
     fitting = [name for name in modalities if MODALITIES[name].is_2d == picture]
     if not fitting:
         raise Unusable("type", f"a {'picture' if picture else 'shape'} is no {' or '.join(modalities)}")
@@ -86,17 +81,18 @@ def modality_of(path: str, modalities: tuple[str, ...], wanted: str | None = Non
     return fitting[0]
 
 
-def read_sample(path: str, modality: str, data: DataConfig) -> np.ndarray:
+def read_sample(path: str, modality: str, data: DataConfig, up: str | None = None) -> np.ndarray:
     """Read one file as evaluation reads it, by the loaders of `datasets`: (1, 3, S, S), (1, P, 3) or (1, F, 18), as `PairedSamples`.
 
-    Clouds of fewer points than evaluation takes and meshes of fewer faces than `data.max_faces` repeat theirs.
+    Clouds of fewer points than evaluation takes and meshes of fewer faces than `data.max_faces` repeat theirs. `up` is the vertical
+    axis of shapes, see `vertical_axis`.
 
     Raises:
         Unusable: if there is no such file, or it cannot be read as this modality.
     """
     if problem := _wrong(path, None):
         raise problem
-    modality_of(path, (modality,))
+    modality_of(path, [modality])
     kind, found = MODALITIES[modality].kind, re.search(data.instance_id, Path(path).stem)
     with TemporaryDirectory() as folder:
         file = Path(path) if kind == "image" else Path(folder) / "shape.npy"  # the loaders read .npy files alone
@@ -104,7 +100,7 @@ def read_sample(path: str, modality: str, data: DataConfig) -> np.ndarray:
         try:
             if kind == "image":
                 return load_images(rows, data.image_resize)
-            np.save(file, _prepared(path, kind, data.max_faces))
+            np.save(file, _prepared(path, kind, data.max_faces, up))
             (array,) = load_faces(rows, data.max_faces) if kind == "mesh" else load_points(rows, max(MAX_POINTS, data.num_points))
         except Unusable:
             raise
@@ -114,9 +110,9 @@ def read_sample(path: str, modality: str, data: DataConfig) -> np.ndarray:
     return array[np.arange(count) % len(array)][None]
 
 
-def _prepared(path: str, kind: str, max_faces: int) -> np.ndarray:
+def _prepared(path: str, kind: str, max_faces: int, up: str | None) -> np.ndarray:
     """Return the array that the file of a prepared data set would hold of this shape."""
-    vertices, triangles = read_shape(path)
+    vertices, triangles = read_shape(path, up)
     if triangles is None and kind == "mesh":
         raise Unusable("type", "a cloud of points is no mesh")
     if triangles is None:
@@ -130,45 +126,40 @@ def _prepared(path: str, kind: str, max_faces: int) -> np.ndarray:
     return sample_surface(vertices, triangles, MAX_POINTS, seed=zlib.crc32(Path(path).stem.encode()))
 
 
-def read_shape(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+def read_shape(path: str, up: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the points (n, 3) of a cloud, or vertices (V, 3) and triangles (T, 3) of a mesh, z up; an Unusable says why it is neither.
 
-    Nothing is ever unpickled. GLB files are y up, as their standard says, all others are taken as they are.
+    Nothing is ever unpickled. `up` is the vertical axis of the file, see `vertical_axis`; arrays of faces are z up, as they were prepared.
     """
-    points, triangles = _stored_shape(path)
-    return (to_z_up(points, "y") if path.lower().endswith(".glb") else points), triangles
-
-
-def _stored_shape(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    file, suffix = Path(path), Path(path).suffix.lower()
     try:
-        if suffix == ".npy":
-            array = np.load(file, allow_pickle=False)
-            if array.ndim != 2 or array.dtype.kind not in "fiu" or array.shape[1] not in (3, FACE_CHANNELS):
-                raise MeshError(f"expected numbers of shape (n, 3) or (F, {FACE_CHANNELS}), found {array.dtype} {array.shape}")
-            if array.shape[1] == 3:
-                return array, None
-            corners = array[:, None, :3] + array[:, 3:12].reshape(-1, 3, 3)
-            return corners.reshape(-1, 3), np.arange(3 * len(array)).reshape(-1, 3)
-        if is_cloud(file, file.read_bytes()):
-            return read_cloud(file)[0], None
-        try:
-            return joined(read_parts(file, texture=False))
-        except MeshError:
-            with suppress(Exception):  # a GLB file of points alone
-                if suffix == ".glb":
-                    return read_cloud(file)[0], None
-            raise
+        return _stored_shape(Path(path), vertical_axis(path, up))
     except (MeshError, UserError) as error:
         raise Unusable("unreadable", str(error)) from error
     except Exception as error:  # libraries raise anything on a damaged file
-        raise Unusable("unreadable", f"not a readable {suffix} file: {error}") from error
+        raise Unusable("unreadable", f"not a readable {Path(path).suffix.lower()} file: {error}") from error
 
 
-def view_of(path: str) -> bytes:
+def _stored_shape(file: Path, up: str) -> tuple[np.ndarray, np.ndarray | None]:
+    suffix = file.suffix.lower()
+    if suffix == ".npy" and (faces := np.load(file, allow_pickle=False)).shape[1:] == (FACE_CHANNELS,):
+        corners = faces[:, None, :3] + faces[:, 3:12].reshape(-1, 3, 3)
+        return corners.reshape(-1, 3), np.arange(3 * len(faces)).reshape(-1, 3)
+    if is_cloud(file, file.read_bytes()):
+        return to_z_up(read_cloud(file)[0], up), None
+    try:
+        vertices, triangles = joined(read_parts(file, texture=False))
+    except MeshError:
+        with suppress(Exception):  # points alone
+            if suffix in GLTF:
+                return to_z_up(read_cloud(file)[0], up), None
+        raise
+    return to_z_up(vertices, up), triangles
+
+
+def view_of(path: str, up: str | None = None) -> bytes:
     """Return a small GLB of a shape, z up: its mesh, or its points (at most `VIEW_POINTS`) as small octahedra."""
     import trimesh
-    vertices, triangles = read_shape(path)
+    vertices, triangles = read_shape(path, up)
     if triangles is not None and len(triangles) > VIEW_FACES:
         vertices, triangles = sample_surface(vertices, triangles, VIEW_POINTS, seed=0), None
     vertices = to_unit_sphere(vertices.astype(np.float64), vertices.mean(axis=0, dtype=np.float64))

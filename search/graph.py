@@ -1,7 +1,5 @@
 """The neighbour graph that `--ranking diffusion` needs, kept with the index: only what a change touches is worked out anew."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
@@ -16,38 +14,28 @@ BLOCK = 1024  # items whose neighbours are looked up at once
 def update_graph(index: Index) -> None:
     """Bring the graph in line with the items; after a kill, calling it again does.
 
-    An item is looked up in full if it is new or changed, or one of its neighbours is new, changed or gone. To the lists of all
-    others, items that are new or changed are added where they are near enough. All changed lists are written in one step.
+    An item is looked up anew if it is new or changed, if one of its neighbours is new, changed or gone, or if a new or changed item is
+    nearer than its last neighbour. All changed lists are written in one step.
     """
     ids, vectors = index.matrix()
     gallery, known = torch.tensor(vectors, dtype=torch.float64), index.hashes(index.items)
     rows = {row["id"]: row for row in index.columns(index.graph, "id", "sha256", "neighbours", "similarities").to_pylist()}
     old = {number: row for number, row in rows.items() if known.get(number) == row["sha256"]}
     complete = lambda row: len(row["neighbours"]) >= min(NEIGHBOURS, len(ids) - 1) and old.keys() >= set(row["neighbours"])
+    fresh = np.array([number not in old for number in ids.tolist()], dtype=bool)
     kept = np.array([number in old and complete(old[number]) for number in ids.tolist()], dtype=bool)
+    if kept.any() and fresh.any():
+        last = np.array([old[number]["similarities"][-1] for number in ids[kept].tolist()])
+        kept[kept] = nearest(gallery[kept], gallery[fresh], 1)[1][:, 0].numpy() <= last
     again, changed = np.flatnonzero(~kept), []
     for block in progress(np.array_split(again, len(again) // BLOCK + 1), len(again) // BLOCK + 1, "neighbours"):
         if len(block):
             columns, similarities = nearest(gallery[block], gallery, NEIGHBOURS, torch.from_numpy(block))
             changed += zip(ids[block].tolist(), ids[columns.numpy()].tolist(), similarities.tolist())
-    fresh = np.array([number not in old for number in ids.tolist()], dtype=bool)
-    if fresh.any() and kept.any():
-        changed += _entered([old[number] for number in ids[kept].tolist()], gallery[kept], ids[fresh], gallery[fresh])
     numbers, neighbours, similarities = zip(*changed) if changed else ([], [], [])
     hashes = [known[number] for number in numbers]
     index.put(index.graph, {"id": numbers, "sha256": hashes, "neighbours": neighbours, "similarities": similarities})
     index.delete(index.graph, rows.keys() - known.keys())
-
-
-def _entered(rows: list[dict], vectors: torch.Tensor, ids: np.ndarray, fresh: torch.Tensor) -> Iterator[tuple[int, list, list]]:
-    """Yield id, neighbours and similarities of the rows whose lists one of the fresh items enters; all lists are equally long."""
-    columns, similarities = nearest(vectors, fresh, NEIGHBOURS)
-    near = torch.tensor([row["similarities"] for row in rows], dtype=torch.float64)
-    best = torch.cat([near, similarities], dim=1).topk(near.shape[1])
-    names = np.concatenate([[row["neighbours"] for row in rows], ids[columns.numpy()]], axis=1)
-    names = np.take_along_axis(names, best.indices.numpy(), axis=1)
-    for row in torch.nonzero(similarities[:, 0] > near[:, -1]).flatten().tolist():
-        yield rows[row]["id"], names[row].tolist(), best.values[row].tolist()
 
 
 def graph_problem(index: Index) -> str | None:

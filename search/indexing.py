@@ -21,57 +21,70 @@ from utils.modalities import MODALITIES
 
 BATCH = 256  # files described and stored at once, as many as the encoders of evaluation see
 THUMBNAIL = 96  # pixels
+REPAIRABLE = ("empty", "type", "unreadable")  # codes of `Unusable` that another content of the file may end
 
 
-def open_or_create(place: str, model: Model, collection: str, modality: str | None, representation: str | None, graph: bool) -> Index:
-    """Return the index of this model at a place; a UserError if what is there was made otherwise."""
+def open_or_create(place: str, model: Model, collection: str, asked: dict[str, Any]) -> Index:
+    """Return the index of this model at a place, and check what is there as `check_same` does.
+
+    Args:
+        asked: "modality", "representation", "graph" and "up" as given by the user; None where nothing is.
+    """
     if exists(place):
         index = Index(place)
         model.check(index.info, place)
-        asked = {"modality": modality, "representation": representation, "graph": graph}
-        wrong = [f"{key} {index.info[key]}" for key, value in asked.items() if value not in (None, index.info[key])]
-        if wrong:
-            raise UserError(f"{place} was built with {', '.join(wrong)}: leave these options as they were, or give a new --index")
+        check_same(index, asked)
         return index
-    fitting = [modality] if modality else [name for name in model.encoders if not MODALITIES[name].is_2d]
+    fitting = [asked["modality"]] if asked["modality"] else [name for name in model.encoders if not MODALITIES[name].is_2d]
     if len(fitting) != 1 or fitting[0] not in model.encoders:
         raise UserError(f"say with --modality what the collection holds: one of {', '.join(model.encoders)}")
-    representation = representation or model.scores.representation
-    vectors = {"vector": model.widths[representation], "embedding": model.widths["embedding"]}
-    if representation == "embedding":
-        del vectors["embedding"]
-    return Index.create(place, {
-        **model.identity, "collection": os.path.abspath(collection), "modality": fitting[0], "representation": representation,
-        "graph": graph, "calibration": model.calibrate(fitting[0]),
-    }, vectors)
+    next(list_collection(collection), None)  # refuses one that does not exist
+    chosen = {**asked, "modality": fitting[0], "representation": asked["representation"] or model.scores.representation}
+    vectors = {"vector": model.widths[chosen["representation"]]}
+    if chosen["representation"] != "embedding":
+        vectors["embedding"] = model.widths["embedding"]
+    facts = {**model.identity, "collection": os.path.abspath(collection), **chosen, "calibration": model.calibrate(fitting[0])}
+    return Index.create(place, facts, vectors)
+
+
+def check_same(index: Index, asked: dict[str, Any]) -> None:
+    """Raise a UserError where an option that is given (not None) differs from what the index was built with."""
+    wrong = [f"{key} {index.info[key]}" for key, value in asked.items() if value not in (None, index.info[key])]
+    if wrong:
+        raise UserError(f"{index.place} was built with {', '.join(wrong)}: leave these options as they were, or build another index")
 
 
 def synchronise(index: Index, model: Model, collections: Iterable[str] | None, dry_run: bool = False) -> dict[str, Any]:
     """Describe the files of collections that the index does not hold with their present content.
 
     Args:
-        collections: see `list_collection`; None stands for the items of the index, of which those without a file are dropped.
+        collections: see `list_collection`; None stands for the items of the index and the files that could not be described, of which
+            those without a file are dropped.
     Returns:
         Lists of paths "new", "changed", "unchanged" and "gone", and "skipped": path -> Unusable. What cannot be described is listed
         in the index, and no longer found if it could be before.
     """
     known, digests, skipped = index.hashes(index.items, "path"), {}, {}
-    gone = [path for path in known if collections is None and not os.path.isfile(path)]
     if collections is None:
-        listed = dict.fromkeys(known.keys() - set(gone))
+        rows = index.columns(index.skipped, "path", "code").to_pylist()
+        kept = [*known, *(row["path"] for row in rows if row["code"] in REPAIRABLE)]
+        listed = {path: None for path in kept if os.path.isfile(path)}
+        gone = [path for path in kept if path not in listed]
     else:
-        listed = dict(entry for place in collections for entry in list_collection(place))
+        listed = dict(entry for place in collections for entry in list_collection(place) if not _below(entry[0], index.place))
+        gone = []
     for path, problem in progress(listed.items(), len(listed), "files compared"):
         try:
             if problem:
                 raise problem
-            modality_of(path, (index.info["modality"],))
+            modality_of(path, [index.info["modality"]])
             digests[path] = file_hash(path)
         except (Unusable, OSError) as error:
             skipped[path] = error if isinstance(error, Unusable) else Unusable("unreadable", str(error))
     todo = [path for path, digest in digests.items() if known.get(path) != digest]
     if not dry_run:
-        index.delete(index.items, map(identity, gone))
+        for table in (index.items, index.skipped):
+            index.delete(table, map(identity, gone))
         batches = [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]
         for batch in progress(batches, len(batches), f"batches of {BATCH} files described"):
             skipped |= _describe(index, model, {path: digests[path] for path in batch})
@@ -89,7 +102,7 @@ def _describe(index: Index, model: Model, digests: dict[str, str]) -> dict[str, 
     modality, samples, thumbnails, failed = index.info["modality"], {}, [], {}
     for path in digests:
         try:
-            sample = read_sample(path, modality, model.data)
+            sample = read_sample(path, modality, model.data, index.info["up"])
             thumbnails.append(picture_of(path, modality, sample))
             samples[path] = sample
         except Unusable as error:
@@ -125,14 +138,19 @@ def picture_of(path: str, modality: str, sample: np.ndarray) -> bytes:
 
 def remove(index: Index, places: Iterable[str], dry_run: bool = False) -> list[str]:
     """Drop files, or all files below folders, from the index; return the paths of what was there."""
-    roots = [os.path.abspath(os.path.expanduser(place)) for place in places]
-    inside = lambda path: any(path == root or path.startswith(os.path.join(root, "")) for root in roots)
-    found = [[path for path in index.columns(table, "path")["path"].to_pylist() if inside(path)] for table in (index.items, index.skipped)]
+    tables, places = (index.items, index.skipped), list(places)
+    listed = [index.columns(table, "path")["path"].to_pylist() for table in tables]
+    found = [[path for path in paths if any(_below(path, place) for place in places)] for paths in listed]
     if not dry_run:
-        for table, paths in zip((index.items, index.skipped), found):
+        for table, paths in zip(tables, found):
             index.delete(table, map(identity, paths))
         _finish(index)
     return found[0]
+
+
+def _below(path: str, place: str) -> bool:
+    root = os.path.abspath(os.path.expanduser(place))
+    return path == root or path.startswith(os.path.join(root, ""))
 
 
 def _finish(index: Index) -> None:

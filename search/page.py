@@ -33,12 +33,12 @@ def as_csv(answers: Sequence[Answer]) -> str:
     return stream.getvalue().rstrip("\n")
 
 
-def as_html(answers: Sequence[Answer], queries: Sequence[bytes]) -> str:
-    """Return a page; `queries` are PNGs of what was asked for."""
+def as_html(answers: Sequence[Answer]) -> str:
+    """Return a page."""
     parts = [f"<!doctype html><meta charset=utf-8><title>Search</title><style>{STYLE}</style>"]
-    for answer, picture in zip(answers, queries, strict=True):
+    for answer in answers:
         parts.append(f"<h2 class={'nothing' if answer.nothing else 'found'}>{html.escape(_title(answer))}</h2>")
-        parts.append(_figure(picture, "query", "") + "<hr>")
+        parts.append(_figure(answer.picture, "query", "") + "<hr>")
         for row in answer.results:
             text = f"{row['rank']}. score {row['score']:.3f}, cosine {row['cosine']:.3f}"
             parts.append(_figure(row["thumbnail"], f"{text}, nearer than {100 * row['farther']:.1f} % of random pairs", row["path"]))

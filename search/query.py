@@ -8,6 +8,7 @@ import torch
 
 from search.files import modality_of, read_sample
 from search.graph import diffusion
+from search.indexing import picture_of
 from search.model import Model
 from search.store import Index, best_first
 from utils.errors import UserError
@@ -18,6 +19,7 @@ class Answer:
     """What was found for the file `query`, seen as `modality`.
 
     Attributes:
+        picture: PNG of the query.
         results: dictionaries of rank, path, score (of the ranking), cosine, farther (share 0..1 of random pairs that are farther
             apart) and thumbnail (PNG), best first.
         nothing: the best cosine does not reach `level`, below which unrelated queries stay, so these are no matches.
@@ -25,6 +27,7 @@ class Answer:
 
     query: str
     modality: str
+    picture: bytes
     results: list[dict[str, Any]]
     nothing: bool
     level: float
@@ -36,9 +39,13 @@ class Answer:
 
 
 class Searcher:
-    """An index and the model that made it, in the folder `run` if that is no longer where the index says; refuses another model."""
+    """An index and the model that made it, in the folder `run` if that is no longer where the index says; refuses another model.
 
-    def __init__(self, index: Index, device: torch.device, run: str | None = None) -> None:
+    `up` is the vertical axis of shapes that are asked for, by default that of the collection.
+    """
+
+    def __init__(self, index: Index, device: torch.device, run: str | None = None, up: str | None = None) -> None:
+        self.up = up or index.info["up"]
         self.index, self.model = index, Model(run or index.info["run"], device)
         self.model.check(index.info, index.place)
         self._graph = None, None  # versions of the index and its `diffusion`
@@ -49,14 +56,19 @@ class Searcher:
         """Answer one query per file: its `count` best items, by similarity or by diffusion over the stored neighbour graph."""
         if not len(self.index):
             raise UserError(f"{self.index.place} holds no item: add some with python search.py add {self.index.place} DIR")
+        if count < 1:
+            raise UserError(f"-k must be at least 1, found {count}")
+        if modality and modality not in self.model.encoders:
+            raise UserError(f"queries may be of {' or '.join(self.model.encoders)}, which the run has learned, found --as {modality}")
         if ann and not (ranking == "plain" and self.index.has_ann):
             raise UserError(f"--ann needs --ranking plain and an ANN index: python search.py update {self.index.place} --ann")
         return [self._answer(path, count, ranking, modality, ann) for path in paths]
 
     def _answer(self, path: str, count: int, ranking: str, wanted: str | None, ann: bool) -> Answer:
         try:
-            modality = modality_of(path, tuple(self.model.encoders), wanted)
-            features = self.model.describe(modality, [read_sample(path, modality, self.model.data)])
+            modality = modality_of(path, [wanted] if wanted else list(self.model.encoders))
+            sample = read_sample(path, modality, self.model.data, self.up)
+            features = self.model.describe(modality, [sample])
         except UserError as error:
             raise UserError(f"{path} is no query: {error}") from error
         query = features.represent(self.index.info["representation"])
@@ -79,4 +91,4 @@ class Searcher:
             {"rank": rank, "path": row["path"], "score": score, "cosine": cosine, "farther": share, "thumbnail": row["thumbnail"]}
             for rank, (row, score, cosine, share) in enumerate(zip(rows, scores.tolist(), cosines.tolist(), farther.tolist()), start=1)
         ]
-        return Answer(path, modality, results, bool(cosines.max() < meaning["level"]), meaning["level"])
+        return Answer(path, modality, picture_of(path, modality, sample), results, bool(cosines.max() < meaning["level"]), meaning["level"])

@@ -7,9 +7,10 @@ JSON object on the model that described them. Ids are hashes of paths: nothing s
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ finally:
     if _ours is not None:
         sys.modules["datasets"] = _ours
 
-FORMAT = 1
+FORMAT = 2
 LOCK = "lock"
 SPARE = 64  # items fetched beyond those wanted, to be ordered in double precision
 MARGIN = 1e-5  # more than single precision misplaces a dot product of two vectors of norm at most 1
@@ -44,6 +45,22 @@ def identity(path: str) -> int:
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") >> 1
 
 
+def _told(method: Callable) -> Callable:
+    """Turn what LanceDB raises on a damaged index, or where it cannot write, into one message."""
+    @wraps(method)
+    def told(self: "Index", *given: Any, **named: Any) -> Any:
+        try:
+            return method(self, *given, **named)
+        except UserError:
+            raise
+        except (RuntimeError, OSError, ValueError, LookupError) as error:
+            raise UserError(
+                f"{self.place} cannot be read or written, or is damaged ({' '.join(str(error).split())[:200]}): repeat the command, or "
+                f"delete the index and make it anew with python search.py build --run RUN --collection DIR --index {self.place}"
+            ) from error
+    return told
+
+
 class Index:
     """An existing index.
 
@@ -53,14 +70,14 @@ class Index:
         UserError: if there is none, or it is damaged or of another format.
     """
 
+    @_told
     def __init__(self, place: str) -> None:
         self.place = place
         if not exists(place):
             raise UserError(f"no index at {place}: make one with python search.py build --run RUN --collection DIR --index {place}")
-        with self._readable():
-            tables = lancedb.connect(place, read_consistency_interval=timedelta(0))  # a server sees what others change
-            self.items, self.skipped, self.graph, info = map(tables.open_table, ("items", "skipped", "graph", "info"))
-            self.info = json.loads(info.search().to_list()[0]["text"])
+        tables = lancedb.connect(place, read_consistency_interval=timedelta(0))  # a server sees what others change
+        self.items, self.skipped, self.graph, info = map(tables.open_table, ("items", "skipped", "graph", "info"))
+        self.info = json.loads(info.search().to_list()[0]["text"])
         if self.info["format"] != FORMAT:
             raise UserError(f"{place} has index format {self.info['format']!r}, this code reads {FORMAT}: use the matching version")
 
@@ -85,6 +102,7 @@ class Index:
         tables.create_table("info", [{"text": json.dumps({"format": FORMAT, **info})}])  # last: marks an index
         return cls(place)
 
+    @_told
     def __len__(self) -> int:
         return self.items.count_rows()
 
@@ -93,16 +111,17 @@ class Index:
         rows = self.columns(table, key, "sha256")
         return dict(zip(rows[key].to_pylist(), rows["sha256"].to_pylist()))
 
+    @_told
     def columns(self, table: Any, *names: str) -> pa.Table:
         """Return whole columns of one of the tables."""
-        with self._readable():
-            return table.search().select(list(names)).to_arrow()
+        return table.search().select(list(names)).to_arrow()
 
     def matrix(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids (N,) of all items in ascending order and their vectors (N, D) float32."""
         rows = self.columns(self.items, "id", "vector").sort_by("id")
         return rows["id"].to_numpy(), vectors_of(rows["vector"])
 
+    @_told
     def put(self, table: Any, columns: Mapping[str, Sequence]) -> None:
         """Insert rows or replace those with the same id, in one step; ids are those of the column "path" if it is given."""
         if "path" in columns:
@@ -111,17 +130,19 @@ class Index:
             rows = pa.table([pa.array(list(columns[field.name]), field.type) for field in table.schema], schema=table.schema)
             table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
+    @_told
     def delete(self, table: Any, ids: Iterable[int]) -> None:
         """Remove the rows of these ids, a thousand in one step; absent ones do not matter."""
         for condition in _conditions(ids):
             table.delete(condition)
 
+    @_told
     def rows(self, ids: Iterable[int], *names: str) -> dict[int, dict[str, Any]]:
         """Return id -> columns of some items; absent ones are left out."""
-        with self._readable():
-            parts = [self.items.search().where(condition).select(["id", *names]).to_list() for condition in _conditions(ids)]
+        parts = [self.items.search().where(condition).select(["id", *names]).to_list() for condition in _conditions(ids)]
         return {row["id"]: row for part in parts for row in part}
 
+    @_told
     def nearest(self, query: np.ndarray, count: int, ann: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and scores float64 of the items with the largest dot products with a query (D,), best first, ties by id.
 
@@ -131,14 +152,14 @@ class Index:
         while True:
             search = self.items.search(query.astype(np.float32), vector_column_name="vector").distance_type("dot").limit(fetch)
             search = search.nprobes(64).refine_factor(4) if ann else search.bypass_vector_index()
-            with self._readable():
-                rows = search.select(["id", "vector", "_distance"]).to_arrow()
+            rows = search.select(["id", "vector", "_distance"]).to_arrow()
             ids, scores = rows["id"].to_numpy(), vectors_of(rows["vector"]).astype(np.float64) @ query.astype(np.float64)
             order = best_first(ids, scores)[:count]
             if ann or len(ids) < fetch or scores[order[-1]] > 1 - rows["_distance"][-1].as_py() + MARGIN:
                 return ids[order], scores[order]
             fetch *= 4
 
+    @_told
     def optimise(self, ann: bool = False) -> None:
         """Join the pieces that many small changes leave; with `ann`, make the ANN index too. Readers are not disturbed."""
         if ann and len(self) < SMALLEST_ANN:
@@ -152,17 +173,6 @@ class Index:
     def has_ann(self) -> bool:
         """Whether an ANN index was made."""
         return bool(self.items.list_indices())
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, OSError, ValueError, LookupError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{self.place} is damaged ({reason}): delete it and make it anew with python search.py build --run RUN "
-                f"--collection DIR --index {self.place}"
-            ) from error
 
 
 def exists(place: str) -> bool:
@@ -182,7 +192,8 @@ def writing(place: str, new: bool) -> AbstractContextManager:
 
 
 def _refuse_other_files(place: str) -> None:
-    here = Path(place).iterdir() if "://" not in place and Path(place).exists() else ()
+    folder = Path(place)
+    here = () if "://" in place or not folder.exists() else folder.iterdir() if folder.is_dir() else [folder]
     if [path for path in here if path.suffix != ".lance" and path.name != LOCK]:
         raise UserError(f"{place} holds other files: give an empty or new folder for the index")
 

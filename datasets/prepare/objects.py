@@ -18,7 +18,18 @@ import yaml
 from datasets.prepare.ownership import package_versions, read_journal
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.modelnet import to_z_up
-from datasets.prepare.readers.objects import FORMATS, Item, joined, read_cloud, read_folder, read_npz, read_npz_parts, read_parts
+from datasets.prepare.readers.objects import (
+    FORMATS,
+    GLTF,
+    Item,
+    joined,
+    read_cloud,
+    read_folder,
+    read_npz,
+    read_npz_parts,
+    read_parts,
+    vertical_axis,
+)
 from datasets.prepare.recipe import MESH_SIZE, SPLAT_SIZE, Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh, thinned
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise
 from datasets.prepare.shapes.render import probe_renderer
@@ -28,7 +39,6 @@ from utils.errors import UserError
 from utils.settings.options import DataConfig
 
 UNITS = {"mm": 0.001, "cm": 0.01, "in": 0.0254, "m": 1.0}
-GLTF = (".glb", ".gltf")  # by their standard in metres and y up
 MESH_PACKAGES = ("fast-simplification", "pyvista", "trimesh", "vtk")
 NPZ_CLASS_SIZE = 10
 MARK = "# Written by datasets.prepare_objects"
@@ -76,18 +86,17 @@ def make_object(
 
 def _from_cloud(recipe: ObjectRecipe, _: None, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
     points, dropped = read_cloud(Path(task.member))
-    cloud = thinned(normalise(to_z_up(points, recipe.up or "z")), recipe, task.name).astype(np.float32)
+    cloud = thinned(normalise(to_z_up(points, vertical_axis(task.member, recipe.up))), recipe, task.name).astype(np.float32)
     return modalities_of_cloud(recipe, cloud), {"dropped_points": dropped, "size": _size(points, recipe.unit)}
 
 
 def _from_mesh(recipe: ObjectRecipe, archive: Path | None, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
-    gltf = task.member.lower().endswith(GLTF)
     parts = read_npz_parts(archive, int(task.member)) if archive else read_parts(Path(task.member), recipe.texture)
-    parts = [(to_z_up(vertices, recipe.up or ("y" if gltf else "z")), *rest) for vertices, *rest in parts]
+    parts = [(to_z_up(vertices, vertical_axis(task.member, recipe.up)), *rest) for vertices, *rest in parts]
     vertices, triangles = clean_mesh(*joined(parts))
     painted = parts if any(look is not None for *_, look in parts) else ()
     arrays, facts = modalities_of_mesh(recipe, vertices, triangles, task.name, parts=painted)
-    return arrays, {**facts, "size": _size(vertices, "m" if gltf else recipe.unit)}
+    return arrays, {**facts, "size": _size(vertices, "m" if task.member.lower().endswith(GLTF) else recipe.unit)}
 
 
 def _size(points: np.ndarray, unit: str | None) -> float:

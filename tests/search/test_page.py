@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 from importlib.util import find_spec
 
 import numpy as np
@@ -17,6 +18,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 from search import app  # noqa: E402
 from search.query import Searcher  # noqa: E402
 from search.store import identity  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 
 CHROMIUM = shutil.which("chromium")
 
@@ -49,6 +51,11 @@ def test_a_bad_file_an_empty_pad_and_a_foreign_path_are_refused(page, root, tmp_
     assert chosen("/etc/passwd") is None and chosen(root / ".." / "secret.npy") is None
     item = next((root / "test" / "point_cloud").iterdir())
     assert chosen(item).endswith(f"{identity(str(item))}.glb")
+
+
+def test_a_port_in_use_is_one_message(page):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="give another with --port"):
+        app.launch(page[0], taken.getsockname()[1], prevent_thread_lock=True, quiet=True)
 
 
 @pytest.mark.skipif(CHROMIUM is None or find_spec("playwright") is None, reason="needs playwright and Chromium")

@@ -123,10 +123,10 @@ def test_only_what_changed_is_described(run, root, tmp_path, monkeypatch, capsys
     extra = folder / names[-1]
     kept = extra.read_bytes()
     extra.unlink()
-    index, counted = build(run, tmp_path / "index", folder), described(monkeypatch)
+    index, counted = build(run, folder / "index", folder), described(monkeypatch)
     before = rows_of(index)
-    build(run, tmp_path / "index", folder)
-    assert counted == []
+    build(run, folder / "index", folder)
+    assert counted == [] and index.skipped.count_rows() == 0  # an index inside of its collection is no part of it
     extra.write_bytes(kept)
     np.save(folder / names[0], np.load(folder / names[0])[::-1] * [1, 2, 3])
     (folder / names[1]).unlink()
@@ -157,17 +157,35 @@ def test_only_what_changed_is_described(run, root, tmp_path, monkeypatch, capsys
         Searcher(index, CPU).search([str(extra)])
 
 
+def test_an_update_describes_what_was_repaired_and_forgets_what_is_gone(run, root, tmp_path):
+    folder = tmp_path / "shapes"
+    shutil.copytree(root / "test" / "point_cloud", folder)
+    first, second = sorted(folder.iterdir())[:2]
+    kept = first.read_bytes()
+    first.write_bytes(b"no cloud"), second.write_bytes(b"")
+    index = build(run, tmp_path / "index", folder)
+    listed = lambda: index.columns(index.skipped, "path")["path"].to_pylist()
+    assert sorted(listed()) == [str(first), str(second)]
+    first.write_bytes(kept)
+    commands.main(["update", index.place])
+    assert str(first) in rows_of(index) and listed() == [str(second)]
+    second.unlink()
+    commands.main(["update", index.place])
+    assert listed() == indexing.problems(index) == []
+
+
 KILLING = """
-import os, signal, sys
+import os, signal, sys, threading, time
 from search import commands, store
-calls, stop = [], int(sys.argv.pop(1))
+calls, stop, delay = [], int(sys.argv.pop(1)), float(sys.argv.pop(1))
 def counting(name):
     original = getattr(store.Index, name)
     def counted(self, *given):
-        original(self, *given)
         calls.append(name)
         if len(calls) == stop:
-            os.kill(os.getpid(), signal.SIGKILL)
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        original(self, *given)
+        time.sleep(60 * (len(calls) >= stop))
     setattr(store.Index, name, counted)
 counting("put"), counting("delete")
 import search.indexing
@@ -176,19 +194,20 @@ commands.main(sys.argv[1:])
 """
 
 
-def test_a_killed_build_add_or_remove_is_finished_by_the_same_command(run, root, tmp_path, monkeypatch, capsys):
+def test_a_build_add_or_remove_killed_in_or_after_a_write_is_finished_by_the_same_command(run, root, tmp_path, monkeypatch):
     index, folder = str(tmp_path / "index"), root / "test" / "point_cloud"
     names = sorted(map(str, folder.iterdir()))
     listing = tmp_path / "list.txt"
     listing.write_text("\n".join(names[:12]))
     monkeypatch.setattr(indexing, "BATCH", 5)
-    for stop, command, expected in (
-        (3, ["build", "--run", str(run), "--collection", str(listing), "--index", index], names[:12]),
-        (2, ["add", index, str(folder)], names), (1, ["remove", index, *names[:3]], names[3:]),
+    for kills, command, expected in (  # the number of the write, and seconds after its beginning; the repeat of a killed build is killed too
+        ([(2, 0.003), (3, 0.5)], ["build", "--run", str(run), "--collection", str(listing), "--index", index], names[:12]),
+        ([(2, 0.001)], ["add", index, str(folder)], names), ([(1, 0.002)], ["remove", index, *names[:3]], names[3:]),
     ):
-        program = [sys.executable, "-c", KILLING, str(stop), *command]
-        killed = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        for stop, delay in kills:
+            program = [sys.executable, "-c", KILLING, str(stop), str(delay), *command]
+            killed = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            assert killed.returncode == -signal.SIGKILL, killed.stderr
         commands.main(command)
         rows = Index(index).columns(Index(index).items, "path")["path"].to_pylist()
         assert sorted(rows) == expected and indexing.problems(Index(index)) == []
@@ -278,6 +297,19 @@ def test_hostile_queries_are_one_message(built, tmp_path, name):
     assert not (tmp_path / "unpickled").exists()
 
 
+def test_impossible_options_and_places_are_refused(run, built, root, tmp_path):
+    picture, searcher = str(next((root / "test" / "gray_imgs").iterdir())), Searcher(Index(str(built)), CPU)
+    for options, words in (({"count": 0}, "-k must be at least 1"), ({"modality": "RGBImg"}, "GrayImg or PointCloud.* found --as RGBImg")):
+        with pytest.raises(UserError, match=words):
+            searcher.search([picture], **options)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        build(run, tmp_path / "file", clouds(root))
+    with pytest.raises(UserError, match="nothing does not exist"):
+        build(run, tmp_path / "index", tmp_path / "nothing")
+    assert not store.exists(str(tmp_path / "index"))
+
+
 def test_one_picture_in_any_dress_is_one_query(run, root, tmp_path):
     data = Model(str(run), CPU).data
     source = Image.open(next((root / "test" / "gray_imgs").iterdir())).convert("L")
@@ -361,8 +393,8 @@ def test_answers_as_json_csv_and_one_offline_page(built, root, tmp_path, capsys)
     text = (tmp_path / "out.html").read_text()
     assert text.count("data:image/png;base64,") == 2 * 4 and "http" not in text and "src=" in text
     rows = [{"rank": 1, "path": "/a/<script>\x1b[2J.off", "score": 1.0, "cosine": 1.0, "farther": 1.0, "thumbnail": b"x"}]
-    evil = Answer("<img>\n.png", "GrayImg", rows, False, 0.5)
-    assert "<script>" not in page.as_html([evil], [b""]) and "<img>" not in page.as_html([evil], [b""])
+    evil = Answer("<img>\n.png", "GrayImg", b"", rows, False, 0.5)
+    assert "<script>" not in page.as_html([evil]) and "<img>" not in page.as_html([evil])
     assert "\x1b" not in page.as_text([evil]) and page.as_text([evil]).count("\n") == 2
 
 
@@ -372,6 +404,26 @@ def y_up(points):
 
 
 TETRAHEDRON = "OFF\n4 4 0\n0 0 0\n1 0 0\n0 1 0\n0 0 2\n3 0 2 1\n3 0 1 3\n3 0 3 2\n3 1 2 3\n"
+
+
+def test_the_vertical_axis_is_that_of_the_index_and_need_not_be_repeated(run, tmp_path):
+    pytest.importorskip("trimesh", reason="search needs the packages of requirements-search.txt")
+    corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 2]])
+    text = lambda points: "".join(f"v {x} {y} {z}\n" for x, y, z in points) + "f 1 3 2\nf 1 2 4\nf 1 4 3\nf 2 3 4\n"
+    for folder, points in (("lying", y_up(corners)), ("upright", corners)):
+        for path in (tmp_path / folder / "solid.obj", tmp_path / f"more {folder}" / "solid.obj"):
+            path.parent.mkdir()
+            path.write_text(text(points))
+    expected = rows_of(build(run, tmp_path / "one", tmp_path / "upright"))[str(tmp_path / "upright/solid.obj")][2]
+    index = build(run, tmp_path / "two", tmp_path / "lying", "--up", "y")
+    commands.main(["add", index.place, str(tmp_path / "more lying")])
+    assert {vector for _, _, vector in rows_of(index).values()} == {expected}
+    ask = lambda folder, *up: Searcher(index, CPU, None, *up).search([str(tmp_path / folder / "solid.obj")], 1)[0].results[0]["cosine"]
+    assert ask("lying") == ask("upright", "z") == pytest.approx(1) and ask("upright") < 0.9999
+    for command in (["build", "--run", str(run), "--collection", str(tmp_path / "lying"), "--index", index.place], ["add", index.place, str(tmp_path)], ["update", index.place]):
+        with pytest.raises(UserError, match="was built with up y"):
+            commands.main([*command, "--up", "x"])
+    assert len(build(run, index.place, tmp_path / "lying", "--up", "y")) == 2
 
 
 def test_meshes_become_points_and_every_shape_a_view(run, root, tmp_path):

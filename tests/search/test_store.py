@@ -150,6 +150,16 @@ def test_a_damaged_index_is_one_message(tmp_path, damage):
         Index(index.place).nearest(np.ones(WIDTH, np.float32), 3)
 
 
+def test_a_damaged_version_is_one_message_to_who_changes_the_index(tmp_path):
+    index = make(tmp_path)
+    put(index, range(40)), put(index, range(10), seed=1)
+    newest, older, *_ = sorted((tmp_path / "index/items.lance/_versions").glob("*.manifest"))  # named by falling numbers
+    older.write_bytes(older.read_bytes()[:50])
+    assert len(Index(index.place)) == 40
+    with pytest.raises(UserError, match="is damaged.*make it anew"):
+        index.optimise()
+
+
 def test_the_ann_index_finds_most_and_takes_in_what_is_added(tmp_path):
     index = make(tmp_path)
     put(index, range(100))

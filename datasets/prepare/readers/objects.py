@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from datasets.prepare.shapes.mesh import MeshError, triangle_areas
 from utils.errors import UserError
 
 MESHES = (".glb", ".gltf", ".obj", ".ply", ".off", ".stl")
+GLTF = (".glb", ".gltf")  # by their standard in metres and y up
 CLOUDS = (".npz", ".npy", ".pcd")
 FORMATS = (*MESHES, *CLOUDS)  # of files of one name in one folder, the first of these is taken
 COMPRESSIONS = (b"KHR_draco_mesh_compression", b"EXT_meshopt_compression")  # trimesh goes on where it cannot unpack them
@@ -168,6 +170,11 @@ def read_parts(path: Path, texture: bool) -> list[Part]:
     return seen if np.isclose(*areas, rtol=1e-4) else own
 
 
+def vertical_axis(path: str, up: str | None) -> str:
+    """Return the vertical axis of a file: the given one, else y in GLB and GLTF, as their standard says, and z in all others."""
+    return up or ("y" if path.lower().endswith(GLTF) else "z")
+
+
 def joined(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
     """Return the vertices (V, 3) and triangles (T, 3) of parts as one mesh."""
     starts = np.cumsum([0, *(len(vertices) for vertices, *_ in parts)])
@@ -178,7 +185,7 @@ def joined(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
 def _load(path: Path, data: bytes) -> list[Any]:
     """Return the meshes, clouds and paths of a file, moved to their places; a MeshError if they are compressed."""
     import trimesh
-    packed = [name.decode() for name in COMPRESSIONS if path.suffix.lower() in (".glb", ".gltf") and name in data]
+    packed = [name.decode() for name in COMPRESSIONS if path.suffix.lower() in GLTF and name in data]
     if packed:
         raise MeshError(f"compressed with {packed[0]}; export it uncompressed")
     resolver = trimesh.resolvers.FilePathResolver(str(path))  # finds textures and buffers; a path must be UTF-8 to be loaded
@@ -204,8 +211,8 @@ def _checked(parts: list[Part]) -> list[Part]:
 
 
 def read_cloud(path: Path) -> tuple[np.ndarray, int]:
-    """Read a PCD or PLY file, the points of a GLB file, an .npy array (n, 3 or more), or of an .npz file the array `points`, else the
-    first such one.
+    """Read a PCD or PLY file, the points of a GLB or GLTF file, an .npy array (n, 3 or more), or of an .npz file the array `points`, else
+    the first such one.
 
     Returns:
         (n, 3) points, and how many of a PCD file were dropped as not valid.
@@ -216,7 +223,7 @@ def read_cloud(path: Path) -> tuple[np.ndarray, int]:
     if suffix == ".pcd":
         return read_pcd(data)
     least = max(_promised(data, "vertex"), 1) if suffix == ".ply" else 1
-    if suffix in (".ply", ".glb"):
+    if suffix in (".ply", *GLTF):
         points = np.concatenate([part.vertices for part in _load(path, data) if not len(getattr(part, "faces", ()))])
     else:
         points = _array(path)
@@ -229,6 +236,10 @@ def _array(path: Path) -> np.ndarray:
     loaded = np.load(path, allow_pickle=False)
     if isinstance(loaded, np.ndarray):
         return loaded
-    arrays = {name: loaded[name] for name in loaded.files}
-    fitting = [name for name in arrays if arrays[name].ndim == 2 and arrays[name].shape[1] >= 3]
-    return arrays["points" if "points" in arrays or not fitting else fitting[0]]
+    with loaded:
+        for name in sorted(loaded.files, key=lambda name: name != "points"):
+            with suppress(ValueError):  # of objects, which are never unpickled
+                array = loaded[name]
+                if name == "points" or (array.ndim == 2 and array.shape[1] >= 3):
+                    return array
+        raise MeshError(f"expected an array points, or another of shape (n, 3), found {', '.join(loaded.files) or 'none'}")

@@ -166,8 +166,11 @@ def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
         put(here / "scans/x", "")
         np.save(here / f"scans/{number}.npy", points) if number % 2 else np.savez(here / f"scans/{number}.npz", points=points)
     np.save(here / "scans/nan.npy", np.full((40, 3), np.nan)), np.save(here / "scans/few.npy", np.eye(3)), np.save(here / "scans/flat.npy", np.ones(40))
+    mixed = np.array([{}], dtype=object)
+    np.savez(here / "scans/mixed.npz", meta=mixed, points=points), np.savez(here / "scans/none.npz", meta=mixed)
     objects.main(["--name", "scans", "--root", "scans", *SMALL])
-    assert "3 of 27 objects skipped" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 of 29 objects skipped" in said and "none.npz: expected an array points, or another of shape (n, 3), found meta" in said
     rows = Path("dataset/scans/scans_PointCloud_train_list.txt").read_text().splitlines()
     assert all(row.endswith(".npy") for row in rows) and np.load(Path("dataset/scans") / rows[0]).shape == (32, 3)
     assert not Path("dataset/scans/scans_Mesh_train_list.txt").exists()
