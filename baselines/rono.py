@@ -71,12 +71,6 @@ class RONO(Method):
         share = progress(epoch, self.context.epochs, options["warmup"])
         return ((1 - share) * warm + share * full) / options["a"]
 
-    @torch.no_grad()
-    def clean(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """Return (n,) bool: which rows (n, L) the full loss pulls to the centre of their label; more than 1 - noise are wanted."""
-        rows, centres = F.normalize(rows, dim=1), F.normalize(self.centres, dim=1)
-        return (rows * centres[labels]).sum(dim=1).exp() > (rows @ centres.mean(dim=0)).exp() + self.context.settings["theta"]
-
 
 def progress(epoch: int, epochs: int, warmup: float) -> float:
     """Return v of an epoch (1-based): from 0 in the first to 1 at the end of the warm-up, which is a share of the epochs."""

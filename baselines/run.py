@@ -18,6 +18,7 @@ from baselines.method import ShallowMethod
 from baselines.noisy_labels import noisy_labels
 from baselines.scores import score_codes
 from baselines.settings import BaselineConfig, method_overrides
+from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, load_test_samples, load_training_samples
 from utils.engine.checkpoint import atomic_write_json
 from utils.engine.session import Session, fit, open_session, run_command, stage_parser
@@ -29,12 +30,11 @@ from utils.settings.config import load_config
 DEFAULT_CONFIG = "configs/digits_features/step1.yaml"
 
 
-def run_method(session: Session, shared: str | None = None) -> dict[str, Any]:
+def run_method(session: Session) -> dict[str, Any]:
     """Train one method, or go on where its checkpoint stopped, score the test set and write metrics.json into the run folder.
 
     Args:
         session: of a `BaselineConfig`.
-        shared: folder of `baselines.features` with features of the same objects, for the targets of an end-to-end training.
     Returns:
         The content of metrics.json.
     """
@@ -43,13 +43,13 @@ def run_method(session: Session, shared: str | None = None) -> dict[str, Any]:
     with run.failures_logged():
         samples = load_training_samples(config.data, device)
         labels = _labels(entry, config, samples, device)
-        start = time.perf_counter()
         test, test_labels = load_test_samples(config.data, device, samples)
         if issubclass(entry.load(), ShallowMethod):
+            start = time.perf_counter()
             codes = _fit(entry.load(), config, samples, labels, test, device)
             seconds = time.perf_counter() - start
         else:
-            features = _shared_features(shared, samples, device) if shared else None
+            features = _shared_features(config.method.features, samples, device) if config.method.features else None
             learner = MethodLearner(config, entry.load(), samples, labels, features, device)
             seconds = sum(row["seconds/train"] for row in fit(session, learner, None))
             codes = learner.codes(test)
@@ -65,9 +65,9 @@ def run_method(session: Session, shared: str | None = None) -> dict[str, Any]:
 
 def _labels(entry: Entry, config: BaselineConfig, samples: PairedSamples, device: torch.device) -> Tensor | None:
     """Return training labels for the methods that the table says read them; nothing for any other."""
+    if config.method.noise and entry.labels != "noisy labels":
+        raise UserError(f"method.noise is for methods that read noisy labels, {entry.title} reads {entry.labels}")
     if entry.labels in ("none", "pseudo-labels"):
-        if config.method.noise:
-            raise UserError(f"method.noise: {entry.title} reads no labels that could be wrong")
         return None
     return noisy_labels(config.data, samples, config.method.noise, config.method.noise_kind, config.run.seed).to(device)
 
@@ -111,14 +111,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("method", help="name in baselines.METHODS")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--features", metavar="DIR", help="end to end: shared features for the targets of graph methods")
+    parser.add_argument("--features", metavar="DIR", type=user_path, help="end to end: shared features for targets (method.features)")
     parser.add_argument("--figures", action="store_true", help="draw t-SNE and the five best of some queries")
     arguments = parser.parse_args(argv)
-    arguments.overrides = [*_defaults(arguments), f"run.figures={str(arguments.figures).lower()}", *arguments.overrides]
+    features = [f"method.features={arguments.features}"] if arguments.features else []
+    arguments.overrides = [*_defaults(arguments), f"run.figures={str(arguments.figures).lower()}", *features, *arguments.overrides]
     session = open_session(BaselineConfig, "baseline", arguments, DEFAULT_CONFIG)
     if session.config.method.name != arguments.method:
         raise UserError(f"{arguments.resume} is a run of {session.config.method.name}, not of {arguments.method}")
-    run_method(session, arguments.features)
+    run_method(session)
 
 
 def _defaults(arguments: argparse.Namespace) -> list[str]:

@@ -31,6 +31,7 @@ class MethodConfig:
     name: str = option("cca", "key of baselines.METHODS")
     options: dict[str, str] = option({}, "the method's own options, see `defaults` of its class")
     num_clusters: int = option(20, "K of pseudo-labels; where labels are read, their number of classes takes its place", min=2)
+    features: str | None = option(None, "end to end: folder of baselines.features, for targets; default: what the initial encoders say")
     noise: float = option(0.0, "share of wrong training labels, for methods that read labels", min=0, below=1)
     noise_kind: Literal["symmetric", "asymmetric"] = option("symmetric", "a wrong label is any other class, or the next one")
 

@@ -34,7 +34,8 @@ class Cell:
         arguments: of its command line, without seed, device and places.
         epochs: that it trains, the unit of progress; 1 if it trains none.
         needs: cells that must be done first. A training starts from the run of the first one: step 2 from its pseudo-labels, a repeated
-            step 1 from its encoders; one on features has them from it.
+            step 1 from its encoders; one on features has them from it, as has a method that is
+            trained end to end, for its targets.
     """
 
     id: str
@@ -115,21 +116,22 @@ def _release(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
 
 
 def _features(setup: Setup, kind: str, seed: int) -> Cell:
-    """The cell that makes features of all modalities of a data set; every row of a seed is trained on the same ones."""
-    given = (f"data.modalities=[{','.join(modalities_of(setup.letters))}]",)
-    identity = _identify("features", seed, kind, _decisive("step1", setup.source, given))
+    """The cell that makes features of all modalities of a data set; every row of a seed is trained on, or end to end towards, the same."""
+    own, source = ((), setup.source) if setup.source else (setup.step1, setup.config)
+    given = (*own, f"data.modalities=[{','.join(modalities_of(setup.letters))}]")
+    identity = _identify("features", seed, kind, _decisive("step1", source, given))
     name = " ".join(["features", setup.letters, "seed", str(seed), *([kind] if kind != "learned" else [])])
-    arguments = ("--config", str(setup.source / "step1.yaml"), "--kind", kind, "--set", *given)
-    return Cell(identity, "features", name, arguments, seed, _load("step1", setup.source, given).optim.epochs if kind == "learned" else 1)
+    arguments = ("--config", str(source / "step1.yaml"), "--kind", kind, "--set", *given)
+    return Cell(identity, "features", name, arguments, seed, _load("step1", source, given).optim.epochs if kind == "learned" else 1)
 
 
 def _method(options: Mapping[str, Any], setup: Setup, letters: str, seed: int, needs: tuple[Cell, ...]) -> Cell:
     """The cell of a method of `baselines`; end to end it trains for as many epochs as both stages of RoMo together."""
-    method, own = options["method"], tuple(options.get("set", ()))
-    given = (*setup.step1, f"data.modalities=[{','.join(modalities_of(letters))}]")
-    identity = _identify("baseline", seed, method, [cell.id for cell in needs], own, _decisive("step1", setup.config, given))
+    method, own = options["method"], (*setup.methods, *options.get("set", ()))
     if setup.source is None:
         own = (f"optim.epochs={sum(_load(stage, setup.config, getattr(setup, stage)).optim.epochs for stage in CONFIGS)}", *own)
+    given = (*setup.step1, f"data.modalities=[{','.join(modalities_of(letters))}]")
+    identity = _identify("baseline", seed, method, [cell.id for cell in needs], own, _decisive("step1", setup.config, given))
     inherited = [word for cell in needs for word in cell.name.split()[4:]]
     name = " ".join([method, letters, "seed", str(seed), *inherited, *own])
     return Cell(identity, "baseline", name, (method, "--config", str(setup.config / "step1.yaml"), "--set", *given, *own), seed, 1, needs)
@@ -187,7 +189,7 @@ def _pairs(options: Mapping[str, Any], setup: Setup) -> Sequence[str]:
 def _cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) -> Cell:
     if "variant" in options:
         return _release(setup, pair, options["variant"], seed)
-    features = (_features(setup, options.get("features", "learned"), seed),) if setup.source else ()
+    features = (_features(setup, options.get("features", "learned"), seed),) if setup.source or "method" in options else ()
     if "method" in options:
         return _method(options, setup, pair, seed, features)
     cell = _training("step1", setup, pair, options.get("step1", ()), seed, features)

@@ -145,9 +145,12 @@ def command(cell: Cell, folder: Path, device: str) -> list[str]:
 
 
 def _feature_settings(cell: Cell, cells: Path) -> list[str]:
-    """Return the settings with which a training reads the features that it rests on, if it does."""
-    folders = [cells / need.id / "features" for need in cell.rests_on() if need.stage == "features"]
-    return [text for folder in folders for text in (f"data.root={folder}", *read_json(REPOSITORY / folder / "features.json")["settings"])]
+    """Return the settings with which a training reads the features that it rests on: for its targets if it trains on what they are of."""
+    settings = []
+    for folder, config in [(cells / need.id / "features", need.arguments[1]) for need in cell.rests_on() if need.stage == "features"]:
+        inputs = lambda: [f"data.root={folder}", *read_json(REPOSITORY / folder / "features.json")["settings"]]  # noqa: B023
+        settings += [f"method.features={folder}"] if config in cell.arguments else inputs()
+    return settings
 
 
 def collect(cell: Cell, folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _ROW = dict.fromkeys((
     "features", "head_only",
 ))
 KEYS = {  # key -> the keys below it, None: anything; ANY stands for names
-    "datasets": {"ANY": {"paper": None, "samples": None, **dict.fromkeys(SCALES, _SCALE)}},
+    "datasets": {"ANY": {"paper": None, "samples": None, "methods": None, **dict.fromkeys(SCALES, _SCALE)}},
     "tables": {"ANY": {**_TABLE, "rows": {"ANY": _ROW}}},
 }
 
@@ -36,7 +36,7 @@ class Setup:
     Attributes:
         config: folder with step1.yaml and step2.yaml; step1, step2: settings on top.
         pairs: letters of the modalities that are trained together, one training each.
-        paper: the paper's name for the data set; samples: training rows per memory bank.
+        paper: the paper's name for the data set; samples: training rows per memory bank; methods: settings of compared methods.
         as_printed, recipe: the same with the paper's settings, and with ours where they are others.
         absent: pairs of the paper whose data cannot be had.
         source: at scale head, the folder with the configuration of the samples, of which all trainings get features.
@@ -50,6 +50,7 @@ class Setup:
     step2: tuple[str, ...] = ()
     paper: str | None = None
     samples: tuple[int, ...] = ()
+    methods: tuple[str, ...] = ()
     as_printed: "Setup | None" = None
     recipe: "Setup | None" = None
     source: Path | None = None
@@ -130,8 +131,9 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
     def setup(places: Mapping[str, Any], **others: Setup) -> Setup:
         given = (tuple(places.get(stage, ())) for stage in ("step1", "step2"))
         source = Path(options["source"]) if "source" in options else None
-        return Setup(dataset, scale, Path(places["config"]), tuple(dict.fromkeys(pairs)), *given, entry.get("paper"),
-                     tuple(entry.get("samples", ())), source=source, absent=tuple(options.get("absent", ())), **others)
+        own = {key: tuple(entry.get(key, ())) for key in ("samples", "methods")}
+        return Setup(dataset, scale, Path(places["config"]), tuple(dict.fromkeys(pairs)), *given, entry.get("paper"), **own,
+                     source=source, absent=tuple(options.get("absent", ())), **others)
 
     return setup(options, **{name: setup(options[name]) for name in ("as_printed", "recipe") if name in options})
 

@@ -103,8 +103,10 @@ def test_a_method_without_labels_reads_none(folder, tmp_path, monkeypatch):
     assert SEEN["context"].labels is None and seen and all("test_list" in path for path in seen)
     assert metrics["reads"] == "none" and metrics["mode"] == "head" and metrics["features"]["kind"] == "random"
     assert {"map/GP", "map/avg", "sign/GP", "sign/avg", "seconds", "peak_mib"} <= metrics.keys()
-    with pytest.raises(UserError, match="Toy reads no labels"):
+    with pytest.raises(UserError, match="noisy labels, Toy reads none"):
         call("toy", folder, tmp_path, "method.noise=0.2", out="noisy")
+    with pytest.raises(UserError, match="MEDA, true source labels reads source labels"):
+        call("meda_oracle", folder, tmp_path, "method.noise=0.2", out="oracle")
 
 
 def test_head_methods_see_the_inputs_and_their_published_training(folder, tmp_path):
@@ -141,8 +143,12 @@ def test_resumed_equals_uninterrupted(folder, tmp_path, monkeypatch):
         run.main(["cut", "--resume", str(broken)])
 
 
-def test_shallow_and_supervised(folder, tmp_path):
+def test_shallow_and_supervised(folder, tmp_path, monkeypatch):
+    clock, load = [0.0], run.load_test_samples
+    monkeypatch.setattr(run, "load_test_samples", lambda *given: (clock.append(clock[-1] + 9), load(*given))[1])
+    monkeypatch.setattr(run, "time", types.SimpleNamespace(perf_counter=lambda: clock[-1]))
     _, metrics = call("cut", folder, tmp_path)
+    assert metrics["seconds"] == 0  # reading the test set is no part of the fit
     assert metrics["row"] == "Cut" and "sign/avg" not in metrics and SEEN["context"].labels is None
     _, metrics = call("sgd", folder, tmp_path, "method.noise=0.25", out="noisy")
     assert metrics["reads"] == "labels, 0.25 of them wrong (symmetric)" and SEEN["context"].labels.shape == (TRAIN,)
@@ -156,6 +162,9 @@ def test_end_to_end_with_shared_features_for_the_targets(folder, small_digits, t
     given = ["--config", "configs/smoke/step1.yaml", "--set", f"data.root={small_digits}", f"run.output={tmp_path / 'e2e'}", "optim.epochs=1"]
     run.main(["toy", "--features", str(folder), *given])
     assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 128) and SEEN["context"].epochs == 1
+    (found,) = (tmp_path / "e2e" / "digits" / "baseline").iterdir()
+    run.main(["toy", "--resume", str(found)])  # which knows where its targets came from
+    assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 128)
     run.main(["toy", *given])
     assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 8)  # of the initial encoders
     with pytest.raises(UserError, match="Cut is trained on features"):

@@ -11,6 +11,7 @@ from smoke_tables import CLEAN, PROTOCOL, SMOKE, rows_of
 
 import train_step1
 import train_step2
+from baselines.settings import MethodConfig
 from experiments import cells as cells_module
 from experiments import jobs as jobs_module
 from experiments.cells import all_cells, expand
@@ -36,7 +37,7 @@ def test_every_table_expands_on_every_data_set():
     printed = dataclasses.replace(SMOKE, as_printed=dataclasses.replace(SMOKE, step2=("rdl.lambda_2=0.25",)))
     assert {name: len(all_cells(rows_of(name, printed))) for name in PROTOCOL["tables"]} == {
         "headline": 3, "unpaired": 0, "recipe": 2, "ablation": 19, "stages": 3, "clip": 3, "estimators": 4, "tasks": 6, "table2-romo": 2, "table4": 10, "table6": 15,
-        "table8": 8, "table2": 11, "table3": 11, "rono-noise": 14, "rono-ablation": 11, "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 8,
+        "table8": 8, "table2": 12, "table3": 12, "rono-noise": 15, "rono-ablation": 12, "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 8,
     }
     with pytest.raises(UserError, match="needs as_printed of digits"):
         rows_of("headline")
@@ -213,9 +214,25 @@ def test_the_comparison_trains_every_row_of_a_seed_on_the_same_features():
 
 def test_a_method_end_to_end_trains_as_long_as_both_stages():
     rows = {row.name: row.cells[0] for row in rows_of("table2", find_setup(PROTOCOL, "digits", "full", ["GP"]))}
-    assert not rows["CCA"] and not rows["RoMo, paper's settings"] and not rows["UCCH"]["GP"].needs
+    assert not rows["CCA"] and not rows["RoMo, paper's settings"] and [need.stage for need in rows["UCCH"]["GP"].needs] == ["features"]
     epochs = [load_config(cls, f"configs/digits/{stage}.yaml").optim.epochs for stage, cls in (("step1", Step1Config), ("step2", Step2Config))]
     assert f"optim.epochs={sum(epochs)}" in rows["UCCH"]["GP"].arguments
+
+
+def test_the_epochs_of_both_stages_are_part_of_what_a_method_is():
+    one = {row.name: row.cells[0] for row in rows_of("table2", find_setup(PROTOCOL, "digits", "full", ["GP"]))}["UCCH"]["GP"]
+    setup = dataclasses.replace(find_setup(PROTOCOL, "digits", "full", ["GP"]), step2=("optim.epochs=3",))
+    assert one.id != {row.name: row.cells[0] for row in rows_of("table2", setup)}["UCCH"]["GP"].id
+
+
+@pytest.mark.parametrize("dataset,classes", [("digits", 10), ("mnist3d", 10), ("modelnet10", 10), ("modelnet40", 40)])
+def test_pseudo_labels_are_more_than_the_classes(dataset, classes):
+    rows = {row.name: row.cells[0] for row in rows_of("table2", find_setup(PROTOCOL, dataset, "head"))}
+    given = lambda cell: [text.partition("=")[2] for text in cell.arguments if "num_clusters=" in text]
+    for name in ("RevGrad", "MEDA", "PT-FUCH"):
+        assert all(int([str(MethodConfig().num_clusters), *given(cell)][-1]) >= 2 * classes for cell in rows[name].values())
+    printed = [need for cell in rows["RoMo, paper's settings"].values() for need in cell.rests_on() if need.stage == "step1"]
+    assert printed and all(int(["20", *given(cell)][-1]) >= 2 * classes for cell in printed)
 
 
 def test_commands_read_the_features_of_the_cell_that_made_them(tmp_path, monkeypatch):
@@ -230,5 +247,9 @@ def test_commands_read_the_features_of_the_cell_that_made_them(tmp_path, monkeyp
         (tmp_path / folder / "features.json").write_text('{"settings": ["data.dataset=digits_features", "data.features.GrayImg=9"]}')
         line = jobs_module.command(cell, cells / cell.id, "cpu")
         assert line[: len(words)] == words and {f"data.root={folder}", "data.features.GrayImg=9", "run.threads=1"} <= set(line)
+    row = {entry.name: entry for entry in rows_of("table2", find_setup(PROTOCOL, "digits", "full", ["GP"]))}
+    cell = row["DJSRH"].cells[0]["GP"]
+    line = jobs_module.command(cell, cells / cell.id, "cpu")  # end to end they are for its targets alone
+    assert f"method.features={cells / cell.needs[0].id / 'features'}" in line and not any(word.startswith("data.root") for word in line)
     made = jobs_module.command(features, cells / features.id, "cpu")
     assert made[:2] == ["-m", "baselines.features"] and made[-2:] == ["--out", str(folder)] and made[made.index("--kind") + 1] == "learned"
