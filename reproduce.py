@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def command_of(arguments: argparse.Namespace) -> str:
     """Return the command that fills a table, without what belongs to one machine: places, devices, budget."""
     words = ["python", "reproduce.py", arguments.table, "--dataset", arguments.dataset]
-    words += ["--mode", arguments.mode] if arguments.mode else ["--scale", arguments.scale]
+    words += [*(["--mode", arguments.mode] if arguments.mode else []), *(["--scale", arguments.scale] if arguments.mode != "head" else [])]
     words += ["--seeds", str(arguments.seeds), *(["--tasks", *arguments.tasks] if arguments.tasks else [])]
     return shlex.join([*words, *(["--add", arguments.add.name] if arguments.add else [])])
 

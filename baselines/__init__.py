@@ -2,8 +2,12 @@
 
 import importlib
 from dataclasses import dataclass
+from statistics import mean
 from typing import Literal
 
+import yaml
+
+from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 from utils.settings.data_options import nearest
 
@@ -28,6 +32,12 @@ class Entry:
         """Return the method's class."""
         module, name = self.place.split(":")
         return getattr(importlib.import_module(f"baselines.{module}"), name)
+
+    def published(self) -> dict[str, float]:
+        """Return data set -> mean mAP over its tasks in the paper's Tables II and III; empty for a row that they lack."""
+        tables = yaml.safe_load((REPOSITORY / "experiments" / "paper.yaml").read_text(encoding="utf-8"))["comparison"]
+        found = {name: [row[self.title] for row in tasks.values() if self.title in row] for name, tasks in tables.items()}
+        return {name: mean(scores) for name, scores in found.items() if scores}
 
 
 METHODS: dict[str, Entry] = {

@@ -131,6 +131,7 @@ def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -
     """Our order of the rows beside the paper's, and what of it is more than noise."""
     ours = {entry.name: mean(entry.scores["avg"].values()) for entry in summaries if entry.scores.get("avg")}
     first = {entry.options.get("paper"): entry for entry in reversed(summaries)}  # several rows may stand for one of the paper's
+    tasks = [task for task in tasks if not _no_data(table, task)]  # the paper's order, too, is that on what can be run
     printed = {entry.name: paper_score(table, entry.options, "avg", tasks) for entry in summaries if entry in first.values()}
     paper = {name: score for name, score in printed.items() if score is not None}
     order = lambda scores: " > ".join(sorted(scores, key=lambda name: -scores[name])) or NOT_RUN

@@ -12,6 +12,7 @@ from conftest import TRAIN, write_lists
 from torch import nn
 from torch.nn import functional as F
 
+import baselines.__main__
 from baselines import METHODS, Entry, run
 from baselines.features import make_features
 from baselines.method import Method, ShallowMethod, Training
@@ -207,6 +208,14 @@ def test_sign_codes_owe_nothing_to_the_order_of_the_gallery():
     table = score_codes(codes, labels, signs=True)
     assert moved["map/GP"] == pytest.approx(table["map/GP"]) and abs(moved["sign/GP"] - table["sign/GP"]) < 0.005
     assert "sign/avg" not in score_codes(codes, labels, signs=False)
+
+
+def test_the_table_of_methods_has_what_was_published(capsys):
+    assert METHODS["ucch"].published() == pytest.approx({"3D MNIST": 0.7928, "ModelNet10": 0.7690, "MI3DOR": 0.6690, "ModelNet40": 0.7636}, abs=5e-5)
+    assert METHODS["cca"].published()["3D MNIST"] == pytest.approx(0.3945, abs=5e-5) and METHODS["rono"].published() == {}
+    baselines.__main__.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(METHODS) and next(line for line in lines if line.startswith("ucch")).split()[-4:] == ["79.3", "76.9", "66.9", "76.4"]
 
 
 def test_the_table_names_what_every_method_reads():

@@ -144,3 +144,10 @@ def test_wrong_calls(arguments, message, capsys):
     with pytest.raises((UserError, SystemExit)) as error:
         reproduce.main(arguments)
     assert message in str(error.value) + capsys.readouterr().err and getattr(error.value, "code", 2) == 2
+
+
+def test_a_record_names_the_scale_of_an_end_to_end_table():
+    line = ["table2", "--dataset", "digits", "--mode", "e2e", "--scale", "small", "--seeds", "3"]
+    assert reproduce.command_of(reproduce.parse_arguments(line)) == "python reproduce.py " + " ".join(line)
+    head = ["table2", "--dataset", "digits", "--mode", "head", "--seeds", "3"]
+    assert reproduce.command_of(reproduce.parse_arguments(head)) == "python reproduce.py " + " ".join(head)

@@ -165,16 +165,20 @@ def test_figures_are_drawn_of_clean_cells_only(tmp_path, table):
 
 
 def test_tasks_without_data_stay_in_the_comparison(tmp_path):
-    def cells(dataset, row, protocol=PROTOCOL):
-        path = tmp_path / f"table3-{dataset}-head.jsonl"
+    def cells(dataset, row, protocol=PROTOCOL, table="table3"):
+        path = tmp_path / f"{table}-{dataset}-head.jsonl"
         render(path, protocol)
         head, *rows = [line.strip("| ").split(" | ") for line in path.with_suffix(".md").read_text().splitlines() if line.startswith("| ")]
         return dict(zip(head, next(found for found in rows if found[0] == row)))
 
+    found = cells("rgbd_object", "RONO 0.2", table="rono-noise")
+    assert found["RP"] == found["avg"] == "not run: data" and found["PR, paper (RGB-D object)"] == "77.1"
     found = cells("mi3dor", "UCCH")
     assert found["RM"] == found["GM"] == found["avg"] == "not run: data" and found["RM, paper (MI3DOR)"] == "66.7"
     found = cells("modelnet40", "UCCH")
     assert found["RM"] == found["MG"] == "not run: data" and found["RP"] == found["avg"] == "not run" and found["avg, paper (ModelNet40)"] == "76.4"
+    order = (tmp_path / "table3-modelnet40-head.md").read_text().partition("means, paper: ")[2].splitlines()[0].split(" > ")
+    assert order[1:4] == ["SCL", "PT-FUCH", "UCCH"]  # of the tasks that can be run; with those of meshes UCCH is first
 
 
 def test_the_orders_are_compared_by_kendalls_tau(tmp_path):

@@ -1,0 +1,20 @@
+"""Prints the table of methods, beside what the paper reports of them: python -m baselines."""
+
+from baselines import METHODS
+from utils.evaluation.tables import align
+
+DATASETS = ("3D MNIST", "ModelNet10", "MI3DOR", "ModelNet40")
+
+
+def main() -> None:
+    """Print a line per method."""
+    rows = [["name", "method", "kind", "learns from", "end to end", *(f"paper, {name}" for name in DATASETS)]]
+    for name, entry in METHODS.items():
+        scores = {key: f"{100 * value:.1f}" for key, value in entry.published().items()}
+        facts = [name, entry.title, entry.kind, entry.labels, "yes" if entry.end_to_end else "no"]
+        rows.append([*facts, *(scores.get(key, "") for key in DATASETS)])
+    print(align(rows))
+
+
+if __name__ == "__main__":
+    main()
