@@ -59,16 +59,17 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def ridge_cca(views: Sequence[np.ndarray], dim: int, ridge: float) -> Any:
-    """Fit ridge CCA to two views (N, d), of which it subtracts the means; the model has `means_` and `weights_` (d, L) of each.
+def ridge_cca(views: Sequence[np.ndarray], dim: int, ridge: float, model: str = "RidgeCCA") -> Any:
+    """Fit ridge CCA to views (N, d), of which it subtracts the means; the model has `means_` and `weights_` (d, L) of each.
 
     Args:
         dim: wanted L; fewer where a view has fewer columns or a lower rank.
         ridge: in units of the mean variance of each view.
+        model: of cca-zoo, for two views or more.
     """
     shrinkage = [shrinkage_of(view, ridge) for view in views]
     width = min(dim, *(view.shape[1] for view in views))
-    return load_model("RidgeCCA")(n_components=width, shrinkage=shrinkage).fit(list(views))
+    return load_model(model)(n_components=width, shrinkage=shrinkage).fit(list(views))
 
 
 class CCA(ShallowMethod):
@@ -76,11 +77,12 @@ class CCA(ShallowMethod):
 
     dim = 128
     defaults: Mapping[str, Any] = {"ridge": 1e-3}
+    model = "RidgeCCA"
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:
         self.prepared = {name: Preparation() for name in context.modalities}
         views = [self.prepared[name].fit(features[name]) for name in context.modalities]
-        model = ridge_cca(views, context.dim, context.settings["ridge"])
+        model = ridge_cca(views, context.dim, context.settings["ridge"], self.model)
         self.weights = dict(zip(context.modalities, model.weights_, strict=True))
 
     def transform(self, name: str, rows: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ DCCA with decoders g_X, g_Y that reconstruct the inputs u_i, w_i from the output
 
 Published: lam chosen on labelled validation data over powers of ten, decoders of three layers that mirror the encoders, other batches for
 the second term. Ours: the input is the frozen feature, each column scaled to mean 0 and variance 1, so that lam (1e-3) weighs the same for
-both modalities; decoders mirror the MLP encoder here (one hidden layer of 1,024); one batch for both terms; the rest as `baselines.dcca`.
+both modalities; decoders have one hidden layer of 1,024; one batch for both terms; the rest as `baselines.dcca`.
 """
 
 from collections.abc import Mapping

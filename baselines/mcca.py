@@ -11,28 +11,10 @@ context names, every one of a data set, from which each task is served. Preparat
 each block keeps pictures that differ in colour alone from ruling the joint spectrum.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-
-from baselines.cca import Preparation, load_model, shrinkage_of
-from baselines.method import Context, ShallowMethod
+from baselines.cca import CCA
 
 
-class MCCA(ShallowMethod):
+class MCCA(CCA):
     """Joint linear CCA of two or more modalities."""
 
-    dim = 128
-    defaults: Mapping[str, Any] = {"ridge": 1e-3}
-
-    def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:
-        self.prepared = {name: Preparation() for name in context.modalities}
-        views = [self.prepared[name].fit(features[name]) for name in context.modalities]
-        shrinkage = [shrinkage_of(view, context.settings["ridge"]) for view in views]
-        width = min(context.dim, *(view.shape[1] for view in views))
-        model = load_model("MCCA")(n_components=width, shrinkage=shrinkage).fit(views)
-        self.weights = dict(zip(context.modalities, model.weights_, strict=True))
-
-    def transform(self, name: str, rows: np.ndarray) -> np.ndarray:
-        return self.prepared[name].apply(rows) @ self.weights[name]
+    model = "MCCA"

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.lists import read_labelled_list
-from datasets.samples import UNIQUE, PairedSamples, list_path
+from baselines.release_protocol.labels import training_labels
+from datasets.samples import PairedSamples
 from utils.engine.seed import derive_seed
 from utils.errors import UserError
 from utils.settings.data_options import DataConfig
@@ -27,16 +27,10 @@ def noisy_labels(data: DataConfig, samples: PairedSamples, rate: float, kind: st
     """
     if data.pairing != "instance":
         raise UserError(f"one label per pair needs data.pairing: instance, found {data.pairing}")
-    found = []
-    for name in samples.lists:
-        _, labels = read_labelled_list(
-            list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id, num_classes=data.num_classes,
-            unique=UNIQUE["train"][data.pairing],
-        )
-        found.append(labels)
-    if any((labels != found[0]).any() for labels in found):
+    first, *others = training_labels(data, samples).values()
+    if any((labels != first).any() for labels in others):
         raise UserError(f"the training lists of {', '.join(samples.lists)} give an object different labels")
-    return torch.as_tensor(corrupt(found[0], rate, kind, seed))
+    return torch.as_tensor(corrupt(first.numpy(), rate, kind, seed))
 
 
 def corrupt(labels: np.ndarray, rate: float, kind: str, seed: int) -> np.ndarray:

@@ -32,11 +32,13 @@ from baselines.hashing import cosine
 from baselines.method import Context, ShallowMethod
 from baselines.revgrad import source_labels
 from baselines.ucch import DEFAULTS, UnifiedContrast, random_memory
+from models import FeatureMLP
 from utils.engine.seed import derive_seed, generator_for
 from utils.evaluation.clustering import kmeans
+from utils.settings.options import ModelConfig
 
 MARGIN, FLOOR, SHARP, SOFT = 0.001, 1e-2, 0.26, 0.81
-HIDDEN, WEIGHT_DECAY, CLIP = 1024, 1e-6, 1.0
+WEIGHT_DECAY, CLIP = 1e-6, 1.0
 SMALLEST_CLIENT = 32  # rows; others take no part
 
 
@@ -133,7 +135,8 @@ class PTFUCH(ShallowMethod):
         settings, self.names, self.device = context.settings, context.modalities, context.device
         torch.manual_seed(derive_seed(context.seed, "pt_fuch"))  # of first weights, batches and negatives
         rows = [torch.as_tensor(features[name], dtype=torch.float32, device=self.device) for name in self.names]
-        self.server = nn.ModuleList(head(part.shape[1], context.dim) for part in rows).to(self.device)
+        hidden = ModelConfig().feature_hidden  # the encoders of all other methods
+        self.server = nn.ModuleList(FeatureMLP(part.shape[1], hidden, context.dim) for part in rows).to(self.device)
         clients = [self._client(index, rows, context) for index in self._split(len(rows[0]), context)]
         prototypes = None
         for number in range(settings["rounds"]):
@@ -161,10 +164,3 @@ class PTFUCH(ShallowMethod):
         encoder = self.server[self.names.index(name)].eval()
         with torch.no_grad():
             return torch.tanh(encoder(torch.as_tensor(rows, dtype=torch.float32, device=self.device))).cpu().numpy()
-
-
-def head(width: int, dim: int) -> nn.Sequential:
-    """Return an encoder of features (B, width), as the learner's: (B, dim)."""
-    return nn.Sequential(
-        nn.Linear(width, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, dim), nn.BatchNorm1d(dim)
-    )

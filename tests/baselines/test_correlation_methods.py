@@ -99,7 +99,7 @@ def test_mcca_of_two_is_cca_and_of_four_serves_every_pair():
     diagonal = block_diag(*(s + 1e-3 * s.trace() / len(s) * np.eye(len(s)) for s in own))
     weights = np.concatenate([four.weights[name] for name in names])
     found = np.diag(weights.T @ off @ weights) / np.diag(weights.T @ diagonal @ weights)
-    assert np.allclose(found, eigh(off, diagonal, eigvals_only=True)[::-1][:6], rtol=1e-2)
+    assert np.allclose(found, eigh(off, diagonal, eigvals_only=True)[::-1][:6], rtol=1e-6)
 
 
 def test_kcca_with_a_linear_kernel_is_ridge_cca():

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from baselines.federation import average, split
 from baselines.pt_fuch import PTFUCH, Client, batches, distillation, prototype_loss
 from baselines.ucch import DEFAULTS, UCCH, UnifiedContrast, random_memory, signs
+from models.build import build_encoders
+from utils.settings.data_options import DataConfig
+from utils.settings.options import ModelConfig
 
 FEATURES, _ = pairs(60)
 INDEX = torch.tensor([3, 17, 41, 8, 59, 22])
@@ -165,6 +168,8 @@ def test_several_clients_learn_one_pair_of_networks():
         method = PTFUCH()
         method.fit(features, context_of("pt_fuch", features, dim=8, settings=settings))
         found.append(method.transform("PointCloud", features["PointCloud"][:9]))
+    built = build_encoders(DataConfig(modalities=NAMES, features={name: rows.shape[1] for name, rows in features.items()}), ModelConfig(embedding_dim=8))
+    assert [str(encoder) for encoder in method.server] == [str(encoder) for encoder in built.values()]  # of all other methods
     assert found[0].shape == (9, 8) and np.abs(found[0]).max() <= 1 and np.array_equal(*found)
     assert [len(index) for index in batches(70, 32, torch.device("cpu"))] == [32, 32]
     assert [len(index) for index in batches(20, 32, torch.device("cpu"))] == [20]
