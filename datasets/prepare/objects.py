@@ -157,7 +157,11 @@ def write_configs(folder: Path, settings: Mapping, root: Path, size: int, points
     batch = BATCH if size >= 2 * BATCH else 2 ** max(size.bit_length() - 2, 1)
     epochs = min(max(round(SAMPLES_SEEN / size), 12), MOST_EPOCHS)
     texts = {"data": yaml.safe_dump({"data": data}, sort_keys=False, default_flow_style=None, allow_unicode=True)}
-    for step, last in ((1, f"pla: {{mlm_only_epochs: {epochs}}}   # the communities at the end are the pseudo-labels\n"), (2, "")):
+    lasts = {
+        1: f"pla: {{mlm_only_epochs: {epochs}}}   # the communities at the end are the pseudo-labels\n",
+        2: "eval: {representation: joint}   # kinds of few objects make unsure clusters, which the embedding makes up for\n",
+    }
+    for step, last in lasts.items():
         texts[f"step{step}"] = (
             f"# command: python train_step{step}.py --config {folder}/step{step}.yaml\n"
             "# Two modalities train faster: --set data.modalities=[RGBImg,PointCloud]\n"
