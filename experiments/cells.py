@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,23 @@ def _load(stage: str, config: Path, overrides: tuple[str, ...]) -> Any:
 def _decisive(stage: str, config: Path, overrides: Sequence[str]) -> dict:
     """The settings that decide a run's result, without the seed, where they depart from their defaults: a new one changes no id."""
     given = to_dict(_load(stage, config, tuple(overrides)))
-    for section, keys in NEUTRAL.items():
-        given[section] = {key: value for key, value in given.get(section, {}).items() if key not in keys}
-    return _departures(given, {field.name: to_dict(field.default_factory()) for field in dataclasses.fields(CONFIGS[stage])})
+    defaults = {field.name: to_dict(field.default_factory()) for field in dataclasses.fields(CONFIGS[stage])}
+    for tree, (section, keys) in product((given, defaults), NEUTRAL.items()):
+        for key in keys:
+            tree.get(section, {}).pop(key, None)
+    return _departures(given, defaults)
 
 
 def _departures(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict:
-    """What differs from the defaults, section by section; sections without a departure are left out."""
-    nested = {key: _departures(value, defaults.get(key) or {}) if isinstance(value, dict) else value for key, value in given.items()}
-    return {key: value for key, value in nested.items() if value != ({} if isinstance(value, dict) else defaults.get(key))}
+    """What differs from the defaults, section by section; an entry that only the defaults have is None."""
+    departures = {}
+    for key in given.keys() | defaults.keys():
+        value, default = given.get(key), defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict):
+            value, default = _departures(value, default), {}
+        if value != default:
+            departures[key] = value
+    return departures
 
 
 def _identify(*content: Any) -> str:

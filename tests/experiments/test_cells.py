@@ -70,8 +70,11 @@ def test_an_id_depends_on_what_decides_the_result_and_on_nothing_else(tmp_path):
     assert cell().id == plain.id and cell(text="# a comment\n").id == plain.id
     assert cell(["rdl.loss=rcll"]).id == plain.id  # the default, said aloud
     assert cell(["run.device=cuda:0", "run.threads=2", "run.figures=true", "run.output=elsewhere"]).id == plain.id
-    different = [cell(seed=1), cell(["rdl.loss=ce"]), cell(["run.amp=true"]), cell(["pla.lambda_1=0.5"], stage="step1")]
-    assert len({plain.id, *(entry.id for entry in different)}) == 5
+    different = [
+        cell(seed=1), cell(["rdl.loss=ce"]), cell(["run.amp=true"]), cell(["pla.lambda_1=0.5"], stage="step1"),
+        cell(["data.views={RGBImg: 2, GrayImg: 2}"]),  # the default, of which the configuration has emptied the dictionary
+    ]
+    assert len({plain.id, *(entry.id for entry in different)}) == 6
     assert different[3].needs[0].id != plain.needs[0].id  # other pseudo-labels, so another step 2
     assert different[0].needs[0].seed == 1
 
