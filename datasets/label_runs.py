@@ -16,6 +16,7 @@ from utils.settings.data_options import DataConfig
 
 VIEW_NOISE = 0.02  # by which the agreement of two random views of some hundred samples changes from draw to draw
 
+
 def exported_folder(run: RunLog, given: str | None) -> Path:
     """Return where a run writes its pseudo-labels: the folder given as `run.pseudo_labels`, else one of its own."""
     return Path(given) if given else run.folder / "pseudo_labels"

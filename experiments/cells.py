@@ -35,8 +35,8 @@ class Cell:
         arguments: of its command line, without seed, device and places.
         epochs: that it trains, the unit of progress; 1 if it trains none.
         needs: cells that must be done first. A training starts from the run of the first one: step 2 from its pseudo-labels, a repeated
-            step 1 from its encoders; one on features has them from it, as has a method that is
-            trained end to end, for its targets.
+            step 1 from its encoders; one on features has them from it, as has a method that is trained end
+            to end, for its targets.
     """
 
     id: str

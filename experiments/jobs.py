@@ -148,8 +148,10 @@ def _feature_settings(cell: Cell, cells: Path) -> list[str]:
     """Return the settings with which a training reads the features that it rests on: for its targets if it trains on what they are of."""
     settings = []
     for folder, config in [(cells / need.id / "features", need.arguments[1]) for need in cell.rests_on() if need.stage == "features"]:
-        inputs = lambda: [f"data.root={folder}", *read_json(REPOSITORY / folder / "features.json")["settings"]]  # noqa: B023
-        settings += [f"method.features={folder}"] if config in cell.arguments else inputs()
+        if config in cell.arguments:
+            settings.append(f"method.features={folder}")
+        else:
+            settings += [f"data.root={folder}", *read_json(REPOSITORY / folder / "features.json")["settings"]]
     return settings
 
 

@@ -21,8 +21,8 @@ FINE, MEMBERS = 6.0, 5  # resolution of the over-clustering that is taken then, 
 CERTAIN = 1e-3  # least disagreement assumed, so that no modality's odds are infinite
 
 
-def find_communities(rows: Tensor, seed: int, resolutions: Sequence[float] = RESOLUTIONS) -> list[list[np.ndarray]]:
-    """Cluster unit rows (N, D) into as many communities as their neighbour graph has, at every one of the resolutions.
+def find_communities(rows: Tensor, seed: int) -> list[list[np.ndarray]]:
+    """Cluster unit rows (N, D) into as many communities as their neighbour graph has, at every one of RESOLUTIONS.
 
     Louvain's method (Blondel et al. 2008) on the graph of NEIGHBOURS nearest neighbours, weighted by cosine.
 
@@ -34,7 +34,7 @@ def find_communities(rows: Tensor, seed: int, resolutions: Sequence[float] = RES
     if len(rows) <= NEIGHBOURS:
         raise ValueError(f"communities need more than {NEIGHBOURS} rows, found {len(rows)}")
     graph = _neighbour_graph(rows)
-    return [[_louvain(graph, resolution, seed + offset) for offset in range(SEEDS)] for resolution in resolutions]
+    return [[_louvain(graph, resolution, seed + offset) for offset in range(SEEDS)] for resolution in RESOLUTIONS]
 
 
 def agreement_of_partitions(found: Mapping[str, list[list[np.ndarray]]], name: str) -> list[float]:
@@ -112,7 +112,7 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
     place = int(np.argmax(confirmed[best]))
     resolution, ids = RESOLUTIONS[place], found[best][place][0]
     if max(confirmed[best]) < CONFIRMED:
-        finer = find_communities(graphs[best], seed, (FINE,))[0][0]
+        finer = _louvain(_neighbour_graph(graphs[best]), FINE, seed)
         if len(finer) >= MEMBERS * (finer.max() + 1):
             resolution, ids = FINE, finer
     ids = torch.from_numpy(ids)
