@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -43,6 +44,21 @@ def test_runs_of_the_same_second_get_their_own_folders_with_or_without_git(tmp_p
     monkeypatch.setenv("PATH", "")
     environment = run_log.environment(0)
     assert environment["git_sha"] is None and environment["git_dirty"] is None
+
+
+def test_new_records_and_documents_leave_the_code_clean(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log, "REPOSITORY", tmp_path)
+    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a", *words], check=True)
+    for name in ("results/table.jsonl", "docs/results.md", "README.md", "train.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    for name, dirty in (("results/table.jsonl", False), ("results/new.jsonl", False), ("docs/results.md", False), ("README.md", False),
+                        ("train.py", True)):
+        (tmp_path / name).write_text("changed")
+        assert run_log.environment(0)["git_dirty"] is dirty
 
 
 def test_open_refuses_what_is_no_run(tmp_path):

@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.settings.config import load_config
 
 T = TypeVar("T")
+WRITTEN = (":(exclude)results", ":(exclude)docs", ":(exclude)README.md")  # by reproduce.py, between runs; no run reads them
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Where things lie and how fast they go; what training reads is guarded by the hashes in the checkpoint
 RESULT_NEUTRAL = (
@@ -47,8 +48,11 @@ def _cpu_name() -> str:
 
 
 def environment(seed: int) -> dict:
-    """Describe code revision, software and hardware, for env.json; git_sha and git_dirty are None where git cannot tell."""
-    status = _git("status", "--porcelain")
+    """Describe code revision, software and hardware, for env.json; git_sha and git_dirty are None where git cannot tell.
+
+    Dirty is a tree that differs from the commit in more than records and documents, which no run reads.
+    """
+    status = _git("status", "--porcelain", "--", ".", *WRITTEN)
     return {
         "git_sha": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
