@@ -141,7 +141,7 @@ def augment_faces(faces: Tensor, augment, generator: BatchGenerator) -> Tensor:
 
     Args:
         faces: (B, F, 18) float32, z up; the result is of the same shape.
-        augment: ranges, see `utils.settings.options.AugmentConfig` (the point_* fields).
+        augment: ranges, see `utils.settings.data_options.AugmentConfig` (the point_* fields).
         generator: on the device of the faces.
     """
     if augment.point_warp:

@@ -42,7 +42,7 @@ def augment_images(images: Tensor, size: int, resize: int, augment, generator: B
 
     Args:
         images: (B, 3, S, S) uint8; size, resize: as in `prepare_images`.
-        augment: ranges, see `utils.settings.options.AugmentConfig` (the image_* fields).
+        augment: ranges, see `utils.settings.data_options.AugmentConfig` (the image_* fields).
         generator: on the device of the images.
     Returns:
         (B, 3, size, size) float32.
@@ -73,7 +73,7 @@ def augment_points(points: Tensor, num_points: int, augment, generator: BatchGen
     Args:
         points: (B, P, 3) float32, z up.
         num_points: size of the subset, drawn without replacement, <= P.
-        augment: ranges, see `utils.settings.options.AugmentConfig` (the point_* fields).
+        augment: ranges, see `utils.settings.data_options.AugmentConfig` (the point_* fields).
         generator: on the device of the points.
     Returns:
         (B, num_points, 3) float32.
