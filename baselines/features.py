@@ -111,7 +111,8 @@ def make_features(
     note = provenance(out)
     if (note["kind"], note["seed"], note["config_hash"]) != (kind, seed, config_hash(config)):
         raise UserError(f"{out} holds {note['kind']} features of seed {note['seed']} with other settings: give another --out")
-    print(f"{out} holds these features; train on them with --set data.root={out} {' '.join(note['settings'])}")
+    settings = [f"data.root={out}", *note["settings"], f"data.modalities=[{','.join(config.data.modalities)}]"]
+    print(f"{out} holds these features; train on them with --set {' '.join(settings)}")
     return note
 
 

@@ -25,6 +25,7 @@ from utils.errors import MissingFileError, MissingLabelsError, UserError
 from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
 
+REMAKE = "or remove it and prepare the data again: a list that is there stays as it is"
 REPAIR = "prepare the data again, or take the object out of the lists of every modality"
 PAIRING_NOTES = {
     "instance": "row k of every list shows one object",
@@ -154,7 +155,7 @@ def _check_labels(data: DataConfig, lists: Lists, check: Check) -> None:
             for mine, row in different[:1]:
                 check.problems.append(
                     f"{len(different)} labels differ, the first: {first.labels[mine]} in {first.samples.path}, row {mine + 1}, but "
-                    f"{other.labels[row]} in {other.samples.path}, row {row + 1}; correct the wrong list or prepare the data again"
+                    f"{other.labels[row]} in {other.samples.path}, row {row + 1}; correct the wrong list, {REMAKE}"
                 )
 
 
@@ -204,4 +205,4 @@ def _check_manifest(data: DataConfig, lists: Lists, check: Check) -> None:
             expected = None
         prepared = listed.samples.path == default_list_path(data.root, data.dataset, name, split)
         if prepared and expected not in (None, found):
-            check.problems.append(f"{listed.samples.path} has {found} rows, the manifest says {expected}; prepare the data again")
+            check.problems.append(f"{listed.samples.path} has {found} rows, the manifest says {expected}; correct it, {REMAKE}")

@@ -93,6 +93,13 @@ def test_a_folder_is_never_overwritten_by_other_features(small_digits, tmp_path,
         provenance(small_digits)
 
 
+def test_printed_settings_are_all_that_a_configuration_needs(small_digits, tmp_path, capsys):
+    make(small_digits, tmp_path)
+    printed = capsys.readouterr().out.partition("--set ")[2].split()
+    data = load_config(Step1Config, "configs/features_paper/step1.yaml", printed).data
+    assert samples.load_training_samples(data, torch.device("cpu")).counts == {"GrayImg": TRAIN, "PointCloud": TRAIN}
+
+
 def test_features_have_a_folder_of_their_own_by_default():
     data = load_config(Step1Config, SMOKE).data
     folders = {str(features.default_folder(data, kind, seed)) for kind in features.SUFFIXES for seed in (0, 1)}

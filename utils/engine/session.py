@@ -132,7 +132,7 @@ def _cpu_advice(stage: str, default_config: str) -> str:
     cpu_config = default_config.replace("mnist3d/", "mnist3d_cpu/")
     return (
         f"no GPU found. {default_config} (224-pixel images, 1,024 points, batch 50) is estimated at more than half an hour per "
-        f"epoch on 2 CPU cores, more than a day for both stages. Use the CPU configuration, about half an hour per stage:\n"
+        f"epoch on 2 CPU cores, more than a day for both stages. Use the CPU configuration, about a quarter of an hour per stage:\n"
         f"  python train_{stage}.py --config {cpu_config}\nor insist with --config {default_config}"
     )
 

@@ -181,7 +181,7 @@ UNREAD = [f"{key}: without test PointCloud: no readable list" for key in list(CH
     ([copy], [], "", ["splits: warning: 1 test files of GrayImg", "splits: GrayImg_test_000002.png and", "splits: GrayImg_train_000009.png"]),
     ([unloadable], [], "load", ["load: row 3", "load: GrayImg_test_000001.png is not a readable"]),
     ([], ["data.num_points=4096"], "load", ["load: fewer than data.num_points = 4096"]),
-    ([manifest({"counts": {"train": TRAIN, "test": TEST + 1}})], [], "counts", [f"counts: {TEST} rows, the manifest says {TEST + 1}"]),
+    ([manifest({"counts": {"train": TRAIN, "test": TEST + 1}})], [], "counts", [f"counts: {TEST} rows, the manifest says {TEST + 1}; correct it, or remove it"]),
     ([manifest({"counts": {"test": {"PointCloud": 3}}})], [], "counts", ["counts: the manifest says 3"]),
     ([manifest([1])], [], "counts", ["counts: expected a JSON object, found a list"]),
     ([manifest("{")], [], "counts", ["counts: manifest.json is damaged"]),
