@@ -1,15 +1,9 @@
 """Search in a collection of shapes or pictures with a trained run: an index of it, queries, and a page. See docs/search.md."""
 
 import sys
+from importlib import import_module
 
 from utils.engine.session import run_command
 
-
-def main() -> None:
-    """Run a command; what it needs is imported here, so that a missing package is one message."""
-    from search import commands
-    commands.main()
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))
+if __name__ == "__main__":  # imported by the command, so that a missing package is one message
+    sys.exit(run_command(lambda: import_module("search.commands").main()))

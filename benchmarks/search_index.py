@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.floors import start, write_report
-from search.store import Index, identity
+from search.index import Index, identity
 from utils.engine.session import run_command
 
 CENTRES, SPREAD = 1000, 0.06  # of the vectors: as far around their centre as the centres are from each other, nearly
@@ -45,31 +45,31 @@ def measure(place: Path, size: int, dim: int, queries: int) -> dict[str, float]:
     """Make an index of `size` items at a place and return what was measured."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((CENTRES, dim)).astype(np.float32) / dim**0.5
-    row, index = {}, Index.create(str(place), {}, {"vector": dim})
+    row, index = {}, Index.create(str(place), {"graph": False}, {"vector": dim})
 
     def put(first: int, count: int) -> None:
         for begin in range(first, first + count, PIECE):
             numbers = range(begin, min(begin + PIECE, first + count))
             vectors = _vectors(rng, centres, len(numbers))
-            index.put(index.items, {
+            index.put({
                 "path": list(map(_path, numbers)), "sha256": ["0" * 64] * len(numbers), "vector": vectors,
                 "thumbnail": [rng.bytes(THUMBNAIL_BYTES) for _ in numbers],
             })
 
     def fill() -> None:
         put(0, size)
-        index.optimise()
+        index.finish()
 
     asked = _vectors(rng, centres, queries)
     row |= _timed("fill", fill)
-    index.items.optimize(cleanup_older_than=timedelta(0))
+    index.table.optimize(cleanup_older_than=timedelta(0))
     row["bytes_per_object"] = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) / size
     exact, approximate = [], []
     index.nearest(asked[0], BEST)  # opens the files
     row |= _timed("exact_query", lambda: exact.extend(index.nearest(query, BEST)[0] for query in asked), queries)
     row |= _timed("add_1000", lambda: put(size, ADDED))
-    index.delete(index.items, (identity(_path(number)) for number in range(size, size + ADDED)))
-    row |= _timed("make_ann", lambda: index.optimise(ann=True))
+    index.delete(identity(_path(number)) for number in range(size, size + ADDED))
+    row |= _timed("make_ann", lambda: index.finish(ann=True))
     index.nearest(asked[0], BEST, ann=True)
     row |= _timed("ann_query", lambda: approximate.extend(index.nearest(query, BEST, ann=True)[0] for query in asked), queries)
     row["ann_recall_at_10"] = float(np.mean([len(set(best) & set(found)) / len(best) for best, found in zip(exact, approximate)]))

@@ -3,17 +3,16 @@
 import io
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
+from search.answers import FIELDS, search, table
 from search.files import view_of
-from search.page import FIELDS, cells, verdict
-from search.query import Searcher
-from search.store import identity
+from search.index import Index, identity, told
+from search.model import Model
 from utils.errors import UserError
 from utils.evaluation.metrics import RANKINGS
 from utils.modalities import MODALITIES
@@ -25,11 +24,11 @@ BRUSH = gr.Brush(default_size=16, colors=["#000000"], color_mode="fixed")
 PAD = {"canvas_size": (320, 320), "fixed_canvas": True, "brush": BRUSH, "transforms": (), "layers": False, "placeholder": HINT}
 
 
-def launch(app: gr.Blocks, port: int, **options: Any) -> Any:
+def launch(app: gr.Blocks, port: int, **options: Any) -> None:
     """Open the page and answer until interrupted; `options` go to Gradio. The page asks nobody for fonts."""
     theme = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])
     try:
-        return app.launch(server_name="127.0.0.1", server_port=port, share=False, max_file_size="50mb", theme=theme, **options)
+        app.launch(server_name="127.0.0.1", server_port=port, share=False, max_file_size="50mb", theme=theme, **options)
     except OSError as error:
         raise UserError(f"no page on port {port} ({error}): end what uses the port, or give another with --port") from error
 
@@ -37,20 +36,22 @@ def launch(app: gr.Blocks, port: int, **options: Any) -> Any:
 class Page:
     """What the page does; drawings and 3D views go through a folder of its own."""
 
-    def __init__(self, searcher: Searcher, folder: Path) -> None:
-        self.searcher, self.index, self.folder = searcher, searcher.index, folder
-        self.drawable = next((name for name in searcher.model.encoders if MODALITIES[name].is_2d), None)
+    def __init__(self, index: Index, model: Model, folder: Path) -> None:
+        self.index, self.model, self.folder = index, model, folder
+        self.drawable = next((name for name in model.encoders if MODALITIES[name].is_2d), None)
 
     def find(self, path: str | None, ranking: str, modality: str | None = None) -> tuple[str, list, list, list]:
         """Return for one file the verdict, the gallery's pictures with captions, the rows of the table, and the plain results."""
         if not path:
             raise refusal("drop a file first")
         try:
-            (answer,) = self.searcher.search([path], SHOWN, ranking, modality)
+            with told(self.index.place):
+                (answer,) = search(self.index, self.model, [path], SHOWN, ranking, modality)
         except UserError as error:
             raise refusal(str(error).replace(path, Path(path).name)) from error
-        shown = [(Image.open(io.BytesIO(row["thumbnail"])), f"{row['rank']}. {row['score']:.3f}") for row in answer.results]
-        return verdict(answer), shown, list(map(cells, answer.results)), answer.plain()["results"]
+        captions = [f"{row['rank']}. {row['score']:.3f}" for row in answer["results"]]
+        pictures = [Image.open(io.BytesIO(png)) for png in answer["pictures"][1:]]
+        return answer["verdict"], list(zip(pictures, captions)), table(answer), answer["results"]
 
     def find_drawing(self, sketch: dict[str, Any] | None, ranking: str) -> tuple[str, list, list, list]:
         """As `find`, for what is on the sketch pad."""
@@ -58,14 +59,13 @@ class Page:
         if not ink.any():
             raise refusal("draw something first")
         meaning = self.index.info["calibration"][self.drawable]
-        with TemporaryDirectory(dir=self.folder) as folder:
-            drawn_picture(ink, meaning["ground"], meaning["fill"]).save(f"{folder}/drawing.png")
-            return self.find(f"{folder}/drawing.png", ranking, self.drawable)
+        drawn_picture(ink, meaning["ground"], meaning["fill"]).save(path := f"{self.folder}/drawing.png")
+        return self.find(path, ranking, self.drawable)
 
     def view(self, results: list[dict], event: gr.SelectData) -> str | None:
         """Return the GLB of the chosen result; None for pictures, and for whatever is no item: nothing else is ever opened."""
         path = results[event.index]["path"]
-        if MODALITIES[self.index.info["modality"]].is_2d or not self.index.rows([identity(path)]):
+        if MODALITIES[self.index.info["modality"]].is_2d or not self.index.pick([identity(path)]):
             return None
         target = self.folder / f"{identity(path)}.glb"
         try:
@@ -75,9 +75,9 @@ class Page:
         return str(target)
 
 
-def make_app(searcher: Searcher, folder: Path) -> gr.Blocks:
-    """Return the layout around a `Page`."""
-    page, index = Page(searcher, folder), searcher.index
+def make_app(page: Page) -> gr.Blocks:
+    """Return the layout."""
+    index = page.index
     with gr.Blocks(title="Search", analytics_enabled=False) as app:
         gr.Markdown(f"## {len(index)} items ({index.info['modality']}), compared by {index.info['representation']}")
         with gr.Row():
@@ -93,21 +93,17 @@ def make_app(searcher: Searcher, folder: Path) -> gr.Blocks:
             with gr.Column(scale=2):
                 said = gr.Markdown()
                 gallery = gr.Gallery(columns=5, label="Results", allow_preview=False, object_fit="contain")
-                table = gr.Dataframe(headers=list(FIELDS), label="Scores", interactive=False, wrap=True)
+                scores = gr.Dataframe(headers=list(FIELDS), label="Scores", interactive=False, wrap=True)
         results = gr.JSON(visible=False)
-        ask.click(page.find, [file, ranking], [said, gallery, table, results], api_name="search")
-        draw.click(page.find_drawing, [sketch, ranking], [said, gallery, table, results], api_visibility="private")
+        ask.click(page.find, [file, ranking], [said, gallery, scores, results], api_name="search")
+        draw.click(page.find_drawing, [sketch, ranking], [said, gallery, scores, results], api_visibility="private")
         gallery.select(page.view, results, view, api_visibility="private")
     return app
 
 
 def drawn_picture(ink: np.ndarray, ground: float, fill: float) -> Image.Image:
-    """Return a drawing as the model's training pictures look.
-
-    Args:
-        ink: (H, W) opacity 0..255 of what is drawn, somewhere more than 0.
-        ground: tone 0..255 around what the training pictures show; the ink becomes its opposite.
-        fill: share of the side that the longer extent of the drawing shall take.
+    """Return what is drawn, (H, W) opacity 0..255, as the model's training pictures look: on their ground 0..255, in the opposite tone,
+    its longer extent the share `fill` of the side.
     """
     drawing = Image.fromarray(ink.astype(np.uint8))
     drawing = drawing.crop(drawing.getbbox())

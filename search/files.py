@@ -1,28 +1,32 @@
 """The files of a collection: which ones there are, what an encoder reads of one, and its shape for a 3D view."""
 
+import io
 import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from datasets.arrays import MAX_POINTS, load_images, load_points, to_unit_sphere
+from datasets.images import read_image
 from datasets.lists import SampleList, text_rows
 from datasets.mesh_faces import load_faces
 from datasets.prepare.readers.modelnet import to_z_up
 from datasets.prepare.readers.objects import FORMATS, GLTF, is_cloud, joined, read_cloud, read_parts, vertical_axis
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise, sample_surface, simplified_faces
 from utils.errors import UserError
+from utils.figures.thumbnails import thumbnail
 from utils.modalities import FACE_CHANNELS, MODALITIES
 from utils.settings.options import DataConfig
 
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+SUFFIXES = {True: (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"), False: FORMATS}  # by `Modality.is_2d`
+THUMBNAIL = 96  # pixels
 VIEW_POINTS, VIEW_FACES, BALL = 1024, 50_000, 0.025  # of a 3D view; the radius of its points in unit spheres
-OCTAHEDRON = np.array([[0, 1, 2], [5, 1, 0], [2, 4, 0], [0, 4, 5], [2, 1, 3], [3, 1, 5], [3, 4, 2], [5, 4, 3]])  # of +x +y +z -x -y -z
+FAR, NEAR = (25, 50, 120, 255), (115, 190, 250, 255)  # its colours
 
 
 class Unusable(UserError):
@@ -33,17 +37,16 @@ class Unusable(UserError):
         self.code = code
 
 
-def list_collection(place: str) -> Iterator[tuple[str, Unusable | None]]:
-    """Yield the absolute path of every file of a folder, of a list of files, or of one file, with what is wrong with it.
+def list_collection(place: str) -> Iterator[tuple[str, str | None]]:
+    """Yield the absolute path of every file of a folder, of a list of files, or of one file, and the folder that it must lie in, if any.
 
     Rows of a list are `path`, or `path label` as in the lists of a data set, whose labels are dropped; paths are relative to the
-    folder of the list or absolute. Nothing outside of that folder is reached by `..` or a link, unless a row says so in full. Bytes
-    of a name that are not UTF-8 are yielded as text, such as `\\xe9`.
+    folder of the list, out of which they may not lead by `..` or a link, or absolute.
     """
     root = os.path.abspath(os.path.expanduser(place))
     if os.path.isdir(root):
         found = ((os.path.join(folder, name), root) for folder, _, names in sorted(os.walk(root)) for name in sorted(names))
-    elif Path(root).suffix.lower() in PICTURES | set(FORMATS):
+    elif root.lower().endswith((*SUFFIXES[True], *SUFFIXES[False])):
         found = iter([(root, None)])
     elif os.path.isfile(root):
         folder = os.path.dirname(root)
@@ -53,30 +56,28 @@ def list_collection(place: str) -> Iterator[tuple[str, Unusable | None]]:
     else:
         raise UserError(f"collection {place} does not exist: give a folder, a list of files, or a file")
     for path, bound in found:
-        name = os.fsencode(os.path.normpath(path)).decode(errors="backslashreplace")
-        yield name, _wrong(path, bound and os.path.realpath(bound))
+        yield os.path.normpath(path), bound and os.path.realpath(bound)
 
 
-def _wrong(path: str, root: str | None) -> Unusable | None:
-    """Say what can be seen without reading a file; `root` is the real folder that it must be in, if any."""
+def modality_of(path: str, modalities: Sequence[str], root: str | None = None) -> str:
+    """Return the first of some modalities as which a file can be seen, by its name; `root` is the real folder that it must be in, if any.
+
+    Raises:
+        Unusable: if there is no such file, or it is of none of the modalities: a shape is no picture.
+    """
     if "\0" in path or path.encode(errors="ignore").decode() != path:
-        return Unusable("name", "its name is not UTF-8 or holds a zero byte")
+        raise Unusable("name", "its name is not UTF-8 or holds a zero byte")
     if root and os.path.commonpath([os.path.realpath(path), root]) != root:
-        return Unusable("outside", f"it leads out of {root}")
+        raise Unusable("outside", f"it leads out of {root}")
     if not os.path.isfile(path):
-        return Unusable("missing", "there is no such file")
-    if Path(path).suffix.lower() not in PICTURES | set(FORMATS):
-        return Unusable("type", f"expected one of {' '.join(sorted(PICTURES | set(FORMATS)))}")
-    return None if os.path.getsize(path) else Unusable("empty", "it has no content")
-
-
-def modality_of(path: str, modalities: Sequence[str]) -> str:
-    """Return the first of some modalities as which a file can be seen; an Unusable if there is none: a shape is no picture."""
-    picture = Path(path).suffix.lower() in PICTURES
-    fitting = [name for name in modalities if MODALITIES[name].is_2d == picture]
+        raise Unusable("missing", "there is no such file")
+    if not os.path.getsize(path):
+        raise Unusable("empty", "it has no content")
+    fitting = [name for name in modalities if path.lower().endswith(SUFFIXES[MODALITIES[name].is_2d])]
     if not fitting:
-        raise Unusable("type", f"a {'picture' if picture else 'shape'} is no {' or '.join(modalities)}")
-    if not picture and len(fitting) > 1:
+        expected = {suffix for name in modalities for suffix in SUFFIXES[MODALITIES[name].is_2d]}
+        raise Unusable("type", f"it is no {' or '.join(modalities)}: expected one of {' '.join(sorted(expected))}")
+    if len(fitting) > 1 and not MODALITIES[fitting[0]].is_2d:
         fitting.sort(key=lambda name: (MODALITIES[name].kind == "mesh") != (read_shape(path)[1] is not None))
     return fitting[0]
 
@@ -90,22 +91,19 @@ def read_sample(path: str, modality: str, data: DataConfig, up: str | None = Non
     Raises:
         Unusable: if there is no such file, or it cannot be read as this modality.
     """
-    if problem := _wrong(path, None):
-        raise problem
     modality_of(path, [modality])
     kind, found = MODALITIES[modality].kind, re.search(data.instance_id, Path(path).stem)
     with TemporaryDirectory() as folder:
-        file = Path(path) if kind == "image" else Path(folder) / "shape.npy"  # the loaders read .npy files alone
+        file = path if kind == "image" else os.path.join(folder, "shape.npy")  # the loaders read .npy files alone
         rows = SampleList(Path(path), modality, (path,), (file,), (found and found[1] or Path(path).stem,))
         try:
             if kind == "image":
                 return load_images(rows, data.image_resize)
             np.save(file, _prepared(path, kind, data.max_faces, up))
             (array,) = load_faces(rows, data.max_faces) if kind == "mesh" else load_points(rows, max(MAX_POINTS, data.num_points))
-        except Unusable:
-            raise
         except (MeshError, UserError, OSError) as error:
-            raise Unusable("unreadable", str(error).removeprefix(rows.where(0)).lstrip(": ")) from error
+            code = getattr(error, "code", "unreadable")
+            raise Unusable(code, str(error).removeprefix(rows.where(0)).lstrip(": ")) from error
     count = data.max_faces if kind == "mesh" else data.num_points * data.eval_subsets
     return array[np.arange(count) % len(array)][None]
 
@@ -113,9 +111,9 @@ def read_sample(path: str, modality: str, data: DataConfig, up: str | None = Non
 def _prepared(path: str, kind: str, max_faces: int, up: str | None) -> np.ndarray:
     """Return the array that the file of a prepared data set would hold of this shape."""
     vertices, triangles = read_shape(path, up)
-    if triangles is None and kind == "mesh":
-        raise Unusable("type", "a cloud of points is no mesh")
     if triangles is None:
+        if kind == "mesh":
+            raise Unusable("type", "a cloud of points is no mesh")
         return vertices
     if kind == "mesh" and path.lower().endswith(".npy"):
         return np.load(path)
@@ -131,43 +129,48 @@ def read_shape(path: str, up: str | None = None) -> tuple[np.ndarray, np.ndarray
 
     Nothing is ever unpickled. `up` is the vertical axis of the file, see `vertical_axis`; arrays of faces are z up, as they were prepared.
     """
+    file, axis = Path(path), vertical_axis(path, up)
     try:
-        return _stored_shape(Path(path), vertical_axis(path, up))
+        if path.lower().endswith(".npy") and (faces := np.load(file, allow_pickle=False)).shape[1:] == (FACE_CHANNELS,):
+            corners = faces[:, None, :3] + faces[:, 3:12].reshape(-1, 3, 3)
+            return corners.reshape(-1, 3), np.arange(3 * len(faces)).reshape(-1, 3)
+        if not is_cloud(file, file.read_bytes()):
+            try:
+                vertices, triangles = joined(read_parts(file, texture=False))
+                return to_z_up(vertices, axis), triangles
+            except MeshError:
+                if not path.lower().endswith(GLTF):  # which may hold points alone
+                    raise
+        return to_z_up(read_cloud(file)[0], axis), None
     except (MeshError, UserError) as error:
         raise Unusable("unreadable", str(error)) from error
     except Exception as error:  # libraries raise anything on a damaged file
-        raise Unusable("unreadable", f"not a readable {Path(path).suffix.lower()} file: {error}") from error
+        raise Unusable("unreadable", f"not a readable {file.suffix.lower()} file: {error}") from error
 
 
-def _stored_shape(file: Path, up: str) -> tuple[np.ndarray, np.ndarray | None]:
-    suffix = file.suffix.lower()
-    if suffix == ".npy" and (faces := np.load(file, allow_pickle=False)).shape[1:] == (FACE_CHANNELS,):
-        corners = faces[:, None, :3] + faces[:, 3:12].reshape(-1, 3, 3)
-        return corners.reshape(-1, 3), np.arange(3 * len(faces)).reshape(-1, 3)
-    if is_cloud(file, file.read_bytes()):
-        return to_z_up(read_cloud(file)[0], up), None
-    try:
-        vertices, triangles = joined(read_parts(file, texture=False))
-    except MeshError:
-        with suppress(Exception):  # points alone
-            if suffix in GLTF:
-                return to_z_up(read_cloud(file)[0], up), None
-        raise
-    return to_z_up(vertices, up), triangles
+def picture_of(path: str, modality: str, sample: np.ndarray) -> bytes:
+    """Return a PNG thumbnail of a file that was read as `sample`; pictures keep their colours."""
+    if MODALITIES[modality].is_2d:
+        picture = ImageOps.fit(read_image(path), (THUMBNAIL, THUMBNAIL))
+    else:
+        picture = Image.fromarray(thumbnail(modality, sample[0], THUMBNAIL))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def view_of(path: str, up: str | None = None) -> bytes:
-    """Return a small GLB of a shape, z up: its mesh, or its points (at most `VIEW_POINTS`) as small octahedra."""
+    """Return a small GLB of a shape, z up: its mesh, or its points (at most `VIEW_POINTS`) as small balls."""
     import trimesh
     vertices, triangles = read_shape(path, up)
     if triangles is not None and len(triangles) > VIEW_FACES:
         vertices, triangles = sample_surface(vertices, triangles, VIEW_POINTS, seed=0), None
     vertices = to_unit_sphere(vertices.astype(np.float64), vertices.mean(axis=0, dtype=np.float64))
     if triangles is None:
-        vertices = vertices[np.random.default_rng(0).permutation(len(vertices))[:VIEW_POINTS]]
-        triangles = (6 * np.arange(len(vertices))[:, None, None] + OCTAHEDRON).reshape(-1, 3)
-        vertices = (vertices[:, None] + BALL * np.concatenate([np.eye(3), -np.eye(3)])).reshape(-1, 3)
-    depth = np.clip(vertices[:, :1] / 2 + 0.5, 0, 1)
-    colors = np.concatenate([[25, 50, 120] + depth * [90, 140, 130], np.full_like(depth, 255)], axis=1).astype(np.uint8)
+        ball = trimesh.creation.icosphere(subdivisions=0, radius=BALL)
+        vertices = np.random.default_rng(0).permutation(vertices)[:VIEW_POINTS]
+        triangles = (len(ball.vertices) * np.arange(len(vertices))[:, None, None] + ball.faces).reshape(-1, 3)
+        vertices = (vertices[:, None] + ball.vertices).reshape(-1, 3)
+    colors = trimesh.visual.color.linear_color_map((vertices[:, 0] + 1) / 2, np.array([FAR, NEAR], np.uint8))
     mesh = trimesh.Trimesh(vertices[:, [1, 2, 0]], triangles, vertex_colors=colors, process=False)  # glTF: y up, seen from z
     return mesh.export(file_type="glb")

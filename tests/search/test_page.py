@@ -16,8 +16,8 @@ for package in ("gradio", "lancedb"):
         pytest.skip("the page needs the packages of requirements-search.txt", allow_module_level=True)
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 from search import app  # noqa: E402
-from search.query import Searcher  # noqa: E402
-from search.store import identity  # noqa: E402
+from search.index import identity  # noqa: E402
+from search.model import Model  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 CHROMIUM = shutil.which("chromium")
@@ -36,8 +36,8 @@ def test_a_drawing_is_cut_out_scaled_and_set_on_the_ground_of_training(ground):
 @pytest.fixture(scope="module")
 def page(run, root, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("page")
-    searcher = Searcher(build(run, folder / "index", clouds(root)), torch.device("cpu"))
-    return app.make_app(searcher, folder), app.Page(searcher, folder)
+    page = app.Page(build(run, folder / "index", clouds(root)), Model(str(run), torch.device("cpu")), folder)
+    return app.make_app(page), page
 
 
 def test_a_bad_file_an_empty_pad_and_a_foreign_path_are_refused(page, root, tmp_path):  # noqa: F811
@@ -91,7 +91,7 @@ def test_upload_draw_result_view_and_bad_file_in_a_browser(page, root, tmp_path)
             panel = tab.get_by_role("tabpanel").filter(has_text="A picture or a shape")
             for file, text in ((tmp_path / "bad.png", "bad.png is no query"), (picture, page[1].find(str(picture), "plain")[0])):
                 panel.locator("input[type=file]").set_input_files(str(file))
-                expect(panel.get_by_text(file.name[:8]).first).to_be_visible()
+                expect(panel.get_by_text(file.stem[:8]).first).to_be_visible()  # stem and suffix are two elements
                 tab.get_by_role("button", name="Find what is like it").click()
                 expect(tab.get_by_text(text).first).to_be_visible()
                 panel.get_by_label("Clear").click()

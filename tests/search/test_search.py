@@ -25,10 +25,10 @@ if find_spec("lancedb") is None:
 import train_step2
 from datasets.samples import describe_samples, load_test_samples
 from models.trained import open_trained
-from search import commands, files, indexing, model, page, store
+from search import answers, commands, files, model
+from search.answers import search
+from search.index import SKIPPED, Index, exists, identity, writing
 from search.model import Model
-from search.query import Answer, Searcher
-from search.store import Index, identity
 from utils.engine.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.evaluation.features import Features
@@ -50,6 +50,24 @@ def run(finished, root, tmp_path_factory):
     quick = ["optim.epochs=2", "data.eval_subsets=2", "data.num_points=24", f"rdl.pseudo_labels={labels_of(finished)}"]
     train_step2.main(settings(root, out, 2, *quick))
     return only_run(out, 2)
+
+
+def ask(index, *paths, run=None, **options):
+    return search(*opened(index, run), list(map(str, paths)), **options)
+
+
+def opened(index, run=None):
+    options = {"index": str(getattr(index, "place", index)), "run": run and str(run), "device": "cpu", "overrides": ()}
+    return commands._opened(commands.argparse.Namespace(**options))
+
+
+def sound(index):
+    commands.main(["verify", index.place])  # exits with 1 where anything is wrong
+    return True
+
+
+def paths_of(index, **where):
+    return index.rows("path", **where)["path"].to_pylist()
 
 
 def clouds(root):
@@ -86,13 +104,13 @@ def test_every_query_is_ranked_as_evaluation_ranks_it(run, root, tmp_path, repre
     listing = {name: test.lists[name].path for name in rows}
     index = build(run, tmp_path / "index", listing[gallery], "--modality", gallery, "--representation", representation)
     paths = {name: [os.path.abspath(file) for file in test.lists[name].files] for name in rows}
-    answers = Searcher(index, CPU).search(paths[query], len(index), ranking)
+    found = ask(index, *paths[query], count=len(index), ranking=ranking)
     scores = DiffusionRanking(rows[gallery]).scores(rows[query]) if ranking == "diffusion" else rows[query] @ rows[gallery].T
     equal = 0
-    for number, answer in enumerate(answers):
-        order = [paths[gallery].index(row["path"]) for row in answer.results]
+    for number, answer in enumerate(found):
+        order = [paths[gallery].index(row["path"]) for row in answer["results"]]
         assert sorted(order) == list(range(len(index)))
-        np.testing.assert_allclose([row["score"] for row in answer.results], scores[number][order], atol=2e-6)
+        np.testing.assert_allclose([row["score"] for row in answer["results"]], scores[number][order], atol=2e-6)
         assert (scores[number][order].diff() < 2e-6).all()  # no items change places but those that single precision cannot tell apart
         if order == scores[number].argsort(descending=True).tolist():
             equal += 1
@@ -101,18 +119,18 @@ def test_every_query_is_ranked_as_evaluation_ranks_it(run, root, tmp_path, repre
             relevant = (labels[gallery][order] == labels[query][number]).numpy()
             precision = (np.cumsum(relevant) / np.arange(1, len(order) + 1))[relevant].mean() if relevant.any() else 0
             assert precision == pytest.approx(one["map"], abs=1e-9)
-    assert equal > 0.8 * len(answers)
+    assert equal > 0.8 * len(found)
 
 
 def described(monkeypatch):
     """Count the files that are given to the encoders."""
     counted, original = [], Model.describe
-    monkeypatch.setattr(Model, "describe", lambda self, modality, samples: (counted.append(len(samples)), original(self, modality, samples))[1])
+    monkeypatch.setattr(Model, "describe", lambda self, arrays: (counted.append(*map(len, arrays.values())), original(self, arrays))[1])
     return counted
 
 
 def rows_of(index):
-    rows = index.columns(index.items, "id", "path", "sha256", "vector").to_pylist()
+    rows = index.rows("path", "sha256", "vector").to_pylist()
     return {row["path"]: (row["id"], row["sha256"], tuple(row["vector"])) for row in rows}
 
 
@@ -126,7 +144,7 @@ def test_only_what_changed_is_described(run, root, tmp_path, monkeypatch, capsys
     index, counted = build(run, folder / "index", folder), described(monkeypatch)
     before = rows_of(index)
     build(run, folder / "index", folder)
-    assert counted == [] and index.skipped.count_rows() == 0  # an index inside of its collection is no part of it
+    assert counted == [] and paths_of(index, where=SKIPPED) == []  # an index inside of its collection is no part of it
     extra.write_bytes(kept)
     np.save(folder / names[0], np.load(folder / names[0])[::-1] * [1, 2, 3])
     (folder / names[1]).unlink()
@@ -141,55 +159,50 @@ def test_only_what_changed_is_described(run, root, tmp_path, monkeypatch, capsys
     assert "1 gone" in capsys.readouterr().out and counted == [2]
     assert {Path(path).name for path in after} == {*names} - {names[1]}
     assert all(after[path] == before[path] for path in after if Path(path).name not in (names[0], names[-1]))
-    assert indexing.problems(index) == []
+    assert sound(index)
     commands.main(["remove", index.place, str(folder / names[2]), "/not/there"])
-    assert len(index) == len(names) - 2 and indexing.problems(index) == []
-    (folder / names[3]).write_bytes(b"no cloud any more")
+    assert len(index) == len(names) - 2 and sound(index)
+    commands.main(["remove", index.place, str(folder)])
+    assert len(index) == 0 and sound(index)
+    with pytest.raises(UserError, match="holds no item"):
+        ask(index, extra)
+
+
+def test_an_update_follows_what_is_broken_repaired_and_gone(run, root, tmp_path, capsys):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    first, second, _ = (Path(shutil.copy(path, folder)) for path in sorted((root / "test" / "point_cloud").iterdir())[:3])
+    kept, index = first.read_bytes(), build(run, tmp_path / "index", folder)
+    first.write_bytes(b"no cloud any more")
     with pytest.raises(SystemExit):
         commands.main(["verify", index.place])
     commands.main(["update", index.place])
     commands.main(["stats", index.place])
     said = capsys.readouterr().out
-    assert f"changed: {folder / names[3]}" in said and f"skipped {folder / names[3]}: unreadable" in said and indexing.problems(index) == []
-    commands.main(["remove", index.place, str(folder)])
-    assert len(index) == 0 and indexing.problems(index) == []
-    with pytest.raises(UserError, match="holds no item"):
-        Searcher(index, CPU).search([str(extra)])
-
-
-def test_an_update_describes_what_was_repaired_and_forgets_what_is_gone(run, root, tmp_path):
-    folder = tmp_path / "shapes"
-    shutil.copytree(root / "test" / "point_cloud", folder)
-    first, second = sorted(folder.iterdir())[:2]
-    kept = first.read_bytes()
-    first.write_bytes(b"no cloud"), second.write_bytes(b"")
-    index = build(run, tmp_path / "index", folder)
-    listed = lambda: index.columns(index.skipped, "path")["path"].to_pylist()
-    assert sorted(listed()) == [str(first), str(second)]
-    first.write_bytes(kept)
+    assert f"changed: {first}" in said and f"skipped {first}: unreadable" in said and sound(index)
+    first.write_bytes(kept), second.write_bytes(b"")
     commands.main(["update", index.place])
-    assert str(first) in rows_of(index) and listed() == [str(second)]
+    assert str(first) in rows_of(index) and paths_of(index, where=SKIPPED) == [str(second)]
     second.unlink()
     commands.main(["update", index.place])
-    assert listed() == indexing.problems(index) == []
+    assert paths_of(index, where=SKIPPED) == [] and len(index) == 2 and sound(index)
 
 
 KILLING = """
 import os, signal, sys, threading, time
-from search import commands, store
+from search import commands, index
 calls, stop, delay = [], int(sys.argv.pop(1)), float(sys.argv.pop(1))
 def counting(name):
-    original = getattr(store.Index, name)
+    original = getattr(index.Index, name)
     def counted(self, *given):
         calls.append(name)
         if len(calls) == stop:
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
         original(self, *given)
         time.sleep(60 * (len(calls) >= stop))
-    setattr(store.Index, name, counted)
+    setattr(index.Index, name, counted)
 counting("put"), counting("delete")
-import search.indexing
-search.indexing.BATCH = 5
+commands.BATCH = 5
 commands.main(sys.argv[1:])
 """
 
@@ -199,7 +212,7 @@ def test_a_build_add_or_remove_killed_in_or_after_a_write_is_finished_by_the_sam
     names = sorted(map(str, folder.iterdir()))
     listing = tmp_path / "list.txt"
     listing.write_text("\n".join(names[:12]))
-    monkeypatch.setattr(indexing, "BATCH", 5)
+    monkeypatch.setattr(commands, "BATCH", 5)
     for kills, command, expected in (  # the number of the write, and seconds after its beginning; the repeat of a killed build is killed too
         ([(2, 0.003), (3, 0.5)], ["build", "--run", str(run), "--collection", str(listing), "--index", index], names[:12]),
         ([(2, 0.001)], ["add", index, str(folder)], names), ([(1, 0.002)], ["remove", index, *names[:3]], names[3:]),
@@ -209,23 +222,22 @@ def test_a_build_add_or_remove_killed_in_or_after_a_write_is_finished_by_the_sam
             killed = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
             assert killed.returncode == -signal.SIGKILL, killed.stderr
         commands.main(command)
-        rows = Index(index).columns(Index(index).items, "path")["path"].to_pylist()
-        assert sorted(rows) == expected and indexing.problems(Index(index)) == []
+        assert sorted(paths_of(Index(index))) == expected and sound(Index(index))
 
 
 def test_a_second_writer_is_refused_at_once_and_readers_are_not(run, copied, root):
-    place, paths = copied.place, sorted(copied.hashes(copied.items, "path"))
+    place, paths = copied.place, sorted(paths_of(copied))
     remove = ["remove", place, paths[0]]
-    with store.writing(place, new=False):
+    with writing(place, new=False):
         for command in (["build", "--run", str(run), "--collection", clouds(root), "--index", place], ["add", place, clouds(root)],
                         ["update", place], remove):
             with pytest.raises(UserError, match=f"another search.py changes {place} at this moment"):
                 commands.main(command)
         commands.main([*remove, "--dry-run"])
         commands.main(["verify", place])
-        assert len(Searcher(Index(place), CPU).search(paths[:1], 3)[0].results) == 3
+        assert len(ask(place, paths[0], count=3)[0]["results"]) == 3
     commands.main(remove)
-    assert sorted(copied.hashes(copied.items, "path")) == paths[1:]
+    assert sorted(paths_of(copied)) == paths[1:]
 
 
 class Payload:
@@ -265,49 +277,44 @@ def hostile(folder):
                                                                 "caf\\xe9.npy": ("name", "not UTF-8")}
 
 
-def test_every_skipped_file_is_listed_with_a_stable_code(run, root, tmp_path, capsys):
+def test_hostile_files_are_skipped_with_a_stable_code_and_are_no_queries(run, root, tmp_path, capsys):
     folder = tmp_path / "collection"
     folder.mkdir()
     expected = hostile(folder)
     shutil.copy(next((root / "test" / "point_cloud").iterdir()), folder / "good 1.npy")
     index = build(run, tmp_path / "index", folder)
     said = capsys.readouterr().err
-    rows = {Path(row["path"]).name: row for row in index.columns(index.skipped, "path", "code", "reason").to_pylist()}
+    rows = {Path(row["path"]).name: row for row in index.rows("path", "code", "reason", where=SKIPPED).to_pylist()}
     pictures = {name for name in expected if name.endswith(".png")} - {"empty.png"}
-    assert rows.keys() == expected.keys() and len(index) == 1 and indexing.problems(index) == []
+    assert rows.keys() == expected.keys() and len(index) == 1 and sound(index)
+    pair = opened(index)
     for name, (code, words) in expected.items():
         assert (rows[name]["code"], name) == ("type" if name in pictures else code, name)
         assert words in rows[name]["reason"] or name in pictures
         assert f"skipped {folder / name}: {rows[name]['code']}: " in said
+        if code not in ("outside", "name"):
+            with pytest.raises(UserError, match=f"{name} is no query: .*{words}"):
+                search(*pair, [str(folder / name)])
+    with pytest.raises(UserError, match="is no query: there is no such file"):
+        ask(index, folder / "../../lost.png")
     assert not (folder / "unpickled").exists()
     listing = tmp_path / "collection" / "list.txt"
     listing.write_text("good 1.npy 7\n../secret.npy\nlost.npy\nbad\0name.npy\n")
-    codes = [problem and problem.code for _, problem in files.list_collection(str(listing))]
-    assert codes == [None, "outside", "missing", "name"]
-
-
-@pytest.mark.parametrize("name", ["empty.png", "text.png", "huge.png", "deep.png", "notes.txt", "raw.npy", "objects.npy", "nan.npy", "../../lost.png"])
-def test_hostile_queries_are_one_message(built, tmp_path, name):
-    expected = hostile(tmp_path)
-    searcher = Searcher(Index(str(built)), CPU)
-    with pytest.raises(UserError, match="is no query: ") as caught:
-        searcher.search([str(tmp_path / name)])
-    if name in expected:
-        assert expected[name][1] in str(caught.value)
-    assert not (tmp_path / "unpickled").exists()
+    index = build(run, tmp_path / "listed", listing)
+    assert sorted(index.rows("code", where=SKIPPED)["code"].to_pylist()) == ["missing", "name", "outside"] and len(index) == 1
 
 
 def test_impossible_options_and_places_are_refused(run, built, root, tmp_path):
-    picture, searcher = str(next((root / "test" / "gray_imgs").iterdir())), Searcher(Index(str(built)), CPU)
+    picture = next((root / "test" / "gray_imgs").iterdir())
     for options, words in (({"count": 0}, "-k must be at least 1"), ({"modality": "RGBImg"}, "GrayImg or PointCloud.* found --as RGBImg")):
         with pytest.raises(UserError, match=words):
-            searcher.search([picture], **options)
+            ask(built, picture, **options)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="holds other files"):
         build(run, tmp_path / "file", clouds(root))
     with pytest.raises(UserError, match="nothing does not exist"):
         build(run, tmp_path / "index", tmp_path / "nothing")
-    assert not store.exists(str(tmp_path / "index"))
+    assert not exists(str(tmp_path / "index"))
 
 
 def test_one_picture_in_any_dress_is_one_query(run, root, tmp_path):
@@ -334,13 +341,13 @@ def test_another_model_is_refused_with_the_command_that_mends_it(run, copied, ro
     other = tmp_path / "other"
     shutil.copytree(run, other)
     save_checkpoint(other / "last.pt", load_checkpoint(run / "last.pt") | {"epoch": 1})
-    for call in (lambda: Searcher(copied, CPU, str(other)), lambda: build(other, copied.place, clouds(root))):
+    for call in (lambda: ask(copied, run=other), lambda: build(other, copied.place, clouds(root))):
         with pytest.raises(UserError, match=f"another model.*python search.py build --run {other} --collection {clouds(root)} --index NEW"):
             call()
     with pytest.raises(UserError, match="was built with representation embedding"):
         build(run, copied.place, clouds(root), "--representation", "joint")
     with pytest.raises(UserError, match="--ann needs"):
-        Searcher(copied, CPU).search([str(next((root / "test" / "gray_imgs").iterdir()))], ann=True)
+        ask(copied, next((root / "test" / "gray_imgs").iterdir()), ann=True)
 
 
 def test_what_a_cosine_means_is_measured_without_labels(monkeypatch):
@@ -350,14 +357,12 @@ def test_what_a_cosine_means_is_measured_without_labels(monkeypatch):
     beliefs = [rng.dirichlet(np.ones(4), 40) for _ in range(2)]
     wrap = lambda rows, posteriors: Features(torch.from_numpy(rows).float(), torch.from_numpy(posteriors).float())
     found = model._meaning(wrap(query, beliefs[0]), wrap(gallery, beliefs[1]))
-    random, unrelated, best = [], [], []
+    random, unrelated = [], []
     for i in range(40):
         cosines = {j: float(query[i] @ gallery[j]) for j in range(40) if j != i}
         random += cosines.values()
-        best.append(max(cosines.values()))
         unrelated.append(max(value for j, value in cosines.items() if beliefs[0][i].argmax() != beliefs[1][j].argmax()))
     assert found["level"] == pytest.approx(np.quantile(unrelated, 0.95), abs=1e-6)
-    assert found["kept"] == pytest.approx(np.mean(np.array(best) >= found["level"]))
     np.testing.assert_allclose(found["quantiles"], np.quantile(random, np.linspace(0, 1, 101)), atol=1e-6)
     pictures = torch.full((5, 1, 3, 20, 20), 10, dtype=torch.uint8)
     pictures[:, :, :, 4:14, 8:11] = 240
@@ -365,19 +370,15 @@ def test_what_a_cosine_means_is_measured_without_labels(monkeypatch):
 
 
 def test_scores_and_verdicts_of_a_query(built, root):
-    index = Index(str(built))
-    searcher = Searcher(index, CPU)
-    picture = str(next((root / "test" / "gray_imgs").iterdir()))
-    (answer,) = searcher.search([picture], 4)
-    meaning = index.info["calibration"]["GrayImg"]
-    for row in answer.results:
-        assert row["farther"] == pytest.approx(np.mean(np.array(meaning["quantiles"]) < row["cosine"]), abs=0.02)
-    assert answer.nothing == (max(row["cosine"] for row in answer.results) < meaning["level"])
-    meaning["level"] = 1.01
-    (answer,) = searcher.search([picture], 4)
-    assert answer.nothing and "nothing like this in the collection: best cosine" in page.as_text([answer])
-    meaning["level"] = -1.0
-    assert not searcher.search([picture], 4)[0].nothing
+    index, model = opened(built)
+    meaning, picture = index.info["calibration"]["GrayImg"], str(next((root / "test" / "gray_imgs").iterdir()))
+    for level in (meaning["level"], 1.01, -1.0):
+        meaning["level"] = level
+        (answer,) = search(index, model, [picture], 4)
+        for row in answer["results"]:
+            assert row["farther"] == pytest.approx(np.mean(np.array(meaning["quantiles"]) < row["cosine"]), abs=0.02)
+        assert answer["nothing_like_this"] == (max(row["cosine"] for row in answer["results"]) < level)
+        assert ("nothing like this in the collection: best cosine" in answers.as_text([answer])) == answer["nothing_like_this"]
 
 
 def test_answers_as_json_csv_and_one_offline_page(built, root, tmp_path, capsys):
@@ -392,10 +393,10 @@ def test_answers_as_json_csv_and_one_offline_page(built, root, tmp_path, capsys)
     commands.main(["query", str(built), *pictures, "-k", "3", "--html", str(tmp_path / "out.html")])
     text = (tmp_path / "out.html").read_text()
     assert text.count("data:image/png;base64,") == 2 * 4 and "http" not in text and "src=" in text
-    rows = [{"rank": 1, "path": "/a/<script>\x1b[2J.off", "score": 1.0, "cosine": 1.0, "farther": 1.0, "thumbnail": b"x"}]
-    evil = Answer("<img>\n.png", "GrayImg", b"", rows, False, 0.5)
-    assert "<script>" not in page.as_html([evil]) and "<img>" not in page.as_html([evil])
-    assert "\x1b" not in page.as_text([evil]) and page.as_text([evil]).count("\n") == 2
+    rows = [{"rank": 1, "path": "/a/<script>\x1b[2J.off", "score": 1.0, "cosine": 1.0, "farther": 1.0}]
+    evil = {"query": "<img>\n.png", "modality": "GrayImg", "nothing_like_this": False, "verdict": "", "results": rows, "pictures": [b"", b""]}
+    assert "<script>" not in answers.as_html([evil]) and "<img>" not in answers.as_html([evil])
+    assert "\x1b" not in answers.as_text([evil]) and answers.as_text([evil]).count("\n") == 2
 
 
 def y_up(points):
@@ -418,8 +419,8 @@ def test_the_vertical_axis_is_that_of_the_index_and_need_not_be_repeated(run, tm
     index = build(run, tmp_path / "two", tmp_path / "lying", "--up", "y")
     commands.main(["add", index.place, str(tmp_path / "more lying")])
     assert {vector for _, _, vector in rows_of(index).values()} == {expected}
-    ask = lambda folder, *up: Searcher(index, CPU, None, *up).search([str(tmp_path / folder / "solid.obj")], 1)[0].results[0]["cosine"]
-    assert ask("lying") == ask("upright", "z") == pytest.approx(1) and ask("upright") < 0.9999
+    cosine = lambda folder, up=None: ask(index, tmp_path / folder / "solid.obj", up=up)[0]["results"][0]["cosine"]
+    assert cosine("lying") == cosine("upright", "z") == pytest.approx(1) and cosine("upright") < 0.9999
     for command in (["build", "--run", str(run), "--collection", str(tmp_path / "lying"), "--index", index.place], ["add", index.place, str(tmp_path)], ["update", index.place]):
         with pytest.raises(UserError, match="was built with up y"):
             commands.main([*command, "--up", "x"])
@@ -454,7 +455,7 @@ def test_meshes_become_points_and_every_shape_a_view(run, root, tmp_path):
         assert triangles is None and sorted(points.tolist()) == sorted(np.eye(3).tolist())
     cloud = next((root / "test" / "point_cloud").iterdir())
     view = trimesh.load(io.BytesIO(files.view_of(str(cloud))), file_type="glb", force="mesh")
-    assert len(view.faces) == 8 * 48 and view.volume > 0  # octahedra whose outsides face out
-    with pytest.raises(files.Unusable, match="a shape is no GrayImg"):
+    assert len(view.faces) == 20 * 48 and view.volume > 0  # balls whose outsides face out
+    with pytest.raises(files.Unusable, match="it is no GrayImg"):
         files.read_sample(str(cloud), "GrayImg", data)
     assert identity(str(cloud)) > 0
