@@ -90,7 +90,7 @@ def test_agreement_of_views_is_cohens_kappa_and_a_collapsed_modality_not_reliabl
 
 def test_trust_follows_the_odds_and_fused_beliefs_are_the_weighted_mean():
     assert trust({"a": 0.9, "b": 0.5}) == pytest.approx({"a": 0.9, "b": 0.1})
-    assert trust({"a": 1.0, "b": 1.0}) == {"a": 0.5, "b": 0.5} and trust({"a": 0.0, "b": 0.0}) == {"a": 0.0, "b": 0.0}
+    assert trust({"a": 1.0, "b": 1.0}) == trust({"a": 0.0, "b": 0.0}) == {"a": 0.5, "b": 0.5}
     posteriors = {"a": torch.tensor([[0.8, 0.2]]), "b": torch.tensor([[0.1, 0.9]])}
     torch.testing.assert_close(fuse(posteriors, {"a": 3.0, "b": 1.0}), torch.tensor([[0.625, 0.375]]))
 

@@ -146,10 +146,10 @@ def view_agreement(views: Sequence[Tensor]) -> float:
 
 
 def trust(agreement: Mapping[str, float]) -> dict[str, float]:
-    """Return modality -> weight, of sum 1: in proportion to the odds a / (1 - a) of its `view_agreement`."""
+    """Return modality -> weight, of sum 1: in proportion to the odds a / (1 - a) of its `view_agreement`; equal ones if all are 0."""
     odds = {name: share / max(1 - share, CERTAIN) for name, share in agreement.items()}
-    total = sum(odds.values()) or 1.0
-    return {name: value / total for name, value in odds.items()}
+    odds = odds if any(odds.values()) else dict.fromkeys(odds, 1.0)
+    return {name: value / sum(odds.values()) for name, value in odds.items()}
 
 
 def fuse(posteriors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

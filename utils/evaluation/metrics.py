@@ -75,17 +75,19 @@ def _ranked_relevance(
     rows = max(1, SCORE_BYTES.get(query.device.type, SCORE_BYTES["cpu"]) // (8 * len(gallery)))
     rows = rows if chunk_size is None else min(rows, chunk_size)
     order = torch.randperm(len(gallery), generator=generator_for(seed, "gallery order")).to(query.device)
-    graph = DiffusionRanking(gallery, exclude_self) if ranking == "diffusion" else None
-    gallery, gallery_labels, own = gallery[order].T.contiguous(), gallery_labels[order], order.argsort()
+    gallery, gallery_labels, own = gallery[order], gallery_labels[order], order.argsort()
+    graph = DiffusionRanking(gallery) if ranking == "diffusion" else None
+    columns = gallery.T.contiguous()
     place_bits = max(1, (len(order) - 1).bit_length())
     scale = min(SCORE_STEPS, 2.0 ** (59 - place_bits))  # a score of LONGEST_ROW squared and the bits below it fit into 63
     places = torch.arange(len(order), device=query.device) << 1
     for start, chunk, chunk_labels in zip(range(0, len(query), rows), query.split(rows), query_labels.split(rows), strict=True):
-        scores = chunk @ gallery if graph is None else graph.scores(chunk, start)[:, order]
+        itself = own[start : start + len(chunk)] if exclude_self else None
+        scores = chunk @ columns if graph is None else graph.scores(chunk, itself)
         keys = scores.mul_(-scale).round_().long()  # (B, G), best first
         keys = (keys << (place_bits + 1)).bitwise_or_(places).bitwise_or_(gallery_labels == chunk_labels.unsqueeze(1))
         if exclude_self:
-            keys.scatter_(1, own[start : start + len(chunk)].unsqueeze(1), torch.iinfo(torch.int64).max)
+            keys.scatter_(1, itself.unsqueeze(1), torch.iinfo(torch.int64).max)
         relevant = (_sorted_rows(keys) & 1).bool()
         yield relevant[:, :-1] if exclude_self else relevant
 

@@ -24,25 +24,25 @@ class DiffusionRanking:
     unit norm, so that no score exceeds 1 by more than UNREACHED.
 
     Args:
-        gallery: (G, D) float rows, compared by dot products: of unit norm for cosines, or posteriors.
-        exclude_self: query i is gallery item i: it is left out of its own f_0.
+        gallery: (G, D) float rows, compared by dot products: of unit norm for cosines, or posteriors. Their order decides between
+            neighbours that are equally near.
         neighbours: `nearest` of the gallery in itself with k = NEIGHBOURS, where it is known already.
     """
 
-    def __init__(self, gallery: Tensor, exclude_self: bool = False, neighbours: tuple[Tensor, Tensor] | None = None) -> None:
-        self.gallery, self.exclude_self = gallery, exclude_self
+    def __init__(self, gallery: Tensor, neighbours: tuple[Tensor, Tensor] | None = None) -> None:
+        self.gallery = gallery
         graph = _edges(*(neighbours or nearest(gallery, gallery, NEIGHBOURS, own=torch.arange(len(gallery)))), len(gallery))
         graph = graph.maximum(graph.T)
         degrees = graph.sum(axis=1)
         scale = sparse.diags_array(np.divide(1, np.sqrt(degrees), where=degrees > 0, out=np.zeros_like(degrees)))
         self.graph = (scale @ graph @ scale).tocsr()  # (G, G), symmetric
 
-    def scores(self, queries: Tensor, start: int = 0) -> Tensor:
-        """Return the scores (B, G) float64 of queries (B, D); `start` is the first one's number with exclude_self.
+    def scores(self, queries: Tensor, own: Tensor | None = None) -> Tensor:
+        """Return the scores (B, G) float64 of queries (B, D); `own` as in `nearest`: that item is left out of the query's f_0.
 
         What the diffusion does not reach comes after what it does, in the order of the similarity.
         """
-        found = nearest(queries, self.gallery, NEIGHBOURS, own=torch.arange(start, start + len(queries)) if self.exclude_self else None)
+        found = nearest(queries, self.gallery, NEIGHBOURS, own)
         first = _edges(*found, len(self.gallery)).T.toarray()  # (G, B)
         first /= np.linalg.norm(first, axis=0).clip(min=1e-300)
         spread = first
