@@ -23,6 +23,8 @@ from utils.evaluation.report import finish, report_pretrained
 from utils.evaluation.tables import Evaluator
 from utils.settings.config import config_hash
 
+FEATURES_NOTE = "features.json"  # what `baselines.features` says of the features beside it
+
 
 def run_stage(
     session: Session, build: Callable[[PairedSamples], StageLearner],
@@ -61,17 +63,19 @@ def run_stage(
 
 
 def mark_labels(config: Any, run: str | None, origin: str | None = None) -> Any:
-    """Return the settings of a new run with `model.reads_labels` saying whose labels its start has read, if any.
+    """Return the settings of a new run with `model.reads_labels` saying whose labels its start, or its features, have read, if any.
 
     Args:
         config: of either stage; run: folder of the one whose encoders this one takes over; origin: what its pseudo-labels say.
     Raises:
         UserError: on a damaged weight file.
     """
+    note = Path(config.data.root) / FEATURES_NOTE
+    of_features = read_json(note).get("reads_labels") if config.data.features and note.is_file() else None
     before = RunLog.open(run).config()["model"].get("reads_labels") if run else None
     sources = [config.model.pretrained[name] for name in config.data.modalities]
     files = [source for source in sources if source not in ("none", "imagenet") and Path(source).is_file()]
-    texts = sorted({text for text in (config.model.reads_labels, before, origin, *map(labels_read_by, files)) if text})
+    texts = sorted({text for text in (config.model.reads_labels, before, origin, of_features, *map(labels_read_by, files)) if text})
     return dataclasses.replace(config, model=dataclasses.replace(config.model, reads_labels="; ".join(texts) or None))
 
 

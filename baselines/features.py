@@ -22,6 +22,7 @@ from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, list_path, load_test_samples, load_training_samples
 from losses import ModalityInvarianceLoss
 from models.build import build_encoders, load_pretrained
+from training import FEATURES_NOTE, mark_labels
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_json
 from utils.engine.learner import StageLearner
 from utils.engine.run_log import environment
@@ -33,7 +34,7 @@ from utils.settings.config import config_hash, load_config, to_dict
 from utils.settings.data_options import DataConfig
 from utils.settings.options import Step1Config
 
-NOTE, SOURCE = "features.json", "source.yaml"
+SOURCE = "source.yaml"
 GRID = 16  # cells per axis of the occupancy grid of raw clouds and meshes
 SUFFIXES = {"learned": "features", "raw": "raw", "random": "random", "initial": "initial"}
 
@@ -160,10 +161,11 @@ def _write(
     note = {
         "kind": kind, "seed": config.run.seed, "instance_id": data.instance_id, "command": command,
         "settings": [f"data.dataset={dataset}", *(f"data.features.{name}={width}" for name, width in widths.items())],
+        "reads_labels": None if kind == "raw" else mark_labels(config, None).model.reads_labels,
         "config_hash": config_hash(config), "commit": noted["git_sha"], "dirty": noted["git_dirty"], "device": noted["gpu"] or noted["cpu"],
     }
     atomic_write_text(staging / SOURCE, yaml.safe_dump(to_dict(config), sort_keys=False))
-    atomic_write_json(staging / NOTE, note)
+    atomic_write_json(staging / FEATURES_NOTE, note)
     os.replace(staging, out)
 
 
@@ -192,9 +194,9 @@ def _copy_list(root: Path, dataset: str, split: str, source: SampleList, paths: 
 
 def provenance(folder: Path) -> dict[str, Any]:
     """Return features.json of a folder; a UserError if it is none of `baselines.features`."""
-    if not (folder / NOTE).is_file():
-        raise UserError(f"{folder} holds no {NOTE}: make features with python -m baselines.features --config FILE --out {folder}")
-    return read_json(folder / NOTE)
+    if not (folder / FEATURES_NOTE).is_file():
+        raise UserError(f"{folder} holds no {FEATURES_NOTE}: make features with python -m baselines.features --config FILE --out {folder}")
+    return read_json(folder / FEATURES_NOTE)
 
 
 def load_features(folder: Path, modalities: Sequence[str], device: torch.device) -> PairedSamples:

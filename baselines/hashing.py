@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.method import Context, Method
+from utils.errors import UserError
 
 RANGE_ROWS = 2000  # that the range of similarities is measured on
 
@@ -30,7 +31,7 @@ class FeatureSimilarity:
 
     def __init__(self, features: Tensor, rule: str) -> None:
         if rule not in ("rescaled", "published"):
-            raise ValueError(f"similarity must be 'rescaled' or 'published', found {rule!r}")
+            raise UserError(f"method.options.similarity must be 'rescaled' or 'published', found {rule!r}")
         self.rows = F.normalize(features, dim=1)
         self.low, self.high = self._range() if rule == "rescaled" else (0.0, 1.0)
 

@@ -22,6 +22,7 @@ from sklearn.kernel_approximation import Nystroem
 from baselines.cca import Preparation, ridge_cca
 from baselines.method import Context, ShallowMethod
 from utils.engine.seed import derive_seed
+from utils.errors import UserError
 
 RIDGES = (0.001, 0.01, 0.1, 1.0)  # among which `ridge: 0` chooses
 MEDIAN_ROWS = 1000
@@ -34,6 +35,8 @@ class KCCA(ShallowMethod):
     defaults: Mapping[str, Any] = {"kernel": "rbf", "landmarks": 1000, "ridge": 0.1}
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:
+        if context.settings["kernel"] not in ("rbf", "linear"):
+            raise UserError(f"method.options.kernel must be 'rbf' or 'linear', found {context.settings['kernel']!r}")
         seed = derive_seed(context.seed, "kcca") % 2**32  # one for both: the same landmark pairs
         self.prepared = {name: Preparation() for name in context.modalities}
         self.maps = {}

@@ -34,6 +34,7 @@ from baselines.revgrad import source_labels
 from baselines.ucch import DEFAULTS, UnifiedContrast, random_memory
 from models import FeatureMLP
 from utils.engine.seed import derive_seed, generator_for
+from utils.errors import UserError
 from utils.evaluation.clustering import kmeans
 from utils.settings.options import ModelConfig
 
@@ -152,7 +153,10 @@ class PTFUCH(ShallowMethod):
         if clients == 1:
             return [np.arange(count)]
         parts = split(source_labels(context).cpu().numpy(), clients, derive_seed(context.seed, "clients"))
-        return [part for part in parts if len(part) >= SMALLEST_CLIENT]
+        found = [part for part in parts if len(part) >= SMALLEST_CLIENT]
+        if not found:
+            raise UserError(f"method.options.clients: none of {clients} clients has {SMALLEST_CLIENT} of the {count} pairs; lower it")
+        return found
 
     def _client(self, index: np.ndarray, rows: list[Tensor], context: Context) -> Client:
         own = [part[torch.as_tensor(index, device=self.device)] for part in rows]

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from baselines.method import Context, Method, Training
 from losses import ModalityInvarianceLoss
+from utils.errors import UserError
 from utils.evaluation.clustering import kmeans
 
 PAIR_TEMPERATURE = 0.22
@@ -64,7 +65,7 @@ class RevGrad(Method):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         if context.settings["source"] not in ("labels", "pairs"):
-            raise ValueError(f"source must be 'labels' or 'pairs', found {context.settings['source']!r}")
+            raise UserError(f"method.options.source must be 'labels' or 'pairs', found {context.settings['source']!r}")
         width = DISCRIMINATOR_WIDTH
         self.discriminator = nn.Sequential(
             nn.Linear(context.dim, width), nn.ReLU(), nn.Dropout(), nn.Linear(width, width), nn.ReLU(), nn.Dropout(), nn.Linear(width, 1)

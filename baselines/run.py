@@ -20,10 +20,11 @@ from baselines.scores import score_codes
 from baselines.settings import BaselineConfig, method_overrides
 from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, load_test_samples, load_training_samples
+from training import mark_labels
 from utils.engine.checkpoint import atomic_write_json
 from utils.engine.session import Session, fit, open_session, run_command, stage_parser
 from utils.errors import UserError
-from utils.evaluation.report import draw_figures
+from utils.evaluation.report import draw_figures, label_note
 from utils.evaluation.tables import format_table
 from utils.settings.config import load_config
 
@@ -53,7 +54,7 @@ def run_method(session: Session) -> dict[str, Any]:
             learner = MethodLearner(config, entry.load(), samples, labels, features, device)
             seconds = sum(row["seconds/train"] for row in fit(session, learner, None))
             codes = learner.codes(test)
-        metrics = {**score_codes(codes, test_labels, entry.kind == "hash"), **_facts(entry, config, device)}
+        metrics = {**score_codes(codes, test_labels, entry.kind == "hash"), **_facts(entry, config, device), **label_note(run)}
         metrics["seconds"] = round(seconds, 2)
         atomic_write_json(run.folder / "metrics.json", metrics)
         run.log(format_table([(metrics["row"], metrics)]))
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     features = [f"method.features={arguments.features}"] if arguments.features else []
     arguments.overrides = [*_defaults(arguments), f"run.figures={str(arguments.figures).lower()}", *features, *arguments.overrides]
-    session = open_session(BaselineConfig, "baseline", arguments, DEFAULT_CONFIG)
+    session = open_session(BaselineConfig, "baseline", arguments, DEFAULT_CONFIG, lambda config: mark_labels(config, None))
     if session.config.method.name != arguments.method:
         raise UserError(f"{arguments.resume} is a run of {session.config.method.name}, not of {arguments.method}")
     run_method(session)

@@ -44,7 +44,7 @@ from experiments.protocol import Setup
 from experiments.records import add_records, made_with
 from models.trained import TrainedRun, open_trained
 from utils.engine.device import set_threads
-from utils.engine.run_log import environment
+from utils.engine.run_log import RunLog, environment
 from utils.engine.seed import derive_seed
 from utils.engine.session import LAST, run_command
 from utils.errors import UserError
@@ -204,13 +204,17 @@ def _scores(sets: Sets, photos: np.ndarray, shapes: np.ndarray, ranking: str = "
     return retrieval_table({PICTURE: torch.from_numpy(photos), SHAPE: torch.from_numpy(shapes)}, sets.labels, ranking=ranking)
 
 
-def write_records(path: Path, rows: list[tuple[str, dict, float]], seed: int, command: str) -> None:
-    """Add the rows, with their seconds, to a table's records; a UserError from uncommitted code, whose commit would not repeat them."""
+def write_records(path: Path, rows: list[tuple[str, dict, float]], seed: int, command: str, read: str | None = None) -> None:
+    """Add the rows, with their seconds, to a table's records; a UserError from uncommitted code, whose commit would not repeat them.
+
+    `read` are the labels that the bridge says it has read, if any.
+    """
     shared = {
         "pair": "RP", "setup": describe_setup(Setup(CONFIG.name, "full", CONFIG, ())), "id": f"unpaired-seed{seed}", "stage": "unpaired",
         "seed": seed, "needs": [], **made_with(environment(seed), "this result"), "command": command,
     }
-    marks = lambda name: {"reads_labels": f"training labels of {CONFIG.name}"} if "READS LABELS" in name else {}
+    labels = lambda name: [read] * bool(read) + [f"training labels of {CONFIG.name}"] * ("READS LABELS" in name)
+    marks = lambda name: {"reads_labels": "; ".join(labels(name))} if labels(name) else {}
     add_records(path, [{"row": name, **shared, **marks(name), "scores": scores, "seconds": seconds} for name, scores, seconds in rows])
 
 
@@ -237,7 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         before = time.perf_counter()
     print(format_table([(name, scores) for name, scores, _ in rows]))
     if arguments.record:
-        write_records(arguments.record, rows, arguments.seed, shlex.join(["python", "-m", "baselines.unpaired", *argv]))
+        read = RunLog.open(arguments.bridge).config()["model"].get("reads_labels")
+        write_records(arguments.record, rows, arguments.seed, shlex.join(["python", "-m", "baselines.unpaired", *argv]), read)
 
 
 if __name__ == "__main__":

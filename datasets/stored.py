@@ -7,7 +7,6 @@ array, on names and ids of the list, and on size and modification time of every 
 import hashlib
 import json
 import os
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,10 @@ from datasets.kinds import Kind
 from datasets.lists import SampleList
 from utils.engine import distributed
 from utils.engine.checkpoint import atomic_write_json
+from utils.engine.lock import hold_lock
 from utils.settings.options import DataConfig
 
 FOLDER, FORMAT = ".arrays", 1  # FORMAT: raised when the reading of files changes what they give
-ABANDONED = 3600  # seconds after which a half-written file is nobody's
 
 
 def stored_array(sample_list: SampleList, kind: Kind, data: DataConfig) -> tuple[Tensor, str | None]:
@@ -69,10 +68,27 @@ def _open(place: Path) -> tuple[np.ndarray, str] | None:
 
 
 def _make(place: Path, sample_list: SampleList, kind: Kind, data: DataConfig) -> str | None:
-    """Write the file unless it is there, and remove what it replaces; return why that was impossible."""
+    """Write the file unless it is there, one process at a time, and remove what it replaces; return why that was impossible."""
     if _open(place) is not None:
         return None
-    temporary, mapped = place.with_name(f".{place.name}.{os.getpid()}.tmp"), []
+    temporary = place.with_name(f".{place.name}.tmp")
+    try:
+        place.parent.mkdir(exist_ok=True)
+        with hold_lock(place.parent / ".lock"):
+            if _open(place) is None:  # not made by another process meanwhile
+                _write(place, temporary, sample_list, kind, data)
+                for old in place.parent.glob(f"{place.name.rpartition('-')[0]}-*"):
+                    if old.stem != place.stem:
+                        old.unlink(missing_ok=True)
+                for abandoned in place.parent.glob(".*.tmp"):
+                    abandoned.unlink(missing_ok=True)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _write(place: Path, temporary: Path, sample_list: SampleList, kind: Kind, data: DataConfig) -> None:
+    mapped = []
 
     def allocate(shape: tuple[int, ...], dtype: type) -> np.ndarray:
         mapped.append(np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape))
@@ -82,21 +98,11 @@ def _make(place: Path, sample_list: SampleList, kind: Kind, data: DataConfig) ->
         return mapped[0]
 
     try:
-        place.parent.mkdir(exist_ok=True)
         kind.load(sample_list, data, allocate)
         mapped[0].flush()
         digest = hashlib.sha256(mapped.pop()).hexdigest()
         os.replace(temporary, place)
         entry = place.stat()
         atomic_write_json(place.with_suffix(".json"), {"sha256": digest, "written": [entry.st_size, entry.st_mtime_ns]})
-        for old in place.parent.glob(f"{place.name.rpartition('-')[0]}-*"):
-            if old.stem != place.stem:
-                old.unlink(missing_ok=True)
-        for old in place.parent.glob(".*.tmp"):
-            if time.time() - old.stat().st_mtime > ABANDONED:
-                old.unlink(missing_ok=True)
-    except OSError as error:
-        return str(error)
     finally:
         temporary.unlink(missing_ok=True)
-    return None

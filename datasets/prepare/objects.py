@@ -106,20 +106,22 @@ def _size(points: np.ndarray, unit: str | None) -> float:
 def make_tasks(items: Sequence[Item], share: float, labelled: bool, least: int) -> tuple[list[ObjectTask], list[str], dict[str, str]]:
     """Number, split and label the objects of a collection.
 
-    Numbers, and the split where the collection has none, follow the hash of the name, so they tell nothing about the class.
+    Numbers, and a split that the collection lacks, follow the hash of the name, not the class; copies of one file stay in one split.
 
     Args:
         share: of the training split; labelled: whether class folders are labels; least: objects of a class that is kept.
     Returns:
         All objects; the classes, in the order of their labels; and name -> why an object is left out.
     """
-    ordered = sorted(items, key=lambda item: hashlib.sha256(item.name.rsplit(".", 1)[0].encode()).digest())
+    original = lambda item: item.original or item.name
+    ordered = sorted(items, key=lambda item: hashlib.sha256(original(item).rsplit(".", 1)[0].encode()).digest())
     sizes = Counter(item.object_class for item in items if not item.reason)
     classes = sorted(name for name, size in sizes.items() if name is not None and size >= least) if labelled else []
     clouds, first_test = mostly_clouds(items), min(max(round(share * len(items)), 1), len(items) - 1)
     labels, reasons, tasks = {name: label for label, name in enumerate(classes)}, {}, []
+    splits = {original(item): "test" for item in ordered[-1:]}  # neither split is empty while two contents differ
     for number, item in enumerate(ordered):
-        split = item.split or ("train" if number < first_test else "test")
+        split = item.split or splits.setdefault(original(item), "train" if number < first_test else "test")
         tasks.append(ObjectTask(number, item.name, split, labels.get(item.object_class), item.place))
         reason = item.reason
         if not reason and item.is_cloud != clouds:

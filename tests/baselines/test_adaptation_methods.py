@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from baselines import meda, revgrad
 from baselines.meda import MEDA, AlignedClassifier, domain_distance, flow_kernel_root
 from baselines.revgrad import ReverseGradient, RevGrad, source_labels, strength
+from utils.errors import UserError
 
 FEATURES, LABELS = pairs(120)
 
@@ -67,7 +68,7 @@ def test_where_revgrad_takes_its_labels_from():
         assert losses[transfer] == pytest.approx((scores[0] + scores[1] * transfer).item())
     paired = RevGrad(context_of("revgrad", FEATURES, dim=8, settings={"source": "pairs"}))
     assert paired.labels is None and paired(index, embeddings, 3).isfinite()
-    with pytest.raises(ValueError, match="'labels' or 'pairs', found 'label'"):
+    with pytest.raises(UserError, match="'labels' or 'pairs', found 'label'"):
         RevGrad(context_of("revgrad", FEATURES, settings={"source": "label"}))
 
 

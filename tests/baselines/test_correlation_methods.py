@@ -112,6 +112,11 @@ def test_kcca_with_a_linear_kernel_is_ridge_cca():
         agree(kernel.transform(name, FEATURES[name]), view @ wanted[:, :5])
 
 
+def test_kcca_refuses_another_kernel():
+    with pytest.raises(UserError, match="'rbf' or 'linear', found 'poly'"):
+        fitted(KCCA, "kcca", settings={"kernel": "poly"})
+
+
 def test_kcca_with_all_landmarks_is_the_exact_dual():
     needs_cca_zoo()
     method = fitted(KCCA, "kcca", dim=5, settings={"ridge": 0.1, "landmarks": 120})

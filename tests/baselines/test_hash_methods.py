@@ -11,6 +11,7 @@ from baselines.djsrh import DJSRH
 from baselines.hashing import FeatureSimilarity, cosine
 from baselines.jdsh import JDSH
 from baselines.ucch import UCCH
+from utils.errors import UserError
 
 FEATURES, _ = pairs(60)
 INDEX = torch.tensor([3, 17, 41, 8, 59, 22])
@@ -48,7 +49,7 @@ def test_feature_similarity():
     assert signed.min() == -1  # what 2 s - 1 puts below -1 is cut
     alike = FeatureSimilarity(torch.ones(5, 3), "rescaled")(torch.arange(5))
     assert torch.allclose(alike, torch.eye(5), atol=1e-5)
-    with pytest.raises(ValueError, match="'rescaled' or 'published'"):
+    with pytest.raises(UserError, match="'rescaled' or 'published'"):
         FeatureSimilarity(DOUBLE["GrayImg"], "rescale")
 
 

@@ -13,6 +13,7 @@ from baselines.federation import average, split
 from baselines.pt_fuch import PTFUCH, Client, batches, distillation, prototype_loss
 from baselines.ucch import DEFAULTS, UCCH, UnifiedContrast, random_memory, signs
 from models.build import build_encoders
+from utils.errors import UserError
 from utils.settings.data_options import DataConfig
 from utils.settings.options import ModelConfig
 
@@ -171,5 +172,8 @@ def test_several_clients_learn_one_pair_of_networks():
     built = build_encoders(DataConfig(modalities=NAMES, features={name: rows.shape[1] for name, rows in features.items()}), ModelConfig(embedding_dim=8))
     assert [str(encoder) for encoder in method.server] == [str(encoder) for encoder in built.values()]  # of all other methods
     assert found[0].shape == (9, 8) and np.abs(found[0]).max() <= 1 and np.array_equal(*found)
+    few, _ = pairs(20)
+    with pytest.raises(UserError, match="none of 3 clients has 32 of the 20 pairs"):
+        PTFUCH().fit(few, context_of("pt_fuch", few, dim=8, settings=settings))
     assert [len(index) for index in batches(70, 32, torch.device("cpu"))] == [32, 32]
     assert [len(index) for index in batches(20, 32, torch.device("cpu"))] == [20]

@@ -10,9 +10,14 @@ from stage_runs import REPOSITORY, labels_of, only_run, settings, weights
 import evaluate
 import train_step1
 import train_step2
+from baselines import run
+from baselines.features import make_features
 from baselines.supervised_start import main
 from experiments.jobs import training_scores
 from models.pretrained import labels_read_by, read_state_dict
+from training import mark_labels
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
 
 READ = "training labels of digits"
 
@@ -49,22 +54,35 @@ def test_the_mark_follows_the_file_through_both_stages(small_digits, tmp_path, c
     assert all(torch.equal(found[f".encoders.PointCloud.{key}"], value) for key, value in given.items())  # with its projection
     train_step2.main(settings(small_digits, tmp_path, 2, "optim.epochs=1"))  # fresh encoders, the labels are of that run
     runs = [only_run(tmp_path, step) for step in (1, 2)]
-    for run in runs:
-        metrics = json.loads((run / "metrics.json").read_text())
+    for folder in runs:
+        metrics = json.loads((folder / "metrics.json").read_text())
         assert metrics["reads_labels"] == READ and f"READS LABELS ({READ})" in metrics["row"]
-        assert "READS LABELS" in (run / "log.txt").read_text() and f"reads_labels: {READ}" in (run / "config.yaml").read_text()
-        assert training_scores(run)["reads_labels"] == READ
+        assert "READS LABELS" in (folder / "log.txt").read_text() and f"reads_labels: {READ}" in (folder / "config.yaml").read_text()
+        assert training_scores(folder)["reads_labels"] == READ
     (meta, *_) = sorted(labels_of(tmp_path).glob("*.meta.json"))
     assert json.loads(meta.read_text())["provenance"]["reads_labels"] == READ
     capsys.readouterr()
     evaluate.main(["--run", *map(str, runs), "--device", "cpu"])
     assert capsys.readouterr().out.count("READS LABELS") >= 2
-    assert all(json.loads((run / "metrics.json").read_text())["reads_labels"] == READ for run in runs)
+    assert all(json.loads((folder / "metrics.json").read_text())["reads_labels"] == READ for folder in runs)
+
+
+def test_the_mark_follows_features_and_compared_methods(small_digits, tmp_path):
+    start(small_digits, tmp_path / "start.pt")
+    smoke, place = str(REPOSITORY / "configs/smoke/step1.yaml"), f"run.output={tmp_path / 'runs'}"
+    given = [f"data.root={small_digits}", f"model.pretrained.PointCloud={tmp_path / 'start.pt'}", place]
+    note = make_features(smoke, given, "initial", 0, tmp_path / "features", "a command")
+    on_features = [f"data.root={tmp_path / 'features'}", *note["settings"], place]
+    assert mark_labels(load_config(Step1Config, smoke, on_features), None).model.reads_labels == READ
+    for texts in (on_features, given):
+        run.main(["ucch", "--config", smoke, "--set", *texts, "optim.epochs=1"])
+    found = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/baseline/*/metrics.json")]
+    assert [metrics["reads_labels"] for metrics in found] == [READ, READ]
 
 
 def test_a_run_of_other_starts_has_no_mark(finished):
     for step in (1, 2):
-        run = only_run(finished, step)
-        assert "READS" not in (run / "log.txt").read_text() and "reads_labels" not in json.loads((run / "metrics.json").read_text())
+        folder = only_run(finished, step)
+        assert "READS" not in (folder / "log.txt").read_text() and "reads_labels" not in json.loads((folder / "metrics.json").read_text())
     with pytest.raises(ValueError, match="expected a flat state dict"):
         read_state_dict(only_run(finished, 1) / "last.pt")

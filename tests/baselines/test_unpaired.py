@@ -176,6 +176,8 @@ def test_records_of_uncommitted_code_are_refused(tmp_path, monkeypatch):
     unpaired.write_records(tmp_path / "t.jsonl", rows, 0, "python")
     found = read_records(tmp_path / "t.jsonl")
     assert [entry.get("reads_labels") for entry in found] == [None, "training labels of photos_modelnet40"]
+    unpaired.write_records(tmp_path / "u.jsonl", rows, 0, "python", "labels of shapes")  # of a bridge that started from them
+    assert all("labels of shapes" in entry["reads_labels"] for entry in read_records(tmp_path / "u.jsonl"))
 
 
 def test_features_of_photographs_that_share_a_name_stay_apart(tmp_path):

@@ -1,7 +1,11 @@
 """Arrays kept in mapped files: equal to what the files give, made again when one changes, never half-written, never in the way."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 
 import numpy as np
 import pytest
@@ -36,7 +40,7 @@ def root(small_digits, tmp_path):
 
 
 def kept(root):
-    return {path.name: path.stat().st_mtime_ns for path in (root / stored.FOLDER).iterdir()}
+    return {path.name: path.stat().st_mtime_ns for path in (root / stored.FOLDER).iterdir() if path.name != ".lock"}
 
 
 def test_the_stored_arrays_are_those_of_the_files_and_shared(root):
@@ -93,6 +97,22 @@ def test_a_damaged_or_unwritable_store_gives_the_same_arrays(root, monkeypatch):
     with pytest.warns(UserWarning, match="takes no file"):
         _, third = load(root)
     assert third.fingerprints == {} and all(torch.equal(third.arrays[name], values) for name, values in arrays.items())
+
+
+def test_starts_at_the_same_time_make_one_array_and_share_it(root):
+    data, samples = load(root)
+    rows, kind, loads = samples.lists["PointCloud"], KINDS["points"], []
+    for path in (root / stored.FOLDER).iterdir():
+        path.unlink()
+    together = Barrier(4)
+
+    def start(_):
+        together.wait()
+        return stored.stored_array(rows, replace(kind, load=lambda *given: [loads.append(1), sleep(0.1), kind.load(*given)][2]), data)[1]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(start, range(4))) == [samples.fingerprints["PointCloud"]] * 4
+    assert len(loads) == 1
 
 
 def test_checks_of_other_settings_hold_for_stored_arrays(root):

@@ -41,6 +41,7 @@ class Item:
         name: unique, for messages; place: path of its file, or its row in an archive; sha256: of the file.
         object_class: of its folder, if it lies in one; split: "train" or "test", if the collection says so.
         is_cloud: whether it has points alone; reason: why it cannot be taken, if that is known before it is read.
+        original: name of the first one of the same content, of files.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Item:
     split: str | None = None
     is_cloud: bool = False
     reason: str | None = None
+    original: str | None = None
 
 
 def read_folder(folder: Path) -> tuple[list[Item], Counter]:
@@ -77,7 +79,10 @@ def read_folder(folder: Path) -> tuple[list[Item], Counter]:
         split = None if depth is None else place[depth]
         classes = place if depth is None else (*place[:depth], *place[depth + 1 :])
         items.append(_examine(Item(name, str(path), "", classes[0] if classes else None, split)))
-    return _without_copies(items), Counter(path.suffix.lower() for path in files if path.suffix.lower() not in FORMATS)
+    items = _of_one_format(items)
+    first = {item.sha256: item.name for item in reversed(items) if not item.reason}
+    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in FORMATS)
+    return [replace(item, original=first.get(item.sha256)) for item in items], others
 
 
 def _examine(item: Item) -> Item:
@@ -105,7 +110,7 @@ def _promised(data: bytes, element: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _without_copies(items: list[Item]) -> list[Item]:
+def _of_one_format(items: list[Item]) -> list[Item]:
     """Take one format alone of those of one name in one folder: two could put one object into both splits."""
     stem, taken = (lambda item: Path(item.place).with_suffix("")), {}
     for item in sorted(items, key=lambda item: FORMATS.index(Path(item.place).suffix.lower())):

@@ -212,6 +212,16 @@ def test_split_and_numbers_owe_nothing_to_the_class(tmp_path):
     assert all(task.label is None for task in make_tasks(items, 0.8, False, 10)[0]) and not make_tasks(items, 0.8, False, 10)[2]
 
 
+def test_copies_stay_in_one_split(tmp_path):
+    for number in range(20):
+        put(tmp_path / f"a/{number:02d}.obj", f"{number % 4}")
+    items = read_folder(tmp_path)[0]
+    assert [item.original for item in items] == [f"a/{number % 4:02d}.obj" for number in range(20)]
+    tasks = make_tasks(items, 0.5, True, 1)[0]
+    splits = [{task.split for task in tasks if int(task.name[2:4]) % 4 == kind} for kind in range(4)]
+    assert all(len(found) == 1 for found in splits) and set.union(*splits) == {"train", "test"}
+
+
 def write_meshes(path: Path, **changes) -> Path:
     arrays = {
         "vertices": np.array([[0, 0, 0], [30000, 0, 0], [0, 30000, 0], [0, 0, 0], [0, 15000, 0], [0, 0, 15000], [9, 9, 9]], np.int16),
