@@ -3,7 +3,7 @@
 # RUN=runs/... takes another run; PORT=7860.
 REQUIREMENTS="requirements.txt requirements-search.txt"
 source "$(dirname "$0")/environment.sh"
-RUN="${RUN:-$(ls -td runs/quickstart-*/digits/step2/*/ 2>/dev/null | head -n 1)}"
+RUN="${RUN:-$(ls -td runs/quickstart-*/digits/step2/*/ 2>/dev/null | head -n 1 || true)}"
 [ -n "$RUN" ] || { echo "No run yet: bash scripts/quickstart.sh trains one in minutes." >&2; exit 2; }
 INDEX="runs/search/$(basename "$RUN")"
 "$PYTHON_BIN" search.py build --run "$RUN" --collection dataset/digits/digits_PointCloud_test_list.txt --index "$INDEX"
