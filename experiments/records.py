@@ -119,7 +119,7 @@ def record_run(path: Path, folder: Path, row: str | None = None, variant: str | 
         "stage": "step2" if "rdl" in config else "step1", "seed": config["run"]["seed"], "needs": [], **training_scores(folder, variant),
         **made, "command": " ".join(command),
     }
-    place = lambda entry: (entry["row"], entry["pair"], entry["seed"])
+    place = lambda entry: (entry["row"], entry["pair"], entry["seed"], entry["setup"])  # those of older settings are not shown
     for other in read_records(path):
         if place(other) == place(record) and other["command"] != record["command"]:
             raise UserError(f"{path} holds a run of another command in its place ({other['command']}): give another table, or --row NAME")

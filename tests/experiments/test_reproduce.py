@@ -48,6 +48,9 @@ def test_a_finished_run_is_recorded(tmp_path, finished):
         record_run(tmp_path / "mine.jsonl", folder)
     record_run(tmp_path / "mine.jsonl", folder, row="mine")
     assert [entry["row"] for entry in read_records(tmp_path / "mine.jsonl")] == ["step 1, PLA (class estimator)", "mine"]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({**record, "id": "older", "setup": {**record["setup"], "hash": "of older settings"}}) + "\n")
+    record_run(tmp_path / "mine.jsonl", folder)
+    assert [entry["id"] for entry in read_records(tmp_path / "mine.jsonl")] == ["older", record["id"]]
 
 
 def test_an_unfinished_or_dirty_run_is_not_recorded(tmp_path, finished):
