@@ -213,8 +213,8 @@ def write_records(path: Path, rows: list[tuple[str, dict, float]], seed: int, co
         "pair": "RP", "setup": describe_setup(Setup(CONFIG.name, "full", CONFIG, ())), "id": f"unpaired-seed{seed}", "stage": "unpaired",
         "seed": seed, "needs": [], **made_with(environment(seed), "this result"), "command": command,
     }
-    labels = lambda name: [read] * bool(read) + [f"training labels of {CONFIG.name}"] * ("READS LABELS" in name)
-    marks = lambda name: {"reads_labels": "; ".join(labels(name))} if labels(name) else {}
+    labels = lambda name: "; ".join(filter(None, (read, f"training labels of {CONFIG.name}" if "READS LABELS" in name else None)))
+    marks = lambda name: {"reads_labels": labels(name)} if labels(name) else {}
     add_records(path, [{"row": name, **shared, **marks(name), "scores": scores, "seconds": seconds} for name, scores, seconds in rows])
 
 
