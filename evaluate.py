@@ -15,10 +15,10 @@ from datasets.lists import read_labelled_list
 from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin, read_own_ids, read_pseudo_labels
 from datasets.samples import UNIQUE, describe_samples, list_path, load_test_samples
 from models.trained import open_trained
-from utils.engine.checkpoint import atomic_write_json, read_json
+from utils.engine.checkpoint import LAST, atomic_write_json, read_json
 from utils.engine.device import select_device
 from utils.engine.run_log import RunLog
-from utils.engine.session import LAST, run_command
+from utils.engine.session import run_command
 from utils.errors import UserError
 from utils.evaluation.clustering import clustering_accuracy, nmi, purity
 from utils.evaluation.report import label_note, row_name

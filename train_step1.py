@@ -16,9 +16,10 @@ from models import MemoryBank
 from models.build import build_classifiers, build_encoders
 from training import mark_labels, run_stage, write_annotation
 from utils.engine import distributed
+from utils.engine.checkpoint import LAST
 from utils.engine.learner import StageLearner
 from utils.engine.seed import BatchGenerator, derive_seed
-from utils.engine.session import LAST, Session, go_on_from, open_session, run_command, stage_parser
+from utils.engine.session import Session, go_on_from, open_session, run_command, stage_parser
 from utils.errors import UserError
 from utils.evaluation.clustering import nmi
 from utils.evaluation.consensus import NEIGHBOURS, cluster_objects

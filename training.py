@@ -74,7 +74,7 @@ def mark_labels(config: Any, run: str | None, origin: str | None = None) -> Any:
     of_features = read_json(note).get("reads_labels") if config.data.features and note.is_file() else None
     before = RunLog.open(run).config()["model"].get("reads_labels") if run else None
     sources = [config.model.pretrained[name] for name in config.data.modalities]
-    files = [source for source in sources if source not in ("none", "imagenet") and Path(source).is_file()]
+    files = [source for source in sources if source not in ("none", "imagenet") and Path(source).exists()]
     texts = sorted({text for text in (config.model.reads_labels, before, origin, of_features, *map(labels_read_by, files)) if text})
     return dataclasses.replace(config, model=dataclasses.replace(config.model, reads_labels="; ".join(texts) or None))
 

@@ -43,10 +43,11 @@ from experiments.cells import describe_setup
 from experiments.protocol import Setup
 from experiments.records import add_records, made_with
 from models.trained import TrainedRun, open_trained
+from utils.engine.checkpoint import LAST
 from utils.engine.device import set_threads
 from utils.engine.run_log import RunLog, environment
 from utils.engine.seed import derive_seed
-from utils.engine.session import LAST, run_command
+from utils.engine.session import run_command
 from utils.errors import UserError
 from utils.evaluation.tables import format_table, retrieval_table
 from utils.settings.config import load_config

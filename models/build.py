@@ -57,17 +57,17 @@ def load_pretrained(encoders: nn.ModuleDict, sources: Mapping[str, str]) -> dict
     """Load the weights that the configuration names into the encoders, modality -> encoder, in place.
 
     Args:
-        sources: modality -> "imagenet", "none" or the path of a weight file, one for every encoder.
+        sources: modality -> "imagenet", "none" or the path of a weight file or a run, one for every encoder.
     Returns:
         What was loaded, for every modality whose source is not "none".
     Raises:
         UserError: if weights cannot be had or do not fit, or leave a part of a frozen encoder random; random weights never take their
             place in silence.
     """
-    reports = {name: load_weights(encoder, sources[name]) for name, encoder in encoders.items() if sources[name] != "none"}
+    reports = {name: load_weights(encoder, sources[name], name) for name, encoder in encoders.items() if sources[name] != "none"}
     for name in (name for name, encoder in encoders.items() if not any(p.requires_grad for p in encoder.parameters())):
         used = reports[name].used if name in reports else ()
-        random = [key for key, _ in encoders[name].named_parameters() if key.removeprefix("backbone.") not in used]
+        random = [key for key, _ in encoders[name].named_parameters() if key not in used]
         if random:
             raise UserError(
                 f"model.freeze: {name} would keep random weights ({', '.join(random[:3])}); name a file that has them in "

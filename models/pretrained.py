@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
+from utils.engine.checkpoint import LAST
+from utils.engine.run_log import RunLog
 from utils.errors import UserError
 
 PRETRAINED_DIR = Path("pretrained")
 OPTIONAL_SUFFIX = "num_batches_tracked"  # counters that old files lack
 MESHNET_WIDTH = 1024
+MESHNET_TRUNK = ("spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2.")
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError)
 
 
@@ -73,40 +76,56 @@ def load_matching(
     return report
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, modality: str | None = None) -> dict[str, Tensor]:
     """Read a flat state dict, from the present or the pre-zip container of PyTorch, to the CPU, without running code of the file.
 
-    A weight file of this project (`baselines.supervised_start`) gives its encoder's.
+    A weight file of this project (`baselines.supervised_start`) gives its encoder's, a run folder (or its checkpoint) those of the
+    modality.
 
     Raises:
-        UserError: if there is no such file, it is damaged, or it holds anything but named tensors.
+        UserError: if there is no such file, it is damaged, has no such modality, or holds anything but named tensors.
     """
     content = _read(path)
-    state = content.get("state", {}).get("encoder") if isinstance(content, Mapping) and "format_version" in content else content
+    state = content.get("encoder")
+    if "learner" in content:  # a run
+        weights, prefix = content["learner"].get("encoders", {}), f"{modality}."
+        state = {name.removeprefix(prefix): values for name, values in weights.items() if name.startswith(prefix)}
+        if not state:
+            found = sorted({name.partition(".")[0] for name in weights})
+            raise UserError(f"{path} has no encoder of {modality}, found those of {', '.join(found) or 'no modality'}")
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds a {type(state).__name__}, expected a flat state dict (name -> tensor)")
     return dict(state)
 
 
 def labels_read_by(path: str | Path) -> str | None:
-    """Return what a weight file says of the labels that it has read; None if it says nothing.
+    """Return what a weight file, or the settings of a run, say of the labels that it has read; None if they say nothing.
 
     Raises:
-        UserError: as `read_state_dict`.
+        UserError: as `read_state_dict`, or if a checkpoint lies outside its run folder.
     """
     content = _read(path)
-    return content["state"].get("reads_labels") if isinstance(content, Mapping) and "format_version" in content else None
+    if "learner" in content:
+        return RunLog.open(_file(path).parent).config()["model"].get("reads_labels")
+    return content.get("reads_labels")
 
 
-def _read(path: str | Path) -> object:
-    path = Path(path)
+def _file(source: str | Path) -> Path:
+    return Path(source) / LAST if Path(source).is_dir() else Path(source)
+
+
+def _read(path: str | Path) -> Mapping:
+    """Return the state of a file of this project; what a public one holds comes as its "encoder"."""
+    path = _file(path)
     if not path.is_file():
-        raise UserError(f"no weights at {path}; give the path of a checkpoint, or `none` to train from scratch")
+        raise UserError(f"no weights at {path}; give the path of a checkpoint or a run folder, or `none` to train from scratch")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0] or "no detail"
         raise UserError(f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}: {reason}); fetch it again") from error
+    ours = isinstance(content, Mapping) and "format_version" in content and isinstance(content.get("state"), Mapping)
+    return content["state"] if ours else {"encoder": content}
 
 
 def load_imagenet_resnet18() -> dict[str, Tensor]:
@@ -134,33 +153,30 @@ def load_imagenet_resnet18() -> dict[str, Tensor]:
                         f"{url} and put it at {PRETRAINED_DIR / name}, or set the weights to `none` to train from scratch") from error
 
 
-def load_weights(encoder: nn.Module, source: str | Path) -> LoadReport:
-    """Fill the trunk of an encoder with weights of a file, in place; public files leave its projection to the common space as it is.
+def load_weights(encoder: nn.Module, source: str | Path, modality: str | None = None) -> LoadReport:
+    """Fill an encoder with weights of a file, in place; public ones are of its trunk and leave the projection to the common space as it is.
 
     Args:
         encoder: what has to be in the file depends on its class:
             `models.ResNet18`: all of `backbone`, under torchvision's names; `fc` is left out.
             `models.DGCNN`: the four EdgeConvs, as in the public classification checkpoint (`model.1024.t7`), and conv5 when its
-            width fits. The file registers its BatchNorms twice: `convN.1` is read, `bnN` left out. Of a file of
-            `baselines.supervised_start` whatever fits, the projection too.
+            width fits. The file registers its BatchNorms twice: `convN.1` is read, `bnN` left out.
             `models.MeshNet`: descriptors and mesh convolutions, as in the public classification checkpoint (2021 version, one of
             its `.pkl` files), and `fusion_mlp` and `concat_mlp` when the encoder has their published width.
-            The classifiers of the files never enter an encoder.
-        source: path of the file, or "imagenet" for ResNet18.
+            The classifiers of the files never enter an encoder. Of a file of `baselines.supervised_start` or a run, all that fits.
+        source: path of the file or the run folder, or "imagenet" for ResNet18.
+        modality: whose encoder of a run is meant.
     Raises:
         UserError: weights that are absent, damaged, incomplete or not to be had.
     """
     kind = type(encoder).__name__
-    state = load_imagenet_resnet18() if source == "imagenet" else read_state_dict(source)
-    if kind == "ResNet18":
-        return load_matching(encoder.backbone, state, _without("fc."), ("",), f"ResNet18 weights from {source}")
-    if kind == "DGCNN":
-        name = str if any(key.startswith("edge_convs.") for key in state) else _dgcnn_name  # a file of this project, or the public one
-        return load_matching(encoder, state, name, ("edge_convs.",), f"DGCNN checkpoint {source}")
-    required = ("spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2.")
-    if encoder.fusion_mlp[0].out_channels == MESHNET_WIDTH:
+    state = load_imagenet_resnet18() if source == "imagenet" else read_state_dict(source, modality)
+    required, rename = TRUNKS[kind]
+    if kind == "MeshNet" and encoder.fusion_mlp[0].out_channels == MESHNET_WIDTH:
         required += ("fusion_mlp.", "concat_mlp.")
-    return load_matching(encoder, state, _without("classifier."), required, f"MeshNet checkpoint {source}")
+    if any(key.startswith(("backbone.", "edge_convs.")) for key in state):  # names of this project
+        rename = str
+    return load_matching(encoder, state, rename, required, f"{kind} checkpoint {source}")
 
 
 def _dgcnn_name(key: str) -> str | None:
@@ -173,5 +189,8 @@ def _dgcnn_name(key: str) -> str | None:
     return f"edge_convs.{int(layer[4:]) - 1}.{'conv' if part == '0' else 'bn'}.{name}"
 
 
-def _without(prefix: str) -> Callable[[str], str | None]:
-    return lambda key: None if key.startswith(prefix) else key
+TRUNKS = {  # encoder -> the beginnings of the names that a file must fill, and its name of a public file's key
+    "ResNet18": (("backbone.",), lambda key: None if key.startswith("fc.") else f"backbone.{key}"),
+    "DGCNN": (("edge_convs.",), _dgcnn_name),
+    "MeshNet": (MESHNET_TRUNK, lambda key: None if key.startswith("classifier.") else key),
+}

@@ -11,7 +11,7 @@ from torch import Tensor
 from datasets.pseudo_labels import file_hash
 from datasets.samples import PairedSamples, describe_samples, load_training_samples
 from models.trained import open_trained
-from utils.engine.session import LAST
+from utils.engine.checkpoint import LAST
 from utils.errors import UserError
 from utils.evaluation.features import Features
 from utils.modalities import MODALITIES

@@ -1,6 +1,7 @@
 """The start that has read labels: what it learns from, what it writes, and that the mark follows it everywhere."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from baselines.supervised_start import main
 from experiments.jobs import training_scores
 from models.pretrained import labels_read_by, read_state_dict
 from training import mark_labels
+from utils.errors import UserError
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config
 
@@ -65,6 +67,10 @@ def test_the_mark_follows_the_file_through_both_stages(small_digits, tmp_path, c
     evaluate.main(["--run", *map(str, runs), "--device", "cpu"])
     assert capsys.readouterr().out.count("READS LABELS") >= 2
     assert all(json.loads((folder / "metrics.json").read_text())["reads_labels"] == READ for folder in runs)
+    assert [labels_read_by(folder) for folder in (runs[0], runs[1] / "last.pt")] == [READ, READ]
+    shutil.copy(runs[0] / "last.pt", tmp_path / "astray.pt")
+    with pytest.raises(UserError, match="run folder"):
+        labels_read_by(tmp_path / "astray.pt")  # a checkpoint alone does not know
 
 
 def test_the_mark_follows_features_and_compared_methods(small_digits, tmp_path):
@@ -80,9 +86,20 @@ def test_the_mark_follows_features_and_compared_methods(small_digits, tmp_path):
     assert [metrics["reads_labels"] for metrics in found] == [READ, READ]
 
 
+def test_a_run_starts_another_one_with_every_weight(small_digits, finished, tmp_path):
+    before, names = only_run(finished, 1), ("GrayImg", "PointCloud")
+    more = [f"model.pretrained.{name}={before}" for name in names] + ["model.freeze=[GrayImg]", "optim.epochs=1"]
+    train_step1.main(settings(small_digits, tmp_path, 1, *more))
+    given, found = weights(before), weights(only_run(tmp_path, 1))
+    for name in names:
+        alike = [torch.equal(found[key], value) for key, value in given.items() if key.startswith(f".encoders.{name}.")]
+        assert len(alike) > 20 and all(alike) == (name == "GrayImg")  # heads too; clouds go on learning
+    assert labels_read_by(before) is None
+    with pytest.raises(UserError, match="has no encoder of RGBImg, found those of GrayImg, PointCloud"):
+        read_state_dict(before, "RGBImg")
+
+
 def test_a_run_of_other_starts_has_no_mark(finished):
     for step in (1, 2):
         folder = only_run(finished, step)
         assert "READS" not in (folder / "log.txt").read_text() and "reads_labels" not in json.loads((folder / "metrics.json").read_text())
-    with pytest.raises(ValueError, match="expected a flat state dict"):
-        read_state_dict(only_run(finished, 1) / "last.pt")

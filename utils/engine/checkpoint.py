@@ -15,6 +15,7 @@ import torch
 from utils.errors import MissingFileError, UserError
 
 FORMAT_VERSION = 1
+LAST = "last.pt"  # the newest checkpoint of a run folder
 _UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError)
 _PLAIN_TYPES = (type(None), bool, int, float, str, bytes)
 

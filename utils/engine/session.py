@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from utils.engine import distributed
-from utils.engine.checkpoint import load_checkpoint, save_checkpoint
+from utils.engine.checkpoint import LAST, load_checkpoint, save_checkpoint
 from utils.engine.device import keep_freed_memory, select_device, set_threads
 from utils.engine.learner import StageLearner
 from utils.engine.run_log import RunLog, check_same_config, plain_row
@@ -22,7 +22,6 @@ from utils.engine.seed import seed_everything, set_deterministic
 from utils.errors import UserError
 from utils.settings.config import add_config_arguments, load_config, to_dict
 
-LAST = "last.pt"
 # Failures of the file system; other OSErrors come from libraries and are no user's to mend
 MENDABLE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP,
