@@ -13,13 +13,14 @@ import torch
 from datasets.label_runs import exported_folder
 from datasets.lists import read_labelled_list
 from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin, read_own_ids, read_pseudo_labels
-from datasets.samples import UNIQUE, describe_samples, list_path, load_test_samples
-from models.trained import open_trained
+from datasets.samples import UNIQUE, describe_samples, list_path, load_test_samples, load_training_samples
+from models.trained import TrainedRun, open_trained
 from utils.engine.checkpoint import LAST, atomic_write_json, read_json
 from utils.engine.device import select_device
-from utils.engine.run_log import RunLog
+from utils.engine.run_log import RunLog, environment
 from utils.engine.session import run_command
 from utils.errors import UserError
+from utils.evaluation.anchors import Anchors
 from utils.evaluation.clustering import clustering_accuracy, nmi, purity
 from utils.evaluation.report import label_note, row_name
 from utils.evaluation.tables import format_matrix, format_table, retrieval_table, score_variants
@@ -47,12 +48,13 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
     run, config, state = trained.run, trained.config, trained.state
     test, labels = load_test_samples(config.data, device)
     features = describe_samples(trained.encoders, trained.classifiers, test, config.data, device)
-    variants = score_variants(features, labels)
+    anchors = training_anchors(trained, device)
+    variants = score_variants(features, labels, anchors)
     several = {name: trained.encoders[name] for name, array in test.arrays.items() if array.shape[1] > 1}
     if several and config.data.eval_view == "first":
         whole = dataclasses.replace(config.data, eval_view="mean")
         averaged = features | describe_samples(several, trained.classifiers, test, whole, device)
-        variants |= {f"{name}, all pictures": scores for name, scores in score_variants(averaged, labels).items()}
+        variants |= {f"{name}, all pictures": scores for name, scores in score_variants(averaged, labels, anchors).items()}
     rows = {name: values.represent(config.eval.representation) for name, values in features.items()}
     scores = retrieval_table(rows, labels, within=True, ranking=config.eval.ranking)
     scores.update(pseudo_label_quality(config, run))
@@ -60,14 +62,29 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
     return _row_name(config, state), {**scores, "variants": variants}
 
 
+def training_anchors(trained: TrainedRun, device: torch.device) -> Anchors | None:
+    """Describe the training set of a run without its labels; None where rows are no pairs, or with one line where it cannot be read."""
+    data = trained.config.data
+    if data.pairing != "instance":
+        return None
+    try:
+        samples = load_training_samples(data, device)
+    except UserError as reason:
+        print(f"no ranking by way of the training set of {trained.run.folder}: {reason}", file=sys.stderr)
+        return None
+    found = describe_samples(trained.encoders, trained.classifiers, samples, data, device)
+    return Anchors({name: values.embeddings for name, values in found.items()})
+
+
 def _write_metrics(run: RunLog, scores: dict[str, Any], epoch: int, epochs: int) -> None:
     """Write metrics.json, keeping the oracle entry that the training script may have put there; a folder may be read-only."""
     path = run.folder / "metrics.json"
+    scored = {key: value for key, value in environment(seed=0).items() if key.startswith("git_")}
     selection = "last epoch" if epoch == epochs else f"epoch {epoch} of {epochs}, unfinished"
     try:
         before = read_json(path) if path.exists() else {}
         oracle = {key: before[key] for key in ("oracle",) if key in before}
-        atomic_write_json(path, {**scores, "epoch": epoch, "selection": selection, **oracle, **label_note(run)})
+        atomic_write_json(path, {**scores, "epoch": epoch, "selection": selection, "scored": scored, **oracle, **label_note(run)})
     except (OSError, UserError) as error:
         print(f"scores of {run.folder} are not kept: {error}", file=sys.stderr)
 
@@ -133,7 +150,8 @@ def main(argv: list[str] | None = None) -> None:
         modalities = [name for name in MODALITIES if f"map/{task_name(name, name)}" in scores]
         print(f"\nmAP@All [%] {name}, all pairs (same modality: the query itself is left out)\n{format_matrix(scores, modalities)}")
         variants = [(variant, {**found, "map/chance": scores["map/chance"]}) for variant, found in scores["variants"].items()]
-        print(f"\n{name}, by what is compared (diffusion is transductive: it uses the whole gallery's neighbour graph)")
+        print(f"\n{name}, by what is compared (anchored: by way of the training set; "
+              "diffusion is transductive: it uses the whole gallery's neighbour graph)")
         print(format_table(variants))
         quality = [f"{key} {value:.3f}" for key, value in scores.items() if key.split("/")[0] in QUALITY]
         if quality:

@@ -104,11 +104,14 @@ def record_run(path: Path, folder: Path, row: str | None = None, variant: str | 
     `variant` is what is compared, a key of "variants" in the metrics.json that evaluate.py writes; default: as the run's settings say.
 
     Raises:
-        UserError: if the run is not finished, was made from uncommitted code, or its place holds the run of another command.
+        UserError: if the run is not finished, was made or scored from uncommitted code, or its place holds the run of another command.
     """
     run = RunLog.open(folder)
     config, environment = run.config(), read_json(folder / "env.json")
-    made = made_with(environment, folder)
+    made, found = made_with(environment, folder), training_scores(folder, variant)
+    scored = read_json(folder / "metrics.json").get("scored", {})  # by evaluate.py, maybe of another commit
+    later = made_with({**environment, **scored}, f"the evaluation of {folder}")
+    made["commit"] = ", ".join(dict.fromkeys([made["commit"], later["commit"]]))
     command = ["python", *environment["command"]]
     if "--config" not in command:
         raise UserError(f"{folder} was started without --config, so its record could not name its settings: start it with one")
@@ -116,7 +119,7 @@ def record_run(path: Path, folder: Path, row: str | None = None, variant: str | 
     letters = "".join(MODALITIES[name].letter for name in config["data"]["modalities"])
     record = {
         "row": row or row_name(config), "pair": letters, "setup": describe_setup(setup), "id": run.run_id,
-        "stage": "step2" if "rdl" in config else "step1", "seed": config["run"]["seed"], "needs": [], **training_scores(folder, variant),
+        "stage": "step2" if "rdl" in config else "step1", "seed": config["run"]["seed"], "needs": [], **found,
         **made, "command": " ".join(command),
     }
     place = lambda entry: (entry["row"], entry["pair"], entry["seed"], entry["setup"])  # those of older settings are not shown

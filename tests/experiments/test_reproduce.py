@@ -66,6 +66,18 @@ def test_an_unfinished_or_dirty_run_is_not_recorded(tmp_path, finished):
     assert not (tmp_path / "mine.jsonl").exists()
 
 
+def test_a_record_names_the_commit_that_scored_it_too(tmp_path, finished):
+    folder, _ = finished
+    metrics = json.loads((folder / "metrics.json").read_text())
+    keep = lambda **scored: (folder / "metrics.json").write_text(json.dumps({**metrics, "scored": scored}))
+    keep(git_sha="d" * 40, git_dirty=True)
+    with pytest.raises(UserError, match="evaluation of .* was made from uncommitted code"):
+        record_run(tmp_path / "mine.jsonl", folder)
+    keep(git_sha="d" * 40, git_dirty=False)
+    record_run(tmp_path / "mine.jsonl", folder)
+    assert read_records(tmp_path / "mine.jsonl")[0]["commit"] == f"{'c' * 40}, {'d' * 40}"
+
+
 def test_loss_shapes_against_the_formulas():
     p, classes, alpha = np.array([0.02, 0.05, 0.3, 0.6, 0.97]), 10, 0.35
     clip, surprise, rest = math.log(classes) ** alpha * (1 - 1 / classes), -np.log(p), (classes - 1) * -np.log((1 - p) / (classes - 1))

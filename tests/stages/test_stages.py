@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TRAIN, write_lists
 from stage_runs import PSEUDO_LABELS, REPOSITORY, assert_same_result, distinct, labels_of, log_lines, only_run, settings, weights
 
 import evaluate
@@ -50,8 +51,15 @@ def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small
         scores = json.loads((Path(run) / "metrics.json").read_text())
         assert scores["map/avg"] == pytest.approx((scores["map/GP"] + scores["map/PG"]) / 2)
         assert scores["map/GP"] == pytest.approx(log_lines(Path(run))[-1]["map/GP"], abs=1e-12)
+        assert {"anchored", "anchored, diffusion"} <= scores["variants"].keys() and len(scores["scored"]["git_sha"]) == 40
+    write_lists(small_digits, "train", [None] * TRAIN)  # no label of theirs is needed
     evaluate.main(["--checkpoint", f"{runs[1]}/last.pt", "--device", "cpu"])
-    assert "step 2, RDL" in capsys.readouterr().out
+    assert "step 2, RDL" in capsys.readouterr().out and json.loads((Path(runs[1]) / "metrics.json").read_text())["variants"] == scores["variants"]
+    for path in small_digits.glob("*train_list.txt"):
+        path.unlink()
+    evaluate.main(["--run", runs[1], "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert "no ranking by way of the training set" in printed.err and "anchored, diffusion" not in printed.out
 
 
 def test_same_seed_same_result_other_seed_another(finished, small_digits, tmp_path):

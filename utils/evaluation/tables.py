@@ -6,12 +6,14 @@ from itertools import permutations
 from torch import Tensor
 
 from utils.engine import distributed
+from utils.evaluation.anchors import Anchors
 from utils.evaluation.features import REPRESENTATIONS, Features
 from utils.evaluation.metrics import RANKINGS, chance_map, retrieval_metrics
 from utils.modalities import MODALITIES, task_name
 
+ANCHORED = "anchored"  # embeddings by way of the training objects, see `utils.evaluation.anchors`
 VARIANTS = {  # name -> what is compared, and how a query's list is made of it
-    name if ranking == "plain" else f"{name}, {ranking}": (name, ranking) for name in REPRESENTATIONS for ranking in RANKINGS
+    name if ranking == "plain" else f"{name}, {ranking}": (name, ranking) for name in (*REPRESENTATIONS, ANCHORED) for ranking in RANKINGS
 }
 
 
@@ -43,11 +45,17 @@ def retrieval_table(
     return table
 
 
-def score_variants(features: Mapping[str, Features], labels: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Return name of VARIANTS -> "map/RP" ... and "map/avg"."""
-    scores = {}
-    for variant, (representation, ranking) in VARIANTS.items():
-        table = retrieval_table({name: values.represent(representation) for name, values in features.items()}, labels, ranking=ranking)
+def score_variants(
+    features: Mapping[str, Features], labels: Mapping[str, Tensor], anchors: Anchors | None = None
+) -> dict[str, dict[str, float]]:
+    """Return name of VARIANTS -> "map/RP" ... and "map/avg"; without `anchors` of the training set none that needs them."""
+    scores, rows = {}, {kind: {name: values.represent(kind) for name, values in features.items()} for kind in REPRESENTATIONS}
+    if anchors:
+        rows[ANCHORED] = {name: anchors.place(name, values.embeddings) for name, values in features.items()}
+    for variant, (kind, ranking) in VARIANTS.items():
+        if kind not in rows:
+            continue
+        table = retrieval_table(rows[kind], labels, ranking=ranking)
         scores[variant] = {key: value for key, value in table.items() if key.startswith("map/") and key != "map/chance"}
     return scores
 
