@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from datasets.label_runs import exported_folder
-from datasets.lists import read_labelled_list
+from datasets.lists import check_disjoint, read_labelled_list
 from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin, read_own_ids, read_pseudo_labels
-from datasets.samples import UNIQUE, describe_samples, list_path, load_test_samples, load_training_samples
+from datasets.samples import UNIQUE, PairedSamples, describe_samples, list_path, load_test_samples, load_training_samples
 from models.trained import TrainedRun, open_trained
 from utils.engine.checkpoint import LAST, atomic_write_json, read_json
 from utils.engine.device import select_device
@@ -48,7 +48,7 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
     run, config, state = trained.run, trained.config, trained.state
     test, labels = load_test_samples(config.data, device)
     features = describe_samples(trained.encoders, trained.classifiers, test, config.data, device)
-    anchors = training_anchors(trained, device)
+    anchors = training_anchors(trained, test, device)
     variants = score_variants(features, labels, anchors)
     several = {name: trained.encoders[name] for name, array in test.arrays.items() if array.shape[1] > 1}
     if several and config.data.eval_view == "first":
@@ -62,13 +62,18 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
     return _row_name(config, state), {**scores, "variants": variants}
 
 
-def training_anchors(trained: TrainedRun, device: torch.device) -> Anchors | None:
-    """Describe the training set of a run without its labels; None where rows are no pairs, or with one line where it cannot be read."""
+def training_anchors(trained: TrainedRun, test: PairedSamples, device: torch.device) -> Anchors | None:
+    """Describe the training set of a run without its labels; None where rows are no pairs, or with one line of why it cannot serve."""
     data = trained.config.data
     if data.pairing != "instance":
         return None
     try:
         samples = load_training_samples(data, device)
+        for name, rows in samples.lists.items():
+            check_disjoint(rows, test.lists[name])
+        learned = trained.state["learner"]["inputs"]
+        if any(learned.get(name, found) != found for name, found in samples.fingerprints.items()):
+            raise UserError(f"the training lists in {data.root} are not those that it learned from")
     except UserError as reason:
         print(f"no ranking by way of the training set of {trained.run.folder}: {reason}", file=sys.stderr)
         return None

@@ -75,7 +75,9 @@ def mark_labels(config: Any, run: str | None, origin: str | None = None) -> Any:
     before = RunLog.open(run).config()["model"].get("reads_labels") if run else None
     sources = [config.model.pretrained[name] for name in config.data.modalities]
     files = [source for source in sources if source not in ("none", "imagenet") and Path(source).exists()]
-    texts = sorted({text for text in (config.model.reads_labels, before, origin, of_features, *map(labels_read_by, files)) if text})
+    pairs = f"class pairs of {config.data.dataset}" if config.data.pairing == "class" else None
+    read = (config.model.reads_labels, before, origin, of_features, pairs, *map(labels_read_by, files))
+    texts = sorted(set(filter(None, read)))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, reads_labels="; ".join(texts) or None))
 
 

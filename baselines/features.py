@@ -99,13 +99,14 @@ def make_features(
     """
     texts = [f"data.views.{name}=2" for name in MODALITIES] + overrides
     texts += [f"run.seed={seed}", "data.pairing=none", "data.positives=views", "pla.num_clusters=20", "pla.fuse=none"]
-    config = load_config(Step1Config, config_path, texts)
+    mark = lambda config: mark_labels(config, None)
+    config = mark(load_config(Step1Config, config_path, texts))
     if config.data.features:
         raise UserError(f"{config_path} is of features already: give the configuration of the samples")
     out = out or default_folder(config.data, kind, seed)
     if not out.exists():
         arguments = argparse.Namespace(config=config_path, resume=resume, overrides=texts)
-        session = open_session(Step1Config, "features", arguments, config_path)
+        session = open_session(Step1Config, "features", arguments, config_path, mark)
         with session.run.failures_logged():
             encoders, samples = _encoders(session, kind)
             _write(session.config, kind, encoders, samples, out, command, session.device)
@@ -161,7 +162,7 @@ def _write(
     note = {
         "kind": kind, "seed": config.run.seed, "instance_id": data.instance_id, "command": command,
         "settings": [f"data.dataset={dataset}", *(f"data.features.{name}={width}" for name, width in widths.items())],
-        "reads_labels": None if kind == "raw" else mark_labels(config, None).model.reads_labels,
+        "reads_labels": None if kind == "raw" else config.model.reads_labels,
         "config_hash": config_hash(config), "commit": noted["git_sha"], "dirty": noted["git_dirty"], "device": noted["gpu"] or noted["cpu"],
     }
     atomic_write_text(staging / SOURCE, yaml.safe_dump(to_dict(config), sort_keys=False))

@@ -9,7 +9,7 @@ import yaml
 
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
-from utils.evaluation.tables import VARIANTS
+from utils.evaluation.tables import ANCHORED, VARIANTS
 from utils.modalities import MODALITIES
 from utils.settings.config import load_config
 from utils.settings.data_options import nearest
@@ -17,6 +17,7 @@ from utils.settings.options import Step1Config
 
 HERE = Path(__file__).resolve().parent
 SCALES = ("full", "small", "head")
+TRAINED = [name for name, (kind, _) in VARIANTS.items() if kind != ANCHORED]  # what a training scores at its end
 _SCALE = dict.fromkeys(("config", "pairs", "step1", "step2", "as_printed", "recipe", "source", "absent"))
 _TABLE = dict.fromkeys(("title", "kind", "paper", "baseline", "ranking", "logged", "notes", "grids", "values", "mode"))
 _ROW = dict.fromkeys((
@@ -82,8 +83,8 @@ def load_protocol(added: Path | None = None) -> dict[str, dict]:
         rows = rows_of(table)
         for other in {table.get("baseline"), *(options.get("against") for options in rows.values())} - {None, *rows}:
             raise UserError(f"rows of {name} are compared with {other!r}, which the table lacks; its rows: {', '.join(rows)}")
-        for by in {options.get("by") for options in rows.values()} - {None, *VARIANTS}:
-            raise UserError(f"a row of {name} is ranked by {by!r}; known: {'; '.join(VARIANTS)}")
+        for by in {options.get("by") for options in rows.values()} - {None, *TRAINED}:
+            raise UserError(f"a row of {name} is ranked by {by!r}; known: {'; '.join(TRAINED)}")
     return protocol
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
-from utils.engine.checkpoint import LAST
+from utils.engine.checkpoint import LAST, load_checkpoint
 from utils.engine.run_log import RunLog
 from utils.errors import UserError
 
 PRETRAINED_DIR = Path("pretrained")
 OPTIONAL_SUFFIX = "num_batches_tracked"  # counters that old files lack
 MESHNET_WIDTH = 1024
-MESHNET_TRUNK = ("spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2.")
+STARTS = ("step1", "step2", "features")  # stages whose runs may be a start; compared methods may have read labels
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError)
 
 
@@ -79,20 +79,15 @@ def load_matching(
 def read_state_dict(path: str | Path, modality: str | None = None) -> dict[str, Tensor]:
     """Read a flat state dict, from the present or the pre-zip container of PyTorch, to the CPU, without running code of the file.
 
-    A weight file of this project (`baselines.supervised_start`) gives its encoder's, a run folder (or its checkpoint) those of the
+    A weight file of this project (`baselines.supervised_start`) gives its encoder's, a run folder (or the `last.pt` in it) those of the
     modality.
 
     Raises:
-        UserError: if there is no such file, it is damaged, has no such modality, or holds anything but named tensors.
+        UserError: if there is no such file, it is damaged, of an unfinished run or a compared method, has no such modality, or holds
+            anything but named tensors.
     """
-    content = _read(path)
-    state = content.get("encoder")
-    if "learner" in content:  # a run
-        weights, prefix = content["learner"].get("encoders", {}), f"{modality}."
-        state = {name.removeprefix(prefix): values for name, values in weights.items() if name.startswith(prefix)}
-        if not state:
-            found = sorted({name.partition(".")[0] for name in weights})
-            raise UserError(f"{path} has no encoder of {modality}, found those of {', '.join(found) or 'no modality'}")
+    run = run_folder(path)
+    state = _of_run(run, modality) if run else _read(path).get("encoder")
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds a {type(state).__name__}, expected a flat state dict (name -> tensor)")
     return dict(state)
@@ -102,21 +97,35 @@ def labels_read_by(path: str | Path) -> str | None:
     """Return what a weight file, or the settings of a run, say of the labels that it has read; None if they say nothing.
 
     Raises:
-        UserError: as `read_state_dict`, or if a checkpoint lies outside its run folder.
+        UserError: as `read_state_dict`.
     """
-    content = _read(path)
-    if "learner" in content:
-        return RunLog.open(_file(path).parent).config()["model"].get("reads_labels")
-    return content.get("reads_labels")
+    run = run_folder(path)
+    return RunLog.open(run).config()["model"].get("reads_labels") if run else _read(path).get("reads_labels")
 
 
-def _file(source: str | Path) -> Path:
-    return Path(source) / LAST if Path(source).is_dir() else Path(source)
+def run_folder(source: str | Path) -> Path | None:
+    """Return the run folder that a start means: itself, or of its `last.pt`; None for a weight file."""
+    path = Path(source)
+    return path if path.is_dir() else path.parent if path.name == LAST else None
+
+
+def _of_run(folder: Path, modality: str | None) -> dict[str, Tensor]:
+    run, state = RunLog.open(folder), load_checkpoint(folder / LAST)
+    if state.get("stage") not in STARTS:
+        raise UserError(f"{folder} is no start: expected a run of {', '.join(STARTS)}, found {state.get('stage')}")
+    if state["epoch"] < run.config()["optim"]["epochs"]:
+        raise UserError(f"{folder} has not finished (epoch {state['epoch']}): go on with it first, by --resume {folder}")
+    weights, prefix = state["learner"]["encoders"], f"{modality}."
+    found = {name.removeprefix(prefix): values for name, values in weights.items() if name.startswith(prefix)}
+    if not found:
+        others = sorted({name.partition(".")[0] for name in weights})
+        raise UserError(f"{folder} has no encoder of {modality}, found those of {', '.join(others)}")
+    return found
 
 
 def _read(path: str | Path) -> Mapping:
     """Return the state of a file of this project; what a public one holds comes as its "encoder"."""
-    path = _file(path)
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}; give the path of a checkpoint or a run folder, or `none` to train from scratch")
     try:
@@ -124,8 +133,11 @@ def _read(path: str | Path) -> Mapping:
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0] or "no detail"
         raise UserError(f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}: {reason}); fetch it again") from error
-    ours = isinstance(content, Mapping) and "format_version" in content and isinstance(content.get("state"), Mapping)
-    return content["state"] if ours else {"encoder": content}
+    if not (isinstance(content, Mapping) and "format_version" in content and isinstance(content.get("state"), Mapping)):
+        return {"encoder": content}
+    if "learner" in content["state"]:
+        raise UserError(f"{path} is a checkpoint of a run: give its run folder, which knows what it has read")
+    return content["state"]
 
 
 def load_imagenet_resnet18() -> dict[str, Tensor]:
@@ -192,5 +204,8 @@ def _dgcnn_name(key: str) -> str | None:
 TRUNKS = {  # encoder -> the beginnings of the names that a file must fill, and its name of a public file's key
     "ResNet18": (("backbone.",), lambda key: None if key.startswith("fc.") else f"backbone.{key}"),
     "DGCNN": (("edge_convs.",), _dgcnn_name),
-    "MeshNet": (MESHNET_TRUNK, lambda key: None if key.startswith("classifier.") else key),
+    "MeshNet": (
+        ("spatial_descriptor.", "structural_descriptor.", "mesh_conv1.", "mesh_conv2."),
+        lambda key: None if key.startswith("classifier.") else key,
+    ),
 }

@@ -10,7 +10,7 @@ from torch import nn
 
 from models.build import build_classifiers, build_encoders
 from utils.engine.checkpoint import load_checkpoint
-from utils.engine.run_log import RunLog, check_same_config
+from utils.engine.run_log import RunLog, check_same_config, keep_mark
 from utils.errors import UserError
 from utils.settings.config import load_config, to_dict
 from utils.settings.options import Step1Config, Step2Config
@@ -43,7 +43,7 @@ def open_trained(checkpoint: Path, device: torch.device, overrides: Sequence[str
     if not {"stage", "epoch", "learner"} <= state.keys() or state["stage"] not in CONFIGS:
         raise UserError(f"{checkpoint} is not a checkpoint of a training stage: it holds {sorted(state)}")
     saved = run.settings(CONFIGS[state["stage"]])
-    config = load_config(type(saved), str(run.folder / "config.yaml"), overrides)
+    config = keep_mark(load_config(type(saved), str(run.folder / "config.yaml"), overrides), to_dict(saved))
     check_same_config(to_dict(saved), to_dict(config))
     encoders = build_encoders(config.data, config.model).to(device)
     try:

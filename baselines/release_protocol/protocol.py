@@ -32,6 +32,8 @@ VARIANTS = {
     "all": "all five departures together",
 }
 
+LABELLED = frozenset({"oracle_labels", "class_pairs", "test_selection"})
+
 
 def departures_of(variant: str) -> frozenset[str]:
     """Return the names of the departures that a variant, a key of `VARIANTS`, follows; our protocol follows none."""
@@ -79,7 +81,9 @@ def _open(request: argparse.Namespace, stage: str, *extra: str) -> Session:
     config = str(Path(request.config_dir) / f"{stage}.yaml")
     resume = str(begun[-1].parent) if begun else None
     arguments = argparse.Namespace(config=config, overrides=overrides, resume=resume)
-    session = open_session(CONFIGS[stage], stage, arguments, config, lambda config: mark_labels(config, None))
+    read = departures_of(request.variant) & LABELLED
+    mark = lambda config: mark_labels(config, None, f"labels of {config.data.dataset} ({', '.join(sorted(read))})" if read else None)
+    session = open_session(CONFIGS[stage], stage, arguments, config, mark)
     found = session.config.data.pairing
     if found != "instance":
         raise UserError(f"{config}: the variants start from rows paired by object (data.pairing: instance), found {found!r}")
@@ -114,7 +118,8 @@ def _train_step1(request: argparse.Namespace, departures: frozenset[str]) -> tup
         if "oracle_labels" in departures:
             num_clusters = config.data.num_classes or max(int(values.max()) for values in learner.labels.values()) + 1
             details["pseudo_label_accuracy"] = float(learner.kept.accuracy)
-        origin = {"run_id": run.run_id, "seed": config.run.seed, "variant": f"baselines.release_protocol: {request.variant}"}
+        origin = {"run_id": run.run_id, "seed": config.run.seed, "variant": f"baselines.release_protocol: {request.variant}",
+                  "reads_labels": config.model.reads_labels}
         for name, labels in learner.annotate().ids.items():
             write_pseudo_labels(
                 pseudo_label_path(exported_folder(run, None), config.data.dataset, name), learner.samples.lists[name],

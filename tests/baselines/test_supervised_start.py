@@ -17,6 +17,7 @@ from baselines.supervised_start import main
 from experiments.jobs import training_scores
 from models.pretrained import labels_read_by, read_state_dict
 from training import mark_labels
+from utils.engine.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config
@@ -69,8 +70,12 @@ def test_the_mark_follows_the_file_through_both_stages(small_digits, tmp_path, c
     assert all(json.loads((folder / "metrics.json").read_text())["reads_labels"] == READ for folder in runs)
     assert [labels_read_by(folder) for folder in (runs[0], runs[1] / "last.pt")] == [READ, READ]
     shutil.copy(runs[0] / "last.pt", tmp_path / "astray.pt")
-    with pytest.raises(UserError, match="run folder"):
+    with pytest.raises(UserError, match="is a checkpoint of a run: give its run folder"):
         labels_read_by(tmp_path / "astray.pt")  # a checkpoint alone does not know
+    (runs[0] / "pseudo_labels").rename(tmp_path / "moved")
+    train_step1.main(settings(small_digits, tmp_path, 1, *more, "--resume", str(runs[0])))  # its command again
+    (meta, *_) = sorted(labels_of(tmp_path).glob("*.meta.json"))
+    assert json.loads(meta.read_text())["provenance"]["reads_labels"] == READ
 
 
 def test_the_mark_follows_features_and_compared_methods(small_digits, tmp_path):
@@ -94,9 +99,28 @@ def test_a_run_starts_another_one_with_every_weight(small_digits, finished, tmp_
     for name in names:
         alike = [torch.equal(found[key], value) for key, value in given.items() if key.startswith(f".encoders.{name}.")]
         assert len(alike) > 20 and all(alike) == (name == "GrayImg")  # heads too; clouds go on learning
+    reports = json.loads((only_run(tmp_path, 1) / "initial_weights.json").read_text())
+    assert not any(reports[name]["missing"] or reports[name]["skipped"] for name in names)
+    assert "G from digits/step1, P from digits/step1" in json.loads((only_run(tmp_path, 1) / "metrics.json").read_text())["row"]
     assert labels_read_by(before) is None
     with pytest.raises(UserError, match="has no encoder of RGBImg, found those of GrayImg, PointCloud"):
         read_state_dict(before, "RGBImg")
+    content = load_checkpoint(before / "last.pt")
+    for change, message in (({"epoch": 0}, "has not finished"), ({"stage": "baseline"}, "is no start")):
+        shutil.copytree(before, tmp_path / message)
+        save_checkpoint(tmp_path / message / "last.pt", {**content, **change})
+        with pytest.raises(UserError, match=message):
+            read_state_dict(tmp_path / message, "GrayImg")
+
+
+def test_a_mark_follows_runs_on_class_pairs_features_and_the_variants_that_read_labels(small_digits, tmp_path):
+    start(small_digits, tmp_path / "start.pt")
+    smoke = str(REPOSITORY / "configs/smoke/step1.yaml")
+    given = [f"data.root={small_digits}", f"run.output={tmp_path / 'runs'}", "optim.epochs=1"]
+    make_features(smoke, [*given, f"model.pretrained.PointCloud={tmp_path / 'start.pt'}"], "learned", 0, tmp_path / "features", "a command")
+    (run_of_features,) = (tmp_path / "runs" / "digits" / "features").iterdir()
+    assert labels_read_by(run_of_features) == READ
+    assert mark_labels(load_config(Step1Config, smoke, ["data.pairing=class"]), None).model.reads_labels == "class pairs of digits"
 
 
 def test_a_run_of_other_starts_has_no_mark(finished):

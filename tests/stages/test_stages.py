@@ -55,6 +55,10 @@ def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small
     write_lists(small_digits, "train", [None] * TRAIN)  # no label of theirs is needed
     evaluate.main(["--checkpoint", f"{runs[1]}/last.pt", "--device", "cpu"])
     assert "step 2, RDL" in capsys.readouterr().out and json.loads((Path(runs[1]) / "metrics.json").read_text())["variants"] == scores["variants"]
+    shown = [f"data.train_lists.{name}={small_digits / f'digits_{folder}_test_list.txt'}" for name, folder in
+             (("GrayImg", "GrayImgs"), ("PointCloud", "PointCloud"))]
+    evaluate.main(["--run", runs[1], "--device", "cpu", "--set", *shown])
+    assert "is in the training list" in capsys.readouterr().err and "anchored" not in json.loads((Path(runs[1]) / "metrics.json").read_text())["variants"]
     for path in small_digits.glob("*train_list.txt"):
         path.unlink()
     evaluate.main(["--run", runs[1], "--device", "cpu"])

@@ -1,5 +1,6 @@
 """Run folders: resolved configuration, environment, text log, and one JSON line of metrics per epoch."""
 
+import dataclasses
 import json
 import math
 import os
@@ -29,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Where things lie and how fast they go; what training reads is guarded by the hashes in the checkpoint
 RESULT_NEUTRAL = (
     "data.root", "data.train_lists", "data.test_lists", "data.placement", "data.workers", "run.device", "run.threads", "run.output",
-    "run.pseudo_labels", "model.reads_labels", "run.eval_every", "run.figures", "run.log_interval", "rdl.pseudo_labels", "eval",
+    "run.pseudo_labels", "run.eval_every", "run.figures", "run.log_interval", "rdl.pseudo_labels", "eval",
 )
 
 
@@ -75,6 +76,11 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
         key = f"{prefix}{name}"
         flat.update(_flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value})
     return flat
+
+
+def keep_mark(config: Any, saved: dict) -> Any:
+    """Return settings with what those saved in a run folder say that its start has read, `model.reads_labels`: no call can change that."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, reads_labels=saved["model"]["reads_labels"]))
 
 
 def check_same_config(saved: dict, new: dict) -> list[str]:

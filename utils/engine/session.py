@@ -17,7 +17,7 @@ from utils.engine import distributed
 from utils.engine.checkpoint import LAST, load_checkpoint, save_checkpoint
 from utils.engine.device import keep_freed_memory, select_device, set_threads
 from utils.engine.learner import StageLearner
-from utils.engine.run_log import RunLog, check_same_config, plain_row
+from utils.engine.run_log import RunLog, check_same_config, keep_mark, plain_row
 from utils.engine.seed import seed_everything, set_deterministic
 from utils.errors import UserError
 from utils.settings.config import add_config_arguments, load_config, to_dict
@@ -93,6 +93,7 @@ def open_session(
     saved = to_dict(run.settings(config_class)) if run else {}
     path = str(run.folder / "config.yaml") if run and not arguments.config else arguments.config or default_config
     config = load_config(config_class, path, arguments.overrides)
+    config = keep_mark(config, saved) if run else config
     device = select_device(config.run.device)
     if not (arguments.config or run) and device.type == "cpu" and config.run.device == "auto":
         raise UserError(_cpu_advice(stage, default_config))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from utils.engine.checkpoint import atomic_write_json, read_json
+from utils.engine.checkpoint import LAST, atomic_write_json, read_json
 from utils.engine.run_log import RunLog
 from utils.evaluation.tables import Evaluator, format_table, score_variants, scored_tasks
 from utils.figures.contact_sheet import draw_retrieval
@@ -65,7 +65,7 @@ def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     yield config.get("mlm", {}).get("self_term"), "Eq. 13 as printed"
     frozen = "+".join(MODALITIES[entry].letter for entry in model.get("freeze", ()))
     given = [(name, model.get("pretrained", {}).get(name, "none")) for name in data["modalities"] if rdl.get("start") != "inherited"]
-    starts = [f"{MODALITIES[name].letter} from {Path(source).name}" for name, source in given if source != "none"]
+    starts = [f"{MODALITIES[name].letter} from {_start_name(source)}" for name, source in given if source != "none"]
     yield starts, ", ".join(starts)
     yield model.get("reads_labels"), f"READS LABELS ({model.get('reads_labels')})"
     yield frozen, f"{frozen} frozen" + (", relations" if config.get("mlm", {}).get("relations") else "")
@@ -77,6 +77,13 @@ def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     yield data.get("num_views", 1) > 1 and data.get("eval_view", "first") != "first", "mean of views"
     yield scores.get("representation", "embedding") != "embedding", f"by {scores.get('representation')}"
     yield scores.get("ranking", "plain") != "plain", f"by {scores.get('ranking')}"
+
+
+def _start_name(source: str) -> str:
+    """Name a weight file, or of a run (or its last.pt) data set and stage, so that seeds with starts of their own share a row."""
+    parts = Path(source).parts
+    parts = parts[:-1] if parts[-1] == LAST else parts
+    return "/".join(parts[-3:-1]) if len(parts) > 2 and parts[-2] in ("step1", "step2", "features") else parts[-1]
 
 
 def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor], figures: bool) -> None:
