@@ -108,7 +108,7 @@ def record_run(path: Path, folder: Path, row: str | None = None, variant: str | 
     """
     run = RunLog.open(folder)
     config, environment = run.config(), read_json(folder / "env.json")
-    made, found = made_with(environment, folder), training_scores(folder, variant)  # which says so if there is no metrics.json
+    made, found = made_with(environment, folder), training_scores(folder, variant)
     scored = read_json(folder / "metrics.json").get("scored", {})  # by evaluate.py, maybe of another commit
     later = made_with({**environment, **scored}, f"the evaluation of {folder}")
     made["commit"] = ", ".join(dict.fromkeys([made["commit"], later["commit"]]))

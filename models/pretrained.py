@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 from utils.engine.checkpoint import LAST, load_checkpoint
-from utils.engine.run_log import RunLog
+from utils.engine.run_log import STARTS, RunLog
 from utils.errors import UserError
 
 PRETRAINED_DIR = Path("pretrained")
 OPTIONAL_SUFFIX = "num_batches_tracked"  # counters that old files lack
 MESHNET_WIDTH = 1024
-STARTS = ("step1", "step2", "features")  # stages whose runs may be a start; compared methods may have read labels
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError)
 
 
@@ -86,7 +85,7 @@ def read_state_dict(path: str | Path, modality: str | None = None) -> dict[str, 
         UserError: if there is no such file, it is damaged, of an unfinished run or a compared method, has no such modality, or holds
             anything but named tensors.
     """
-    run = run_folder(path)
+    run = _run_folder(path)
     state = _of_run(run, modality) if run else _read(path).get("encoder")
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds a {type(state).__name__}, expected a flat state dict (name -> tensor)")
@@ -99,11 +98,11 @@ def labels_read_by(path: str | Path) -> str | None:
     Raises:
         UserError: as `read_state_dict`.
     """
-    run = run_folder(path)
+    run = _run_folder(path)
     return RunLog.open(run).config()["model"].get("reads_labels") if run else _read(path).get("reads_labels")
 
 
-def run_folder(source: str | Path) -> Path | None:
+def _run_folder(source: str | Path) -> Path | None:
     """Return the run folder that a start means: itself, or of its `last.pt`; None for a weight file."""
     path = Path(source)
     return path if path.is_dir() else path.parent if path.name == LAST else None

@@ -31,8 +31,7 @@ VARIANTS = {
     "test_selection": "the epoch of step 2 is chosen by its score on the test set",
     "all": "all five departures together",
 }
-
-LABELLED = frozenset({"oracle_labels", "class_pairs", "test_selection"})
+LABELLED = frozenset({"oracle_labels", "class_pairs", "test_selection"})  # departures that read ground truth
 
 
 def departures_of(variant: str) -> frozenset[str]:

@@ -17,6 +17,7 @@ from baselines.release_protocol.__main__ import main
 from baselines.release_protocol.labels import pair_by_class, pair_shares
 from baselines.release_protocol.protocol import VARIANTS
 from datasets.pseudo_labels import read_pseudo_labels
+from models.pretrained import labels_read_by
 from utils.errors import UserError
 
 
@@ -84,6 +85,8 @@ def test_every_variant_runs_and_says_what_it_did(trained, variant):
     assert not list(trained(variant).glob("runs/**/metrics.json"))  # no run of a variant can pass as one of the real trainers
     (meta, _) = sorted(labels_of(trained(variant)).glob("*.meta.json"))
     assert json.loads(meta.read_text())["provenance"]["variant"] == f"baselines.release_protocol: {variant}"
+    marks = [json.loads(meta.read_text())["provenance"]["reads_labels"], *(labels_read_by(only_run(trained(variant), step)) for step in (1, 2))]
+    assert [bool(mark) for mark in marks] == [variant in ("oracle_labels", "class_pairs", "test_selection", "all")] * 3
 
 
 def test_without_departures_both_stages_are_the_real_ones_bit_for_bit(trained, small_digits, tmp_path):

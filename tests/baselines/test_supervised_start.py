@@ -113,7 +113,7 @@ def test_a_run_starts_another_one_with_every_weight(small_digits, finished, tmp_
             read_state_dict(tmp_path / message, "GrayImg")
 
 
-def test_a_mark_follows_runs_on_class_pairs_features_and_the_variants_that_read_labels(small_digits, tmp_path):
+def test_a_mark_follows_runs_that_make_features_or_learn_class_pairs(small_digits, tmp_path):
     start(small_digits, tmp_path / "start.pt")
     smoke = str(REPOSITORY / "configs/smoke/step1.yaml")
     given = [f"data.root={small_digits}", f"run.output={tmp_path / 'runs'}", "optim.epochs=1"]

@@ -27,6 +27,7 @@ from utils.settings.config import load_config
 T = TypeVar("T")
 WRITTEN = (":(exclude)results", ":(exclude)docs", ":(exclude)README.md")  # by reproduce.py, between runs; no run reads them
 REPOSITORY = Path(__file__).resolve().parents[2]
+STARTS = ("step1", "step2", "features")  # stages whose runs may be a start; compared methods may have read labels
 # Where things lie and how fast they go; what training reads is guarded by the hashes in the checkpoint
 RESULT_NEUTRAL = (
     "data.root", "data.train_lists", "data.test_lists", "data.placement", "data.workers", "run.device", "run.threads", "run.output",

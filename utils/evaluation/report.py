@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from utils.engine.checkpoint import LAST, atomic_write_json, read_json
-from utils.engine.run_log import RunLog
+from utils.engine.run_log import STARTS, RunLog
 from utils.evaluation.tables import Evaluator, format_table, score_variants, scored_tasks
 from utils.figures.contact_sheet import draw_retrieval
 from utils.figures.plots import plot_curves, plot_tsne
@@ -83,7 +83,7 @@ def _start_name(source: str) -> str:
     """Name a weight file, or of a run (or its last.pt) data set and stage, so that seeds with starts of their own share a row."""
     parts = Path(source).parts
     parts = parts[:-1] if parts[-1] == LAST else parts
-    return "/".join(parts[-3:-1]) if len(parts) > 2 and parts[-2] in ("step1", "step2", "features") else parts[-1]
+    return "/".join(parts[-3:-1]) if len(parts) > 2 and parts[-2] in STARTS else parts[-1]
 
 
 def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor], figures: bool) -> None:
