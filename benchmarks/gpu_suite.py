@@ -34,7 +34,7 @@ STEPS = {
     "edge_conv-n1024": ["-m", "benchmarks.edge_conv"],
     "training_step": TRAINING_STEP,
     "training_step-fast": [*TRAINING_STEP, "--output", "results/benchmarks/training_step-fast-gpu.json",
-                           "--set", "run.amp=true", "run.compile=default", "optim.fused=true"],
+                           "--set", "run.amp=true", "run.compile=default"],
     "training_step-triton": [*TRAINING_STEP, "--output", "results/benchmarks/training_step-triton-gpu.json",
                              "--set", "model.edge_conv=triton"],
     "retrieval_metrics": ["-m", "benchmarks.retrieval_metrics", "--large"],

@@ -18,9 +18,9 @@ from utils.figures.plots import new_figure, save_figure
 
 PLAIN = "plain: explicit EdgeConv, per-parameter Adam"
 VARIANTS = {
-    PLAIN: ["model.edge_conv=reference"],
-    "fused EdgeConv (default)": [],
-    "fused EdgeConv and Adam": ["optim.fused=true"],
+    PLAIN: ["model.edge_conv=reference", "optim.fused=false"],
+    "fused EdgeConv": ["optim.fused=false"],
+    "fused EdgeConv and Adam (default)": [],
     "samples behind a DataLoader": ["data.placement=host"],
     "torch.compile": ["run.compile=default"],
     "bfloat16 autocast": ["run.amp=true"],

@@ -79,7 +79,7 @@ def augment_points(points: Tensor, num_points: int, augment, generator: BatchGen
         (B, num_points, 3) float32.
     """
     batch_size, stored, _ = points.shape
-    order = generator.rand(batch_size, stored).argsort(dim=1)[:, :num_points]
+    order = generator.rand(batch_size, stored).topk(num_points, dim=1, largest=False).indices
     points = points.gather(1, order[:, :, None].expand(-1, -1, 3))
     if augment.point_warp:
         points = points + random_warp(batch_size, augment.point_warp, generator)(points)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.kernels.edge_conv import EdgeConv
+from models.kernels.linear import linear_of_parts
 
 EDGE_CHANNELS = (3, 64, 64, 128, 256)
 
@@ -34,9 +35,8 @@ class DGCNN(nn.Module):
         features = points
         for edge_conv in self.edge_convs:
             features = edge_conv(features)  # (B, P, C)
-            layers.append(features)
-        # The point-wise convolution as one product over all points: no transposed copies
-        features = F.linear(torch.cat(layers, dim=2).flatten(0, 1), self.conv5.weight.squeeze(2))  # (B * P, width)
+            layers.append(features.flatten(0, 1))
+        features = linear_of_parts(layers, self.conv5.weight.squeeze(2))  # (B * P, width)
         features = F.leaky_relu(self.bn5(features), 0.2).view(len(points), -1, self.conv5.out_channels)  # (B, P, width)
-        pooled = torch.cat([features.amax(dim=1), features.mean(dim=1)], dim=1)  # (B, 2 * width)
+        pooled = torch.cat([features.max(dim=1).values, features.mean(dim=1)], dim=1)  # (B, 2 * width)
         return self.head(pooled)

@@ -3,6 +3,8 @@
 Used by `models/point_encoder.py`. The derivation of the fused forward and backward is in `_FusedEdgeConv`.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +15,7 @@ from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
 
 IMPLEMENTATIONS = ("fused", "triton", "reference")
-SLOPE = 0.2  # of the LeakyReLU below zero
+MOMENT_ROWS = 1024  # points whose second moments are one product
 
 
 class EdgeConv(nn.Module):
@@ -62,7 +64,7 @@ class EdgeConv(nn.Module):
         neighbours = x[batch, index.sort(-1).values]  # (B, N, k, C); sorted, so that the lowest index wins a tie
         centre = x.unsqueeze(2).expand_as(neighbours)
         edges = torch.cat((neighbours - centre, centre), dim=-1).permute(0, 3, 1, 2)  # (B, 2C, N, k)
-        activated = F.leaky_relu(self.bn(self.conv(edges)), SLOPE)
+        activated = F.leaky_relu(self.bn(self.conv(edges)), neighbour_ops.SLOPE)
         return activated.max(dim=-1).values.transpose(1, 2)  # (B, N, C_out)
 
     def _fused(self, x: Tensor, index: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class _FusedEdgeConv(torch.autograd.Function):
         shift = weight[:, channels:] @ centre
         sign = torch.where(gamma < 0, -1.0, 1.0).to(x.dtype)
         best, winner = ops.neighbour_max(x @ (split[:, :channels] * sign[:, None]).T, rows, points, gamma == 0)
-        edge = torch.addmm(best.mul_(sign), x, split[:, channels:].T)  # (B*N, C_out), winners, without shift
+        edge = best.mul_(sign).addmm_(x, split[:, channels:].T)  # (B*N, C_out), winners, without shift
 
         moments = edge_mean = sums = degree = None
         if running is None:
@@ -121,13 +123,13 @@ class _FusedEdgeConv(torch.autograd.Function):
         else:
             mean, var = running[0].to(x.dtype) - shift, running[1].to(x.dtype)
         rstd = (var + eps).rsqrt()
-        ctx.save_for_backward(x, split, gamma, beta, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean, moments)
+        scale = gamma * rstd
+        offset = beta - mean * scale
+        ctx.save_for_backward(x, split, scale, offset, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean, moments)
         ctx.points, ctx.ops, ctx.world = points, ops, world
         batch_mean = mean + shift
         ctx.mark_non_differentiable(batch_mean, var)
-        scale = gamma * rstd
-        out = torch.addcmul(beta - mean * scale, edge, scale)
-        return F.leaky_relu_(out, SLOPE), batch_mean, var
+        return ops.activate(edge, scale, offset), batch_mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -138,13 +140,14 @@ class _FusedEdgeConv(torch.autograd.Function):
 
 def _edge_moments(x: Tensor, sums: Tensor, degree: Tensor, k: int, points: int, world: int) -> tuple[Tensor, Tensor]:
     """Mean (2C,) and centred second moments (2C, 2C), summed over all edges of all processes, of (x_j, x_i); float64."""
-    edges = k * x.shape[0] * world
+    edges = k * len(x) * world
     weighted = x * degree[:, None]
-    clouds = torch.cat((weighted, sums, x), 1).view(-1, points, 3 * x.shape[1])
-    # One product per cloud in the working precision, added up in float64.
-    product = torch.bmm(x.view(-1, points, x.shape[1]).transpose(1, 2), clouds).sum(0, dtype=torch.float64)
-    near, cross, own = product.chunk(3, dim=1)
-    mean = torch.cat((weighted.sum(0, dtype=torch.float64), k * x.sum(0, dtype=torch.float64))) / edges
+    clouds = len(x) // points
+    together = points * math.gcd(clouds, max(1, MOMENT_ROWS // points))
+    x, weighted, sums = (values.view(-1, together, x.shape[1]) for values in (x, weighted, sums))
+    # Sums over a thousand points in the working precision, added up in float64.
+    near, cross, own = (torch.bmm(x.transpose(1, 2), values).sum(0, dtype=torch.float64) for values in (weighted, sums, x))
+    mean = torch.cat([values.sum(1).sum(0, dtype=torch.float64) for values in (weighted, k * x)]) / edges
     moments = torch.cat((torch.cat((near, cross.T), 1), torch.cat((cross, k * own), 1)))
     if world > 1:
         distributed.add_over_processes(mean)
@@ -153,17 +156,13 @@ def _edge_moments(x: Tensor, sums: Tensor, degree: Tensor, k: int, points: int, 
 
 
 def _fused_backward(ctx, grad):
-    x, split, gamma, beta, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean, moments = ctx.saved_tensors
+    x, split, scale, offset, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean, moments = ctx.saved_tensors
     channels, edges = x.shape[1], rows.numel() * ctx.world
-    normalised = (edge - mean).mul_(rstd)
-    positive = torch.addcmul(beta, normalised, gamma) > 0
-    grad = torch.where(positive, grad, grad * SLOPE)  # at the BatchNorm output of the winning edges
-    grad_beta, grad_gamma = grad.sum(0), normalised.mul_(grad).sum(0)
+    own, grad_beta, grad_gamma = ctx.ops.activation_sums(grad, edge, mean, scale, offset)
+    grad_gamma *= rstd
     every_beta, every_gamma = grad_beta, grad_gamma  # over all processes
     if ctx.world > 1 and moments is not None:
         every_beta, every_gamma = distributed.add_over_processes(torch.stack((grad_beta, grad_gamma)))
-    scale = gamma * rstd
-    own = grad * scale
     dense_x = x if moments is not None and ctx.needs_input_grad[0] else None
     near, incoming = ctx.ops.transposed_sums(own, winner, dense_x, rows, ctx.points)
 

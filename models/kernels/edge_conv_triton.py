@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from models.kernels.neighbour_ops import in_degrees  # noqa: F401  # one of the operations
+from models.kernels.neighbour_ops import activate, activation_sums, in_degrees  # noqa: F401  # also operations
 
 TILE = 1024  # elements of one program of the maximum
 MAX_CHANNELS = 128  # of one program

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.kernels.linear import linear_of_parts
 from models.kernels.neighbour_ops import in_degrees
 from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
@@ -31,18 +32,9 @@ class SharedMLP(nn.Sequential):
         """Map rows (M, C_in) to (M, C_out). Several inputs count as one, their channels in the order given."""
         layers = iter(self)
         for conv, bn, relu in zip(layers, layers, layers):
-            rows = relu(bn(_linear(parts, conv.weight.flatten(1), conv.bias)))
+            rows = relu(bn(linear_of_parts(parts, conv.weight.flatten(1), conv.bias)))
             parts = (rows,)
         return rows
-
-
-def _linear(parts: tuple[Tensor, ...], weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply weight (C_out, C_in) and bias to the concatenation of the parts, without building it."""
-    pieces = weight.split([part.shape[1] for part in parts], dim=1)
-    rows = F.linear(parts[0], pieces[0], bias)
-    for part, piece in zip(parts[1:], pieces[1:]):
-        rows.addmm_(part.to(rows.dtype), piece.T.to(rows.dtype))  # autocast leaves operations in place alone
-    return rows
 
 
 @dataclass(frozen=True)

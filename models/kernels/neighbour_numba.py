@@ -1,4 +1,4 @@
-"""The reductions of `models/kernels/neighbour_ops.py` and the selection of `models/kernels/knn.py`, compiled for CPUs by Numba.
+"""The operations of `models/kernels/neighbour_ops.py` and the selection of `models/kernels/knn.py`, compiled for CPUs by Numba.
 
 Each kernel works on a range of clouds and releases the interpreter, so that `torch.get_num_threads()` threads share the clouds;
 a cloud is always summed in one order, so results do not depend on the number of threads.
@@ -16,6 +16,7 @@ from torch import Tensor
 from models.kernels import neighbour_ops
 
 SPARE_CANDIDATES = 4
+BLOCK = 64  # rows that are summed one after the other
 MOST_COLUMN_BITS = 12  # of 32; more columns leave too few bits to tell distances apart
 _compiled = njit(cache=True, nogil=True, error_model="numpy")
 
@@ -79,6 +80,23 @@ def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor,
     arrays = [values.numpy() for values in (x, rows, incoming)]
     _share(clouds, lambda start, stop: _transposed_sum(*arrays, start * points, stop * points))
     return near, incoming
+
+
+def activate(edge: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """As `neighbour_ops.activate`."""
+    out = torch.empty_like(edge)
+    arrays = [values.numpy() for values in (edge, scale, offset, out)]
+    _share(len(edge), lambda start, stop: _activate(*arrays, arrays[0].dtype.type(neighbour_ops.SLOPE), start, stop))
+    return out
+
+
+def activation_sums(grad: Tensor, edge: Tensor, mean: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `neighbour_ops.activation_sums`."""
+    own, blocks = torch.empty_like(edge), -(-len(edge) // BLOCK)
+    sums = edge.new_zeros(2, blocks, edge.shape[1])
+    arrays = [values.numpy() for values in (grad.contiguous(), edge, mean, scale, offset, own, *sums)]
+    _share(blocks, lambda start, stop: _activation_sums(*arrays, arrays[0].dtype.type(neighbour_ops.SLOPE), start, stop))
+    return own, *sums.sum(1)
 
 
 def _share(count: int, work: Callable[[int, int], None]) -> None:
@@ -195,3 +213,26 @@ def _transposed_sum(x, rows, out, start, stop):
             target = rows[point, slot]
             for channel in range(x.shape[1]):
                 out[target, channel] += x[point, channel]
+
+
+@_compiled
+def _activate(edge, scale, offset, out, slope, start, stop):
+    for row in range(start, stop):
+        for channel in range(edge.shape[1]):
+            value = edge[row, channel] * scale[channel] + offset[channel]
+            out[row, channel] = value if value > 0 else value * slope
+
+
+@_compiled
+def _activation_sums(grad, edge, mean, scale, offset, own, first, second, slope, start, stop):
+    for block in range(start, stop):
+        for row in range(block * BLOCK, min(len(edge), (block + 1) * BLOCK)):
+            for channel in range(edge.shape[1]):  # several loops: with one array to write to, each is vector code
+                value = edge[row, channel] * scale[channel] + offset[channel]
+                own[row, channel] = grad[row, channel] if value > 0 else grad[row, channel] * slope
+            for channel in range(edge.shape[1]):
+                first[block, channel] += own[row, channel]
+            for channel in range(edge.shape[1]):
+                second[block, channel] += own[row, channel] * (edge[row, channel] - mean[channel])
+            for channel in range(edge.shape[1]):
+                own[row, channel] *= scale[channel]

@@ -45,6 +45,24 @@ def test_reductions_equal_the_plain_ones(threads, dtype):
     assert compiled.transposed_sums(own, winner, None, rows, POINTS)[1] is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_activation_and_its_gradients_equal_those_of_autograd(threads, dtype):
+    torch.manual_seed(0)
+    edge, grad = hostile_values(dtype).clamp(-100, 100), torch.randn(CHANNELS, CLOUDS * POINTS, dtype=dtype).T
+    mean, scale, offset = torch.randn(3, CHANNELS, dtype=dtype)
+    scale[0] = offset[0] = offset[1] = 0  # nothing but zeros, and zeros among others
+    leaf = edge.clone().requires_grad_()
+    normal = (leaf * scale + offset).requires_grad_()
+    normal.retain_grad()
+    out = torch.nn.functional.leaky_relu(normal, 0.2)
+    out.backward(grad)
+    expected = (leaf.grad, normal.grad.sum(0), (normal.grad * (edge - mean)).sum(0))
+    for module in (compiled, neighbour_ops):
+        torch.testing.assert_close(module.activate(edge, scale, offset), out.detach())
+        for found, true in zip(module.activation_sums(grad, edge, mean, scale, offset), expected, strict=True):
+            torch.testing.assert_close(found, true)
+
+
 def test_a_maximum_over_a_nan_is_one():
     u, rows = torch.zeros(4, 2), torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])
     u[2, 1] = torch.nan

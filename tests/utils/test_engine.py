@@ -30,13 +30,13 @@ def test_the_route_does_not_shift_the_masks_of_meshes(small_digits, tmp_path):
     assert [line["loss/mlm"] for line in runs[0]] == [line["loss/mlm"] for line in runs[1]]
 
 
-@pytest.mark.parametrize("switch, tolerance", [("optim.fused=true", 0.02), ("run.amp=true", 0.05)])
+@pytest.mark.parametrize("switch, tolerance", [("optim.fused=false", 0.02), ("run.amp=true", 0.08)])
 def test_faster_steps_track_the_plain_ones(small_digits, tmp_path, switch, tolerance):
-    for folder, more in (("fast", [switch]), ("plain", [])):
+    for folder, more in (("switched", [switch]), ("default", [])):
         train_step1.main(settings(small_digits, tmp_path / folder, 1, *more))
-    fast, plain = ([line["loss/mlm"] for line in log_lines(only_run(tmp_path / folder, 1))] for folder in ("fast", "plain"))
-    assert fast == pytest.approx(plain, rel=tolerance)
-    assert switch == "optim.fused=true" or fast[0] != plain[0]
+    switched, default = ([line["loss/mlm"] for line in log_lines(only_run(tmp_path / folder, 1))] for folder in ("switched", "default"))
+    assert switched == pytest.approx(default, rel=tolerance)
+    assert switched[-1] != default[-1]
 
 
 @pytest.mark.parametrize("loss", ["ce", "mae", "gce", "aue", "nce_agce"])

@@ -54,7 +54,7 @@ class OptimConfig:
     trunk_rate: float = option(1.0, "factor on it for encoders that start from model.pretrained, all but their projection", above=0)
     weight_decay: float = option(0.0, "L2 penalty", min=0)
     schedule: Literal["constant", "cosine"] = option("cosine", "course of the learning rate")
-    fused: bool = option(False, "Adam's fused kernel: one pass over all parameters; equal up to rounding")
+    fused: bool = option(True, "Adam's fused kernel: one pass over all parameters; off is equal up to rounding")
 
 
 @dataclass(frozen=True)
