@@ -69,6 +69,7 @@ def meshnet_case(faces: int) -> Callable[[], Tensor]:
     from models import MeshNet
 
     rows = torch.randn(64, faces, 18)
+    rows[..., 12:15] = torch.nn.functional.normalize(rows[..., 12:15], dim=2)  # others would make the Gaussians denormal numbers
     rows[..., 15:] = torch.randint(faces, (64, faces, 3)).float()
     return encoder_case(MeshNet(128, 128, 0.0, 64), rows)
 
@@ -142,6 +143,7 @@ def serve(threads: int) -> None:
 
     sys.path.insert(0, os.getcwd())
     torch.set_num_threads(threads)
+    getattr(moved("utils.engine.device", "utils.device"), "keep_freed_memory", int)()  # as a session of this checkout does, if it does
     ready: dict[str, Callable[[], Tensor]] = {}
     for line in sys.stdin:
         name, action = line.rstrip("\n").split("\t")

@@ -7,12 +7,13 @@ neighbour there names itself. `datasets.mesh_faces` makes such arrays. Submodule
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from models.kernels.mesh_convolution import MeshConvolution, Neighbours, SharedMLP
+from models.kernels.batch_norm import normalise_and_activate
+from models.kernels.mesh_convolution import BLOCK_ELEMENTS, MeshConvolution, Neighbours, SharedMLP
 from utils.modalities import FACE_CHANNELS
 
 STRUCTURAL = 64 + 64 + 3  # channels of rotate convolution, kernel correlation and normal
@@ -138,13 +139,51 @@ class FaceKernelCorrelation(nn.Module):
         """
         alpha, beta = self.weight_alpha[0].T, self.weight_beta[0].T  # (4, K)
         vectors = torch.stack([alpha.sin() * beta.cos(), alpha.sin() * beta.sin(), alpha.cos()], dim=2)  # (4, K, 3)
-        narrow = 0.5 / self.sigma**2
         with torch.autocast(normals.device.type, enabled=False):
-            offset = (normals.square().sum(dim=1, keepdim=True) + 1) * -narrow
-            exponent = torch.addmm(offset, normals, vectors.flatten(0, 1).T * (2 * narrow))  # (M, 4 * K)
-            response = exponent.unflatten(1, (self.VECTORS, -1)).exp_().sum(dim=1)
+            response = _GaussianResponse.apply(normals, vectors, 0.5 / self.sigma**2)
             return (response + neighbours.sum(response)) / self.VECTORS**2
 
     def forward(self, normals: Tensor, neighbours: Neighbours) -> Tensor:
         """The normalised and rectified correlation, (M, K); arguments as for `correlate`."""
-        return F.relu(self.bn(self.correlate(normals, neighbours)), inplace=True)
+        return normalise_and_activate(self.correlate(normals, neighbours), self.bn)
+
+
+class _GaussianResponse(torch.autograd.Function):
+    """Sum over the vectors w of a kernel of exp(-narrow (|n|^2 + 1 - 2 n.w)), a block of normals at a time.
+
+    Of normals (M, 3) and unit vectors (V, K, 3) to (M, K). The Gaussians lie in a buffer near the cache, backwards once more.
+    """
+
+    @staticmethod
+    def forward(ctx, normals, vectors, narrow):
+        ctx.save_for_backward(normals, vectors)
+        ctx.narrow = narrow
+        response = normals.new_empty(len(normals), vectors.shape[1])
+        for rows, gaussians in _gaussians(normals, vectors, narrow):
+            torch.sum(gaussians, 1, out=response[rows])
+        return response
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        normals, vectors = ctx.saved_tensors
+        flat, factor = vectors.flatten(0, 1), 2 * ctx.narrow
+        grad_normals, grad_vectors = torch.empty_like(normals) if ctx.needs_input_grad[0] else None, torch.zeros_like(flat)
+        for rows, gaussians in _gaussians(normals, vectors, ctx.narrow):
+            pull = gaussians.mul_(grad[rows, None]).flatten(1)
+            grad_vectors.addmm_(pull.T, normals[rows], alpha=factor)
+            if grad_normals is not None:
+                grad_normals[rows] = factor * (pull @ flat - pull.sum(1, keepdim=True) * normals[rows])
+        return grad_normals, grad_vectors.view_as(vectors), None
+
+
+def _gaussians(normals: Tensor, vectors: Tensor, narrow: float) -> Iterator[tuple[slice, Tensor]]:
+    """Yield runs of normals with their Gaussians (rows, V, K), in a buffer that the next run overwrites."""
+    turned = vectors.flatten(0, 1).T * (2 * narrow)
+    offset = (normals.square().sum(dim=1, keepdim=True) + 1) * -narrow
+    step = len(normals) if normals.device.type != "cpu" else max(1, BLOCK_ELEMENTS // turned.shape[1])
+    buffer = normals.new_empty(min(step, len(normals)), turned.shape[1])
+    for start in range(0, len(normals), step):
+        rows = slice(start, min(start + step, len(normals)))
+        exponent = torch.addmm(offset[rows], normals[rows], turned, out=buffer[:rows.stop - start])
+        yield rows, exponent.exp_().unflatten(1, vectors.shape[:2])

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from models.kernels.edge_conv import EdgeConv
+from models.kernels.batch_norm import normalise_and_activate
+from models.kernels.edge_conv import SLOPE, EdgeConv
 from models.kernels.linear import linear_of_parts
 
 EDGE_CHANNELS = (3, 64, 64, 128, 256)
@@ -37,6 +37,6 @@ class DGCNN(nn.Module):
             features = edge_conv(features)  # (B, P, C)
             layers.append(features.flatten(0, 1))
         features = linear_of_parts(layers, self.conv5.weight.squeeze(2))  # (B * P, width)
-        features = F.leaky_relu(self.bn5(features), 0.2).view(len(points), -1, self.conv5.out_channels)  # (B, P, width)
+        features = normalise_and_activate(features, self.bn5, SLOPE).view(len(points), -1, self.conv5.out_channels)  # (B, P, width)
         pooled = torch.cat([features.max(dim=1).values, features.mean(dim=1)], dim=1)  # (B, 2 * width)
         return self.head(pooled)

@@ -15,6 +15,7 @@ from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
 
 IMPLEMENTATIONS = ("fused", "triton", "reference")
+SLOPE = 0.2  # of the LeakyReLU below zero
 MOMENT_ROWS = 1024  # points whose second moments are one product
 
 
@@ -64,7 +65,7 @@ class EdgeConv(nn.Module):
         neighbours = x[batch, index.sort(-1).values]  # (B, N, k, C); sorted, so that the lowest index wins a tie
         centre = x.unsqueeze(2).expand_as(neighbours)
         edges = torch.cat((neighbours - centre, centre), dim=-1).permute(0, 3, 1, 2)  # (B, 2C, N, k)
-        activated = F.leaky_relu(self.bn(self.conv(edges)), neighbour_ops.SLOPE)
+        activated = F.leaky_relu(self.bn(self.conv(edges)), SLOPE)
         return activated.max(dim=-1).values.transpose(1, 2)  # (B, N, C_out)
 
     def _fused(self, x: Tensor, index: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class _FusedEdgeConv(torch.autograd.Function):
         ctx.points, ctx.ops, ctx.world = points, ops, world
         batch_mean = mean + shift
         ctx.mark_non_differentiable(batch_mean, var)
-        return ops.activate(edge, scale, offset), batch_mean, var
+        return ops.activate(edge, scale, offset, SLOPE), batch_mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -158,7 +159,7 @@ def _edge_moments(x: Tensor, sums: Tensor, degree: Tensor, k: int, points: int, 
 def _fused_backward(ctx, grad):
     x, split, scale, offset, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean, moments = ctx.saved_tensors
     channels, edges = x.shape[1], rows.numel() * ctx.world
-    own, grad_beta, grad_gamma = ctx.ops.activation_sums(grad, edge, mean, scale, offset)
+    own, grad_beta, grad_gamma = ctx.ops.activation_sums(grad, edge, mean, scale, offset, SLOPE)
     grad_gamma *= rstd
     every_beta, every_gamma = grad_beta, grad_gamma  # over all processes
     if ctx.world > 1 and moments is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.kernels.batch_norm import normalise_and_activate
 from models.kernels.linear import linear_of_parts
 from models.kernels.neighbour_ops import in_degrees
 from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
@@ -31,10 +32,9 @@ class SharedMLP(nn.Sequential):
     def forward(self, *parts: Tensor) -> Tensor:
         """Map rows (M, C_in) to (M, C_out). Several inputs count as one, their channels in the order given."""
         layers = iter(self)
-        for conv, bn, relu in zip(layers, layers, layers):
-            rows = relu(bn(linear_of_parts(parts, conv.weight.flatten(1), conv.bias)))
-            parts = (rows,)
-        return rows
+        for conv, bn, _relu in zip(layers, layers, layers):
+            parts = (normalise_and_activate(linear_of_parts(parts, conv.weight.flatten(1), conv.bias), bn),)
+        return parts[0]
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,17 @@
 """The operations of `models/kernels/neighbour_ops.py` and the selection of `models/kernels/knn.py`, compiled for CPUs by Numba.
 
-Each kernel works on a range of clouds and releases the interpreter, so that `torch.get_num_threads()` threads share the clouds;
-a cloud is always summed in one order, so results do not depend on the number of threads.
+Threads share the clouds; a cloud is always summed in one order, so results do not depend on their number.
 """
-
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from models.kernels import neighbour_ops
+from models.kernels.rows_numba import activate, activation_sums, compiled, share  # noqa: F401  # the first two are operations too
 
 SPARE_CANDIDATES = 4
-BLOCK = 64  # rows that are summed one after the other
 MOST_COLUMN_BITS = 12  # of 32; more columns leave too few bits to tell distances apart
-_compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 
 def smallest(distances: Tensor, offsets: Tensor, k: int) -> Tensor:
@@ -46,7 +39,7 @@ def smallest(distances: Tensor, offsets: Tensor, k: int) -> Tensor:
         keys.partition(count - 1, axis=1)
         return _settle(*arrays, keys, count, start, bits)
 
-    _share(rows, work)
+    share(rows, work)
     return index
 
 
@@ -58,7 +51,7 @@ def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[T
     u, best = u.contiguous(), torch.empty_like(u, memory_format=torch.contiguous_format)
     winner = torch.empty(u.shape, dtype=torch.int32 if u.numel() < 2**31 else torch.int64)
     arrays = [values.numpy() for values in (u, rows, best, winner)]
-    _share(len(u), lambda start, stop: _neighbour_max(*arrays, start, stop))
+    share(len(u), lambda start, stop: _neighbour_max(*arrays, start, stop))
     if tied.any():
         lowest = rows.amin(1)
         best = torch.where(tied, u[lowest], best)
@@ -73,48 +66,16 @@ def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor,
     clouds = len(own) // points
     arrays = [own.view(-1).numpy(), winner.view(-1).numpy(), near.view(-1).numpy()]
     size = points * own.shape[1]
-    _share(clouds, lambda start, stop: _scatter(*arrays, start * size, stop * size))
+    share(clouds, lambda start, stop: _scatter(*arrays, start * size, stop * size))
     if x is None:
         return near, None
     x, incoming = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
     arrays = [values.numpy() for values in (x, rows, incoming)]
-    _share(clouds, lambda start, stop: _transposed_sum(*arrays, start * points, stop * points))
+    share(clouds, lambda start, stop: _transposed_sum(*arrays, start * points, stop * points))
     return near, incoming
 
 
-def activate(edge: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """As `neighbour_ops.activate`."""
-    out = torch.empty_like(edge)
-    arrays = [values.numpy() for values in (edge, scale, offset, out)]
-    _share(len(edge), lambda start, stop: _activate(*arrays, arrays[0].dtype.type(neighbour_ops.SLOPE), start, stop))
-    return out
-
-
-def activation_sums(grad: Tensor, edge: Tensor, mean: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `neighbour_ops.activation_sums`."""
-    own, blocks = torch.empty_like(edge), -(-len(edge) // BLOCK)
-    sums = edge.new_zeros(2, blocks, edge.shape[1])
-    arrays = [values.numpy() for values in (grad.contiguous(), edge, mean, scale, offset, own, *sums)]
-    _share(blocks, lambda start, stop: _activation_sums(*arrays, arrays[0].dtype.type(neighbour_ops.SLOPE), start, stop))
-    return own, *sums.sum(1)
-
-
-def _share(count: int, work: Callable[[int, int], None]) -> None:
-    """Call work(start, stop) on contiguous parts of 0..count-1, one per thread."""
-    threads = min(torch.get_num_threads(), count)
-    if threads <= 1:
-        work(0, count)
-        return
-    edges = [count * part // threads for part in range(threads + 1)]
-    list(_pool(threads).map(work, edges[:-1], edges[1:]))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
-@_compiled
+@compiled
 def _make_keys(distances, offsets, keys, start, bits):
     low = (1 << bits) - 1
     scratch = np.empty(distances.shape[1], np.float32)
@@ -128,7 +89,7 @@ def _make_keys(distances, offsets, keys, start, bits):
             keys[row, column] = (ordered & ~low) | column
 
 
-@_compiled
+@compiled
 def _settle(distances, index, keys, count, start, bits):
     low, k = (1 << bits) - 1, index.shape[1]
     columns, values = np.empty(count, np.int32), np.empty(count, distances.dtype)
@@ -152,13 +113,13 @@ def _settle(distances, index, keys, count, start, bits):
             _search(distances, index, start + row)
 
 
-@_compiled
+@compiled
 def _search_rows(distances, index, start, stop):
     for row in range(start, stop):
         _search(distances, index, row)
 
 
-@_compiled
+@compiled
 def _search(distances, index, row):
     k = index.shape[1]
     values = np.empty(k, distances.dtype)
@@ -176,7 +137,7 @@ def _search(distances, index, row):
             index[row, place] = column
 
 
-@_compiled
+@compiled
 def _neighbour_max(u, rows, best, winner, start, stop):
     channels = u.shape[1]
     order = np.empty(rows.shape[1], np.int64)
@@ -200,39 +161,16 @@ def _neighbour_max(u, rows, best, winner, start, stop):
             winner[point, channel] = winner[point, channel] * channels + channel
 
 
-@_compiled
+@compiled
 def _scatter(own, winner, near, start, stop):
     for place in range(start, stop):
         near[winner[place]] += own[place]
 
 
-@_compiled
+@compiled
 def _transposed_sum(x, rows, out, start, stop):
     for point in range(start, stop):
         for slot in range(rows.shape[1]):
             target = rows[point, slot]
             for channel in range(x.shape[1]):
                 out[target, channel] += x[point, channel]
-
-
-@_compiled
-def _activate(edge, scale, offset, out, slope, start, stop):
-    for row in range(start, stop):
-        for channel in range(edge.shape[1]):
-            value = edge[row, channel] * scale[channel] + offset[channel]
-            out[row, channel] = value if value > 0 else value * slope
-
-
-@_compiled
-def _activation_sums(grad, edge, mean, scale, offset, own, first, second, slope, start, stop):
-    for block in range(start, stop):
-        for row in range(block * BLOCK, min(len(edge), (block + 1) * BLOCK)):
-            for channel in range(edge.shape[1]):  # several loops: with one array to write to, each is vector code
-                value = edge[row, channel] * scale[channel] + offset[channel]
-                own[row, channel] = grad[row, channel] if value > 0 else grad[row, channel] * slope
-            for channel in range(edge.shape[1]):
-                first[block, channel] += own[row, channel]
-            for channel in range(edge.shape[1]):
-                second[block, channel] += own[row, channel] * (edge[row, channel] - mean[channel])
-            for channel in range(edge.shape[1]):
-                own[row, channel] *= scale[channel]

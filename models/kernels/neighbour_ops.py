@@ -1,7 +1,7 @@
 """Reductions over the neighbour lists of points, without an edge tensor, and the normalised activation behind them.
 
-Called by `models/kernels/edge_conv.py`. The reductions take `rows`, (M, k) int64: the k neighbours of every one of the M points as rows of the (M, C) point matrix; every neighbour
-lies in the same cloud, a run of `points` rows, of which M is a multiple.
+Called by `models/kernels/edge_conv.py`. The reductions take `rows`, (M, k) int64: the k neighbours of every one of the M points as
+rows of the (M, C) point matrix; every neighbour lies in the same cloud, a run of `points` rows, of which M is a multiple.
 `models/kernels/neighbour_numba.py` has the same functions compiled for the CPU, where Numba is installed, and
 `models/kernels/edge_conv_triton.py` as kernels for CUDA, on request; `operations` chooses.
 """
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from utils.errors import UserError
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
-SLOPE = 0.2  # of the LeakyReLU below zero
 
 
 @functools.cache
@@ -99,19 +98,19 @@ def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[T
     return best, winner
 
 
-def activate(edge: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """LeakyReLU(scale edge + offset), (M, C), of edge (M, C), scale (C,) and offset (C,)."""
-    return F.leaky_relu_(torch.addcmul(offset, edge, scale), SLOPE)
+def activate(rows: Tensor, scale: Tensor, offset: Tensor, slope: float) -> Tensor:
+    """LeakyReLU(scale rows + offset), (M, C), of rows (M, C), scale (C,) and offset (C,)."""
+    return F.leaky_relu_(torch.addcmul(offset, rows, scale), slope)
 
 
-def activation_sums(grad: Tensor, edge: Tensor, mean: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def activation_sums(grad: Tensor, rows: Tensor, mean: Tensor, scale: Tensor, offset: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `activate`, and what BatchNorm sums of them.
 
     Args:
         grad: (M, C), of the output.
-        mean: (C,) of the edges.
+        mean: (C,) of the rows.
     Returns:
-        (M, C) gradient at edge, and the sums over M, (C,) each, of g and of g (edge - mean), g the gradient at scale edge + offset.
+        (M, C) gradient at the rows, and the sums over M, (C,) each, of g and of g (rows - mean), g the gradient at scale rows + offset.
     """
-    grad = torch.where(torch.addcmul(offset, edge, scale) > 0, grad, grad * SLOPE)
-    return grad * scale, grad.sum(0), (edge - mean).mul_(grad).sum(0)
+    grad = torch.where(torch.addcmul(offset, rows, scale) > 0, grad, grad * slope)
+    return grad * scale, grad.sum(0), (rows - mean).mul_(grad).sum(0)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from models.kernels import neighbour_ops
+from models.kernels.batch_norm import normalise_and_activate
 from models.kernels.knn import knn
 
 compiled = pytest.importorskip("models.kernels.neighbour_numba", reason="Numba is not installed")
@@ -58,8 +59,8 @@ def test_the_activation_and_its_gradients_equal_those_of_autograd(threads, dtype
     out.backward(grad)
     expected = (leaf.grad, normal.grad.sum(0), (normal.grad * (edge - mean)).sum(0))
     for module in (compiled, neighbour_ops):
-        torch.testing.assert_close(module.activate(edge, scale, offset), out.detach())
-        for found, true in zip(module.activation_sums(grad, edge, mean, scale, offset), expected, strict=True):
+        torch.testing.assert_close(module.activate(edge, scale, offset, 0.2), out.detach())
+        for found, true in zip(module.activation_sums(grad, edge, mean, scale, offset, 0.2), expected, strict=True):
             torch.testing.assert_close(found, true)
 
 
@@ -109,3 +110,24 @@ def test_neighbours_equal_those_without_numba(points, k, monkeypatch):
     fast = knn(x, k)
     monkeypatch.setattr(neighbour_ops, "HAS_NUMBA", False)
     assert torch.equal(fast, knn(x, k))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+@pytest.mark.parametrize("rows", [2, 64, 150])
+def test_normalisation_and_activation_equal_torchs_layers(threads, slope, rows):
+    torch.manual_seed(0)
+    values = (torch.randn(rows, CHANNELS, dtype=torch.float64) * 3 + 100).requires_grad_()
+    layers = [torch.nn.BatchNorm1d(CHANNELS).double() for _ in range(2)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(2))
+    grad = torch.randn(CHANNELS, rows, dtype=torch.float64).T
+    found, expected = normalise_and_activate(values, layers[0], slope), torch.nn.functional.leaky_relu(layers[1](values), slope)
+    assert type(found.grad_fn).__name__ == "_NormalisedActivationBackward"
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, (values, *layers[0].parameters()), grad),
+                               torch.autograd.grad(expected, (values, *layers[1].parameters()), grad))
+    torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
+    for layer in layers:
+        layer.eval()
+    torch.testing.assert_close(normalise_and_activate(values, layers[0], slope), torch.nn.functional.leaky_relu(layers[1](values), slope))
