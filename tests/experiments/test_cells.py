@@ -152,7 +152,7 @@ def test_step_1_again_two_rounds_and_a_ranking_of_its_own(tmp_path, small_digits
     """A row's cells, run by their commands: each starts from the one before."""
     own = (f"data.root={small_digits}", "optim.epochs=2")
     setup = Setup("digits", "small", Path("configs/smoke"), ("GP",), step1=own, step2=own)
-    options = {"again": ["pla.num_clusters=4", "pla.fuse=trusted"], "step2": ["rdl.start=inherited"], "rounds": 2, "by": "embedding, diffusion"}
+    options = {"again": ["pla.num_clusters=4", "pla.fuse=trusted"], "step2": ["rdl.start=inherited"], "rounds": 2, "by": "posterior, diffusion"}
     table = {"rows": {"the row": options, "one round": {**options, "rounds": 1, "by": None}}}
     rows = expand(table, setup, [0])
     last = rows[0].cells[0]["GP"]
@@ -171,7 +171,7 @@ def test_step_1_again_two_rounds_and_a_ranking_of_its_own(tmp_path, small_digits
     assert records.keys() == {("the row", cells[3].id), ("one round", cells[2].id), *((None, cell.id) for cell in cells[:3])}
     assert [records[None, cell.id]["epochs"] for cell in cells[:3]] == [2, 0, 2]
     shown, metrics = records["the row", cells[3].id], json.loads((runs[3] / "metrics.json").read_text())
-    assert shown["scores"]["map/avg"] == metrics["variants"]["embedding, diffusion"]["map/avg"] and "variants" not in shown
+    assert shown["scores"]["map/avg"] == metrics["variants"]["posterior, diffusion"]["map/avg"] and "variants" not in shown
     assert records["one round", cells[2].id]["scores"]["map/avg"] == json.loads((runs[2] / "metrics.json").read_text())["map/avg"]
     assert metrics["map/avg"] == metrics["variants"]["embedding"]["map/avg"] != shown["scores"]["map/avg"]
 
