@@ -134,5 +134,5 @@ def _check_it_helped(folder: str, origin: Mapping[str, Any]) -> None:
         if None not in (now, before) and now < before - slack:
             raise UserError(
                 f"the round that wrote {folder} did not help: {what.format(now, before)} before it. Take the run before it as the "
-                "result; to go on all the same, copy the labels without their .meta.json"
+                "result, or change the settings of the round"
             )

@@ -79,7 +79,8 @@ def make_app(page: Page) -> gr.Blocks:
     """Return the layout."""
     index = page.index
     with gr.Blocks(title="Search", analytics_enabled=False) as app:
-        gr.Markdown(f"## {len(index)} items ({index.info['modality']}), compared by {index.info['representation']}")
+        read = f", by a model that READS LABELS ({index.info['reads_labels']})" if index.info.get("reads_labels") else ""
+        gr.Markdown(f"## {len(index)} items ({index.info['modality']}), compared by {index.info['representation']}{read}")
         with gr.Row():
             with gr.Column():
                 ranking = gr.Radio(list(RANKINGS), value="plain", label="Ranking", visible=index.info["graph"])

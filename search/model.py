@@ -42,7 +42,7 @@ class Model:
         self.widths = {"embedding": dim, "posterior": clusters, "joint": dim + clusters}
         self.identity = {
             "run": str(checkpoint.parent.resolve()), "checkpoint": file_hash(checkpoint),
-            "preprocessing": {key: getattr(self.data, key) for key in PREPROCESSING},
+            "preprocessing": {key: getattr(self.data, key) for key in PREPROCESSING}, "reads_labels": trained.config.model.reads_labels,
         }
 
     def describe(self, arrays: Mapping[str, Tensor]) -> dict[str, Features]:

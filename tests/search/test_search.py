@@ -350,6 +350,15 @@ def test_another_model_is_refused_with_the_command_that_mends_it(run, copied, ro
         ask(copied, next((root / "test" / "gray_imgs").iterdir()), ann=True)
 
 
+def test_an_index_says_that_its_model_reads_labels(run, root, tmp_path, capsys):
+    marked = shutil.copytree(run, tmp_path / "marked")
+    text = (marked / "config.yaml").read_text()
+    (marked / "config.yaml").write_text(text.replace("reads_labels: null", "reads_labels: training labels of x"))
+    index = build(marked, tmp_path / "index", clouds(root))
+    commands.main(["stats", index.place])
+    assert "reads_labels: training labels of x" in capsys.readouterr().out
+
+
 def test_what_a_cosine_means_is_measured_without_labels(monkeypatch):
     rng = np.random.default_rng(0)
     unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)
