@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import edge_conv, floors, gpu_suite, loss_curves, protocol, retrieval_metrics, training_step
+from benchmarks import cells, edge_conv, floors, gpu_suite, loss_curves, protocol, retrieval_metrics, training_step
 from benchmarks.floors import count_work
 from models.kernels.edge_conv import EdgeConv
 from models.kernels.knn import knn
@@ -179,6 +179,15 @@ def test_loss_curves_of_two_variants(small_digits, tmp_path, capsys):
     assert (tmp_path / "curves.png").stat().st_size > 5000 and "largest relative difference" in capsys.readouterr().out
     plain = [{"loss/mlm": 2.0}, {"loss/mlm": 4.0, "loss/ssm": -1.0}]
     assert loss_curves.largest_difference([plain[0], {"loss/mlm": 4.0, "loss/ssm": -1.5}], plain) == pytest.approx(0.5)
+
+
+def test_two_cells_side_by_side_and_in_turn(small_digits, tmp_path):
+    argv = ["--config", str(SMOKE / "step1.yaml"), "--epochs", "1", "--repeats", "1", "--set", f"data.root={small_digits}"]
+    report = run(cells, tmp_path / "cells.json", *argv)
+    together, in_turn = (report["seconds_of_both"][way] for way in ("side by side", "in turn"))
+    assert report["speedup"] == {"side by side": pytest.approx(in_turn / together)} and min(together, in_turn) > 0
+    with pytest.raises(UserError, match="failed: .*optim.nothing"):
+        cells.main([*argv, "optim.nothing=1"])
 
 
 def test_mesh_preparation_times_every_mesh(tmp_path):
