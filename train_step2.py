@@ -1,5 +1,6 @@
 """Step 2, robust discriminative learning (RDL): trains on the noisy pseudo-labels that step 1, or an earlier round, wrote."""
 
+import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from datasets.annotation import annotate
 from datasets.batches import BatchSource
-from datasets.label_runs import PseudoLabels, labels_of_run, load_pseudo_labels, newest_labels
+from datasets.label_runs import PseudoLabels, check_it_helped, labels_of_run, load_pseudo_labels, newest_labels
 from datasets.pseudo_labels import file_hash, pseudo_label_path, read_origin
 from datasets.samples import PairedSamples
 from losses import ModalityInvarianceLoss, RelationLoss, RobustConcentratingLoss, build_robust_loss
@@ -130,10 +131,17 @@ def export(session: Session, learner: RDLLearner) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train step 2 on the pseudo-labels and report the test scores of the last epoch."""
-    arguments = stage_parser(
+    """Train step 2 on the pseudo-labels, for as many rounds as `rdl.rounds` says, and report the test scores of the last epoch."""
+    parser = stage_parser(
         __doc__, "run folder whose pseudo-labels to learn: of step 1, or of a round of step 2; default: the newest of step 1"
-    ).parse_args(argv)
+    )
+    further = sys.argv[1:] if argv is None else argv
+    while further is not None:
+        further = further_round(train_round(parser.parse_args(further)))
+
+
+def train_round(arguments: argparse.Namespace) -> Session | None:
+    """Train one round; return its session, or None if the run had been trained to its end before."""
     choose = lambda config: choose_pseudo_labels(config, arguments.source)
     session = open_session(Step2Config, "step2", arguments, DEFAULT_CONFIG, choose)
 
@@ -143,7 +151,24 @@ def main(argv: list[str] | None = None) -> None:
         note_origin(session, labels)
         return RDLLearner(session.config, samples, labels, session.device)
 
+    over = session.checkpoint is not None and session.checkpoint["epoch"] >= session.config.optim.epochs
     run_stage(session, build, export)
+    return None if over else session
+
+
+def further_round(session: Session | None) -> list[str] | None:
+    """Return the command line of the round that follows a run, or None: it was the last one, or did not help."""
+    if session is None or session.config.rdl.rounds == 1:
+        return None
+    config, run = session.config, session.run
+    folder = labels_of_run(run.folder, config.data)
+    try:
+        check_it_helped(folder, read_origin(pseudo_label_path(folder, config.data.dataset, config.data.modalities[0])))
+    except UserError as reason:
+        run.log(f"no further round: {reason}")
+        return None
+    settings = ["rdl.pseudo_labels=null", f"rdl.rounds={config.rdl.rounds - 1}"]
+    return ["--config", str(run.folder / "config.yaml"), "--from", str(run.folder), "--set", *settings]
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def load_pseudo_labels(
             f"the labels in {folder} were made with data.pairing: {pairing}, this run has {data.pairing}; what the labels of one "
             "run taught must not pass as another: use the same pairing in both steps"
         )
-    _check_it_helped(folder, origin)
+    check_it_helped(folder, origin)
     labels = {name: torch.from_numpy(values) for name, (values, _) in read.items()}
     sure = None
     if confidence:
@@ -123,8 +123,14 @@ def load_pseudo_labels(
     return PseudoLabels(labels, sure, num_clusters, origin, paths)
 
 
-def _check_it_helped(folder: str, origin: Mapping[str, Any]) -> None:
-    """Stop the rounds when one has not helped: its modalities, or the views of a sample, agree less than before; no label is read."""
+def check_it_helped(folder: str | Path, origin: Mapping[str, Any]) -> None:
+    """Stop the rounds when one has not helped: its modalities, or the views of a sample, agree less than before; no label is read.
+
+    Args:
+        folder: of the pseudo-labels; origin: what they say of the run that wrote them, see `read_origin`.
+    Raises:
+        UserError: if that was a round, and did not help.
+    """
     clusters, mean = origin.get("clusters") or {}, lambda shares: sum(shares.values()) / len(shares) if shares else None
     for what, now, before, slack in (
         ("its modalities agree on {:.4f} of the objects, after {:.4f}", origin.get("agreement"), clusters.get("agreement_before"), 0),

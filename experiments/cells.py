@@ -20,7 +20,7 @@ CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 # Settings that name places or cost time, but do not change the result of a cell
 NEUTRAL = {
     "run": ("seed", "output", "pseudo_labels", "device", "threads", "eval_every", "log_interval", "figures"),
-    "pla": ("start",), "rdl": ("pseudo_labels",),
+    "pla": ("start",), "rdl": ("pseudo_labels", "rounds"),
 }
 
 

@@ -141,7 +141,7 @@ def command(cell: Cell, folder: Path, device: str) -> list[str]:
     before = [_run_folder(folder.parent / need.id) for need in cell.needs if need.stage in TRAINING]
     if cell.stage == "step1":
         return [script, *cell.arguments, *own, *(f"pla.start={run}" for run in before)]
-    return [script, *cell.arguments, *own, "run.eval_every=1", "--from", str(before[0])]
+    return [script, *cell.arguments, *own, "run.eval_every=1", "rdl.rounds=1", "--from", str(before[0])]
 
 
 def _feature_settings(cell: Cell, cells: Path) -> list[str]:

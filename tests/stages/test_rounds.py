@@ -13,7 +13,8 @@ import evaluate
 import train_step1
 import train_step2
 from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin
-from utils.engine.checkpoint import load_checkpoint
+from utils.engine.checkpoint import load_checkpoint, save_checkpoint
+from utils.engine.run_log import RunLog
 from utils.errors import UserError
 
 VIEWS = ["data.views={GrayImg: 2}", "data.augment={image_elastic: 0.05, point_warp: 0.05}"]
@@ -40,6 +41,10 @@ def recipe(tmp_path_factory, _digits_folder):
     write_lists(root, "test", labels[TRAIN:])
     out = tmp_path_factory.mktemp("recipe")
     return out, train(root, out, rounds=2)
+
+
+def load_settings(run):
+    return RunLog.open(run).config()
 
 
 def ids_of(run, name="GrayImg"):
@@ -72,6 +77,36 @@ def test_a_round_starts_from_the_run_before(recipe):
         assert json.loads((run / "pseudo_labels.json").read_text())["run_id"] == before.name
         assert read_origin(pseudo_label_path(run / "pseudo_labels", "digits", "GrayImg"))["clusters"]["agreement_before"] == read_origin(
             pseudo_label_path(before / "pseudo_labels", "digits", "GrayImg"))["agreement"]
+
+
+def test_one_call_trains_every_round(recipe, small_digits, tmp_path):
+    _, (step1, *alone) = recipe
+    train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2, "rdl.rounds=2"), "--from", str(step1)])
+    folders = lambda: sorted((tmp_path / "runs" / "digits" / "step2").iterdir())
+    together = folders()
+    assert len(together) == 2 and [load_settings(run)["rdl"]["rounds"] for run in together] == [2, 1]
+    for run, same in zip(together, alone, strict=True):
+        assert ids_of(run) == ids_of(same)
+        assert [line["loss/rcll"] for line in log_lines(run)] == [line["loss/rcll"] for line in log_lines(same)]
+    train_step2.main(["--resume", str(together[0])])  # it had been trained to its end
+    assert folders() == together
+    together[1].rename(tmp_path / "lost")
+    state = load_checkpoint(together[0] / "last.pt")
+    save_checkpoint(together[0] / "last.pt", state | {"epoch": state["epoch"] - 1, "rows": state["rows"][:-1]})
+    train_step2.main(["--resume", str(together[0])])  # its last epoch, and the round after it
+    assert len(folders()) == 2
+
+
+def test_no_round_follows_one_that_did_not_help(recipe, small_digits, tmp_path, monkeypatch):
+    _, runs = recipe
+
+    def refuse(folder, origin):
+        raise UserError(f"{folder} did not help")
+
+    monkeypatch.setattr(train_step2, "check_it_helped", refuse)
+    train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2, "optim.epochs=1", "rdl.rounds=3"), "--from", str(runs[0])])
+    run = only_run(tmp_path, 2)
+    assert f"no further round: {run / 'pseudo_labels'} did not help" in (run / "log.txt").read_text()
 
 
 def test_evaluation_prints_every_representation(recipe, small_digits, capsys):

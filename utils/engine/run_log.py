@@ -31,7 +31,7 @@ STARTS = ("step1", "step2", "features")  # stages whose runs may be a start; com
 # Where things lie and how fast they go; what training reads is guarded by the hashes in the checkpoint
 RESULT_NEUTRAL = (
     "data.root", "data.train_lists", "data.test_lists", "data.placement", "data.workers", "run.device", "run.threads", "run.output",
-    "run.pseudo_labels", "run.eval_every", "run.figures", "run.log_interval", "rdl.pseudo_labels", "eval",
+    "run.pseudo_labels", "run.eval_every", "run.figures", "run.log_interval", "rdl.pseudo_labels", "rdl.rounds", "eval",
 )
 
 

@@ -113,6 +113,7 @@ class RDLConfig:
     start: Literal["fresh", "inherited"] = option("inherited", "encoders: anew (paper), or as the run that wrote the labels left them")
     confidence: bool = option(False, "weigh a sample in RCLL by how sure the run that wrote its pseudo-label was")
     fuse: Literal["none", "mean", "trusted"] = option("trusted", "as pla.fuse, for the labels that this run writes for another round")
+    rounds: int = option(1, "rounds that a call trains, a run folder each: every further one on the labels of the one before", min=1)
     pseudo_labels: str | None = option(None, "folder of pseudo-labels; default: of step 1's newest finished run, see --from", path=True)
 
     def __post_init__(self) -> None:
