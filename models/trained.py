@@ -10,9 +10,8 @@ from torch import nn
 
 from models.build import build_classifiers, build_encoders
 from utils.engine.checkpoint import load_checkpoint
-from utils.engine.run_log import RunLog, check_same_config, keep_mark
+from utils.engine.run_log import RunLog
 from utils.errors import UserError
-from utils.settings.config import load_config, to_dict
 from utils.settings.options import Step1Config, Step2Config
 
 CONFIGS = {"step1": Step1Config, "step2": Step2Config}
@@ -42,9 +41,7 @@ def open_trained(checkpoint: Path, device: torch.device, overrides: Sequence[str
     state = load_checkpoint(checkpoint, map_location=device)
     if not {"stage", "epoch", "learner"} <= state.keys() or state["stage"] not in CONFIGS:
         raise UserError(f"{checkpoint} is not a checkpoint of a training stage: it holds {sorted(state)}")
-    saved = run.settings(CONFIGS[state["stage"]])
-    config = keep_mark(load_config(type(saved), str(run.folder / "config.yaml"), overrides), to_dict(saved))
-    check_same_config(to_dict(saved), to_dict(config))
+    config, _ = run.settings_of_call(CONFIGS[state["stage"]], None, overrides)
     encoders = build_encoders(config.data, config.model).to(device)
     try:
         scale = config.pla.logit_scale if state["stage"] == "step1" else None

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from itertools import chain, count
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from utils.engine import distributed
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import UserError
-from utils.settings.config import load_config
+from utils.settings.config import load_config, to_dict
 
 T = TypeVar("T")
 WRITTEN = (":(exclude)results", ":(exclude)docs", ":(exclude)README.md")  # by reproduce.py, between runs; no run reads them
@@ -77,11 +77,6 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
         key = f"{prefix}{name}"
         flat.update(_flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value})
     return flat
-
-
-def keep_mark(config: Any, saved: dict) -> Any:
-    """Return settings with what those saved in a run folder say that its start has read, `model.reads_labels`: no call can change that."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, reads_labels=saved["model"]["reads_labels"]))
 
 
 def check_same_config(saved: dict, new: dict) -> list[str]:
@@ -164,6 +159,19 @@ class RunLog:
         """Return them as `cls` of `utils.settings.options`; those that did not exist when the run was started have their defaults."""
         self.config()
         return load_config(cls, str(self.folder / "config.yaml"))
+
+    def settings_of_call(self, cls: type[T], path: str | None, overrides: Sequence[str]) -> tuple[T, list[str]]:
+        """Return the settings with which a call goes on with the run or scores it, and one line per setting that differs.
+
+        Args:
+            cls: as for `settings`; path: of a configuration, default: the run's own; overrides: "section.key=value" texts.
+        Raises:
+            UserError: naming all settings that would change the result, see `RESULT_NEUTRAL`.
+        """
+        saved, config = self.settings(cls), load_config(cls, path or str(self.folder / "config.yaml"), overrides)
+        marked = dataclasses.replace(config.model, reads_labels=saved.model.reads_labels)  # what its start has read no call can change
+        config = dataclasses.replace(config, model=marked)
+        return config, check_same_config(to_dict(saved), to_dict(config))
 
     def log(self, text: str) -> None:
         """Print a line without tearing progress bars, and append it to log.txt with the UTC time."""

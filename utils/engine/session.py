@@ -17,7 +17,7 @@ from utils.engine import distributed
 from utils.engine.checkpoint import LAST, load_checkpoint, save_checkpoint
 from utils.engine.device import keep_freed_memory, select_device, set_threads
 from utils.engine.learner import StageLearner
-from utils.engine.run_log import RunLog, check_same_config, keep_mark, plain_row
+from utils.engine.run_log import RunLog, plain_row
 from utils.engine.seed import seed_everything, set_deterministic
 from utils.errors import UserError
 from utils.settings.config import add_config_arguments, load_config, to_dict
@@ -90,14 +90,13 @@ def open_session(
         raise UserError("--from beside --resume: a run keeps what it started from; give one of them")
     distributed.start()
     run = RunLog.open(arguments.resume) if arguments.resume else None
-    saved = to_dict(run.settings(config_class)) if run else {}
-    path = str(run.folder / "config.yaml") if run and not arguments.config else arguments.config or default_config
-    config = load_config(config_class, path, arguments.overrides)
-    config = keep_mark(config, saved) if run else config
+    if run:
+        config, changed = run.settings_of_call(config_class, arguments.config, arguments.overrides)
+    else:
+        config, changed = load_config(config_class, arguments.config or default_config, arguments.overrides), []
     device = select_device(config.run.device)
     if not (arguments.config or run) and device.type == "cpu" and config.run.device == "auto":
         raise UserError(_cpu_advice(stage, default_config))
-    changed = check_same_config(saved, to_dict(config)) if run else []
     checkpoint = _load_last(run, stage) if run else None
     keep_freed_memory()
     set_threads(config.run.threads)
