@@ -7,7 +7,15 @@ from sklearn.metrics import adjusted_rand_score, cohen_kappa_score
 from torch.nn import functional as F
 
 from utils.evaluation.clustering import clustering_accuracy
-from utils.evaluation.consensus import agreement_of_partitions, cluster_objects, find_communities, fuse, trust, view_agreement
+from utils.evaluation.consensus import (
+    agreement_of_partitions,
+    cluster_objects,
+    find_communities,
+    fuse,
+    most_typical,
+    trust,
+    view_agreement,
+)
 
 
 def planted(sizes, spread, seed=0):
@@ -56,6 +64,13 @@ def test_small_groups_that_the_graphs_merge_are_split_rather():
     assert found.record["num_clusters"] == len(found.centroids["B"]) and clustering_accuracy(found.ids, labels) > 0.9
     one = [np.zeros(8, dtype=np.int64)]
     assert agreement_of_partitions({"A": [one], "B": [one]}, "A") == [0]  # a single community says nothing
+
+
+def test_the_most_typical_run_is_not_the_one_that_merges():
+    usual = np.repeat([0, 1, 2], 20)
+    merged = np.where(np.arange(60) < 28, 0, usual)
+    for runs in ([merged, usual, usual], [usual, merged, 2 - usual], [usual]):
+        assert adjusted_rand_score(most_typical(runs), usual) == 1
 
 
 def test_agreement_by_hand():

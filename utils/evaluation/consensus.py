@@ -15,7 +15,8 @@ from utils.evaluation.ranking import nearest
 
 NEIGHBOURS = 15
 RESOLUTIONS = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-SEEDS = 2
+SEEDS = 2  # runs by which resolutions are judged
+RUNS = 9  # at the one that is taken, of which the most typical run counts
 CONFIRMED = 0.7  # agreement of two graphs below which they confirm no number of clusters
 FINE, MEMBERS = 6.0, 5  # resolution of the over-clustering that is taken then, if its communities have so many members on average
 CERTAIN = 1e-3  # least disagreement assumed, so that no modality's odds are infinite
@@ -52,6 +53,11 @@ def agreement_of_partitions(found: Mapping[str, list[list[np.ndarray]]], name: s
     return [
         float(np.mean([fit(ids, seed, partitions) for seed, ids in enumerate(runs) for partitions in others])) for runs in found[name]
     ]
+
+
+def most_typical(runs: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the partition with the highest mean adjusted Rand index with all: some runs merge a part of one kind with another."""
+    return max(runs, key=lambda ids: sum(adjusted_rand_score(ids, other) for other in runs))
 
 
 def _neighbour_graph(rows: Tensor) -> networkx.Graph:
@@ -110,12 +116,11 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
     confirmed = {name: agreement_of_partitions(found, name) for name in (rows if trusted else ["mean"])}
     best = max(confirmed, key=lambda name: max(confirmed[name]))
     place = int(np.argmax(confirmed[best]))
-    resolution, ids = RESOLUTIONS[place], found[best][place][0]
-    if max(confirmed[best]) < CONFIRMED:
-        finer = _louvain(_neighbour_graph(graphs[best]), FINE, seed)
-        if len(finer) >= MEMBERS * (finer.max() + 1):
-            resolution, ids = FINE, finer
-    ids = torch.from_numpy(ids)
+    resolution, graph = RESOLUTIONS[place], _neighbour_graph(graphs[best])
+    if max(confirmed[best]) < CONFIRMED and len(graph) >= MEMBERS * (_louvain(graph, FINE, seed).max() + 1):
+        resolution = FINE
+    runs = [_louvain(graph, resolution, seed + offset) for offset in range(RUNS)]
+    ids = torch.from_numpy(most_typical(runs))
     members = F.one_hot(ids).float().T  # (K, N)
     centroids = {name: F.normalize(members.to(values.device) @ values, dim=1) for name, values in rows.items()}
     trials = {
