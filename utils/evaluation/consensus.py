@@ -116,10 +116,12 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
     confirmed = {name: agreement_of_partitions(found, name) for name in (rows if trusted else ["mean"])}
     best = max(confirmed, key=lambda name: max(confirmed[name]))
     place = int(np.argmax(confirmed[best]))
-    resolution, graph = RESOLUTIONS[place], _neighbour_graph(graphs[best])
-    if max(confirmed[best]) < CONFIRMED and len(graph) >= MEMBERS * (_louvain(graph, FINE, seed).max() + 1):
-        resolution = FINE
-    runs = [_louvain(graph, resolution, seed + offset) for offset in range(RUNS)]
+    resolution, runs, graph = RESOLUTIONS[place], found[best][place], _neighbour_graph(graphs[best])
+    if max(confirmed[best]) < CONFIRMED:
+        finer = _louvain(graph, FINE, seed)
+        if len(finer) >= MEMBERS * (finer.max() + 1):
+            resolution, runs = FINE, [finer]
+    runs = [*runs, *(_louvain(graph, resolution, seed + offset) for offset in range(len(runs), RUNS))]
     ids = torch.from_numpy(most_typical(runs))
     members = F.one_hot(ids).float().T  # (K, N)
     centroids = {name: F.normalize(members.to(values.device) @ values, dim=1) for name, values in rows.items()}
