@@ -4,6 +4,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from models.kernels.small_maps import use_products
+
 
 class ResNet18(nn.Module):
     """ResNet18 trunk, global average pool, Linear and BatchNorm1d to the common space.
@@ -25,6 +27,7 @@ class ResNet18(nn.Module):
             setattr(self.backbone, f"layer{dropped}", nn.Identity())
         self.backbone.fc = nn.Identity()
         self.backbone.to(memory_format=torch.channels_last)
+        use_products(self.backbone)
         self.head = nn.Sequential(nn.Linear(feature_dim, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim))
 
     def forward(self, images: Tensor) -> Tensor:

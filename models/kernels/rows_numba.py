@@ -4,6 +4,7 @@ Kernels work on a range of rows, clouds or blocks and release the interpreter, s
 work. Sums are taken by blocks of rows, whatever the number of threads.
 """
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -13,17 +14,35 @@ from numba import njit
 from torch import Tensor
 
 BLOCK = 64  # rows that are summed one after the other
+PARTS = 6  # of the work of a kernel, per thread
 compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 
 def share(count: int, work: Callable[[int, int], None]) -> None:
-    """Call work(start, stop) on contiguous parts of 0..count-1, one per thread; the caller does the first."""
+    """Call work(start, stop) on contiguous parts of 0..count-1, several per thread, of which each takes the next one when it is free.
+
+    Torch's own threads go on spinning for a while after their last operation, so that a thread of ours may have half a core.
+    """
     threads = max(1, min(torch.get_num_threads(), count))
-    edges = [count * part // threads for part in range(threads + 1)]
-    others = [_pool(threads - 1).submit(work, *part) for part in zip(edges[1:-1], edges[2:])]
-    work(0, edges[1])
-    for part in others:
-        part.result()
+    if threads == 1:
+        return work(0, count)
+    number = min(count, PARTS * threads)
+    edges = [count * part // number for part in range(number + 1)]
+    left = deque(zip(edges, edges[1:]))
+
+    def work_off() -> None:
+        while True:
+            try:
+                part = left.popleft()
+            except IndexError:
+                return
+            work(*part)
+
+    others = [_pool(threads - 1).submit(work_off) for _ in range(threads - 1)]
+    work_off()
+    for other in others:
+        if not other.cancel():
+            other.result()
 
 
 @cache

@@ -10,9 +10,9 @@ from utils.evaluation.clustering import clustering_accuracy
 from utils.evaluation.consensus import (
     agreement_of_partitions,
     cluster_objects,
-    find_communities,
     fuse,
     most_typical,
+    neighbour_graph,
     trust,
     view_agreement,
 )
@@ -87,7 +87,7 @@ def test_given_a_number_it_is_the_joint_k_means():
     assert found.ids is None and found.record == {"num_clusters": 4, "method": "k-means"}
     assert clustering_accuracy((rows["A"] @ found.centroids["A"].T).argmax(1), labels) > 0.99
     with pytest.raises(ValueError, match="more than 15 rows, found 15"):
-        find_communities(planted((15,), 0.1)[0], seed=0)
+        neighbour_graph(planted((15,), 0.1)[0])
 
 
 def test_agreement_of_views_is_cohens_kappa_and_a_collapsed_modality_not_reliable():

@@ -22,19 +22,25 @@ FINE, MEMBERS = 6.0, 5  # resolution of the over-clustering that is taken then, 
 CERTAIN = 1e-3  # least disagreement assumed, so that no modality's odds are infinite
 
 
-def find_communities(rows: Tensor, seed: int) -> list[list[np.ndarray]]:
-    """Cluster unit rows (N, D) into as many communities as their neighbour graph has, at every one of RESOLUTIONS.
+def neighbour_graph(rows: Tensor) -> networkx.Graph:
+    """Return the graph of the NEIGHBOURS nearest neighbours of unit rows (N, D), weighted by cosine; a ValueError for too few rows."""
+    if len(rows) <= NEIGHBOURS:
+        raise ValueError(f"communities need more than {NEIGHBOURS} rows, found {len(rows)}")
+    graph = networkx.empty_graph(len(rows))
+    columns, similarities = nearest(rows, rows, NEIGHBOURS, own=torch.arange(len(rows)))
+    for row, (near, weights) in enumerate(zip(columns.tolist(), similarities.clamp(min=0).tolist())):
+        graph.add_weighted_edges_from((row, column, weight) for column, weight in zip(near, weights))
+    return graph
 
-    Louvain's method (Blondel et al. 2008) on the graph of NEIGHBOURS nearest neighbours, weighted by cosine.
+
+def find_communities(graph: networkx.Graph, seed: int) -> list[list[np.ndarray]]:
+    """Cluster the N nodes of a `neighbour_graph` into as many communities as it has, at every one of RESOLUTIONS.
+
+    By Louvain's method (Blondel et al. 2008).
 
     Returns:
         Per resolution, coarse to fine, the ids (N,) int64 of SEEDS runs, the largest community first.
-    Raises:
-        ValueError: for fewer rows than neighbours.
     """
-    if len(rows) <= NEIGHBOURS:
-        raise ValueError(f"communities need more than {NEIGHBOURS} rows, found {len(rows)}")
-    graph = _neighbour_graph(rows)
     return [[_louvain(graph, resolution, seed + offset) for offset in range(SEEDS)] for resolution in RESOLUTIONS]
 
 
@@ -58,14 +64,6 @@ def agreement_of_partitions(found: Mapping[str, list[list[np.ndarray]]], name: s
 def most_typical(runs: Sequence[np.ndarray]) -> np.ndarray:
     """Return the partition with the highest mean adjusted Rand index with all: some runs merge a part of one kind with another."""
     return max(runs, key=lambda ids: sum(adjusted_rand_score(ids, other) for other in runs))
-
-
-def _neighbour_graph(rows: Tensor) -> networkx.Graph:
-    graph = networkx.empty_graph(len(rows))
-    columns, similarities = nearest(rows, rows, NEIGHBOURS, own=torch.arange(len(rows)))
-    for row, (near, weights) in enumerate(zip(columns.tolist(), similarities.clamp(min=0).tolist())):
-        graph.add_weighted_edges_from((row, column, weight) for column, weight in zip(near, weights))
-    return graph
 
 
 def _louvain(graph: networkx.Graph, resolution: float, seed: int) -> np.ndarray:
@@ -111,12 +109,13 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
     if num_clusters != "auto":
         centroids = joint_then_per_modality(list(rows.values()), num_clusters, seed)[1]
         return Clusters(dict(zip(rows, centroids)), None, {"num_clusters": num_clusters, "method": "k-means"})
-    graphs = {**rows, "mean": F.normalize(sum(rows.values()), dim=1)}
-    found = {name: find_communities(values, seed) for name, values in graphs.items()}
+    spaces = {**rows, "mean": F.normalize(sum(rows.values()), dim=1)}
+    graphs = {name: neighbour_graph(values) for name, values in spaces.items()}
+    found = {name: find_communities(graph, seed) for name, graph in graphs.items()}
     confirmed = {name: agreement_of_partitions(found, name) for name in (rows if trusted else ["mean"])}
     best = max(confirmed, key=lambda name: max(confirmed[name]))
     place = int(np.argmax(confirmed[best]))
-    resolution, runs, graph = RESOLUTIONS[place], found[best][place], _neighbour_graph(graphs[best])
+    resolution, runs, graph = RESOLUTIONS[place], found[best][place], graphs[best]
     if max(confirmed[best]) < CONFIRMED:
         finer = _louvain(graph, FINE, seed)
         if len(finer) >= MEMBERS * (finer.max() + 1):
