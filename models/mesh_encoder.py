@@ -11,11 +11,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.kernels.batch_norm import normalise_and_activate
-from models.kernels.mesh_convolution import BLOCK_ELEMENTS, MeshConvolution, Neighbours, SharedMLP
+from models.kernels.mesh_convolution import MeshConvolution, Neighbours, SharedMLP
 from utils.modalities import FACE_CHANNELS
 
+BLOCK_ELEMENTS = 2**18  # of the Gaussians worked on at a time on a CPU: near the cache
 STRUCTURAL = 64 + 64 + 3  # channels of rotate convolution, kernel correlation and normal
 
 
@@ -179,11 +181,11 @@ class _GaussianResponse(torch.autograd.Function):
 
 def _gaussians(normals: Tensor, vectors: Tensor, narrow: float) -> Iterator[tuple[slice, Tensor]]:
     """Yield runs of normals with their Gaussians (rows, V, K), in a buffer that the next run overwrites."""
-    turned = vectors.flatten(0, 1).T * (2 * narrow)
-    offset = (normals.square().sum(dim=1, keepdim=True) + 1) * -narrow
-    step = len(normals) if normals.device.type != "cpu" else max(1, BLOCK_ELEMENTS // turned.shape[1])
-    buffer = normals.new_empty(min(step, len(normals)), turned.shape[1])
-    for start in range(0, len(normals), step):
-        rows = slice(start, min(start + step, len(normals)))
-        exponent = torch.addmm(offset[rows], normals[rows], turned, out=buffer[:rows.stop - start])
-        yield rows, exponent.exp_().unflatten(1, vectors.shape[:2])
+    turned = F.pad(vectors.flatten(0, 1).T * (2 * narrow), (0, 0, 0, 1), value=1.0)  # (4, V K); its last row adds the offsets
+    rows = torch.cat([normals, (normals.square().sum(dim=1, keepdim=True) + 1) * -narrow], dim=1)
+    step = len(rows) if rows.device.type != "cpu" else max(1, BLOCK_ELEMENTS // turned.shape[1])
+    buffer = rows.new_empty(min(step, len(rows)), turned.shape[1])
+    for start in range(0, len(rows), step):
+        chosen = slice(start, min(start + step, len(rows)))
+        exponent = torch.mm(rows[chosen], turned, out=buffer[:chosen.stop - start])
+        yield chosen, exponent.exp_().unflatten(1, vectors.shape[:2])

@@ -8,13 +8,23 @@ from models.kernels import neighbour_ops
 from models.sync_batchnorm import update_running_statistics
 
 
-def normalise_and_activate(rows: Tensor, bn: nn.modules.batchnorm._BatchNorm, slope: float = 0.0) -> Tensor:
-    """LeakyReLU(bn(rows)) of rows (M, C), with `slope` below zero; running statistics are taken as by bn."""
-    if not (bn.training and len(rows) > 1 and rows.device.type == "cpu" and neighbour_ops.HAS_NUMBA and type(bn) is nn.BatchNorm1d
-            and rows.dtype == bn.weight.dtype):
-        return F.leaky_relu(bn(rows), slope, inplace=True)
-    out, mean, var = _NormalisedActivation.apply(rows, bn.weight, bn.bias, bn.eps, slope)
-    update_running_statistics(bn, mean, var, len(rows))
+def is_compiled(rows: Tensor, bn: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether `normalise_and_activate` takes its own passes over such rows."""
+    here = rows.device.type == "cpu" and neighbour_ops.HAS_NUMBA and not torch.is_autocast_enabled("cpu")
+    return here and bn.training and len(rows) > 1 and type(bn) is nn.BatchNorm1d and rows.dtype == bn.weight.dtype
+
+
+def normalise_and_activate(rows: Tensor, bn: nn.modules.batchnorm._BatchNorm, slope: float = 0.0, bias: Tensor | None = None) -> Tensor:
+    """LeakyReLU(bn(rows + bias)) of rows (M, C), with `slope` below zero; running statistics are taken as by bn.
+
+    Args:
+        bias: (C,); compiled, it costs no pass: the mean of the batch takes it away again, and its gradient is 0.
+    """
+    if not is_compiled(rows, bn):
+        return F.leaky_relu(bn(rows if bias is None else rows + bias), slope, inplace=True)
+    beta = bn.bias if bias is None else bn.bias + 0 * bias
+    out, mean, var = _NormalisedActivation.apply(rows, bn.weight, beta, bn.eps, slope)
+    update_running_statistics(bn, mean if bias is None else mean + bias, var, len(rows))
     return out
 
 

@@ -3,21 +3,22 @@
 The faces of all meshes of a batch are the rows of one (M, C) matrix, M = B * F; `Neighbours` says which rows touch.
 """
 
-from collections.abc import Iterator
+import importlib
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.kernels.batch_norm import normalise_and_activate
+from models.kernels.batch_norm import is_compiled, normalise_and_activate
 from models.kernels.linear import linear_of_parts
-from models.kernels.neighbour_ops import in_degrees
+from models.kernels.neighbour_ops import HAS_NUMBA, in_degrees
 from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
 
 SIDES = 3
-BLOCK_ELEMENTS = 2**18  # of the pairs worked on at a time on a CPU: near the cache
 
 
 class SharedMLP(nn.Sequential):
@@ -33,7 +34,8 @@ class SharedMLP(nn.Sequential):
         """Map rows (M, C_in) to (M, C_out). Several inputs count as one, their channels in the order given."""
         layers = iter(self)
         for conv, bn, _relu in zip(layers, layers, layers):
-            parts = (normalise_and_activate(linear_of_parts(parts, conv.weight.flatten(1), conv.bias), bn),)
+            early, late = (None, conv.bias) if is_compiled(parts[0], bn) else (conv.bias, None)
+            parts = (normalise_and_activate(linear_of_parts(parts, conv.weight.flatten(1), early), bn, bias=late),)
         return parts[0]
 
 
@@ -115,7 +117,7 @@ class MeshConvolution(nn.Module):
 
         The convolution of a pair is the sum of one term of the face and one of the neighbour, each needed once per row.
         Turning the sign of a channel in W, b and the BatchNorm scale changes nothing, so that no scale is negative and
-        the maximum can be taken before the BatchNorm.
+        the maximum can be taken before the BatchNorm. In training the mean of the batch takes b away again.
         """
         conv, bn, relu = self.concat_mlp
         weight, bias, scale = conv.weight.flatten(1), conv.bias, bn.weight
@@ -124,27 +126,26 @@ class MeshConvolution(nn.Module):
             pairs = own.unflatten(0, (-1, 1, neighbours.rows.shape[2])) + other[neighbours.rows]  # (B, 3, F, C)
             return relu(bn(pairs.flatten(0, 2)[..., None, None])).view_as(pairs).amax(dim=1).flatten(0, 1)
         sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
-        own, other = _own_and_other(structural, weight * sign[:, None], bias * sign)
+        own, other = _own_and_other(structural, weight * sign[:, None], None if bn.training else bias * sign)
         running = None if bn.training else (bn.running_mean * sign, bn.running_var)
         with torch.autocast(own.device.type, enabled=False):
             own, other = own.to(scale.dtype), other.to(scale.dtype)
-            out, mean, var = _StrongestPairs.apply(own, other, scale * sign, bn.bias, running, bn.eps, neighbours)
+            out, mean, var = _StrongestPairs.apply(own, other, scale * sign, bn.bias + 0 * bias, running, bn.eps, neighbours)
         if bn.training:
-            update_running_statistics(bn, mean * sign, var, neighbours.rows.numel())
+            update_running_statistics(bn, mean * sign + bias, var, neighbours.rows.numel())
         return out
 
 
-def _own_and_other(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _own_and_other(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     own_weight, other_weight = weight.chunk(2, dim=1)  # (C, C) each
     return F.linear(rows, own_weight, bias), F.linear(rows, other_weight)
 
 
 class _StrongestPairs(torch.autograd.Function):
-    """relu(scale * normalised(max over the neighbours j of own_i + other_j) + shift) with scale >= 0, a few meshes at a time.
+    """relu(scale * normalised(max over the neighbours j of own_i + other_j) + shift) with scale >= 0.
 
-    Mean and variance are those of all pairs, or given (`running`). No array of all pairs is built: a block of them lies in
-    a buffer near the cache, and once more in the backward pass. Equal neighbours share the gradient of their maximum. With
-    y a centred pair, the gradient through the batch statistics takes level + slope * y from every pair.
+    Mean and variance are those of all pairs, or given (`running`). With y a centred pair, the gradient through the batch statistics
+    takes level + slope * y from every pair.
     """
 
     @staticmethod
@@ -155,11 +156,7 @@ class _StrongestPairs(torch.autograd.Function):
         else:
             mean = running[0]
         own = (own - mean).unflatten(0, (-1, neighbours.rows.shape[2]))  # (B, F, C)
-        best, squares = torch.empty_like(own), torch.zeros_like(mean, dtype=torch.float64)
-        for meshes, pairs in _blocks(own, other, neighbours):
-            torch.amax(pairs, 1, out=best[meshes])
-            if running is None:
-                squares += pairs.square_().sum((0, 1, 2))
+        best, squares = _passes(own).strongest(own, other, neighbours)
         var = (squares / count).to(own.dtype) if running is None else running[1]
         out = torch.addcmul(shift, best.flatten(0, 1), scale * (var + eps).rsqrt()).relu_()
         ctx.save_for_backward(own, other, best, out, scale, var)
@@ -175,36 +172,38 @@ class _StrongestPairs(torch.autograd.Function):
         grad = torch.ops.aten.threshold_backward(grad.contiguous(), out, 0)  # at the BatchNorm output of the strongest pairs
         grad_shift, grad_scale = grad.sum(0), (grad * best.view_as(grad)).sum(0) * rstd
         factor = scale * rstd
-        level, slope = (factor / neighbours.rows.numel() * term for term in (grad_shift, grad_scale * rstd))
+        share = factor / neighbours.rows.numel() * ctx.batch_statistics
+        level, slope = share * grad_shift, share * grad_scale * rstd
         grad = grad.mul_(factor).view_as(own)
-        grad_own, grad_other = torch.empty_like(own), torch.empty_like(own)
-        for meshes, pairs in _blocks(own, other, neighbours):
-            if ctx.batch_statistics:
-                dense = torch.addcmul(level, pairs, slope)
-            strongest = pairs.eq_(best[meshes, None])
-            strongest.mul_((grad[meshes] / strongest.sum(1))[:, None])
-            if ctx.batch_statistics:
-                pairs.sub_(dense)
-            torch.sum(pairs, 1, out=grad_own[meshes])
-            grad_other[meshes] = _collect(pairs, neighbours, meshes)
-        return grad_own.flatten(0, 1), grad_other.flatten(0, 1), grad_scale, grad_shift, None, None, None
+        grad_own, grad_other = _passes(own).pair_gradients(grad, own, other, best, level, slope, neighbours)
+        return grad_own.flatten(0, 1), grad_other, grad_scale, grad_shift, None, None, None
 
 
-def _blocks(own: Tensor, other: Tensor, neighbours: Neighbours) -> Iterator[tuple[slice, Tensor]]:
-    """Yield runs of meshes with own_i + other_j of their pairs, (meshes, 3, F, C) in a buffer that the next run overwrites."""
-    batch, faces, channels = own.shape
-    step = batch if own.device.type != "cpu" else max(1, BLOCK_ELEMENTS // (SIDES * faces * channels))
-    buffer = own.new_empty(min(step, batch), SIDES, faces, channels)
-    for start in range(0, batch, step):
-        meshes = slice(start, min(start + step, batch))
-        pairs = buffer[:meshes.stop - start]
-        torch.index_select(other, 0, neighbours.rows[meshes].view(-1), out=pairs.view(-1, channels))
-        yield meshes, pairs.add_(own[meshes, None])
+def _passes(own: Tensor) -> ModuleType:
+    """Return the module whose `strongest` and `pair_gradients` serve a device: this one, or the compiled one."""
+    compiled = own.device.type == "cpu" and HAS_NUMBA
+    return importlib.import_module("models.kernels.mesh_numba") if compiled else sys.modules[__name__]
 
 
-def _collect(pairs: Tensor, neighbours: Neighbours, meshes: slice) -> Tensor:
-    """Sum values (meshes, 3, F, C) of the pairs of a run of meshes into their neighbours, (meshes, F, C)."""
-    faces, first = pairs.shape[2], meshes.start * pairs[0, :, :, 0].numel()
-    order = neighbours.order[first:first + pairs[..., 0].numel()] - first
-    starts = neighbours.starts[meshes.start * faces:meshes.stop * faces] - first
-    return F.embedding_bag(order, pairs.view(-1, pairs.shape[3]), starts, mode="sum").view(-1, faces, pairs.shape[3])
+def strongest(own: Tensor, other: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
+    """Return the largest own_i + other_j over the neighbours j of every face, (B, F, C), and the sum of squares over all pairs, (C,).
+
+    Args:
+        own: (B, F, C); other: (B * F, C).
+    """
+    pairs = own[:, None] + other[neighbours.rows]  # (B, 3, F, C)
+    return pairs.amax(dim=1), pairs.square_().sum((0, 1, 2), dtype=torch.float64)
+
+
+def pair_gradients(
+    grad: Tensor, own: Tensor, other: Tensor, best: Tensor, level: Tensor, slope: Tensor, neighbours: Neighbours
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients at own and other: `grad` (B, F, C) goes to the pairs that are `best`, level + slope * pair is taken from all.
+
+    Args:
+        level, slope: (C,); the others as for `strongest`, whose result is `best`.
+    """
+    pairs = own[:, None] + other[neighbours.rows]
+    won = (pairs == best[:, None]).to(pairs.dtype)
+    pull = won.mul_((grad / won.sum(1))[:, None]).sub_(torch.addcmul(level, pairs, slope))
+    return pull.sum(1), F.embedding_bag(neighbours.order, pull.flatten(0, 2), neighbours.starts, mode="sum")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.kernels import mesh_convolution
+from models import mesh_encoder
+from models.kernels import mesh_convolution, neighbour_ops
 from models.kernels.mesh_convolution import MeshConvolution, Neighbours
 from models.mesh_encoder import MeshNet
 from models.sync_batchnorm import SyncBatchNorm, synchronise
@@ -141,7 +142,11 @@ def assert_same_step(net, faces, result, plain_net, plain):
 
 @pytest.mark.parametrize("scales", [(0.5, 1.5), (-1.5, -0.5), (-1.0, 1.0)])
 @pytest.mark.parametrize("training", [False, True])
-def test_outputs_gradients_and_statistics_are_those_of_the_explicit_formulation(training, scales):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_outputs_gradients_and_statistics_are_those_of_the_explicit_formulation(compiled, training, scales, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(mesh_convolution, "HAS_NUMBA", False)
+        monkeypatch.setattr(neighbour_ops, "HAS_NUMBA", False)
     net, plain_net = twins(training, scales)
     faces = meshes(batch=4)
     faces = torch.cat([faces, faces[:, [3, 3, 0, FACES - 1]]], dim=1)  # repeated ones, among neighbours as well
@@ -157,11 +162,11 @@ def test_outputs_gradients_and_statistics_are_those_of_the_explicit_formulation(
     assert_same_step(net, faces, result, plain_net, plain)
 
 
-@pytest.mark.parametrize("elements", [1, 3 * 2 * FACES * 131, 2**30])
+@pytest.mark.parametrize("elements", [1, 2 * FACES * 256, 2**30])
 def test_the_size_of_the_blocks_does_not_matter(monkeypatch, elements):
     net, plain_net = twins(True)
     faces = meshes(batch=5)
-    monkeypatch.setattr(mesh_convolution, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(mesh_encoder, "BLOCK_ELEMENTS", elements)
     assert_same_step(net, faces, net(faces), plain_net, explicit(plain_net, faces))
 
 

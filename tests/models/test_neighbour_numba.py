@@ -114,7 +114,8 @@ def test_neighbours_equal_those_without_numba(points, k, monkeypatch):
 
 @pytest.mark.parametrize("slope", [0.0, 0.2])
 @pytest.mark.parametrize("rows", [2, 64, 150])
-def test_normalisation_and_activation_equal_torchs_layers(threads, slope, rows):
+@pytest.mark.parametrize("biased", [False, True])
+def test_normalisation_and_activation_equal_torchs_layers(threads, slope, rows, biased):
     torch.manual_seed(0)
     values = (torch.randn(rows, CHANNELS, dtype=torch.float64) * 3 + 100).requires_grad_()
     layers = [torch.nn.BatchNorm1d(CHANNELS).double() for _ in range(2)]
@@ -122,12 +123,14 @@ def test_normalisation_and_activation_equal_torchs_layers(threads, slope, rows):
         torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))
         torch.nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(2))
     grad = torch.randn(CHANNELS, rows, dtype=torch.float64).T
-    found, expected = normalise_and_activate(values, layers[0], slope), torch.nn.functional.leaky_relu(layers[1](values), slope)
+    bias = torch.randn(CHANNELS, dtype=torch.float64, requires_grad=True) if biased else None
+    plain = lambda layer: torch.nn.functional.leaky_relu(layer(values + bias if biased else values), slope)
+    found, expected = normalise_and_activate(values, layers[0], slope, bias), plain(layers[1])
     assert type(found.grad_fn).__name__ == "_NormalisedActivationBackward"
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, (values, *layers[0].parameters()), grad),
-                               torch.autograd.grad(expected, (values, *layers[1].parameters()), grad))
+    sources = [(values, *layer.parameters(), *([bias] if biased else [])) for layer in layers]
+    torch.testing.assert_close(torch.autograd.grad(found, sources[0], grad), torch.autograd.grad(expected, sources[1], grad))
     torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
     for layer in layers:
         layer.eval()
-    torch.testing.assert_close(normalise_and_activate(values, layers[0], slope), torch.nn.functional.leaky_relu(layers[1](values), slope))
+    torch.testing.assert_close(normalise_and_activate(values, layers[0], slope, bias), plain(layers[1]))
