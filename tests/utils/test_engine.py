@@ -30,13 +30,13 @@ def test_the_route_does_not_shift_the_masks_of_meshes(small_digits, tmp_path):
     assert [line["loss/mlm"] for line in runs[0]] == [line["loss/mlm"] for line in runs[1]]
 
 
-@pytest.mark.parametrize("switch, tolerance", [("optim.fused=false", 0.02), ("run.amp=true", 0.08)])
+@pytest.mark.parametrize("switch, tolerance", [("optim.fused=false", 1e-5), ("run.amp=true", 1e-3)])
 def test_faster_steps_track_the_plain_ones(small_digits, tmp_path, switch, tolerance):
     for folder, more in (("switched", [switch]), ("default", [])):
         train_step1.main(settings(small_digits, tmp_path / folder, 1, *more))
     switched, default = ([line["loss/mlm"] for line in log_lines(only_run(tmp_path / folder, 1))] for folder in ("switched", "default"))
-    assert switched == pytest.approx(default, rel=tolerance)
-    assert switched[-1] != default[-1]
+    assert switched[0] == pytest.approx(default[0], rel=tolerance)
+    assert switched == pytest.approx(default, rel=0.1) and switched[-1] != default[-1]  # what is rounded grows from epoch to epoch
 
 
 @pytest.mark.parametrize("loss", ["ce", "mae", "gce", "aue", "nce_agce"])
