@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.kernels.batch_norm import is_compiled, normalise_and_activate
 from models.kernels.linear import linear_of_parts
-from models.kernels.neighbour_ops import HAS_NUMBA, in_degrees
+from models.kernels.neighbour_ops import HAS_NUMBA, in_degrees, operations
 from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
 
@@ -158,25 +158,24 @@ class _StrongestPairs(torch.autograd.Function):
         own = (own - mean).unflatten(0, (-1, neighbours.rows.shape[2]))  # (B, F, C)
         best, squares = _passes(own).strongest(own, other, neighbours)
         var = (squares / count).to(own.dtype) if running is None else running[1]
-        out = torch.addcmul(shift, best.flatten(0, 1), scale * (var + eps).rsqrt()).relu_()
-        ctx.save_for_backward(own, other, best, out, scale, var)
-        ctx.eps, ctx.neighbours, ctx.batch_statistics = eps, neighbours, running is None
+        rstd = (var + eps).rsqrt()
+        factor = scale * rstd
+        ctx.save_for_backward(own, other, best, factor, rstd, shift)
+        ctx.neighbours, ctx.batch_statistics = neighbours, running is None
         ctx.mark_non_differentiable(mean, var)
-        return out, mean, var
+        return operations(own.device, "fused").activate(best.flatten(0, 1), factor, shift, 0.0), mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _mean, _var):
-        own, other, best, out, scale, var = ctx.saved_tensors
-        neighbours, rstd = ctx.neighbours, (var + ctx.eps).rsqrt()
-        grad = torch.ops.aten.threshold_backward(grad.contiguous(), out, 0)  # at the BatchNorm output of the strongest pairs
-        grad_shift, grad_scale = grad.sum(0), (grad * best.view_as(grad)).sum(0) * rstd
-        factor = scale * rstd
-        share = factor / neighbours.rows.numel() * ctx.batch_statistics
-        level, slope = share * grad_shift, share * grad_scale * rstd
-        grad = grad.mul_(factor).view_as(own)
-        grad_own, grad_other = _passes(own).pair_gradients(grad, own, other, best, level, slope, neighbours)
-        return grad_own.flatten(0, 1), grad_other, grad_scale, grad_shift, None, None, None
+        own, other, best, factor, rstd, shift = ctx.saved_tensors
+        rows, zero = best.flatten(0, 1), torch.zeros_like(shift)
+        grad, grad_shift, grad_scale = operations(own.device, "fused").activation_sums(grad, rows, zero, factor, shift, 0.0)
+        grad_scale = grad_scale * rstd
+        part = factor / ctx.neighbours.rows.numel() * ctx.batch_statistics
+        level, slope = part * grad_shift, part * grad_scale * rstd
+        pulls = _passes(own).pair_gradients(grad.view_as(own), own, other, best, level, slope, ctx.neighbours)
+        return pulls[0].flatten(0, 1), pulls[1], grad_scale, grad_shift, None, None, None
 
 
 def _passes(own: Tensor) -> ModuleType:
