@@ -4,45 +4,52 @@ Kernels work on a range of rows, clouds or blocks and release the interpreter, s
 work. Sums are taken by blocks of rows, whatever the number of threads.
 """
 
-from collections import deque
+import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from pathlib import Path
 
 import torch
 from numba import njit
 from torch import Tensor
 
 BLOCK = 64  # rows that are summed one after the other
-PARTS = 6  # of the work of a kernel, per thread
+PARTS = 4  # of the work of a kernel, per thread
+TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 
 def share(count: int, work: Callable[[int, int], None]) -> None:
-    """Call work(start, stop) on contiguous parts of 0..count-1, several per thread, of which each takes the next one when it is free.
-
-    Torch's own threads go on spinning for a while after their last operation, so that a thread of ours may have half a core.
-    """
+    """Call work(start, stop) on contiguous parts of 0..count-1, several per thread, of which each takes the next one when it is free."""
     threads = max(1, min(torch.get_num_threads(), count))
-    if threads == 1:
-        return work(0, count)
-    number = min(count, PARTS * threads)
+    number = 1 if threads == 1 else min(count, PARTS * threads)
     edges = [count * part // number for part in range(number + 1)]
-    left = deque(zip(edges, edges[1:]))
+    parts = iter(list(zip(edges, edges[1:])))
+    failures: list[BaseException] = []
 
-    def work_off() -> None:
-        while True:
-            try:
-                part = left.popleft()
-            except IndexError:
-                return
-            work(*part)
+    def take_parts(_: object = None) -> None:
+        try:
+            for part in iter(lambda: next(parts, None), None):
+                work(*part)
+        except BaseException as failure:  # nothing is above this in a thread of OpenMP
+            failures.append(failure)
 
-    others = [_pool(threads - 1).submit(work_off) for _ in range(threads - 1)]
-    work_off()
-    for other in others:
-        if not other.cancel():
-            other.result()
+    if threads == 1:
+        take_parts()
+    elif openmp := _openmp():
+        openmp.GOMP_parallel(TASK(take_parts), None, threads, 0)
+    else:
+        wait([_pool(threads).submit(take_parts) for _ in range(threads)])
+    if failures:
+        raise failures[0]
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """Return the library whose threads torch uses: others would wait for them, as they keep spinning after their last operation."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return ctypes.CDLL(str(found[0])) if found else None
 
 
 @cache

@@ -9,6 +9,7 @@ from models.kernels.batch_norm import normalise_and_activate
 from models.kernels.knn import knn
 
 compiled = pytest.importorskip("models.kernels.neighbour_numba", reason="Numba is not installed")
+rows_numba = pytest.importorskip("models.kernels.rows_numba", reason="Numba is not installed")
 CLOUDS, POINTS, K, CHANNELS = 7, 10, 4, 13
 
 
@@ -134,3 +135,20 @@ def test_normalisation_and_activation_equal_torchs_layers(threads, slope, rows, 
     for layer in layers:
         layer.eval()
     torch.testing.assert_close(normalise_and_activate(values, layers[0], slope, bias), plain(layers[1]))
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 5, 1000])
+def test_shared_work_is_done_once_and_its_failures_are_raised(threads, library, count, monkeypatch):
+    if not library:
+        monkeypatch.setattr(rows_numba, "_openmp", lambda: None)
+    done = np.zeros(count, dtype=np.int64)
+
+    def work(start, stop):
+        done[start:stop] += 1
+
+    rows_numba.share(count, work)
+    assert (done == 1).all()
+    if count:
+        with pytest.raises(ZeroDivisionError):
+            rows_numba.share(count, lambda start, stop: 1 // (start * 0))
