@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--row", metavar="NAME", help="with record: row of the table, default: what was trained")
     option("--variant", metavar="NAME", help="with record: what is compared, as evaluate.py prints it, e.g. 'posterior, diffusion'")
     option("--dataset", help="a data set of the protocol, or a folder of configs/")
-    option("--scale", choices=SCALES, default="full", help="small: sized for a CPU, see experiments/protocol.yaml")
+    option("--scale", choices=SCALES, default="full", help="small: fewer epochs, see experiments/protocol.yaml")
     option("--mode", choices=("head", "e2e"), help="comparisons: on frozen features, as they are by default, or with the encoders")
     option("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     option("--tasks", nargs="+", default=[], metavar="TASK", help="e.g. RP GM; a pair of modalities trains both directions")
