@@ -63,12 +63,9 @@ def annotate(
     encoders: Mapping[str, nn.Module], classifiers: Mapping[str, nn.Module], samples: PairedSamples, data: DataConfig,
     device: torch.device, method: str, seed: int,
 ) -> Annotation:
-    """Return the pseudo-labels that trained encoders and classifiers give; see `Annotation.of`.
+    """Return the pseudo-labels of the training set that encoders and classifiers give, by a method of `Annotation.of`.
 
-    Args:
-        encoders, classifiers: by modality; samples: the training set; data: settings; device: where the encoders are.
-        method: "none", "mean" or "trusted".
-        seed: of the augmented views that measure reliability.
+    The seed is that of the augmented views that measure reliability.
     """
     features = describe_samples(encoders, classifiers, samples, data, device)
     posteriors = {name: values.posteriors for name, values in features.items()}

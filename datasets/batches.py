@@ -19,12 +19,8 @@ from utils.settings.options import DataConfig
 
 
 class BatchSource:
-    """What a learner draws its batches from.
+    """What a learner draws its batches of the training set from, on the device.
 
-    Args:
-        samples: the training set.
-        data: settings.
-        device: where batches are wanted.
     Attributes:
         counts: number of samples per modality.
         stored_views: pictures per sample to draw from, 1 if training sees the first only.
@@ -46,10 +42,8 @@ class BatchSource:
         return self.data.placement == "host" or self.arrays[0].device.type != self.device.type
 
     def fetch(self, plan: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Yield every batch of an epoch, not yet augmented.
+        """Yield every batch of `utils.engine.learner.plan_epoch`, not yet augmented.
 
-        Args:
-            plan: the batches of `utils.engine.learner.plan_epoch`.
         Yields:
             The sample numbers (M, B) of the whole batch, and this process's rows (b, ...) of every view, on the device.
         """
@@ -68,10 +62,9 @@ class BatchSource:
             yield index.to(self.device, non_blocking=True), [part.to(self.device, non_blocking=True) for part in raw]
 
     def augment(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]:
-        """Return one randomly transformed input per view: (b, 3, H, W), (b, P, 3) or (b, F, 18) float32.
+        """Return one randomly transformed input per view of `fetch`: (b, 3, H, W), (b, P, 3) or (b, F, 18) float32.
 
-        Args:
-            raw: rows from `fetch`; generator: on their device, the only source of randomness.
+        The generator, on the same device, is the only source of randomness.
         """
         return [self.kinds[place].augment(rows, self.data, generator) for place, rows in zip(self.of_view, raw)]
 

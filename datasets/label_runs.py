@@ -25,11 +25,9 @@ def exported_folder(run: RunLog, given: str | None) -> Path:
 def labels_of_run(folder: str | Path, data: DataConfig) -> Path:
     """Return the folder of the pseudo-labels that a run of step 1, or a round of step 2, wrote.
 
-    Args:
-        folder: run folder.
-        data: settings of step 2; every one of its modalities is needed.
     Raises:
-        UserError: if the run has not finished, or another one has replaced its files.
+        UserError: if the run has not finished, lacks a modality of step 2's settings `data`, or another one has replaced its
+            files.
     """
     run = RunLog.open(folder)
     config = run.config()

@@ -62,22 +62,18 @@ def read_training_list(
     path: str | Path, *, modality: str, root: str | Path, instance_id: str = r"(\d+)$", num_classes: int | None = None,
     unique: Sequence[str] = ("path", "instance id"),
 ) -> SampleList:
-    """Read a list for training. A label column may be there; it is checked and dropped.
+    """Return the samples of a list, in its order, for training. A label column may be there; it is checked and dropped.
 
     Args:
-        path: the list file.
         modality: key of `MODALITIES`.
         root: folder the rows are relative to; a row not found there is tried from the current directory.
         instance_id: regular expression searched in the file stem; group 1 is the id of the object.
         num_classes: if given, labels must be below it.
         unique: what may occur once only; less for lists whose rows are not paired by object.
-    Returns:
-        The samples in list order; the object has no labels.
     Raises:
         UserError: on a missing or empty list, a missing file, a bad row or label, a repeated path or id, or one that is not found.
     """
-    samples, _ = _read(Path(path), modality, Path(root), instance_id, num_classes, unique)
-    return samples
+    return _read(Path(path), modality, Path(root), instance_id, num_classes, unique)[0]
 
 
 def read_labelled_list(
@@ -96,24 +92,19 @@ def read_labelled_list(
     return samples, labels
 
 
-def check_paired(lists: Sequence[SampleList]) -> None:
-    """Raise a UserError where row k of two lists does not show the same object: both files, row and ids."""
-    advice = "write both lists in the same order of ids (for the authors' lists: python -m datasets.prepare_mnist3d --authors DIR)"
-    check_same_length(lists, advice)
+def check_paired(lists: Sequence[SampleList], by_object: bool = True) -> None:
+    """Raise a UserError where two lists differ in length or, by object, row k does not show the same one: both files, row and ids."""
+    advice = "with data.pairing: class, row k of every list must show the same class"
+    if by_object:
+        advice = "write both lists in the same order of ids (for the authors' lists: python -m datasets.prepare_mnist3d --authors DIR)"
     first, *others = lists
     for other in others:
+        if len(other) != len(first):
+            raise UserError(f"{first.path} has {len(first)} rows, {other.path} has {len(other)}; {advice}")
+    for other in others if by_object else ():
         for row, (left, right) in enumerate(zip(first.instance_ids, other.instance_ids, strict=True), start=1):
             if left != right:
                 raise UserError(f"row {row} is not the same object: id {left} in {first.path}, id {right} in {other.path}; {advice}")
-
-
-def check_same_length(
-    lists: Sequence[SampleList], advice: str = "with data.pairing: class, row k of every list must show the same class"
-) -> None:
-    """Raise a UserError where two lists differ in length: all that pairs of one class need, whose ids differ."""
-    for other in lists[1:]:
-        if len(other) != len(lists[0]):
-            raise UserError(f"{lists[0].path} has {len(lists[0])} rows, {other.path} has {len(other)}; {advice}")
 
 
 def check_disjoint(train: SampleList, test: SampleList) -> None:
@@ -139,10 +130,7 @@ def _identity(file: str) -> tuple[int, int] | str:
 def text_rows(content: bytes, path: Path, columns: str) -> list[str]:
     """Return the non-empty rows of a text file without the blanks around them.
 
-    Args:
-        content: of the file; path: its place, for messages; columns: what a row holds, for messages.
-    Raises:
-        UserError: naming the first row that is not UTF-8.
+    A UserError names `path` and the first row that is not UTF-8, and says that a row holds `columns`.
     """
     rows = [row for line in re.split(rb"\r\n|\r|\n", content.removeprefix(b"\xef\xbb\xbf")) if (row := line.strip())]
     for number, row in enumerate(rows, start=1):

@@ -7,6 +7,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,7 @@ def write_pseudo_labels(
     """Write rows `name pseudo_label` in list order, and `<path>.meta.json`; both atomically, so an older file stays intact on failure.
 
     Args:
-        path: the text file; its folder is made if need be.
-        sample_list: the training list, of the data set `dataset`.
-        pseudo_labels: (N,) integers in 0..num_clusters-1, in list order.
+        pseudo_labels: (N,) integers in 0..num_clusters-1, in the order of the training list.
         provenance: plain values on the run (id, epoch, configuration hash ...), kept in the meta file.
     Raises:
         UserError: on another shape or type, or a value outside 0..K-1.
@@ -64,7 +63,6 @@ def read_pseudo_labels(
     Rows may come in any order. The meta file, if there is one, is checked.
 
     Args:
-        path: the text file, made for the training list `sample_list` of the data set `dataset`.
         num_clusters: K, needed for files without a meta file.
     Returns:
         (N,) int64 pseudo-labels in list order, and K.
@@ -99,11 +97,8 @@ def write_posteriors(path: Path, posteriors: Mapping[str, np.ndarray], own: Mapp
 
 def read_own_ids(path: Path, modality: str) -> np.ndarray | None:
     """Return the ids (N,) that a modality would give by itself, or None without a sound file that holds them."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return archive.get(f"own_{modality}")
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return None
+    with suppress(OSError, ValueError, zipfile.BadZipFile), np.load(path, allow_pickle=False) as archive:
+        return archive.get(f"own_{modality}")
 
 
 def read_posteriors(path: Path, modalities: Iterable[str], run_id: str | None, count: int, num_clusters: int) -> dict[str, np.ndarray]:

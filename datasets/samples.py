@@ -6,20 +6,13 @@ Training samples carry no labels: `load_training_samples` drops the label column
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from datasets.kinds import KINDS
-from datasets.lists import (
-    SampleList,
-    check_disjoint,
-    check_paired,
-    check_same_length,
-    default_list_path,
-    read_labelled_list,
-    read_training_list,
-)
+from datasets.lists import SampleList, check_disjoint, check_paired, default_list_path, read_labelled_list, read_training_list
 from datasets.stored import stored_array
 from utils.errors import MissingLabelsError, UserError
 from utils.evaluation.features import Features, extract_features
@@ -62,17 +55,9 @@ def load_training_samples(data: DataConfig, device: torch.device) -> PairedSampl
     Raises:
         UserError: on missing or broken lists and files, or rows that are not paired as `data.pairing` says.
     """
-    lists = {
-        name: read_training_list(
-            list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id,
-            num_classes=data.num_classes, unique=UNIQUE["train"][data.pairing],
-        )
-        for name in data.modalities
-    }
-    if data.pairing == "instance":
-        check_paired(list(lists.values()))
-    elif data.pairing == "class":
-        check_same_length(list(lists.values()))
+    lists = {name: read_training_list(**list_options(data, name, "train")) for name in data.modalities}
+    if data.pairing != "none":
+        check_paired(list(lists.values()), by_object=data.pairing == "instance")
     return PairedSamples(lists, *_load(lists, data, device))
 
 
@@ -82,7 +67,6 @@ def load_test_samples(
     """Read the test lists and their labels; for evaluation alone.
 
     Args:
-        data: as for training.
         device: where training runs; the arrays go there unless `data.placement` says otherwise.
         train: if given, the training samples, which must not share a file with the test set.
     Returns:
@@ -97,10 +81,7 @@ def load_test_samples(
         path = list_path(data, name, "test")
         if name not in data.test_lists and not path.is_file():
             raise MissingLabelsError(f"test list {path} not found; evaluation needs it, see docs/data.md (data.root, data.test_lists)")
-        lists[name], labels[name] = read_labelled_list(
-            path, modality=name, root=data.root, instance_id=data.instance_id,
-            num_classes=data.num_classes, unique=UNIQUE["test"][data.pairing],
-        )
+        lists[name], labels[name] = read_labelled_list(**list_options(data, name, "test"))
         if train is not None:
             check_disjoint(train.lists[name], lists[name])
     if data.pairing == "instance":
@@ -152,6 +133,14 @@ def list_path(data: DataConfig, modality: str, split: str) -> Path:
     """Return the list file of a modality: the configured one, else the prepared name under `data.root`."""
     given = data.train_lists if split == "train" else data.test_lists
     return Path(given[modality]) if modality in given else default_list_path(data.root, data.dataset, modality, split)
+
+
+def list_options(data: DataConfig, modality: str, split: str) -> dict[str, Any]:
+    """Return the arguments of `read_training_list` and `read_labelled_list` for the list file of a modality."""
+    return {
+        "path": list_path(data, modality, split), "modality": modality, "root": data.root, "instance_id": data.instance_id,
+        "num_classes": data.num_classes, "unique": UNIQUE[split][data.pairing],
+    }
 
 
 def _load(lists: dict[str, SampleList], data: DataConfig, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +59,10 @@ def _digest(content: Sequence) -> str:
 
 def _open(place: Path) -> tuple[np.ndarray, str] | None:
     """Return array and sha256; None if there is none, or the file is not as it was written."""
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError):
         note, entry = json.loads(place.with_suffix(".json").read_text(encoding="utf-8")), place.stat()
         if note["written"] == [entry.st_size, entry.st_mtime_ns]:
             return np.load(place, mmap_mode="r", allow_pickle=False), note["sha256"]
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
     return None
 
 

@@ -92,11 +92,9 @@ def elastic_field(count: int, size: int, deviation: float, generator: BatchGener
     """Smooth random displacements of image grids (Simard et al. 2003): normal at the knots of a coarse grid, bicubic between.
 
     Args:
-        count: images; size: side of the grid in pixels.
-        deviation: standard deviation at the knots, in half sides of the image.
-        generator: on the device wanted.
+        size: side of the grid in pixels; deviation: standard deviation at the knots, in half sides of the image.
     Returns:
-        (count, size, size, 2) float32, to be added to a sampling grid in [-1, 1].
+        (count, size, size, 2) float32, on the device of the generator, to be added to a sampling grid in [-1, 1].
     """
     knots = generator.randn(count, 2, ELASTIC_KNOTS, ELASTIC_KNOTS) * deviation
     return F.interpolate(knots, size=(size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
@@ -109,9 +107,9 @@ def random_warp(count: int, deviation: float, generator: BatchGenerator) -> Call
     f_w of deviation WARP_FREQUENCY, and uniform phases, W = WARP_WAVES; each coordinate of d has the standard deviation asked for.
 
     Args:
-        count: objects; deviation: in units of the unit sphere; generator: on the device of the points.
+        deviation: in units of the unit sphere.
     Returns:
-        A function from points (count, P, 3) to their displacements (count, P, 3).
+        A function from points (count, P, 3) to their displacements (count, P, 3), on the device of the generator.
     """
     waves = generator.randn(count, WARP_WAVES, 3) * WARP_FREQUENCY
     phases = generator.rand(count, 1, WARP_WAVES) * (2 * math.pi)

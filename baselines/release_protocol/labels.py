@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datasets.lists import read_labelled_list
-from datasets.samples import UNIQUE, PairedSamples, list_path
+from datasets.samples import PairedSamples, list_options
 from utils.engine.seed import derive_seed
 from utils.errors import UserError
 from utils.modalities import MODALITIES
@@ -27,10 +27,7 @@ def training_labels(data: DataConfig, samples: PairedSamples) -> dict[str, Tenso
     """
     labels = {}
     for name in samples.lists:
-        _, values = read_labelled_list(
-            list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id,
-            num_classes=data.num_classes, unique=UNIQUE["train"][data.pairing],
-        )
+        _, values = read_labelled_list(**list_options(data, name, "train"))
         labels[name] = torch.as_tensor(values)
     return labels
 

@@ -9,18 +9,10 @@ from typing import Any
 import numpy as np
 
 from datasets.kinds import KINDS
-from datasets.lists import (
-    SampleList,
-    check_disjoint,
-    check_paired,
-    check_same_length,
-    default_list_path,
-    read_labelled_list,
-    read_training_list,
-)
-from datasets.prepare.ownership import MANIFEST, SPLITS, read_manifest
+from datasets.lists import SampleList, check_disjoint, check_paired, default_list_path, read_labelled_list, read_training_list
+from datasets.prepare.ownership import MANIFEST, SPLITS, pairs_path, read_manifest
 from datasets.pseudo_labels import file_hash
-from datasets.samples import UNIQUE, list_path
+from datasets.samples import list_options, list_path
 from utils.errors import MissingFileError, MissingLabelsError, UserError
 from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
@@ -50,7 +42,6 @@ class Check:
             return action(*arguments)
         except (ValueError, OSError) as error:
             self.problems.append(str(error))
-        return None
 
     def lines(self) -> list[str]:
         """Return the outcome as lines of text, the first with the name and `ok`, `FAILED: ...` or `not run`."""
@@ -90,12 +81,11 @@ def read_lists(data: DataConfig) -> tuple[Lists, list[Check]]:
             if optional and not path.is_file():
                 bare += [path] * (name in data.modalities)
                 continue
-            options = {"modality": name, "root": data.root, "instance_id": data.instance_id, "num_classes": data.num_classes}
-            options["unique"] = UNIQUE[split][data.pairing]
+            options = list_options(data, name, split)
             try:
-                lists[split, name] = Listed(*read_labelled_list(path, **options))
+                lists[split, name] = Listed(*read_labelled_list(**options))
             except MissingLabelsError:
-                lists[split, name] = Listed(read_training_list(path, **options), None)
+                lists[split, name] = Listed(read_training_list(**options), None)
                 bare += [path] * (split == "test")
             except (UserError, OSError) as error:
                 of_sample = isinstance(error, MissingFileError) and path.is_file()
@@ -134,11 +124,10 @@ def _paired_splits(data: DataConfig) -> tuple[str, ...]:
 
 def _check_pairs(data: DataConfig, lists: Lists, check: Check) -> None:
     check.notes.append(PAIRING_NOTES[data.pairing])
-    compare = check_paired if data.pairing == "instance" else check_same_length
     for split in _paired_splits(data):
         first, *others = _by_split(lists, split) or [None]
         for other in others:
-            check.attempt(compare, [first.samples, other.samples])
+            check.attempt(check_paired, [first.samples, other.samples], data.pairing == "instance")
 
 
 def _check_labels(data: DataConfig, lists: Lists, check: Check) -> None:
@@ -187,7 +176,7 @@ def _check_files(data: DataConfig, lists: Lists, check: Check) -> None:
 
 def manifest_of(data: DataConfig) -> dict:
     """Return the manifest of the data root, completed by that of the lists `{dataset}_pairs.json`; empty if there is none."""
-    paths = (Path(data.root) / MANIFEST, Path(data.root) / f"{data.dataset}_pairs.json")
+    paths = (Path(data.root) / MANIFEST, pairs_path(Path(data.root), data.dataset))
     return {key: value for path in paths for key, value in read_manifest(path).items()}
 
 

@@ -123,7 +123,8 @@ def _print_counts(data: DataConfig, lists: Lists, names: Sequence[str]) -> None:
     print(align([["rows", *SPLITS], *rows]), count_classes(lists, names), sep="\n\n", end="\n\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` default to those of the process. Ends with exit code 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG", help="YAML file of step 1 or step 2")
     parser.add_argument(
@@ -131,12 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", metavar="FILE.png", type=user_path, help="contact sheet; default {dataset}_contact_sheet.png here")
     parser.add_argument("--samples", type=int, default=8, help="objects per split on the contact sheet")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; `arguments` default to those of the process. Ends with exit code 1 if a check failed."""
-    options = _parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     if options.samples < 1:
         raise UserError(f"--samples must be at least 1, found {options.samples}")
     data = load_data_config(options.config, options.overrides)

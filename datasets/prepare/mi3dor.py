@@ -5,21 +5,18 @@ python -m datasets.prepare_mi3dor --root DIR [--output dataset/mi3dor] [--pairin
 
 import argparse
 import hashlib
-import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from datasets.lists import default_list_path
-from datasets.prepare.ownership import SPLITS, check_root, check_settings, package_versions, read_manifest
+from datasets.prepare.ownership import SPLITS, check_root, list_paths, package_versions, pairs_path, publish_lists
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.mi3dor import Item, by_name_hash, check_official, check_photographs, draw_of_same_class, read_release
 from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise, simplified_faces
 from datasets.prepare.writer import ObjectTask, object_file, report, write_dataset
-from utils.engine.checkpoint import atomic_write_text
 from utils.errors import UserError
 
 DATASETS = {"none": "mi3dor", "class": "mi3dor_class"}  # pairing -> prefix of the lists
@@ -85,9 +82,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"checking {len(release.images)} photographs, then making {len(release.models)} meshes")
     hashes = check_photographs(options.root, release.images, options.workers)
     make = partial(make_mesh, options.root, options.max_faces)
+    lists = [path for dataset in DATASETS.values() for path in list_paths(options.output, dataset, MODALITIES).values()]
     made, meshes = write_dataset(
         options.output, settings, tasks, make, workers=options.workers, overwrite=options.overwrite,
-        dependents=[path for dataset in DATASETS.values() for path in _paths(options.output, dataset).values()],
+        dependents=[*lists, *(pairs_path(options.output, dataset) for dataset in DATASETS.values())],
     )
     report(options.output, made, meshes)
     left_out = {entry["name"] for entry in meshes["left_out"]}
@@ -99,17 +97,11 @@ def main(arguments: list[str] | None = None) -> None:
     _publish(options, differences, photographs, kept, hashes, meshes)
 
 
-def _paths(output: Path, dataset: str) -> dict[tuple[str, str] | str, Path]:
-    """Return the lists of one pairing by (modality, split) and, last, its "manifest"."""
-    lists = {(name, split): default_list_path(output, dataset, name, split) for split in SPLITS for name in MODALITIES}
-    return {**lists, "manifest": output / f"{dataset}_pairs.json"}
-
-
 def _publish(
     options: argparse.Namespace, differences: dict, photographs: dict[str, list[Item]], models: list[ObjectTask],
     hashes: dict[str, str], meshes: dict,
 ) -> None:
-    """Write the lists of one pairing and then its manifest, unless they are there already."""
+    """Write the lists of one pairing and their manifest."""
     dataset, root = DATASETS[options.pairing], options.root.resolve()
     texts, content = {}, {}
     for split, images in photographs.items():
@@ -131,16 +123,7 @@ def _publish(
         "test_photographs_also_in_training": sum(hashes[image.name] in training for image in photographs["test"]),
         "content_sha256": content,
     }
-    texts["manifest"] = json.dumps(manifest, indent=2) + "\n"
-    paths = _paths(options.output, dataset)
-    check_settings(paths["manifest"], read_manifest(paths["manifest"]), manifest, options.overwrite)
-    files = {path: texts[key] for key, path in paths.items()}
-    done = all(path.is_file() and path.read_bytes() == text.encode() for path, text in files.items())
-    if not done:
-        for path in files:
-            path.unlink(missing_ok=True)
-        for path, text in files.items():  # the manifest is the last
-            atomic_write_text(path, text)
-    print(f"{dataset}: lists {'already there' if done else 'written'}; rows {manifest['counts']}")
+    written = publish_lists(options.output, manifest, texts, options.overwrite)
+    print(f"{dataset}: lists {'written' if written else 'already there'}; rows {manifest['counts']}")
     if options.pairing == "class":
         print("--pairing class read the class labels to build the training pairs: results on mi3dor_class are not unsupervised")

@@ -13,19 +13,15 @@ from datasets.prepare.readers.hdf5 import read_kaggle
 from datasets.prepare.readers.idx import check_class_counts, download_mnist, read_mnist
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source, folder = parser.add_mutually_exclusive_group(), {"metavar": "DIR", "type": user_path}
-    source.add_argument("--mnist", **folder, help="folder with the four MNIST idx files; without a source they are downloaded")
-    source.add_argument("--kaggle", **folder, help="folder with train_point_clouds.h5 and test_point_clouds.h5")
-    source.add_argument("--authors", **folder, help="the `dataset` folder of the authors' release, with its list files")
-    add_digit_options(parser, "dataset/mnist3d", 2048)
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` default to those of the process."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sources, folder = parser.add_mutually_exclusive_group(), {"metavar": "DIR", "type": user_path}
+    sources.add_argument("--mnist", **folder, help="folder with the four MNIST idx files; without a source they are downloaded")
+    sources.add_argument("--kaggle", **folder, help="folder with train_point_clouds.h5 and test_point_clouds.h5")
+    sources.add_argument("--authors", **folder, help="the `dataset` folder of the authors' release, with its list files")
+    add_digit_options(parser, "dataset/mnist3d", 2048)
+    options = parser.parse_args(arguments)
     if options.authors:
         print(*join_authors_lists(options.authors, options.root), sep="\n")
         return

@@ -7,7 +7,7 @@ python -m datasets.prepare_modelnet --pcd DIR
 """
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +32,7 @@ def make_object(recipe: Recipe, archive: Path | None, needs_cloud: bool, task: O
     """Make all modalities of one object.
 
     Args:
-        recipe: sizes and counts; archive: zip file of `task.member`; task: the object.
-        needs_cloud: leave the object out if it brings no cloud.
+        archive: zip file of `task.member`; needs_cloud: leave the object out if it brings no cloud.
     Returns:
         RGBImg (views, S, S, 3) and GrayImg (views, S, S) uint8, PointCloud (n, 3) float32, Mesh (F, 18) float32 if there is
         one; and the record of the simplification.
@@ -53,8 +52,7 @@ def make_from_pcd(recipe: Recipe, up: str, task: ObjectTask) -> tuple[dict[str, 
     Its facts are `dropped_points`, how many points of the file were not valid; `up` is the vertical axis of the file, "y" or "z".
     """
     cloud, dropped = read_pcd(Path(task.member).read_bytes())
-    arrays, facts = make_object(recipe, None, False, replace(task, cloud=to_z_up(cloud, up)))
-    return arrays, {**facts, "dropped_points": dropped}
+    return modalities_of_cloud(recipe, to_z_up(cloud, up)), {"dropped_points": dropped}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -123,15 +123,14 @@ def make_tasks(items: Sequence[Item], share: float, labelled: bool, least: int) 
     for number, item in enumerate(ordered):
         split = item.split or splits.setdefault(original(item), "train" if number < first_test else "test")
         tasks.append(ObjectTask(number, item.name, split, labels.get(item.object_class), item.place))
-        reason = item.reason
-        if not reason and item.is_cloud != clouds:
-            reason = "a point cloud among meshes" if item.is_cloud else "a mesh among point clouds"
-        if not reason and labelled and item.object_class is None:
-            reason = "in no class folder; --labels none takes it"
-        if not reason and labelled and item.object_class not in labels:
-            reason = f"class {item.object_class} has {sizes[item.object_class]} objects, --min-class-size is {least}"
-        if reason:
-            reasons[item.name] = reason
+        if item.reason:
+            reasons[item.name] = item.reason
+        elif item.is_cloud != clouds:
+            reasons[item.name] = "a point cloud among meshes" if item.is_cloud else "a mesh among point clouds"
+        elif labelled and item.object_class is None:
+            reasons[item.name] = "in no class folder; --labels none takes it"
+        elif labelled and item.object_class not in labels:
+            reasons[item.name] = f"class {item.object_class} has {sizes[item.object_class]} objects, --min-class-size is {least}"
     return tasks, classes, reasons
 
 

@@ -1,4 +1,4 @@
-"""Whose a data folder is: which data set with which settings a preparation made there, and what it may replace."""
+"""Whose a data folder is: which data set with which settings a preparation made there, its lists, and what it may replace."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from utils.engine.checkpoint import read_json
+from datasets.lists import default_list_path
+from utils.engine.checkpoint import atomic_write_text, read_json
 from utils.errors import MissingFileError, UserError
 
 SPLITS = ("train", "test")
@@ -75,6 +76,35 @@ def check_settings(place: Path, found: Mapping[str, Any], settings: Mapping[str,
             f"{place} was made with other settings or input ({'; '.join(differences[:4])}). Repeat the command with those, "
             "choose another folder, or replace the data with --overwrite"
         )
+
+
+def list_paths(root: Path, dataset: str, modalities: Sequence[str]) -> dict[tuple[str, str], Path]:
+    """Return (modality, split) -> list file."""
+    return {(name, split): default_list_path(root, dataset, name, split) for name in modalities for split in SPLITS}
+
+
+def pairs_path(root: Path, dataset: str) -> Path:
+    """Return the manifest of lists that a command writes beside the writer's."""
+    return root / f"{dataset}_pairs.json"
+
+
+def publish_lists(root: Path, manifest: Mapping[str, Any], texts: Mapping[tuple[str, str], str], overwrite: bool) -> bool:
+    """Write lists beside those of the writer and then their manifest, unless they are there already; return whether they were not.
+
+    Args:
+        manifest: of the lists, see `check_settings`, with "dataset"; texts: (modality, split) -> list.
+    """
+    place = pairs_path(root, manifest["dataset"])
+    check_settings(place, read_manifest(place), manifest, overwrite)
+    files = {default_list_path(root, manifest["dataset"], *key): text for key, text in texts.items()}
+    files[place] = json.dumps(manifest, indent=2) + "\n"
+    if all(path.is_file() and path.read_bytes() == text.encode() for path, text in files.items()):
+        return False
+    for path in files:
+        path.unlink(missing_ok=True)
+    for path, text in files.items():  # the manifest is the last
+        atomic_write_text(path, text)
+    return True
 
 
 def read_manifest(path: Path) -> dict:

@@ -5,20 +5,17 @@ python -m datasets.prepare_photos --photos DIR --npz modelnet40_points.npz [--ro
 
 import argparse
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from datasets.lists import default_list_path
-from datasets.prepare.ownership import SPLITS, check_root, check_settings, read_manifest
+from datasets.prepare.ownership import SPLITS, check_root, list_paths, pairs_path, publish_lists
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.mi3dor import IMAGE_SUFFIXES, Item, by_name_hash, examine_photographs, files_below
 from datasets.prepare.readers.modelnet import OFFICIAL, check_official, make_tasks, read_npz
 from datasets.prepare.writer import SKIPPED, ObjectTask, report, write_dataset, write_skipped
-from utils.engine.checkpoint import atomic_write_text
 from utils.errors import UserError
 
 DATASET, GENERATOR, TRAINING_SHARE = "photos_modelnet40", "datasets.prepare_photos", 0.8
@@ -87,9 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
     lost = [name for label, name in enumerate(classes) if label not in {item.label for item in kept}]
     if lost:
         raise UserError(f"--photos {options.photos}: no photograph of {', '.join(lost)} can be read; fetch them again or remove the folder")
-    paths = _paths(options.root)
     made, manifest = write_dataset(
-        options.root, settings, tasks, make_cloud, workers=options.workers, overwrite=options.overwrite, dependents=list(paths.values())
+        options.root, settings, tasks, make_cloud, workers=options.workers, overwrite=options.overwrite,
+        dependents=[*list_paths(options.root, DATASET, PICTURES).values(), pairs_path(options.root, DATASET)],
     )
     report(options.root, made, manifest)
     _publish(options, kept, hashes, manifest["counts"])
@@ -99,22 +96,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"folders without shapes, passed over: {', '.join(others)}")
 
 
-def _paths(root: Path) -> dict[tuple[str, str] | str, Path]:
-    """Return the lists of photographs by (modality, split) and, last, their "manifest"."""
-    lists = {(name, split): default_list_path(root, DATASET, name, split) for split in SPLITS for name in PICTURES}
-    return {**lists, "manifest": root / f"{DATASET}_pairs.json"}
-
-
 def _publish(options: argparse.Namespace, kept: Sequence[Item], hashes: dict[str, str], shapes: dict[str, int]) -> None:
-    """Write the lists of photographs, and then what they hold."""
-    root, paths, parts = options.photos.resolve(), _paths(options.root), {split: [] for split in SPLITS}
-    for item in kept:
-        parts[item.split].append(item)
+    """Write the lists of photographs and their manifest."""
+    root, parts = options.photos.resolve(), {split: [item for item in kept if item.split == split] for split in SPLITS}
     digest = {split: hashlib.sha256("".join(f"{item.name} {hashes[item.name]}\n" for item in items).encode()).hexdigest()
               for split, items in parts.items()}
     counts = {split: {**dict.fromkeys(PICTURES, len(items)), "PointCloud": shapes[split]} for split, items in parts.items()}
     manifest = {"format": 1, "dataset": DATASET, "generator": GENERATOR, "pairing": "none", "counts": counts, "photographs_sha256": digest}
-    check_settings(paths["manifest"], read_manifest(paths["manifest"]), manifest, options.overwrite)
-    for name, split in (key for key in paths if key != "manifest"):
-        atomic_write_text(paths[name, split], "".join(f"{root / item.file} {item.label}\n" for item in parts[split]))
-    atomic_write_text(paths["manifest"], json.dumps(manifest, indent=2) + "\n")
+    rows = {split: "".join(f"{root / item.file} {item.label}\n" for item in items) for split, items in parts.items()}
+    texts = {(name, split): text for name in PICTURES for split, text in rows.items()}
+    publish_lists(options.root, manifest, texts, options.overwrite)

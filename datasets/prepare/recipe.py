@@ -76,7 +76,11 @@ def modalities_of_mesh(
     radius = np.linalg.norm(vertices - centre, axis=1).max()
     vertices = normalise(vertices)
     faces, record = simplified_faces(vertices, triangles, recipe.max_faces)
-    cloud = _sample(vertices, triangles, recipe, name) if cloud is None else cloud
+    if cloud is None:
+        cloud = sample_surface(vertices, triangles, _drawn(recipe), _seed(recipe, name))
+        if recipe.sampling == "farthest":
+            cloud = farthest_points(cloud, recipe.num_points, _seed(recipe, name))
+        cloud = cloud.astype(np.float32)
     parts = [((corners - centre) / radius, *rest) for corners, *rest in parts] or [(vertices, triangles, None)]
     images = render_views(parts, ring_of_cameras(recipe.views, recipe.elevation), recipe.size)
     return {"RGBImg": images, "GrayImg": luminance(images), "PointCloud": cloud, "Mesh": faces}, record
@@ -88,12 +92,6 @@ def thinned(cloud: np.ndarray, recipe: Recipe, name: str) -> np.ndarray:
         return cloud
     chosen = np.random.default_rng(_seed(recipe, name)).permutation(len(cloud))[: _drawn(recipe)]
     return farthest_points(cloud[chosen], recipe.num_points, _seed(recipe, name))
-
-
-def _sample(vertices: np.ndarray, triangles: np.ndarray, recipe: Recipe, name: str) -> np.ndarray:
-    points = sample_surface(vertices, triangles, _drawn(recipe), _seed(recipe, name))
-    spread = farthest_points(points, recipe.num_points, _seed(recipe, name)) if recipe.sampling == "farthest" else points
-    return spread.astype(np.float32)
 
 
 def _drawn(recipe: Recipe) -> int:

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.lists import default_list_path
-from datasets.prepare.ownership import JOURNAL, MANIFEST, SPLITS, STAGING, check_root, is_same, read_journal
+from datasets.prepare.ownership import JOURNAL, MANIFEST, SPLITS, STAGING, check_root, is_same, list_paths, read_journal
 from datasets.prepare.parallel import run_tasks
 from datasets.prepare.shapes.mesh import MeshError
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_json
@@ -70,7 +69,6 @@ def write_dataset(
         root: data folder, made if need be.
         settings: everything that decides the content (JSON values), with "dataset" and "modalities". "packages", versions by
             name, are recorded only: a data set made with other versions is left as it is, unless `overwrite`.
-        tasks: all objects.
         make: task -> modality -> array (images (views, S, S[, 3]) uint8, others as stored), and facts for the journal;
             picklable; a MeshError leaves the object out of every modality.
         workers: processes; 1 works in this one.
@@ -236,8 +234,7 @@ def _discard(staging: Path) -> None:
 
 
 def _lists(root: Path, settings: dict) -> dict[tuple[str, str], Path]:
-    names = settings["modalities"]
-    return {(name, split): default_list_path(root, settings["dataset"], name, split) for name in names for split in SPLITS}
+    return list_paths(root, settings["dataset"], settings["modalities"])
 
 
 def _write_journal(folder: Path, settings: dict, records: Records) -> None:

@@ -22,8 +22,6 @@ _PLAIN_TYPES = (type(None), bool, int, float, str, bytes)
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut."""
-    if not hasattr(os, "O_DIRECTORY"):  # a system on which folders cannot be opened
-        return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -23,6 +23,7 @@ from utils.engine import distributed
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import UserError
 from utils.settings.config import load_config, to_dict
+from utils.settings.files import flatten
 
 T = TypeVar("T")
 WRITTEN = (":(exclude)results", ":(exclude)docs", ":(exclude)README.md")  # by reproduce.py, between runs; no run reads them
@@ -70,24 +71,13 @@ def environment(seed: int) -> dict:
     }
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys -> leaves; an empty dictionary is a leaf, so that it differs from an absent one."""
-    flat = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        flat.update(_flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value})
-    return flat
-
-
 def check_same_config(saved: dict, new: dict) -> list[str]:
     """Refuse, by a UserError that names them all, settings that would change the result of a run that was started with others.
 
-    Args:
-        saved, new: configurations of the run folder and of this call, as nested plain dictionaries.
     Returns:
         One line per setting of `RESULT_NEUTRAL` that differs.
     """
-    old, now = _flatten(saved), _flatten(new)
+    old, now = flatten(saved), flatten(new)
     neutral, refused = [], []
     for key in sorted(old.keys() | now.keys()):
         before, after = old.get(key, "(absent)"), now.get(key, "(absent)")

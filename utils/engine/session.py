@@ -76,8 +76,6 @@ def open_session(
     """Load the settings, choose the device, seed everything and make or reopen the run folder.
 
     Args:
-        config_class: of the stage's settings.
-        arguments: of `stage_parser`.
         default_config: used when neither --config nor --resume is given; such a bare call needs a GPU.
         complete: fills in the settings of a new run that depend on what lies on the disk.
     Returns:

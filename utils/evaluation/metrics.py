@@ -134,11 +134,6 @@ def _evaluate(
     return {name: float(found.mean()) for name, found in values.items()}
 
 
-def _check_ranks(ks: Sequence[int]) -> None:
-    if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
-        raise ValueError(f"k must be positive integers, got {list(ks)}")
-
-
 def mean_average_precision(
     query: Array, query_labels: Array, gallery: Array, gallery_labels: Array, *, chunk_size: int | None = None, seed: int = 0
 ) -> float:
@@ -165,17 +160,8 @@ def mean_average_precision(
 
 
 def retrieval_metrics(
-    query: Array,
-    query_labels: Array,
-    gallery: Array,
-    gallery_labels: Array,
-    ks: Sequence[int] = (1, 5, 10),
-    *,
-    chunk_size: int | None = None,
-    seed: int = 0,
-    exclude_self: bool = False,
-    ranking: str = "plain",
-    similarity: str = "cosine",
+    query: Array, query_labels: Array, gallery: Array, gallery_labels: Array, ks: Sequence[int] = (1, 5, 10), *,
+    chunk_size: int | None = None, seed: int = 0, exclude_self: bool = False, ranking: str = "plain", similarity: str = "cosine",
 ) -> dict[str, float]:
     """All retrieval metrics of one task from a single ranking pass.
 
@@ -187,7 +173,8 @@ def retrieval_metrics(
         relevance and discount 1 / log2(rank + 1)}, means over the queries in [0, 1].
     Raises: ValueError as `mean_average_precision`, and with `exclude_self` for sets of different size or of one item.
     """
-    _check_ranks(ks)
+    if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
+        raise ValueError(f"k must be positive integers, got {list(ks)}")
     inputs = _prepare(query, query_labels, gallery, gallery_labels, similarity)
     if exclude_self and (len(query) != len(gallery) or len(gallery) < 2):
         raise ValueError(f"exclude_self needs one set of at least 2 items on both sides, got {len(query)} and {len(gallery)}")
@@ -201,11 +188,8 @@ def chance_map(query_labels: Array, gallery_labels: Array) -> float:
     With R relevant items among G, rank k is relevant with probability R / G, and an earlier rank is relevant as well
     with probability (R - 1) / (G - 1), so E[AP] = (1 / G) sum_k [1 / k + (R - 1) / (G - 1) * (k - 1) / k].
 
-    Args:
-        query_labels: (Q,) integers.
-        gallery_labels: (G,) integers.
     Returns:
-        Mean of E[AP] over the queries; queries without a relevant item count as 0.
+        Mean of E[AP] over the queries, of integer labels (Q,) and (G,); queries without a relevant item count as 0.
     """
     queries, gallery = _labels("query_labels", query_labels).cpu(), _labels("gallery_labels", gallery_labels).cpu()
     if len(queries) == 0 or len(gallery) == 0:

@@ -91,7 +91,6 @@ def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor
 
     Args:
         evaluator: of the test set, None without one; arrays: its samples, for thumbnails.
-        figures: whether to draw.
     """
     features = evaluator.features if evaluator else {}
     epochs = run.read_epochs()

@@ -38,10 +38,7 @@ def _image_thumbnail(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def point_cloud_thumbnail(points: np.ndarray, side: int = 96) -> np.ndarray:
-    """Render a cloud as small shaded balls, orthographic, the y-z plane turned slightly, z up, seen from +x.
-
-    Args and Returns as for `thumbnail`; the ground is white.
-    """
+    """Render a cloud as small shaded balls on white, as `thumbnail`: orthographic, the y-z plane turned slightly, z up, seen from +x."""
     points = np.asarray(points, dtype=np.float64)
     size = SUPERSAMPLING * side
     seen = _to_camera(points)
@@ -55,11 +52,9 @@ def point_cloud_thumbnail(points: np.ndarray, side: int = 96) -> np.ndarray:
 
 
 def mesh_thumbnail(faces: np.ndarray, side: int = 96) -> np.ndarray:
-    """Render a mesh with the camera and colours of `point_cloud_thumbnail`; far faces are drawn first, near ones over them.
+    """Render a mesh as `point_cloud_thumbnail` does a cloud; far faces are drawn first, near ones over them.
 
     Both sides of a face are lit alike, since the order of its corners may be arbitrary.
-
-    Args and Returns as for `thumbnail`; the ground is white.
     """
     faces = np.asarray(faces, dtype=np.float64)
     size = SUPERSAMPLING * side

@@ -9,6 +9,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, TypeVar, Union
 
 from utils.errors import UserError
@@ -69,18 +70,14 @@ def _convert(hint: Any, value: Any, key: str, sources: Sources) -> Any:
             _convert(arguments[0], name, key, sources): _convert(arguments[1], entry, f"{key}.{name}", sources)
             for name, entry in value.items()
         }
-    try:
+    with suppress(ValueError, KeyError, OverflowError):
         if origin is None:
             return _scalar(hint, value)
-    except (ValueError, KeyError, OverflowError):
-        pass
     _fail(key, sources, f"expected {_describe(hint)}, got {value!r}" + (", that is nothing" if is_null(value) else ""))
 
 
 def _expand(value: Any, key: str, sources: Sources) -> Any:
     """Return a path, or the paths of a dictionary, with a leading ~ replaced by the home folder."""
-    if value is None:
-        return None
     if isinstance(value, dict):
         return {name: _expand(entry, f"{key}.{name}", sources) for name, entry in value.items()}
     path = os.path.expanduser(value)

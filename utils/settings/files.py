@@ -1,7 +1,7 @@
 """Reads configuration files and `--set` texts into one tree of what was typed. `utils.settings.config` gives it types."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def read_files(path: str, sources: Sources, users: tuple[Path, ...] = ()) -> dic
     tree: dict = {}
     for base in _extended(own, path):
         tree = _merge(tree, read_files(str(here.parent / os.path.expanduser(base)), sources, (*users, here.resolve())))
-    for key in _leaves(own):
+    for key in flatten(own):
         sources.add(key, path)
     return _merge(tree, own)
 
@@ -124,12 +124,13 @@ def _merge(below: Mapping, above: Mapping) -> dict:
     return merged
 
 
-def _leaves(tree: Mapping, prefix: str = "") -> Iterator[str]:
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys -> leaves; an empty dictionary is a leaf, so that it differs from an absent one."""
+    flat = {}
     for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+        key = f"{prefix}{name}"
+        flat.update(flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value})
+    return flat
 
 
 def apply_override(tree: dict, text: str, sources: Sources) -> None:

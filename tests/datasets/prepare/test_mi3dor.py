@@ -15,6 +15,7 @@ from PIL import Image
 
 from datasets.lists import default_list_path, read_labelled_list
 from datasets.prepare import mi3dor as prepare_mi3dor
+from datasets.prepare import ownership
 from datasets.prepare.readers import mi3dor
 from datasets.prepare.readers.mi3dor import Item, Release, check_official, draw_of_same_class, read_release
 from utils.errors import UserError
@@ -221,13 +222,13 @@ def test_nothing_to_do_the_second_time(prepared, folder_release, capsys):
 
 def test_interrupted_lists(prepared, folder_release, tmp_path, monkeypatch):
     """Stopped at every single list or manifest of the class pairing in turn, the next run ends the same."""
-    original = prepare_mi3dor.atomic_write_text
+    original = ownership.atomic_write_text
     run(folder_release, tmp_path)
     for stop in range(7):
         left = iter(range(stop))
         dies = lambda path, text, left=left: original(path, text) if next(left, None) is not None else pytest.fail("stopped")
         with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception):
-            patch.setattr(prepare_mi3dor, "atomic_write_text", dies)
+            patch.setattr(ownership, "atomic_write_text", dies)
             run(folder_release, tmp_path, "--pairing", "class", "--seed", str(stop + 1))
         assert not (tmp_path / "mi3dor_class_pairs.json").exists() and (tmp_path / "mi3dor_pairs.json").exists()
     run(folder_release, tmp_path, "--pairing", "class")
