@@ -17,7 +17,6 @@ similarities rescaled (`baselines.hashing`) so that E lies in [0, 1]; the three 
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ class DGCPN(HashMethod):
     """Deep graph-neighbour coherence preserving network."""
 
     training_defaults = Training(dim=256, batch_size=32, epochs=70, optimizer="sgd", learning_rate=5e-3, weight_decay=5e-4)
-    defaults: Mapping[str, Any] = {
+    defaults = {
         "second": 0.5, "coherence": 0.3, "neighbours": 0.4, "kappa": 1.5, "graph_weight": 1.0, "consistency_weight": 1.0,
         "similarity": "rescaled",
     }

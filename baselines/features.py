@@ -157,7 +157,8 @@ def _write(
             widths[name] = rows.shape[-1]
             _write_list(staging, dataset, split, samples.lists[name], rows.cpu().numpy())
         for name in set(samples.lists) - set(encoders):
-            _refer(staging, out, dataset, split, samples.lists[name])
+            source = samples.lists[name]  # its own files, seen from the finished folder
+            _copy_list(staging, dataset, split, source, [os.path.relpath(file, out) for file in source.files])
     noted = environment(config.run.seed)
     note = {
         "kind": kind, "seed": config.run.seed, "instance_id": data.instance_id, "command": command,
@@ -179,11 +180,6 @@ def _write_list(root: Path, dataset: str, split: str, source: SampleList, rows: 
     for stem, row in zip(stems, rows):
         np.save(root / folder / f"{stem}.npy", row)
     _copy_list(root, dataset, split, source, [f"{folder}/{stem}.npy" for stem in stems])
-
-
-def _refer(staging: Path, out: Path, dataset: str, split: str, source: SampleList) -> None:
-    """Write a list that names the source's own files, seen from the finished folder `out`."""
-    _copy_list(staging, dataset, split, source, [os.path.relpath(file, out) for file in source.files])
 
 
 def _copy_list(root: Path, dataset: str, split: str, source: SampleList, paths: Sequence[str]) -> None:

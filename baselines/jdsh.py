@@ -15,7 +15,6 @@ Ours: its constants t_l, t_r, min, max belong to AlexNet and bags of words; here
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.hashing import GraphHashMethod, cosine
-from baselines.method import Context, Training
+from baselines.method import Context
 from utils.engine.seed import generator_for
 
 BATCHES = 50
@@ -33,9 +32,7 @@ PERCENTILES = (0.05, 0.95, 0.001, 0.999)
 class JDSH(GraphHashMethod):
     """Joint-modal distribution-based similarity hashing."""
 
-    sharpens = True
-    training_defaults = Training(dim=256, batch_size=32, epochs=70, optimizer="sgd", learning_rate=1e-2, weight_decay=5e-4)
-    defaults: Mapping[str, Any] = {
+    defaults = {
         "first": 0.4, "second": 0.3, "joint": 0.3, "mu": 1.4, "intra": 0.1, "left": 0.1, "right": 0.2, "similarity": "rescaled",
     }
 
