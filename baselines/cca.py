@@ -70,7 +70,6 @@ def ridge_cca(views: Sequence[np.ndarray], dim: int, ridge: float, model: str = 
 class CCA(ShallowMethod):
     """Linear CCA of the two modalities of a task."""
 
-    dim = 128
     defaults = {"ridge": 1e-3}
     model = "RidgeCCA"
 

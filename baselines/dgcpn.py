@@ -45,18 +45,14 @@ class DGCPN(HashMethod):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.target = self._target()
-
-    def _target(self) -> Tensor:
-        """Return S (N, N)."""
-        context, options = self.context, self.context.settings
+        options = context.settings
         index = torch.arange(len(context.features[context.modalities[0]]), device=context.device)
         measures = [FeatureSimilarity(context.features[name], options["similarity"]) for name in context.modalities]
         similarity = measures[0](index).lerp_(measures[1](index), options["second"]).add_(1).div_(2)
         count = min(max(round(options["neighbours"] * len(index)), 1), len(index) - 1)
         neighbours = neighbour_distribution(similarity, count)
         coherence = torch.lerp(similarity, 2 * count * neighbours @ neighbours.T, options["coherence"])
-        return (2 * coherence - 1).clamp(-1, 1)
+        self.target = (2 * coherence - 1).clamp(-1, 1)  # S (N, N)
 
     def forward(self, index: Tensor, embeddings: Mapping[str, Tensor], epoch: int) -> Tensor:
         first, second = self.codes(embeddings)

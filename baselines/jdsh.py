@@ -38,15 +38,12 @@ class JDSH(GraphHashMethod):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        generator = generator_for(context.seed, "jdsh")
-        size = min(context.batch_size, len(next(iter(context.features.values()))))
+        generator, rows = generator_for(context.seed, "jdsh"), next(iter(context.features.values()))
+        size = min(context.batch_size, len(rows))
         others = ~torch.eye(size, dtype=torch.bool)
-        found = torch.cat([self.joint(self._batch(size, generator)).cpu()[others] for _ in range(BATCHES)])
+        batches = (torch.randperm(len(rows), generator=generator)[:size].to(rows.device) for _ in range(BATCHES))
+        found = torch.cat([self.joint(index).cpu()[others] for index in batches])
         self.thresholds = tuple(np.quantile(found.numpy(), PERCENTILES).tolist())
-
-    def _batch(self, size: int, generator: torch.Generator) -> Tensor:
-        rows = self.similarities[0].rows
-        return torch.randperm(len(rows), generator=generator)[:size].to(rows.device)
 
     def joint(self, index: Tensor) -> Tensor:
         """Return S0 (B, B) of samples (B,) before the weighting."""

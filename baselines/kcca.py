@@ -30,7 +30,6 @@ MEDIAN_ROWS = 1000
 class KCCA(ShallowMethod):
     """Kernel CCA by Nystroem features."""
 
-    dim = 128
     defaults = {"kernel": "rbf", "landmarks": 1000, "ridge": 0.1}
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:

@@ -36,7 +36,7 @@ class MethodLearner(StageLearner):
         encoders = build_encoders(config.data, config.model)
         inputs = {**samples.arrays, **({} if labels is None else {"labels": labels})}
         super().__init__("baseline", config, BatchSource(samples, config.data, device), inputs, encoders, nn.ModuleDict(), device)
-        self.reports = load_pretrained(self.encoders, config.model.pretrained)
+        load_pretrained(self.encoders, config.model.pretrained)
         context = make_context(config, cls, samples, labels, shared or self._initial_features(), device)
         self.num_clusters = context.num_clusters
         self.method = cls(context)

@@ -40,7 +40,6 @@ from utils.engine.session import run_command
 from utils.errors import UserError
 from utils.evaluation.tables import format_table, retrieval_table
 from utils.settings.config import load_config
-from utils.settings.data_options import DataConfig
 from utils.settings.options import Step1Config
 
 CONFIG = Path("configs/photos_modelnet40")
@@ -94,9 +93,11 @@ def load_sets(photos: Path, bridge: Path, pictures: Path | None, device: torch.d
     parts: dict[str, dict[str, np.ndarray]] = {name: {} for name in ("photos", "pictures", "seen", "clouds")}
     for split, samples in zip(SPLITS, (mine, test)):
         seen = replace(data, eval_subsets=1) if split == "train" else data  # for centroids, one subset of a cloud's points is enough
-        found = _describe(trained, _chosen(shapes[split], samples, split), seen, device)
+        chosen = _chosen(shapes[split], samples, split)
+        clouds = read_out({SHAPE: trained.encoders[SHAPE]}, chosen, seen, device)[SHAPE]
         parts["photos"][split] = samples.arrays[PICTURE][:, 0].double().numpy()
-        parts["pictures"][split], parts["clouds"][split] = found
+        parts["pictures"][split] = chosen.arrays[PICTURE].double().mean(dim=1).numpy()
+        parts["clouds"][split] = unit_rows(clouds.double().cpu().numpy())
     for split in SPLITS:
         parts["seen"][split] = _through_head(trained, parts, split)
     classes = {name: values.numpy() for name, values in training_labels(config.data, mine).items()} if reads_labels else None
@@ -122,12 +123,6 @@ def _chosen(shapes: PairedSamples, wanted: PairedSamples, split: str) -> PairedS
         raise UserError(f"{shapes.lists[SHAPE].path} lacks {len(missing)} {split} shapes of {wanted.lists[SHAPE].path}: prepare both again")
     rows = torch.tensor([places[number] for number in numbers])
     return PairedSamples(shapes.lists, {name: array[rows] for name, array in shapes.arrays.items()})
-
-
-def _describe(trained: TrainedRun, shapes: PairedSamples, data: DataConfig, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean feature of the pictures of every shape, and the unit embeddings of the clouds."""
-    clouds = read_out({SHAPE: trained.encoders[SHAPE]}, shapes, data, device)[SHAPE]
-    return shapes.arrays[PICTURE].double().mean(dim=1).numpy(), unit_rows(clouds.double().cpu().numpy())
 
 
 @torch.no_grad()
