@@ -36,7 +36,6 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
 
     Args:
         checkpoint: .pt file in a run folder, beside its config.yaml.
-        device: where the encoders run.
         overrides: "section.key=value" texts of where things lie, see `utils.engine.run_log.RESULT_NEUTRAL`.
     Returns:
         Name of the table row, and the scores of `retrieval_table` for what the run's settings compare, with those of
@@ -56,10 +55,11 @@ def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Seque
         averaged = features | describe_samples(several, trained.classifiers, test, whole, device)
         variants |= {f"{name}, all pictures": scores for name, scores in score_variants(averaged, labels, anchors).items()}
     rows = {name: values.represent(config.eval.representation) for name, values in features.items()}
-    scores = retrieval_table(rows, labels, within=True, ranking=config.eval.ranking)
-    scores.update(pseudo_label_quality(config, run))
-    _write_metrics(run, {**scores, "variants": variants}, state["epoch"], config.optim.epochs)
-    return _row_name(config, state), {**scores, "variants": variants}
+    scores: dict[str, Any] = retrieval_table(rows, labels, within=True, ranking=config.eval.ranking)
+    scores |= {**pseudo_label_quality(config, run), "variants": variants}
+    _write_metrics(run, scores, state["epoch"], config.optim.epochs)
+    unfinished = "" if state["epoch"] == config.optim.epochs else f" (epoch {state['epoch']} of {config.optim.epochs})"
+    return row_name(to_dict(config)) + unfinished, scores
 
 
 def training_anchors(trained: TrainedRun, test: PairedSamples, device: torch.device) -> Anchors | None:
@@ -126,11 +126,6 @@ def pseudo_label_quality(config: Step1Config, run: RunLog) -> dict[str, float]:
         if name in reliability and own is not None:
             quality |= {f"reliability/{name}": reliability[name], f"own_acc/{name}": clustering_accuracy(own, labels)}
     return quality
-
-
-def _row_name(config, state: dict) -> str:
-    unfinished = "" if state["epoch"] == config.optim.epochs else f" (epoch {state['epoch']} of {config.optim.epochs})"
-    return row_name(to_dict(config)) + unfinished
 
 
 def main(argv: list[str] | None = None) -> None:

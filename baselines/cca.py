@@ -30,12 +30,6 @@ def load_model(name: str) -> type:
         raise UserError(f"this method needs cca-zoo ({error}): python -m pip install -r requirements-baselines.txt") from error
 
 
-def shrinkage_of(centred: np.ndarray, ridge: float) -> float:
-    """Return c of (1 - c) S + c I, which is S + r I up to its scale, for r = ridge times the mean variance of the columns (N, d)."""
-    r = ridge * float(centred.var(axis=0, ddof=1).mean())
-    return r / (1 + r)
-
-
 class Preparation:
     """Rows of unit norm, less their training mean, without the columns that do not vary in training."""
 
@@ -67,7 +61,8 @@ def ridge_cca(views: Sequence[np.ndarray], dim: int, ridge: float, model: str = 
         ridge: in units of the mean variance of each view.
         model: of cca-zoo, for two views or more.
     """
-    shrinkage = [shrinkage_of(view, ridge) for view in views]
+    added = [ridge * float(view.var(axis=0, ddof=1).mean()) for view in views]  # r of each
+    shrinkage = [r / (1 + r) for r in added]  # c of (1 - c) S + c I, which is S + r I up to its scale
     width = min(dim, *(view.shape[1] for view in views))
     return load_model(model)(n_components=width, shrinkage=shrinkage).fit(list(views))
 
@@ -75,8 +70,7 @@ def ridge_cca(views: Sequence[np.ndarray], dim: int, ridge: float, model: str = 
 class CCA(ShallowMethod):
     """Linear CCA of the two modalities of a task."""
 
-    dim = 128
-    defaults: Mapping[str, Any] = {"ridge": 1e-3}
+    defaults = {"ridge": 1e-3}
     model = "RidgeCCA"
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:

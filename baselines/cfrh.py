@@ -12,29 +12,26 @@ Its image branch takes the frozen features that every method here shares: with C
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.dccae import HIDDEN, decoder, standardised
+from baselines.dccae import decoder, standardised
 from baselines.hashing import GraphHashMethod, cosine
-from baselines.method import Context, Training
+from baselines.method import Context
 
 
 class CFRH(GraphHashMethod):
     """CLIP-based fusion-modal reconstructing hashing, without CLIP."""
 
-    sharpens = True
-    training_defaults = Training(dim=256, batch_size=32, epochs=70, optimizer="sgd", learning_rate=1e-2, weight_decay=5e-4)
-    defaults: Mapping[str, Any] = {
+    defaults = {
         "first": 0.4, "second": 0.3, "fused": 0.3, "mu": 1.5, "intra": 0.1, "reconstruction": 0.01, "similarity": "rescaled",
     }
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.inputs = {name: standardised(context.features[name]) for name in context.modalities}
-        self.decoders = nn.ModuleDict({name: decoder(context.dim, rows.shape[1], HIDDEN) for name, rows in self.inputs.items()})
+        self.decoders = nn.ModuleDict({name: decoder(context.dim, rows.shape[1]) for name, rows in self.inputs.items()})
 
     def target(self, index: Tensor) -> Tensor:
         """Return S (B, B) of samples (B,)."""

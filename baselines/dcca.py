@@ -57,7 +57,7 @@ class DCCA(Method):
     """Deep CCA."""
 
     training_defaults = Training(dim=64, batch_size=1024, epochs=100, learning_rate=1e-3)
-    defaults: Mapping[str, Any] = {"ridge": 1e-3}
+    defaults = {"ridge": 1e-3}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -10,7 +10,6 @@ both modalities; decoders have one hidden layer of 1,024; one batch for both ter
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +23,12 @@ HIDDEN = 1024
 class DCCAE(DCCA):
     """Deep canonically correlated autoencoders."""
 
-    defaults: Mapping[str, Any] = {"ridge": 1e-3, "reconstruction": 1e-3}
+    defaults = {"ridge": 1e-3, "reconstruction": 1e-3}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.inputs = {name: standardised(context.features[name]) for name in context.modalities}
-        self.decoders = nn.ModuleDict({name: decoder(context.dim, rows.shape[1], HIDDEN) for name, rows in self.inputs.items()})
+        self.decoders = nn.ModuleDict({name: decoder(context.dim, rows.shape[1]) for name, rows in self.inputs.items()})
 
     def forward(self, index: Tensor, embeddings: Mapping[str, Tensor], epoch: int) -> Tensor:
         errors = [
@@ -39,9 +38,9 @@ class DCCAE(DCCA):
         return super().forward(index, embeddings, epoch) + self.context.settings["reconstruction"] * sum(errors)
 
 
-def decoder(dim: int, width: int, hidden: int) -> nn.Sequential:
+def decoder(dim: int, width: int) -> nn.Sequential:
     """Return an MLP that maps codes (B, dim) to features (B, width)."""
-    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
+    return nn.Sequential(nn.Linear(dim, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, width))
 
 
 def standardised(features: Tensor) -> Tensor:

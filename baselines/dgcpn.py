@@ -17,7 +17,6 @@ similarities rescaled (`baselines.hashing`) so that E lies in [0, 1]; the three 
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,25 +38,21 @@ class DGCPN(HashMethod):
     """Deep graph-neighbour coherence preserving network."""
 
     training_defaults = Training(dim=256, batch_size=32, epochs=70, optimizer="sgd", learning_rate=5e-3, weight_decay=5e-4)
-    defaults: Mapping[str, Any] = {
+    defaults = {
         "second": 0.5, "coherence": 0.3, "neighbours": 0.4, "kappa": 1.5, "graph_weight": 1.0, "consistency_weight": 1.0,
         "similarity": "rescaled",
     }
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.target = self._target()
-
-    def _target(self) -> Tensor:
-        """Return S (N, N)."""
-        context, options = self.context, self.context.settings
+        options = context.settings
         index = torch.arange(len(context.features[context.modalities[0]]), device=context.device)
         measures = [FeatureSimilarity(context.features[name], options["similarity"]) for name in context.modalities]
         similarity = measures[0](index).lerp_(measures[1](index), options["second"]).add_(1).div_(2)
         count = min(max(round(options["neighbours"] * len(index)), 1), len(index) - 1)
         neighbours = neighbour_distribution(similarity, count)
         coherence = torch.lerp(similarity, 2 * count * neighbours @ neighbours.T, options["coherence"])
-        return (2 * coherence - 1).clamp(-1, 1)
+        self.target = (2 * coherence - 1).clamp(-1, 1)  # S (N, N)
 
     def forward(self, index: Tensor, embeddings: Mapping[str, Tensor], epoch: int) -> Tensor:
         first, second = self.codes(embeddings)

@@ -13,21 +13,17 @@ modalities (published 1e-3 for the image backbone, which is frozen when heads ar
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.hashing import GraphHashMethod, cosine
-from baselines.method import Training
 
 
 class DJSRH(GraphHashMethod):
     """Deep joint-semantics reconstructing hashing."""
 
-    sharpens = True
-    training_defaults = Training(dim=256, batch_size=32, epochs=70, optimizer="sgd", learning_rate=1e-2, weight_decay=5e-4)
-    defaults: Mapping[str, Any] = {"mu": 1.5, "eta": 0.4, "beta": 0.5, "intra": 0.1, "similarity": "rescaled"}
+    defaults = {"mu": 1.5, "eta": 0.4, "beta": 0.5, "intra": 0.1, "similarity": "rescaled"}
 
     def target(self, index: Tensor) -> Tensor:
         """Return S (B, B) of samples (B,)."""

@@ -78,12 +78,6 @@ class Occupancy(nn.Module):
         return rows.new_zeros(len(rows), GRID**3).scatter_(1, places, 1.0)
 
 
-def raw_encoders(data: DataConfig) -> nn.ModuleDict:
-    """Return modality -> what writes a sample down as one vector without any learning."""
-    make = lambda name: RawImage(name == "GrayImg") if data.kind_of(name) == "image" else Occupancy()
-    return nn.ModuleDict({name: make(name) for name in data.modalities})
-
-
 def make_features(
     config_path: str, overrides: list[str], kind: str, seed: int, out: Path | None, command: str, resume: str | None = None
 ) -> dict[str, Any]:
@@ -127,8 +121,9 @@ def _encoders(session: Any, kind: str) -> tuple[nn.ModuleDict, PairedSamples]:
     """Return what turns samples into features, and the training samples."""
     config, device = session.config, session.device
     samples = load_training_samples(config.data, device)
-    if kind == "raw":
-        return raw_encoders(config.data), samples
+    if kind == "raw":  # a sample is written down as one vector, without any learning
+        make = lambda name: RawImage(name == "GrayImg") if config.data.kind_of(name) == "image" else Occupancy()
+        return nn.ModuleDict({name: make(name) for name in config.data.modalities}), samples
     learner = ViewsLearner(config, samples, device)
     if kind == "initial":
         for name in [name for name in learner.encoders if config.model.pretrained[name] == "none"]:
@@ -157,7 +152,8 @@ def _write(
             widths[name] = rows.shape[-1]
             _write_list(staging, dataset, split, samples.lists[name], rows.cpu().numpy())
         for name in set(samples.lists) - set(encoders):
-            _refer(staging, out, dataset, split, samples.lists[name])
+            source = samples.lists[name]  # its own files, seen from the finished folder
+            _copy_list(staging, dataset, split, source, [os.path.relpath(file, out) for file in source.files])
     noted = environment(config.run.seed)
     note = {
         "kind": kind, "seed": config.run.seed, "instance_id": data.instance_id, "command": command,
@@ -179,11 +175,6 @@ def _write_list(root: Path, dataset: str, split: str, source: SampleList, rows: 
     for stem, row in zip(stems, rows):
         np.save(root / folder / f"{stem}.npy", row)
     _copy_list(root, dataset, split, source, [f"{folder}/{stem}.npy" for stem in stems])
-
-
-def _refer(staging: Path, out: Path, dataset: str, split: str, source: SampleList) -> None:
-    """Write a list that names the source's own files, seen from the finished folder `out`."""
-    _copy_list(staging, dataset, split, source, [os.path.relpath(file, out) for file in source.files])
 
 
 def _copy_list(root: Path, dataset: str, split: str, source: SampleList, paths: Sequence[str]) -> None:

@@ -1,13 +1,12 @@
 """What the hashing methods share: relaxed codes, cosine matrices and the similarity of frozen features."""
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.method import Context, Method
+from baselines.method import Context, Method, Training
 from utils.errors import UserError
 
 RANGE_ROWS = 2000  # that the range of similarities is measured on
@@ -50,21 +49,13 @@ class FeatureSimilarity:
 
 
 class HashMethod(Method):
-    """A method whose code is tanh(alpha z), of embeddings z; its sign is the binary code.
+    """A method whose code is tanh(alpha z), of embeddings z; its sign is the binary code. alpha is 1 where a subclass does not set it."""
 
-    With `sharpens`, alpha = sqrt(epoch), which drives the code towards its sign; the last epoch's alpha is used for retrieval.
-    """
-
-    sharpens: ClassVar[bool] = False
     alpha: Tensor
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.register_buffer("alpha", torch.ones((), device=context.device))
-
-    def start_epoch(self, epoch: int, embeddings: Callable[[], dict[str, Tensor]]) -> None:
-        if self.sharpens:
-            self.alpha.fill_(epoch**0.5)
 
     def represent(self, name: str, embeddings: Tensor) -> Tensor:
         return torch.tanh(self.alpha * embeddings)
@@ -76,12 +67,20 @@ class HashMethod(Method):
 
 
 class GraphHashMethod(HashMethod):
-    """A hash method that learns a target similarity of frozen features, computed per batch."""
+    """A hash method that learns a target similarity of frozen features, computed per batch.
+
+    alpha = sqrt(epoch) drives the code towards its sign; the last epoch's alpha is used for retrieval.
+    """
+
+    training_defaults = Training(dim=256, batch_size=32, epochs=70, optimizer="sgd", learning_rate=1e-2, weight_decay=5e-4)
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         rule = context.settings["similarity"]
         self.similarities = [FeatureSimilarity(context.features[name], rule) for name in context.modalities]
+
+    def start_epoch(self, epoch: int, embeddings: Callable[[], dict[str, Tensor]]) -> None:
+        self.alpha.fill_(epoch**0.5)
 
     def similarity(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return Sx and Sy (B, B) of samples (B,)."""

@@ -15,7 +15,6 @@ Ours: its constants t_l, t_r, min, max belong to AlexNet and bags of words; here
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.hashing import GraphHashMethod, cosine
-from baselines.method import Context, Training
+from baselines.method import Context
 from utils.engine.seed import generator_for
 
 BATCHES = 50
@@ -33,23 +32,18 @@ PERCENTILES = (0.05, 0.95, 0.001, 0.999)
 class JDSH(GraphHashMethod):
     """Joint-modal distribution-based similarity hashing."""
 
-    sharpens = True
-    training_defaults = Training(dim=256, batch_size=32, epochs=70, optimizer="sgd", learning_rate=1e-2, weight_decay=5e-4)
-    defaults: Mapping[str, Any] = {
+    defaults = {
         "first": 0.4, "second": 0.3, "joint": 0.3, "mu": 1.4, "intra": 0.1, "left": 0.1, "right": 0.2, "similarity": "rescaled",
     }
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        generator = generator_for(context.seed, "jdsh")
-        size = min(context.batch_size, len(next(iter(context.features.values()))))
+        generator, rows = generator_for(context.seed, "jdsh"), next(iter(context.features.values()))
+        size = min(context.batch_size, len(rows))
         others = ~torch.eye(size, dtype=torch.bool)
-        found = torch.cat([self.joint(self._batch(size, generator)).cpu()[others] for _ in range(BATCHES)])
+        batches = (torch.randperm(len(rows), generator=generator)[:size].to(rows.device) for _ in range(BATCHES))
+        found = torch.cat([self.joint(index).cpu()[others] for index in batches])
         self.thresholds = tuple(np.quantile(found.numpy(), PERCENTILES).tolist())
-
-    def _batch(self, size: int, generator: torch.Generator) -> Tensor:
-        rows = self.similarities[0].rows
-        return torch.randperm(len(rows), generator=generator)[:size].to(rows.device)
 
     def joint(self, index: Tensor) -> Tensor:
         """Return S0 (B, B) of samples (B,) before the weighting."""

@@ -13,7 +13,6 @@ spectrum of the pairs and that of shuffled pairs. `kernel: linear` is CCA, for t
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from scipy.spatial.distance import pdist
@@ -31,8 +30,7 @@ MEDIAN_ROWS = 1000
 class KCCA(ShallowMethod):
     """Kernel CCA by Nystroem features."""
 
-    dim = 128
-    defaults: Mapping[str, Any] = {"kernel": "rbf", "landmarks": 1000, "ridge": 0.1}
+    defaults = {"kernel": "rbf", "landmarks": 1000, "ridge": 0.1}
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:
         if context.settings["kernel"] not in ("rbf", "linear"):

@@ -13,6 +13,7 @@ from datasets.samples import PairedSamples
 from models.build import build_encoders, load_pretrained
 from utils.engine.learner import StageLearner
 from utils.engine.seed import BatchGenerator, derive_seed
+from utils.evaluation.features import evaluation_mode
 
 
 class MethodLearner(StageLearner):
@@ -35,7 +36,7 @@ class MethodLearner(StageLearner):
         encoders = build_encoders(config.data, config.model)
         inputs = {**samples.arrays, **({} if labels is None else {"labels": labels})}
         super().__init__("baseline", config, BatchSource(samples, config.data, device), inputs, encoders, nn.ModuleDict(), device)
-        self.reports = load_pretrained(self.encoders, config.model.pretrained)
+        load_pretrained(self.encoders, config.model.pretrained)
         context = make_context(config, cls, samples, labels, shared or self._initial_features(), device)
         self.num_clusters = context.num_clusters
         self.method = cls(context)
@@ -81,14 +82,12 @@ class MethodLearner(StageLearner):
         self.method.after_step(index[0], {name: rows.detach() for name, rows in embeddings.items()}, self.epoch)
         return {"loss/method": loss.detach()}
 
+    @torch.no_grad()
     def codes(self, samples: PairedSamples) -> dict[str, Tensor]:
         """Return modality -> (N, L) continuous codes of samples, what the method ranks."""
-        self.method.eval()
-        with torch.no_grad():
-            embeddings = read_out(self.encoders, samples, self.config.data, self.device)
-            found = {name: self.method.represent(name, rows) for name, rows in embeddings.items()}
-        self.method.train()
-        return found
+        embeddings = read_out(self.encoders, samples, self.config.data, self.device)
+        with evaluation_mode(self.method):
+            return {name: self.method.represent(name, rows) for name, rows in embeddings.items()}
 
 
 def make_context(

@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.special import softmax
 
+from baselines.cca import unit_rows
 from utils.errors import UserError
 from utils.evaluation.clustering import kmeans
 
@@ -22,14 +23,9 @@ RIDGE = 0.3  # of the linear map between two rounds, in mean squared lengths of 
 JUDGED = 400  # members of each set that the agreement is measured on
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Scale rows (N, D) to unit norm."""
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
-
-
 def standardise(rows: np.ndarray, of: np.ndarray) -> np.ndarray:
     """Scale rows (N, D) by mean and standard deviation of the set `of` (M, D), then to unit norm."""
-    return unit((rows - of.mean(axis=0)) / (of.std(axis=0) + 1e-6))
+    return unit_rows((rows - of.mean(axis=0)) / (of.std(axis=0) + 1e-6))
 
 
 def shared_axes(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
@@ -43,26 +39,30 @@ def shared_axes(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray
 
 
 @dataclass(frozen=True)
-class Clustering:
-    """Soft memberships of one set: of its training members (N, K), and of others (M, K); rows sum to 1."""
+class Codes:
+    """What is found of one set: rows of its training members (N, S), and of others (M, S)."""
 
     train: np.ndarray
     test: np.ndarray
 
 
-def soft_clusters(train: np.ndarray, test: np.ndarray, num_clusters: int, seed: int) -> Clustering:
-    """Cluster unit rows (N, D) of a training set on their own axes; others (M, D) are told their clusters."""
+def soft_clusters(train: np.ndarray, test: np.ndarray, num_clusters: int, seed: int) -> Codes:
+    """Cluster unit rows (N, D) of a training set on their own axes; others (M, D) are told their clusters.
+
+    Returns:
+        Soft memberships in the K clusters; rows sum to 1.
+    """
     axes = shared_axes(train - train.mean(axis=0), train - train.mean(axis=0), min(AXES, *train.shape))
-    places = [unit((rows - train.mean(axis=0)) @ axes) for rows in (train, test)]
-    centroids = unit(kmeans(torch.from_numpy(places[0]), num_clusters, seed=seed, num_init=1)[0].double().numpy())
-    return Clustering(*(softmax(rows @ centroids.T / SOFTNESS, axis=1) for rows in places))
+    places = [unit_rows((rows - train.mean(axis=0)) @ axes) for rows in (train, test)]
+    centroids = unit_rows(kmeans(torch.from_numpy(places[0]), num_clusters, seed=seed, num_init=1)[0].double().numpy())
+    return Codes(*(softmax(rows @ centroids.T / SOFTNESS, axis=1) for rows in places))
 
 
-def centroids_of(clustering: Clustering, rows: np.ndarray) -> np.ndarray:
+def centroids_of(clustering: Codes, rows: np.ndarray) -> np.ndarray:
     """Return the unit centroids (K, D) of the training members' rows (N, D) about the mean centroid: large clusters count as small ones."""
     weights = clustering.train**2
-    found = unit((weights / weights.sum(axis=0).clip(1e-12)).T @ rows)
-    return unit(found - found.mean(axis=0))
+    found = unit_rows((weights / weights.sum(axis=0).clip(1e-12)).T @ rows)
+    return unit_rows(found - found.mean(axis=0))
 
 
 def match_clusters(first: np.ndarray, second: np.ndarray, how: str) -> np.ndarray:
@@ -89,63 +89,50 @@ def match_clusters(first: np.ndarray, second: np.ndarray, how: str) -> np.ndarra
     return ot.gromov.fused_gromov_wasserstein(*scaled, weights, weights, alpha=STRUCTURE) * len(cost)
 
 
-@dataclass(frozen=True)
-class Consensus:
-    """What many matchings say together.
-
-    Attributes:
-        first, second: codes of the training members (N, S) and (M, S), whose dot product is the mean share of matched clusters.
-        first_test, second_test: the same of the others.
-    """
-
-    first: np.ndarray
-    second: np.ndarray
-    first_test: np.ndarray
-    second_test: np.ndarray
-
-
 def agree(
-    first: Sequence[Clustering], second: Sequence[Clustering], spaces: Sequence[tuple[np.ndarray, np.ndarray]], how: str
-) -> Consensus:
+    first: Sequence[Codes], second: Sequence[Codes], spaces: Sequence[tuple[np.ndarray, np.ndarray]], how: str
+) -> tuple[Codes, Codes]:
     """Match the k-th clusterings of both sets in every space, and join all matchings.
 
     Args:
         spaces: rows of the training members, (N, D) and (M, D), in which clusters of the two sets can be compared.
         how: as in `match_clusters`.
+    Returns:
+        The consensus: codes of both sets, whose dot product is the mean share of matched clusters.
     """
-    codes: list[list[np.ndarray]] = [[], [], [], []]
+    matched = []
     for mine, other in zip(first, second, strict=True):
         for rows, other_rows in spaces:
             shares = match_clusters(centroids_of(mine, rows), centroids_of(other, other_rows), how)
-            for part, found in zip(codes, (mine.train @ shares, other.train, mine.test @ shares, other.test)):
-                part.append(found)
-    scale = len(codes[0]) ** -0.5
-    return Consensus(*(np.concatenate(part, axis=1) * scale for part in codes))
+            matched.append((mine.train @ shares, mine.test @ shares, other.train, other.test))
+    train, test, *others = (np.concatenate(parts, axis=1) * len(matched) ** -0.5 for parts in zip(*matched))
+    return Codes(train, test), Codes(*others)
 
 
-def next_round(consensus: Consensus, first: np.ndarray, spaces: Sequence[tuple[np.ndarray, np.ndarray]]) -> list:
+def next_round(consensus: tuple[Codes, Codes], first: np.ndarray, spaces: Sequence[tuple[np.ndarray, np.ndarray]]) -> list:
     """Return the spaces with the first set mapped anew: a ridge regression towards the members of the second that it is matched with.
 
     Args:
         first: (N, D) unit rows of the first set's training members; spaces: those of the round before.
     """
-    scores = consensus.first @ consensus.second.T  # (N, M)
+    scores = consensus[0].train @ consensus[1].train.T  # (N, M)
     shares = scores**SHARPNESS / (scores**SHARPNESS).sum(axis=1, keepdims=True)
     inputs = np.concatenate([first, np.ones((len(first), 1))], axis=1)
     gram = inputs.T @ inputs / len(inputs)
     gram += RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-    mapped = lambda rows: unit(inputs @ np.linalg.solve(gram, inputs.T @ unit(shares @ rows) / len(inputs)))
-    return [(unit(before + mapped(rows)), rows) for before, rows in spaces]
+    mapped = lambda rows: unit_rows(inputs @ np.linalg.solve(gram, inputs.T @ unit_rows(shares @ rows) / len(inputs)))
+    return [(unit_rows(before + mapped(rows)), rows) for before, rows in spaces]
 
 
-def agreement(found: Consensus, first: np.ndarray, second: np.ndarray) -> float:
+def agreement(consensus: tuple[Codes, Codes], first: np.ndarray, second: np.ndarray) -> float:
     """Return the correlation of a consensus with the cosines of other unit rows of its training members: a measure without labels.
 
     Args:
         first: (N, L) and second: (M, L), of which at most JUDGED each are compared, evenly spaced.
     """
     chosen = [np.linspace(0, len(side) - 1, min(JUDGED, len(side))).astype(int) for side in (first, second)]
-    scores = [(mine[chosen[0]] @ other[chosen[1]].T).ravel() for mine, other in ((found.first, found.second), (first, second))]
+    found = [codes.train for codes in consensus]
+    scores = [(mine[chosen[0]] @ other[chosen[1]].T).ravel() for mine, other in (found, (first, second))]
     return float(np.corrcoef(*scores)[0, 1])
 
 

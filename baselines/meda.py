@@ -114,8 +114,7 @@ def domain_distance(source: np.ndarray, target: np.ndarray) -> float:
 class MEDA(ShallowMethod):
     """Manifold embedded distribution alignment, images as source and 3D as target."""
 
-    dim = 128
-    defaults: Mapping[str, Any] = {
+    defaults = {
         "ridge": 1e-3, "subspace": 20, "neighbours": 10, "lam": 10.0, "eta": 0.1, "rho": 1.0, "rounds": 10, "tau": 1.0, "pairs": 2500,
     }
 

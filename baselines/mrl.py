@@ -13,7 +13,6 @@ vectors keep p_y below 1; 1 - p_y is held above 1e-6 for smaller ones. Ours: bat
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ class MRL(Method):
     """Multimodal robust learning."""
 
     training_defaults = Training(dim=256, batch_size=128, epochs=100, learning_rate=1e-4, betas=(0.5, 0.999), schedule="cosine")
-    defaults: Mapping[str, Any] = {"beta": 0.5, "tau1": 1.0, "tau2": 1.0}
+    defaults = {"beta": 0.5, "tau1": 1.0, "tau2": 1.0}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -15,13 +15,8 @@ from utils.settings.data_options import DataConfig
 
 
 def noisy_labels(data: DataConfig, samples: PairedSamples, rate: float, kind: str, seed: int) -> Tensor:
-    """Return one label per training pair, shared by its modalities, of which a share is wrong.
+    """Return one label per training pair, (N,) int64 on the CPU, of which `corrupt` has made a share wrong.
 
-    Args:
-        data, samples: of the run, paired by object.
-        rate: share of wrong labels; kind, seed: as in `corrupt`.
-    Returns:
-        (N,) int64 on the CPU.
     Raises:
         UserError: if rows are not pairs, or a modality's labels differ from another's.
     """

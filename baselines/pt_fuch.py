@@ -19,7 +19,7 @@ a client, where the release clusters a queue of recent batches; private networks
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.federation import average, split
 from baselines.hashing import cosine
 from baselines.method import Context, ShallowMethod
 from baselines.revgrad import source_labels
@@ -41,6 +40,7 @@ from utils.settings.options import ModelConfig
 MARGIN, FLOOR, SHARP, SOFT = 0.001, 1e-2, 0.26, 0.81
 WEIGHT_DECAY, CLIP = 1e-6, 1.0
 SMALLEST_CLIENT = 32  # rows; others take no part
+DIRICHLET = 0.1  # concentration: most of a label's samples go to one or two clients
 
 
 class Networks:
@@ -124,11 +124,32 @@ def outputs_of(encoders: nn.ModuleList, rows: list[Tensor]) -> list[Tensor]:
     return [encoder(part) for encoder, part in zip(encoders.eval(), rows, strict=True)]
 
 
+def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return the weighted mean of state dicts; counters of integers are the first one's."""
+    total = sum(weights)
+    mean = dict(states[0])
+    for name in [name for name, value in mean.items() if value.is_floating_point()]:
+        mean[name] = sum(state[name] * (weight / total) for state, weight in zip(states, weights, strict=True))
+    return mean
+
+
+def split(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
+    """Return the sample numbers of each client: of every label's samples, shares drawn from a Dirichlet distribution."""
+    draw = np.random.default_rng(seed)
+    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+    for label in np.unique(labels):
+        members = draw.permutation(np.flatnonzero(labels == label))
+        cuts = (draw.dirichlet([DIRICHLET] * clients).cumsum()[:-1] * len(members)).round().astype(int)
+        for part, chosen in zip(parts, np.split(members, cuts), strict=True):
+            part.append(chosen)
+    return [np.concatenate(part) for part in parts]
+
+
 class PTFUCH(ShallowMethod):
     """Prototype-guided federated hashing; fitted on features by a training of its own."""
 
     dim = 256
-    defaults: Mapping[str, Any] = {
+    defaults = {
         **DEFAULTS, "rounds": 20, "private_epochs": 5, "global_epochs": 5, "clients": 1, "batch_size": 256, "learning_rate": 1e-4,
     }
 

@@ -60,7 +60,7 @@ class RevGrad(Method):
     training_defaults = Training(
         dim=256, batch_size=50, epochs=70, optimizer="sgd", learning_rate=1e-2, nesterov=True, weight_decay=5e-4
     )
-    defaults: Mapping[str, Any] = {"source": "labels", "transfer": True}
+    defaults = {"source": "labels", "transfer": True}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -21,7 +21,6 @@ embeddings before they are normalised; ranked: z.
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class RONO(Method):
     """Robust discriminative learning with noisy labels."""
 
     training_defaults = Training(dim=256, batch_size=128, epochs=50, learning_rate=1e-4, weight_decay=1e-5)
-    defaults: Mapping[str, Any] = {
+    defaults = {
         "rdc": 1.0, "mg": 1.0, "crc": 1.0, "theta": 0.3, "a": 0.05, "warmup": 0.5, "vanilla": False, "temperature": 0.22,
     }
 

@@ -4,6 +4,7 @@ import argparse
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from baselines.features import load_features, original_samples, provenance
 from baselines.learner import MethodLearner, make_context
 from baselines.method import ShallowMethod
 from baselines.noisy_labels import noisy_labels
-from baselines.scores import score_codes
 from baselines.settings import BaselineConfig, method_overrides
 from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, load_test_samples, load_training_samples
@@ -24,21 +24,18 @@ from training import mark_labels
 from utils.engine.checkpoint import atomic_write_json
 from utils.engine.session import Session, fit, open_session, run_command, stage_parser
 from utils.errors import UserError
+from utils.evaluation.metrics import mean_average_precision
 from utils.evaluation.report import draw_figures, label_note
-from utils.evaluation.tables import format_table
+from utils.evaluation.tables import format_table, retrieval_table, scored_tasks
+from utils.modalities import task_name
 from utils.settings.config import load_config
 
 DEFAULT_CONFIG = "configs/digits_features/step1.yaml"
+SHUFFLES = 10  # of the gallery, whose order decides between equal similarities: L-bit codes have L + 1 of them
 
 
-def run_method(session: Session) -> dict[str, Any]:
-    """Train one method, or go on where its checkpoint stopped, score the test set and write metrics.json into the run folder.
-
-    Args:
-        session: of a `BaselineConfig`.
-    Returns:
-        The content of metrics.json.
-    """
+def run_method(session: Session) -> None:
+    """Train the method of a `BaselineConfig`, or go on where its checkpoint stopped, score the test set and write metrics.json."""
     config, run, device = session.config, session.run, session.device
     entry = method_entry(config.method.name)
     with run.failures_logged():
@@ -61,7 +58,6 @@ def run_method(session: Session) -> dict[str, Any]:
         if config.run.figures:
             pictures = original_samples(config.data, device) or test
             draw_figures(run, {name: F.normalize(rows, dim=1) for name, rows in codes.items()}, test_labels, pictures.arrays)
-    return metrics
 
 
 def _labels(entry: Entry, config: BaselineConfig, samples: PairedSamples, device: torch.device) -> Tensor | None:
@@ -91,6 +87,27 @@ def _shared_features(folder: str, samples: PairedSamples, device: torch.device) 
         if rows.instance_ids != samples.lists[name].instance_ids:
             raise UserError(f"{rows.path} and {samples.lists[name].path} do not list the same objects in one order")
     return {name: rows[:, 0].to(device) for name, rows in found.arrays.items()}
+
+
+def score_codes(codes: Mapping[str, Tensor], labels: Mapping[str, Tensor], signs: bool) -> dict[str, float]:
+    """Return `retrieval_table` of the codes and, if asked, "sign/RP" ..., "sign/avg": mAP of the sign codes, mean over the shuffles.
+
+    Args:
+        codes: modality -> (N, L) continuous codes of any norm; labels: modality -> (N,) int64.
+        signs: rank by sign codes too; a zero counts as -1.
+    """
+    table = retrieval_table({name: F.normalize(rows.double(), dim=1) for name, rows in codes.items()}, labels)
+    if not signs:
+        return table
+    binary = {name: (rows > 0).double() * 2 - 1 for name, rows in codes.items()}
+    pairs = scored_tasks(codes)
+    for query, gallery in pairs:
+        found = [
+            mean_average_precision(binary[query], labels[query], binary[gallery], labels[gallery], seed=seed) for seed in range(SHUFFLES)
+        ]
+        table[f"sign/{task_name(query, gallery)}"] = sum(found) / SHUFFLES
+    table["sign/avg"] = sum(table[f"sign/{task_name(*pair)}"] for pair in pairs) / len(pairs)
+    return table
 
 
 def _facts(entry: Entry, config: BaselineConfig, device: torch.device) -> dict[str, Any]:

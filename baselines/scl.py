@@ -85,9 +85,7 @@ class SCL(Method):
     """Self-supervised correlation learning."""
 
     training_defaults = Training(dim=512, batch_size=256, epochs=200, learning_rate=1e-4, betas=(0.5, 0.999))
-    defaults: Mapping[str, Any] = {
-        "alpha": 10.0, "beta": 0.01, "gamma": 1.0, "temperature": 0.5, "dropout": 0.5, "critic_width": 64,
-    }
+    defaults = {"alpha": 10.0, "beta": 0.01, "gamma": 1.0, "temperature": 0.5, "dropout": 0.5, "critic_width": 64}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

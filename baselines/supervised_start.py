@@ -37,11 +37,7 @@ MODALITY, SMOOTHING, LOGIT_SCALE = "PointCloud", 0.2, 10.0  # label smoothing as
 
 
 def labelled_clouds(data: DataConfig, split: str) -> tuple[Tensor, Tensor]:
-    """Return the clouds of a split, (N, 1, P, 3) float32, and their ground truth, (N,) int64: the label door of this command.
-
-    Raises:
-        UserError: as `datasets.lists.read_labelled_list`, and on unusable files.
-    """
+    """Return the clouds of a split, (N, 1, P, 3) float32, and their ground truth, (N,) int64: the label door of this command."""
     rows, labels = read_labelled_list(
         list_path(data, MODALITY, split), modality=MODALITY, root=data.root, instance_id=data.instance_id, num_classes=data.num_classes
     )
@@ -106,15 +102,10 @@ def main(argv: list[str] | None = None) -> None:
     set_deterministic(config.run.deterministic)
     seed_everything(config.run.seed)
     encoder, scores = train(config, device)
-    write(arguments.output, encoder, config, scores)
-    print(f"wrote {arguments.output}, which has read labels: {', '.join(f'{key} {value:.4f}' for key, value in scores.items())}")
-
-
-def write(path: Path, encoder: DGCNN, config: Step1Config, scores: dict[str, float]) -> None:
-    """Write the weights with what they have read and how they were made."""
     weights = {name: values.cpu() for name, values in encoder.state_dict().items()}
     facts = {"settings": to_dict(config), "environment": json.loads(json.dumps(environment(config.run.seed))), "scores": scores}
-    save_checkpoint(path, {"encoder": weights, "reads_labels": f"training labels of {config.data.dataset}", **facts})
+    save_checkpoint(arguments.output, {"encoder": weights, "reads_labels": f"training labels of {config.data.dataset}", **facts})
+    print(f"wrote {arguments.output}, which has read labels: {', '.join(f'{key} {value:.4f}' for key, value in scores.items())}")
 
 
 if __name__ == "__main__":

@@ -20,21 +20,10 @@ import torch
 from scipy.special import softmax
 from torch import Tensor
 
+from baselines.cca import unit_rows
 from baselines.extract import read_out
 from baselines.features import SOURCE, provenance
-from baselines.matching import (
-    SOFTNESS,
-    Clustering,
-    Consensus,
-    agree,
-    agreement,
-    joint,
-    next_round,
-    shared_axes,
-    soft_clusters,
-    standardise,
-    unit,
-)
+from baselines.matching import SOFTNESS, Codes, agree, agreement, joint, next_round, shared_axes, soft_clusters, standardise
 from baselines.release_protocol.labels import training_labels
 from datasets.prepare.ownership import MANIFEST, read_manifest
 from datasets.prepare.parallel import user_path
@@ -51,7 +40,6 @@ from utils.engine.session import run_command
 from utils.errors import UserError
 from utils.evaluation.tables import format_table, retrieval_table
 from utils.settings.config import load_config
-from utils.settings.data_options import DataConfig
 from utils.settings.options import Step1Config
 
 CONFIG = Path("configs/photos_modelnet40")
@@ -105,9 +93,11 @@ def load_sets(photos: Path, bridge: Path, pictures: Path | None, device: torch.d
     parts: dict[str, dict[str, np.ndarray]] = {name: {} for name in ("photos", "pictures", "seen", "clouds")}
     for split, samples in zip(SPLITS, (mine, test)):
         seen = replace(data, eval_subsets=1) if split == "train" else data  # for centroids, one subset of a cloud's points is enough
-        found = _describe(trained, _chosen(shapes[split], samples, split), seen, device)
+        chosen = _chosen(shapes[split], samples, split)
+        clouds = read_out({SHAPE: trained.encoders[SHAPE]}, chosen, seen, device)[SHAPE]
         parts["photos"][split] = samples.arrays[PICTURE][:, 0].double().numpy()
-        parts["pictures"][split], parts["clouds"][split] = found
+        parts["pictures"][split] = chosen.arrays[PICTURE].double().mean(dim=1).numpy()
+        parts["clouds"][split] = unit_rows(clouds.double().cpu().numpy())
     for split in SPLITS:
         parts["seen"][split] = _through_head(trained, parts, split)
     classes = {name: values.numpy() for name, values in training_labels(config.data, mine).items()} if reads_labels else None
@@ -135,19 +125,13 @@ def _chosen(shapes: PairedSamples, wanted: PairedSamples, split: str) -> PairedS
     return PairedSamples(shapes.lists, {name: array[rows] for name, array in shapes.arrays.items()})
 
 
-def _describe(trained: TrainedRun, shapes: PairedSamples, data: DataConfig, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean feature of the pictures of every shape, and the unit embeddings of the clouds."""
-    clouds = read_out({SHAPE: trained.encoders[SHAPE]}, shapes, data, device)[SHAPE]
-    return shapes.arrays[PICTURE].double().mean(dim=1).numpy(), unit(clouds.double().cpu().numpy())
-
-
 @torch.no_grad()
 def _through_head(trained: TrainedRun, parts: Mapping[str, Mapping[str, np.ndarray]], split: str) -> np.ndarray:
     """Give photographs the mean and deviation of pictures, then the picture encoder of the bridge: (N, L) unit rows."""
     photos, pictures = parts["photos"], parts["pictures"]["train"]
     mean, deviation = photos["train"].mean(axis=0), photos["train"].std(axis=0) + 1e-6
     rows = (photos[split] - mean) / deviation * pictures.std(axis=0) + pictures.mean(axis=0)
-    return unit(trained.encoders[PICTURE].eval()(torch.from_numpy(rows).float()).double().numpy())
+    return unit_rows(trained.encoders[PICTURE].eval()(torch.from_numpy(rows).float()).double().numpy())
 
 
 def rows_of(sets: Sets, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -158,23 +142,23 @@ def rows_of(sets: Sets, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     yield "picture head, photograph to cloud, diffusion", _scores(sets, sets.seen["test"], sets.clouds["test"], "diffusion")
     features = [standardise(side["train"], side["train"]) for side in (sets.photos, sets.pictures)]
     one = agree(*_clusterings(sets, (CLASSES,), 1, seed), [tuple(features)], "hungarian")
-    yield f"{CLASSES} clusters each, hungarian", _scores(sets, one.first_test, one.second_test)
+    yield f"{CLASSES} clusters each, hungarian", _scores(sets, *(codes.test for codes in one))
     found = dict(_matchings(sets, features, seed))
     measured = {name: agreement(one, sets.seen["train"], sets.clouds["train"]) for name, one in found.items()}
     for name, one in found.items():
-        yield name, {**_scores(sets, one.first_test, one.second_test), "agreement": measured[name]}
+        yield name, {**_scores(sets, *(codes.test for codes in one)), "agreement": measured[name]}
     chosen = max(measured, key=measured.get)
-    both = joint(found[chosen].first_test, sets.seen["test"]), joint(found[chosen].second_test, sets.clouds["test"])
+    both = [joint(codes.test, side["test"]) for codes, side in zip(found[chosen], (sets.seen, sets.clouds))]
     yield f"{chosen}, joint with the picture head", _scores(sets, *both)
     yield f"{chosen}, joint with the picture head, diffusion", _scores(sets, *both, "diffusion")
     if sets.classes is not None:
         yield "prototypes of the true classes, READS LABELS", _scores(sets, *_prototypes(sets))
 
 
-def _matchings(sets: Sets, features: list[np.ndarray], seed: int) -> Iterator[tuple[str, Consensus]]:
+def _matchings(sets: Sets, features: list[np.ndarray], seed: int) -> Iterator[tuple[str, tuple[Codes, Codes]]]:
     """Yield every coupling and round of many clusterings."""
     photos, shapes = _clusterings(sets, CLUSTERS, STARTS, seed)
-    start = [tuple(unit(rows @ axes) for rows in features) for axes in (shared_axes(*features, count) for count in DIMENSIONS)]
+    start = [tuple(unit_rows(rows @ axes) for rows in features) for axes in (shared_axes(*features, count) for count in DIMENSIONS)]
     for how in COUPLINGS:
         spaces = start
         for turn in range(1, ROUNDS + 1):
@@ -183,7 +167,7 @@ def _matchings(sets: Sets, features: list[np.ndarray], seed: int) -> Iterator[tu
             spaces = next_round(found, features[0], spaces)
 
 
-def _clusterings(sets: Sets, counts: tuple[int, ...], starts: int, seed: int) -> tuple[list[Clustering], list[Clustering]]:
+def _clusterings(sets: Sets, counts: tuple[int, ...], starts: int, seed: int) -> tuple[list[Codes], list[Codes]]:
     """Cluster the photographs by their features, and the shapes by what the bridge makes of their clouds."""
     photos = [standardise(sets.photos[split], sets.photos["train"]) for split in SPLITS]
     clouds = [sets.clouds[split] for split in SPLITS]
@@ -196,7 +180,7 @@ def _prototypes(sets: Sets) -> tuple[np.ndarray, np.ndarray]:
     sides = []
     for side, name in ((sets.photos, PICTURE), (sets.clouds, SHAPE)):
         train, test = (standardise(side[split], side["train"]) for split in SPLITS)
-        means = unit(np.stack([train[sets.classes[name] == label].mean(axis=0) for label in np.unique(sets.classes[name])]))
+        means = unit_rows(np.stack([train[sets.classes[name] == label].mean(axis=0) for label in np.unique(sets.classes[name])]))
         sides.append(softmax(test @ means.T / SOFTNESS, axis=1))
     return tuple(sides)
 

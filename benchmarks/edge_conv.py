@@ -11,7 +11,6 @@ import multiprocessing
 import re
 import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, synchronize, write_report
+from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, timed, write_report
 from models.kernels.edge_conv import IMPLEMENTATIONS, EdgeConv
 from models.kernels.knn import knn
 from utils.engine.session import run_command
@@ -60,10 +59,10 @@ def _run_in_turn(args: argparse.Namespace, rates: Rates) -> tuple[dict, dict]:
         workers = {name: stack.enter_context(ProcessPoolExecutor(1, context, _Worker.begin, given[name])) for name in names}
         rounds = [{name: workers[name].submit(_Worker.timed_step).result() for name in names} for _ in range(args.repeats + 1)]
         for name in names:
-            timed = [seconds[name] for seconds in rounds[1:]]
+            taken = [seconds[name] for seconds in rounds[1:]]
             peak, work, results[name] = workers[name].submit(_Worker.finish).result()
-            runs[name] = rates.beside(statistics.median(timed), work)
-            runs[name] |= {"min_seconds": min(timed), "all_seconds": timed, "peak_bytes": peak}
+            runs[name] = rates.beside(statistics.median(taken), work)
+            runs[name] |= {"min_seconds": min(taken), "all_seconds": taken, "peak_bytes": peak}
     layers, inputs = _make_problem(args, "fused")
     results["float64"] = _step(layers.double(), *(tensor.double() for tensor in inputs[:2]), inputs[2])
     pairs = [(name, true) for name in names for true in ("reference", "float64") if name != true]
@@ -103,10 +102,8 @@ class _Worker:
 
     @classmethod
     def timed_step(cls) -> float:
-        begin = time.perf_counter()
-        cls.results = _step(cls.layers, *cls.inputs)
-        synchronize(cls.device)
-        return time.perf_counter() - begin
+        cls.results, seconds = timed(lambda: _step(cls.layers, *cls.inputs), cls.device)
+        return seconds
 
     @classmethod
     def finish(cls) -> tuple[int, Work, dict[str, np.ndarray]]:

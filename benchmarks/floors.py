@@ -85,22 +85,19 @@ def measure_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> R
     return Rates(str(dtype).removeprefix("torch."), max(rates), 2 * size / copy)
 
 
-def seconds_of(action: Callable[[], object], device: torch.device, repeats: int, warm_up: bool = True) -> list[float]:
-    """Time an action `repeats` times, each until the device is idle; by default after one run that is not counted."""
-    times = []
-    for _ in range(repeats + warm_up):
-        synchronize(device)
-        start = time.perf_counter()
-        action()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return times[warm_up:]
+def seconds_of(action: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Time an action `repeats` times, after one run that is not counted."""
+    return [timed(action, device)[1] for _ in range(repeats + 1)][1:]
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device is idle."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timed(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """Run an action once; return what it returns, and the seconds until the device is idle."""
+    wait = lambda: torch.cuda.synchronize(device) if device.type == "cuda" else None
+    wait()
+    start = time.perf_counter()
+    result = action()
+    wait()
+    return result, time.perf_counter() - start
 
 
 def count_work(action: Callable[[], object]) -> Work:

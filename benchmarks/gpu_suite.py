@@ -52,15 +52,13 @@ def read_states(records: Path, commit: str) -> dict[str, str]:
 
 
 def run_steps(steps: Mapping[str, list[str]], records: Path, seconds: float, facts: Mapping[str, str]) -> int:
-    """Run the steps that are not done, in order, until the time is over; failed ones are tried again.
+    """Run the steps that are not done, in order, until the time is over; failed ones are tried again. Return the exit status.
 
     Args:
         steps: name -> arguments of the interpreter; a step that was stopped must be able to go on by the same command.
         records: JSON lines, one per run: step, command, status, seconds, output (its end), and the facts.
         seconds: after which a running step is stopped and none is started.
         facts: commit, device and so on.
-    Returns:
-        The exit status.
     """
     end = time.monotonic() + seconds
     for name, arguments in steps.items():

@@ -8,11 +8,11 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
-from benchmarks.floors import start, write_report
+from benchmarks.floors import start, timed, write_report
 from datasets.prepare.modelnet import make_object
 from datasets.prepare.readers.modelnet import MODELNET40, make_tasks, read_archive
 from datasets.prepare.readers.off import read_off
@@ -43,9 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         tasks = make_tasks(read_archive(archive))
         make_object(recipe, str(archive), False, tasks[0])  # imports and the first drawing are not counted
         for task in sorted(tasks, key=lambda task: task.name):
-            begin = time.perf_counter()
-            arrays, record = make_object(recipe, str(archive), False, task)
-            seconds = time.perf_counter() - begin
+            (arrays, record), seconds = timed(partial(make_object, recipe, str(archive), False, task), args.device)
             faces = len(clean_mesh(*read_off((args.meshes / f"{task.name}.off").read_bytes()))[1])
             rows[task.name] = {"seconds": seconds, "faces": faces, "faces_left": len(arrays["Mesh"]), **record}
             print(f"{task.name:20s} {faces:8d} faces -> {len(arrays['Mesh']):4d}, {seconds:6.2f} s, {record}")

@@ -8,7 +8,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import evaluate
 import train_step1
 import train_step2
-from benchmarks.floors import start, write_report
+from benchmarks.floors import start, timed, write_report
 from utils.engine.session import run_command
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config, Step2Config
@@ -66,13 +65,11 @@ def measure_stage(stage: str, args: argparse.Namespace, folder: Path) -> dict[st
     mlm_only = ["pla.mlm_only_epochs=0"] if stage == "step1" and config.pla.mlm_only_epochs != "all" else []
     settings = [*args.overrides, *mlm_only, f"run.device={args.device}", f"run.threads={torch.get_num_threads()}",
                 f"optim.epochs={args.epochs}", "run.eval_every=0"]
-    begin = time.perf_counter()
-    run, rows = run_stage(stage, args.config_dir, folder / "runs", folder / "pseudo_labels", settings)
-    trained = time.perf_counter()
-    evaluate.main(["--run", str(run), "--device", str(args.device)])
-    evaluation = time.perf_counter() - trained
+    train = lambda: run_stage(stage, args.config_dir, folder / "runs", folder / "pseudo_labels", settings)
+    (run, rows), whole = timed(train, args.device)
+    _, evaluation = timed(lambda: evaluate.main(["--run", str(run), "--device", str(args.device)]), args.device)
     training = [row["seconds/train"] for row in rows]
-    other = max(0.0, trained - begin - sum(training) - evaluation)
+    other = max(0.0, whole - sum(training) - evaluation)
     epochs, every = config.optim.epochs, config.run.eval_every
     evaluations = sum(epoch == epochs or bool(every) and epoch % every == 0 for epoch in range(1, epochs + 1))
     return {

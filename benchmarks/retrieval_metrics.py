@@ -11,14 +11,12 @@ import math
 import operator
 import statistics
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.floors import count_work, measure_rates, print_table, seconds_of, start, write_report
+from benchmarks.floors import count_work, measure_rates, print_table, seconds_of, start, timed, write_report
 from utils.evaluation.metrics import mean_average_precision
 
 SEED = 0
@@ -47,12 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     found[small] = mean_average_precision(*problem)
     rows[small] = rates.beside(seconds, work) | {"times_slower": 1.0}
     for name, loop in LOOPS.items():
-        found[name], taken = _once(lambda: loop(*problem), device)  # noqa: B023
+        found[name], taken = timed(lambda: loop(*problem), device)  # noqa: B023
         rows[name] = rates.beside(taken, work) | {"times_slower": taken / seconds}
     for size in sorted(set(args.sizes + [LARGE] * args.large)):
         name, problem, values = f"metrics, {size} x {size}", make_problem(size, args.dim, device), []
         # timed and counted at once: the counters take microseconds per operator, the pass up to many minutes
-        work, taken = _once(lambda: count_work(lambda: values.append(mean_average_precision(*problem))), device)  # noqa: B023
+        work, taken = timed(lambda: count_work(lambda: values.append(mean_average_precision(*problem))), device)  # noqa: B023
         rows[name], found[name] = rates.beside(taken, work) | {"times_slower": None}, values[0]
     print_table(report, rates, rows, (("times slower", "times_slower", ".1f"),))
     difference = max(abs(found[small] - found[name]) for name in LOOPS)
@@ -109,13 +107,6 @@ def _average_precision(order: list[int], labels: list[int], label: int) -> float
             hits += 1
             total += hits / rank
     return total / hits if hits else 0.0
-
-
-def _once(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What an action returns, and its seconds."""
-    results = []
-    (seconds,) = seconds_of(lambda: results.append(action()), device, repeats=1, warm_up=False)
-    return results[0], seconds
 
 
 LOOPS = {"double loop": double_loop_map, "loop over ranks": rank_loop_map}

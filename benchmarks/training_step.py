@@ -10,6 +10,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, write_report
+from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, start, timed, write_report
 from datasets.arrays import MAX_POINTS
 from datasets.label_runs import PseudoLabels
 from datasets.samples import PairedSamples
@@ -28,7 +29,7 @@ from utils.engine.seed import BatchGenerator, generator_for, seed_everything, se
 from utils.engine.session import run_command
 from utils.modalities import FACE_CHANNELS, MODALITIES
 from utils.settings.config import load_config
-from utils.settings.options import DataConfig, Step1Config, Step2Config
+from utils.settings.options import Step1Config, Step2Config
 
 SEED, CLUSTERS = 0, 20  # random samples have no clusters to be found
 COLUMNS = (("pairs/s", "pairs_per_second", ".1f"), ("waiting for data", "share_waiting_for_data", ".1%"),
@@ -63,41 +64,36 @@ def main(argv: list[str] | None = None) -> None:
 def make_step1(config: Step1Config, args: argparse.Namespace) -> PLALearner:
     """Return the learner of step 1, without MLM-only epochs, on `args.steps` batches of random samples."""
     config = dataclasses.replace(config, pla=dataclasses.replace(config.pla, mlm_only_epochs=0, recluster_every=0))
-    return PLALearner(config, _placed_samples(config, args), args.device)
+    return PLALearner(config, random_samples(config, args), args.device)
 
 
 def make_step2(config: Step2Config, num_clusters: int, args: argparse.Namespace) -> RDLLearner:
     """Return the learner of step 2 on random samples and pseudo-labels, `num_clusters` of them unless configured."""
-    samples, clusters = _placed_samples(config, args), config.rdl.num_clusters or num_clusters
+    samples, clusters = random_samples(config, args), config.rdl.num_clusters or num_clusters
     labels = {name: torch.randint(clusters, (len(array),)) for name, array in samples.arrays.items()}
     return RDLLearner(config, samples, PseudoLabels(labels, None, clusters, {}, {}), args.device)
 
 
-def random_samples(data: DataConfig, count: int) -> PairedSamples:
-    """Make N = count random samples in the shapes of `PairedSamples`, on the CPU and without list files.
+def random_samples(config: Step1Config | Step2Config, args: argparse.Namespace) -> PairedSamples:
+    """Make `args.steps` batches of random samples in the shapes of `PairedSamples`, without list files.
 
     Pictures are as large as before the crop; clouds have as many points as the loader keeps.
     """
-    side = data.image_resize
+    seed_everything(SEED)
+    data, count, side = config.data, args.steps * config.optim.batch_size, config.data.image_resize
+    device = torch.device("cpu") if data.placement == "host" else args.device
     makers = {
         "image": lambda: torch.randint(256, (count, data.num_views, 3, side, side), dtype=torch.uint8),
         "points": lambda: torch.rand(count, 1, max(MAX_POINTS, data.num_points), 3) - 0.5,
         "mesh": lambda: _random_faces(count, data.max_faces),
     }
-    return PairedSamples({}, {name: makers[MODALITIES[name].kind]() for name in data.modalities})
+    return PairedSamples({}, {name: makers[MODALITIES[name].kind]().to(device) for name in data.modalities})
 
 
 def _random_faces(count: int, faces: int) -> Tensor:
     array = torch.randn(count, 1, faces, FACE_CHANNELS)
     array[..., 15:] = torch.randint(faces, (count, 1, faces, 3))  # the neighbours across the edges
     return array
-
-
-def _placed_samples(config: Step1Config | Step2Config, args: argparse.Namespace) -> PairedSamples:
-    seed_everything(SEED)
-    samples = random_samples(config.data, args.steps * config.optim.batch_size)
-    device = torch.device("cpu") if config.data.placement == "host" else args.device
-    return PairedSamples(samples.lists, {name: array.to(device) for name, array in samples.arrays.items()})
 
 
 def measure_stage(learner: StageLearner, epochs: int, rates: Rates) -> dict[str, Any]:
@@ -109,8 +105,7 @@ def measure_stage(learner: StageLearner, epochs: int, rates: Rates) -> dict[str,
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*joint clusters hold none")  # random samples have no clusters
         learner.train_epoch(1)
-    numbers = iter(range(2, 2 + epochs))
-    times = seconds_of(lambda: learner.train_epoch(next(numbers)), learner.device, epochs, warm_up=False)
+    times = [timed(partial(learner.train_epoch, epoch), learner.device)[1] for epoch in range(2, 2 + epochs)]
     batch, seconds = learner.batch_size, statistics.median(times)
     steps = max(learner.source.counts) // batch
     return rates.beside(seconds / steps, count_step(learner)) | _data_shares(learner, 2 + epochs) | {
@@ -134,17 +129,17 @@ def _data_shares(learner: StageLearner, epoch: int) -> dict[str, float]:
     """Train one epoch; return the shares of its time until batches are fetched, and until they are augmented as well."""
     spent, fetch, augment = dict.fromkeys(("fetching", "augmenting"), 0.0), learner.source.fetch, learner.source.augment
 
-    def timed(part: str, action: Callable[..., Any], *given: Any) -> Any:
-        results = []
-        spent[part] += sum(seconds_of(lambda: results.append(action(*given)), learner.device, repeats=1, warm_up=False))
-        return results[0]
+    def spend(part: str, action: Callable[..., Any], *given: Any) -> Any:
+        result, seconds = timed(lambda: action(*given), learner.device)
+        spent[part] += seconds
+        return result
 
     def timed_fetch(plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         batches = iter(fetch(plan))
-        return iter(lambda: timed("fetching", next, batches, None), None)
+        return iter(lambda: spend("fetching", next, batches, None), None)
 
-    with mock.patch.multiple(learner.source, fetch=timed_fetch, augment=lambda *given: timed("augmenting", augment, *given)):
-        (seconds,) = seconds_of(lambda: learner.train_epoch(epoch), learner.device, repeats=1, warm_up=False)
+    with mock.patch.multiple(learner.source, fetch=timed_fetch, augment=partial(spend, "augmenting", augment)):
+        _, seconds = timed(lambda: learner.train_epoch(epoch), learner.device)
     return {"share_waiting_for_data": sum(spent.values()) / seconds, "share_fetching": spent["fetching"] / seconds}
 
 

@@ -176,23 +176,15 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
         return [Row(name, {0: {"": cell}}, describe_setup(setup)) for name, cell in _measured(table, setup).items()]
     seeds, rows = list(seeds), []
     for name, options in rows_of(table).items():
-        without = _without_runs(options, setup)
+        without = "numbers" in options or not setup.pairs or (options.get("head_only") and setup.source is None)
         own = setup if without else {"as_printed": setup.as_printed, "recipe": setup.recipe or setup}.get(options.get("settings"), setup)
         if own is None:
             raise UserError(f"row {name!r} needs as_printed of {setup.dataset}, {setup.scale} scale, in the protocol")
-        pairs = () if without else _pairs(options, own)
+        named = options.get("modalities") or "each"
+        pairs = () if without else {"each": own.pairs, "all": [own.letters]}.get(named, [named])
         cells = {seed: {pair: _cell(options, own, pair, seed) for pair in pairs} for seed in seeds}
         rows.append(Row(name, cells, describe_setup(own), options.get("by")))
     return rows
-
-
-def _without_runs(options: Mapping[str, Any], setup: Setup) -> bool:
-    return "numbers" in options or not setup.pairs or bool(options.get("head_only") and setup.source is None)
-
-
-def _pairs(options: Mapping[str, Any], setup: Setup) -> Sequence[str]:
-    given = options.get("modalities")
-    return setup.pairs if given is None else [setup.letters if given == "all" else given]
 
 
 def _cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) -> Cell:

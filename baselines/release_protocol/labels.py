@@ -20,11 +20,7 @@ OTHER_CLASS = 182 / 5000
 
 
 def training_labels(data: DataConfig, samples: PairedSamples) -> dict[str, Tensor]:
-    """Read the label column of the lists that the samples were loaded from; a list without labels is a UserError.
-
-    Returns:
-        modality -> (N,) int64 on the CPU, row i belongs to row i of the samples.
-    """
+    """Return modality -> (N,) int64 ground truth on the CPU, of the lists that samples were loaded from; without labels, a UserError."""
     labels = {}
     for name in samples.lists:
         _, values = read_labelled_list(**list_options(data, name, "train"))
@@ -57,12 +53,8 @@ def pair_by_class(samples: PairedSamples, labels: Mapping[str, Tensor], seed: in
     """Reorder the rows of every 3D modality by `class_pair_order`; the 2D ones keep their order, as they agree in the lists.
 
     Args:
-        samples: rows paired by object; labels: modality -> (N,) int64 in the same order.
+        samples: rows paired by object, of 2D and of 3D modalities; labels: modality -> (N,) int64 in the same order.
         seed: of the draw; equal seeds give equal pairs in both stages.
-    Returns:
-        The samples and labels with rows reordered alike.
-    Raises:
-        UserError: without a 2D and a 3D modality, or as `class_pair_order`.
     """
     solid = [name for name in samples.lists if not MODALITIES[name].is_2d]
     if not 0 < len(solid) < len(samples.lists):
@@ -85,12 +77,9 @@ def class_pair_order(labels: np.ndarray, seed: int) -> np.ndarray:
     after the first two draws keeps it in its row.
 
     Args:
-        labels: (N,) integers.
-        seed: of the draw.
+        labels: (N,) integers; a UserError says that the classes are too few or too unequal for that many mismatches.
     Returns:
         (N,) int64, a permutation of 0..N-1.
-    Raises:
-        UserError: if the classes are too few or too unequal for that many mismatches.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     crossing = 2 * max(1, round(len(labels) * OTHER_CLASS / 2))

@@ -12,6 +12,7 @@ from baselines.release_protocol.learners import ReleasePLA, ReleaseRDL
 from datasets.label_runs import exported_folder, load_pseudo_labels
 from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
 from datasets.samples import PairedSamples
+from experiments.cells import CONFIGS
 from train_step2 import note_origin
 from training import mark_labels, run_stage
 from utils.engine.checkpoint import atomic_write_json, read_json
@@ -19,9 +20,7 @@ from utils.engine.run_log import RunLog
 from utils.engine.session import Session, open_session
 from utils.errors import UserError
 from utils.evaluation.tables import Evaluator, format_table
-from utils.settings.options import Step1Config, Step2Config
 
-CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 VARIANTS = {
     "ours": "our protocol: no departure, score of the last epoch",
     "oracle_labels": "pseudo-labels copied from the ground truth at the position of the farthest sample of the other modality",

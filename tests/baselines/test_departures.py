@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from baselines.release_protocol import protocol
 from baselines.release_protocol.labels import class_pair_order, farthest_labels, pair_by_class, pair_shares, training_labels
-from baselines.release_protocol.learners import ReleasePLA, ReleaseRDL
-from baselines.release_protocol.loss import BatchClippedLoss
+from baselines.release_protocol.learners import BatchClippedLoss, ReleasePLA, ReleaseRDL
 from baselines.release_protocol.protocol import departures_of
 from datasets.label_runs import PseudoLabels
 from datasets.samples import load_training_samples

@@ -9,8 +9,7 @@ from compared import NAMES, context_of, cos, cosines, mse, pairs
 from torch import nn
 from torch.nn import functional as F
 
-from baselines.federation import average, split
-from baselines.pt_fuch import PTFUCH, Client, batches, distillation, prototype_loss
+from baselines.pt_fuch import PTFUCH, Client, average, batches, distillation, prototype_loss, split
 from baselines.ucch import DEFAULTS, UCCH, UnifiedContrast, random_memory, signs
 from models.build import build_encoders
 from utils.errors import UserError

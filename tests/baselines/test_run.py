@@ -16,7 +16,7 @@ import baselines.__main__
 from baselines import METHODS, Entry, run
 from baselines.features import make_features
 from baselines.method import Method, ShallowMethod, Training
-from baselines.scores import score_codes
+from baselines.run import score_codes
 from baselines.settings import method_options
 from datasets import samples
 from utils.engine.checkpoint import load_checkpoint

@@ -7,19 +7,9 @@ import torch
 
 import train_step1
 from baselines import unpaired
+from baselines.cca import unit_rows
 from baselines.features import _write_list, make_features
-from baselines.matching import (
-    agree,
-    agreement,
-    centroids_of,
-    joint,
-    match_clusters,
-    next_round,
-    shared_axes,
-    soft_clusters,
-    standardise,
-    unit,
-)
+from baselines.matching import agree, agreement, centroids_of, joint, match_clusters, next_round, shared_axes, soft_clusters, standardise
 from datasets.lists import SampleList, default_list_path, read_labelled_list
 from experiments.records import read_records
 from models import ResNet18
@@ -43,7 +33,7 @@ def clusterings(rows, seed=0):
 
 
 def precision(found, labels):
-    codes = [torch.from_numpy(part) for part in (found.first_test, found.second_test)]
+    codes = [torch.from_numpy(part) for part in (found[0].test, found[1].test)]
     return mean_average_precision(codes[0], torch.from_numpy(labels[0]), codes[1], torch.from_numpy(labels[1]))
 
 
@@ -55,7 +45,7 @@ def test_shifted_sets_of_other_sizes_are_joined(how):
     first, second = (standardise(part, part) for part in rows)
     spaces = [(first, second)]
     found = agree(clusterings(first), clusterings(second), spaces, how)
-    np.testing.assert_allclose(np.linalg.norm(found.first, axis=1) <= 1.0 + 1e-9, True)
+    np.testing.assert_allclose(np.linalg.norm(found[0].train, axis=1) <= 1.0 + 1e-9, True)
     assert precision(found, labels) > 0.85
     wrong = agree(clusterings(first), clusterings(second), [(first, np.random.default_rng(1).permutation(second))], how)
     assert precision(wrong, labels) < 0.6 and agreement(wrong, first, second) + 0.2 < agreement(found, first, second)
@@ -66,7 +56,7 @@ def test_shifted_sets_of_other_sizes_are_joined(how):
 def test_structure_is_matched_where_no_direction_is_shared():
     pytest.importorskip("ot", reason="POT of requirements-baselines.txt is not installed")
     rng = np.random.default_rng(0)
-    first = unit(np.cumsum(rng.normal(size=(CLASSES, 4)), axis=0))
+    first = unit_rows(np.cumsum(rng.normal(size=(CLASSES, 4)), axis=0))
     order = rng.permutation(CLASSES)
     turned = np.zeros((CLASSES, 8))
     turned[:, 4:] = first[order]
@@ -81,7 +71,7 @@ def test_formulas_against_slow_ones():
     rows = rng.normal(size=(9, 5)) + 4
     expected = (rows - rows.mean(axis=0)) / (rows.std(axis=0) + 1e-6)
     np.testing.assert_allclose(standardise(rows, rows), [row / np.sqrt((row**2).sum()) for row in expected])
-    first, second = unit(rng.normal(size=(50, 6))), unit(rng.normal(size=(8, 6)))
+    first, second = unit_rows(rng.normal(size=(50, 6))), unit_rows(rng.normal(size=(8, 6)))
     axes = shared_axes(first, second, 3)
     spread = np.mean([sum(np.outer(row, row) for row in side) / len(side) for side in (first, second)], axis=0)
     values = np.sort(np.linalg.eigvalsh(spread))[::-1][:3]
@@ -90,8 +80,8 @@ def test_formulas_against_slow_ones():
     assert clusters.test.shape == (8, 4) and np.allclose(clusters.train.sum(axis=1), 1)
     slow = np.array([sum(clusters.train[i, k] ** 2 * first[i] for i in range(50)) for k in range(4)])
     slow /= np.linalg.norm(slow, axis=1, keepdims=True)
-    np.testing.assert_allclose(centroids_of(clusters, first), unit(slow - slow.mean(axis=0)))
-    sides = [joint(part, unit(rng.normal(size=(len(part), 3)))) for part in (2 * first, 2 * second)]
+    np.testing.assert_allclose(centroids_of(clusters, first), unit_rows(slow - slow.mean(axis=0)))
+    sides = [joint(part, unit_rows(rng.normal(size=(len(part), 3)))) for part in (2 * first, 2 * second)]
     np.testing.assert_allclose((sides[0] ** 2).sum(axis=1), 4)
     np.testing.assert_allclose(sides[0][:, :6] @ sides[1][:, :6].T, 2 * first @ second.T)
     cosines = rng.uniform(-1, 1, size=(2, 3, 3))
@@ -106,8 +96,8 @@ def small(monkeypatch):
         monkeypatch.setattr(unpaired, name, value)
     (photos, pictures), labels = two_sets([20, 10, 12, 8, 10, 14], [6, 18, 10, 12, 9, 15], shift=0.6)
     halves = lambda rows: {"train": rows[::2], "test": rows[1::2]}
-    clouds = unit(pictures @ np.random.default_rng(1).normal(size=(WIDTH, 12)))  # another space, of which only the pairs tell
-    seen = unit(photos @ np.random.default_rng(1).normal(size=(WIDTH, 12)))
+    clouds = unit_rows(pictures @ np.random.default_rng(1).normal(size=(WIDTH, 12)))  # another space, of which only the pairs tell
+    seen = unit_rows(photos @ np.random.default_rng(1).normal(size=(WIDTH, 12)))
     names = (unpaired.PICTURE, unpaired.SHAPE)
     test, train = ({name: found[start::2] for name, found in zip(names, labels)} for start in (1, 0))
     return unpaired.Sets(*map(halves, (photos, pictures, seen, clouds)), {name: torch.from_numpy(rows) for name, rows in test.items()}, train)
