@@ -22,6 +22,11 @@ def need_data_packages(*names: str) -> None:
         pytest.importorskip(name, reason=f"{name} of requirements-data.txt is not installed")
 
 
+@pytest.fixture(scope="session")
+def trimesh():
+    return pytest.importorskip("trimesh", reason="trimesh of requirements-data.txt is not installed")
+
+
 def write_lists(root: Path, split: str, labels: list[int | None], dataset: str = "digits") -> None:
     """(Re)write all list files of a split; a label None leaves the column out."""
     for modality, (folder, token, suffix) in FOLDERS.items():

@@ -5,10 +5,24 @@ from pathlib import Path
 
 import torch
 
+from datasets.samples import load_training_samples
 from utils.engine.checkpoint import load_checkpoint
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PSEUDO_LABELS = ["digits_GrayImgs_train_list_pseudo_labelling.txt", "digits_PointCloud_train_list_pseudo_labelling.txt"]
+
+
+def smoke_config(root: Path, *overrides: str) -> Step1Config:
+    """Step 1 on the small digits."""
+    return load_config(Step1Config, str(REPOSITORY / "configs/smoke/step1.yaml"), [f"data.root={root}", *overrides])
+
+
+def smoke_samples(root: Path, *overrides: str):
+    """That configuration and its training samples."""
+    config = smoke_config(root, *overrides)
+    return config, load_training_samples(config.data, torch.device("cpu"))
 
 
 def settings(root: Path, out: Path, step: int, *more: str) -> list[str]:

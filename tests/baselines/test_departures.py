@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAIN
-from stage_runs import REPOSITORY
+from stage_runs import REPOSITORY, smoke_samples
 from torch.nn import functional as F
 
 from baselines.release_protocol import protocol
@@ -16,11 +16,10 @@ from baselines.release_protocol.labels import class_pair_order, farthest_labels,
 from baselines.release_protocol.learners import BatchClippedLoss, ReleasePLA, ReleaseRDL
 from baselines.release_protocol.protocol import departures_of
 from datasets.label_runs import PseudoLabels
-from datasets.samples import load_training_samples
 from utils.errors import UserError
 from utils.evaluation.clustering import clustering_accuracy
 from utils.settings.config import load_config
-from utils.settings.options import Step1Config, Step2Config
+from utils.settings.options import Step2Config
 
 CPU = torch.device("cpu")
 SMOKE = REPOSITORY / "configs/smoke"
@@ -28,8 +27,7 @@ SMOKE = REPOSITORY / "configs/smoke"
 
 def step1(root: Path, *overrides: str):
     """Smoke settings of step 1, its samples and their ground truth."""
-    config = load_config(Step1Config, str(SMOKE / "step1.yaml"), [f"data.root={root}", *overrides])
-    samples = load_training_samples(config.data, CPU)
+    config, samples = smoke_samples(root, *overrides)
     return config, samples, training_labels(config.data, samples)
 
 
@@ -139,18 +137,6 @@ def test_batch_clipped_loss_equals_the_loop_and_its_gradient(size, classes, scal
         assert float(gradient[place]) == pytest.approx(slope, abs=1e-7)
 
 
-def test_the_threshold_is_one_over_the_batch_and_the_label_is_not_clipped():
-    """K = 4 and B = 10: a probability of 0.15 lies between 1 / B and 1 / K; one of 0.05 is below both and still learns."""
-    probs = torch.tensor([[0.15, 0.15, 0.15, 0.55]] * 5 + [[0.05, 0.05, 0.05, 0.85]] * 5, dtype=torch.float64)
-    logits, labels = probs.log().requires_grad_(), torch.zeros(10, dtype=torch.long)
-    loss = BatchClippedLoss(0.5)(logits, labels)
-    value = lambda p: math.sqrt(-math.log(p)) * (1 - p)
-    # Five rows with four classes above 0.1 count four times each, five rows with one count once.
-    assert float(loss) == pytest.approx((20 * value(0.15) + 5 * value(0.05)) / 25 + value(1 / 10))
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert (gradient[:5, 0] < 0).all() and (gradient[5:, 0] < 0).all()
-
-
 def test_batch_clipped_loss_at_its_ends():
     loss, labels = BatchClippedLoss(0.25), torch.tensor([0, 1])
     sure = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
@@ -203,5 +189,3 @@ def test_selection_of_hand_written_scores(variant, score, words):
     run = types.SimpleNamespace(read_epochs=lambda: rows)
     scores = protocol._scores(run, departures_of(variant))
     assert scores == {"map/avg": score, "selection": words, "last_epoch": {"map/avg": 0.5}}
-
-

@@ -41,24 +41,20 @@ def on_features(step, folder, tmp_path, note, *more):
             f"run.output={tmp_path / 'trained'}", "run.figures=false", *more]
 
 
-@pytest.mark.parametrize("labels", [[3] * TRAIN, [None] * TRAIN])
-def test_learned_features_owe_nothing_to_labels(small_digits, tmp_path, labels, monkeypatch):
+def test_learned_features_owe_nothing_to_labels_and_pairs(small_digits, tmp_path, monkeypatch):
     make(small_digits, tmp_path, "learned", 0, "one")
     monkeypatch.setattr(samples, "read_labelled_list", None)  # nothing may call it
-    write_lists(small_digits, "train", labels)
-    make(small_digits, tmp_path, "learned", 0, "two")
-    for modality in ("GrayImg", "PointCloud"):
-        one, two = vectors(tmp_path / "one", modality), vectors(tmp_path / "two", modality)
-        assert one.shape[0] == TRAIN and one.std(axis=0).max() > 0 and np.array_equal(one, two)
-
-
-def test_learned_features_owe_nothing_to_pairs(small_digits, tmp_path):
-    make(small_digits, tmp_path, "learned", 0, "one")
+    for labels in ([3] * TRAIN, [None] * TRAIN):
+        write_lists(small_digits, "train", labels)
+        make(small_digits, tmp_path, "learned", 0, f"label {labels[0]}")
+        for modality in ("GrayImg", "PointCloud"):
+            one, two = vectors(tmp_path / "one", modality), vectors(tmp_path / f"label {labels[0]}", modality)
+            assert one.shape[0] == TRAIN and one.std(axis=0).max() > 0 and np.array_equal(one, two)
     path = small_digits / "digits_PointCloud_train_list.txt"
     rows = path.read_text().splitlines()
     path.write_text("\n".join(rows[1:] + rows[:1]) + "\n")  # row k is now another object
-    make(small_digits, tmp_path, "learned", 0, "two")
-    assert np.array_equal(vectors(tmp_path / "one", "GrayImg"), vectors(tmp_path / "two", "GrayImg"))
+    make(small_digits, tmp_path, "learned", 0, "unpaired")
+    assert np.array_equal(vectors(tmp_path / "one", "GrayImg"), vectors(tmp_path / "unpaired", "GrayImg"))
 
 
 def test_interrupted_features_go_on(small_digits, tmp_path, monkeypatch):
@@ -75,29 +71,21 @@ def test_interrupted_features_go_on(small_digits, tmp_path, monkeypatch):
     assert seen == [2] and np.array_equal(vectors(tmp_path / "whole"), vectors(tmp_path / "cut"))
 
 
-def test_lists_are_copied_as_text_and_pairs_stay(small_digits, tmp_path):
-    make(small_digits, tmp_path)
+def test_features_copy_the_lists_print_all_settings_that_a_run_needs_and_are_never_overwritten(small_digits, tmp_path, capsys):
+    note = make(small_digits, tmp_path)
+    printed = capsys.readouterr().out.partition("--set ")[2].split()
+    data = load_config(Step1Config, "configs/features_paper/step1.yaml", printed).data
+    assert samples.load_training_samples(data, torch.device("cpu")).counts == {"GrayImg": TRAIN, "PointCloud": TRAIN}
     for split, count in (("train", TRAIN), ("test", TEST)):
         rows, source = ([line.rsplit(" ", 1) for line in (root / f"{name}_PointCloud_{split}_list.txt").read_text().splitlines()]
                         for root, name in ((tmp_path / "features", "digits_random"), (small_digits, "digits")))
         assert len(rows) == count and [label for _, label in rows] == [label for _, label in source]
         assert [path.replace(".npy", "") for path, _ in rows] == [path.replace(".npy", "") for path, _ in source]
-
-
-def test_a_folder_is_never_overwritten_by_other_features(small_digits, tmp_path, capsys):
-    note = make(small_digits, tmp_path)
     assert make(small_digits, tmp_path) == note and "holds these features" in capsys.readouterr().out
     with pytest.raises(UserError, match="random features of seed 0.*another --out"):
         make(small_digits, tmp_path, seed=1)
     with pytest.raises(UserError, match="holds no features.json"):
         provenance(small_digits)
-
-
-def test_printed_settings_are_all_that_a_configuration_needs(small_digits, tmp_path, capsys):
-    make(small_digits, tmp_path)
-    printed = capsys.readouterr().out.partition("--set ")[2].split()
-    data = load_config(Step1Config, "configs/features_paper/step1.yaml", printed).data
-    assert samples.load_training_samples(data, torch.device("cpu")).counts == {"GrayImg": TRAIN, "PointCloud": TRAIN}
 
 
 def test_features_have_a_folder_of_their_own_by_default():
@@ -119,19 +107,7 @@ def test_both_stages_run_on_features_by_configuration_alone(small_digits, tmp_pa
         train_step1.main(on_features(1, folder, tmp_path, note, "model.pretrained.GrayImg=imagenet"))
 
 
-@pytest.mark.parametrize(
-    "content,problem",
-    [([1.0, np.nan], "finite"), ([[[1.0, 2.0]]], "expected 2 numbers"), ([[1.0, 2.0, 3.0]], "expected 2 numbers"), (["a", "b"], "expected 2 numbers"), (7.0, "expected 2 numbers"),
-     (np.zeros((0, 2)), "expected 2 numbers")],
-)
-def test_a_bad_vector_is_named(tmp_path, content, problem):
-    np.save(tmp_path / "x_0.npy", np.array(content))
-    (tmp_path / "list.txt").write_text("x_0.npy\n")
-    with pytest.raises(UserError, match=f"row 1.*{problem}"):
-        load_vectors(lists.read_training_list(tmp_path / "list.txt", modality="GrayImg", root=tmp_path), 2)
-
-
-def test_vectors_of_several_views(tmp_path):
+def test_vectors_of_several_views_and_bad_ones_are_named(tmp_path):
     rows = np.arange(12.0).reshape(2, 3, 2)
     for number, row in enumerate(rows):
         np.save(tmp_path / f"x_{number}.npy", row)
@@ -141,6 +117,11 @@ def test_vectors_of_several_views(tmp_path):
     np.save(tmp_path / "x_1.npy", rows[1, :2])
     with pytest.raises(UserError, match="row 2.*2 numbers.*of each of 3 views, found shape"):
         read()
+    misshapen = [[[1.0, 2.0]]], [[1.0, 2.0, 3.0]], ["a", "b"], 7.0, np.zeros((0, 2))
+    for content, problem in (([1.0, np.nan], "finite"), *((bad, "expected 2 numbers") for bad in misshapen)):
+        np.save(tmp_path / "x_0.npy", np.array(content))
+        with pytest.raises(UserError, match=f"row 1.*{problem}"):
+            read()
 
 
 def test_initial_features_keep_every_view_and_the_other_modalities_samples(small_digits, tmp_path):

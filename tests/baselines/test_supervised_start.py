@@ -41,12 +41,8 @@ def test_the_file_depends_on_the_training_labels_and_the_seed_alone(small_digits
     other_labels = start(small_digits, tmp_path / "d")
     assert all(torch.equal(first[key], again[key]) and torch.equal(first[key], other_test[key]) for key in first)
     assert not torch.equal(first["conv5.weight"], other_labels["conv5.weight"])
-    assert labels_read_by(_plain(tmp_path / "e", first)) is None
-
-
-def _plain(path, state):
-    torch.save(state, path)
-    return path
+    torch.save(first, tmp_path / "e")
+    assert labels_read_by(tmp_path / "e") is None
 
 
 def test_the_mark_follows_the_file_through_both_stages(small_digits, tmp_path, capsys):

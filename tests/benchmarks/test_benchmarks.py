@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cells, edge_conv, floors, gpu_suite, loss_curves, protocol, retrieval_metrics, training_step
+from benchmarks import cells, edge_conv, floors, gpu_suite, loss_curves, protocol, retrieval_metrics, start_up, training_step
 from benchmarks.floors import count_work
 from models.kernels.edge_conv import EdgeConv
 from models.kernels.knn import knn
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 from utils.evaluation.metrics import mean_average_precision
+from utils.settings.data_options import DataConfig
 
 CPU = torch.device("cpu")
 HEADER = {"command", "device", "threads", "torch", "commit", "dirty"}
@@ -224,3 +225,16 @@ def test_the_gpu_suite_without_a_gpu_says_so(monkeypatch, capsys):
     monkeypatch.setattr(gpu_suite, "run_steps", None)
     assert gpu_suite.main([]) == 0 and "No CUDA device here: none of the" in capsys.readouterr().out
     assert gpu_suite.main(["--list"]) == 0 and "not run  tests: python -m pytest -q -m gpu tests" in capsys.readouterr().out
+
+
+def test_a_later_start_reads_what_the_first_stored(tmp_path):
+    start_up.fabricate(tmp_path, 140, 40, 8)
+    data = DataConfig(dataset="fabricated", root=str(tmp_path), modalities=("GrayImg", "PointCloud"), image_size=8, image_resize=8,
+                      num_points=32, eval_subsets=1)
+    first = start_up.measure(data, 1)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / ".arrays").glob("*_list-*")}
+    later = start_up.measure(data, 1)
+    assert len(written) == 4 and {path: path.stat().st_mtime_ns for path in (tmp_path / ".arrays").glob("*_list-*")} == written
+    assert later.keys() == first.keys() and all(value > 0 for value in later.values())
+    with pytest.raises(FileExistsError):
+        start_up.fabricate(tmp_path, 1, 1, 8)

@@ -137,21 +137,14 @@ def unit(points):
     return centred / np.sqrt((centred**2).sum(1).max())
 
 
-def test_points_unit_sphere(tmp_path):
-    cloud = np.random.default_rng(0).normal(3, 5, (40, 3))
-    points = load_points(save(tmp_path, cloud))
-    assert points.shape == (1, 40, 3) and points.dtype == np.float32
-    np.testing.assert_allclose(by_rows(points[0]), by_rows(unit(cloud)), atol=1e-6)
-    assert load_points(save(tmp_path, np.ones((4, 3)))).tolist() == np.zeros((1, 4, 3)).tolist()
-
-
-def test_short_clouds_repeat_and_long_ones_are_sampled(tmp_path):
-    long, short = np.arange(30.0).reshape(10, 3), np.arange(9.0).reshape(3, 3)
-    points = load_points(save(tmp_path, long, short), max_points=7)
+def test_clouds_fill_the_unit_sphere_short_ones_repeat_and_long_ones_are_sampled(tmp_path):
+    long, short = np.random.default_rng(0).normal(3, 5, (10, 3)), np.arange(9.0).reshape(3, 3)
+    points = load_points(save(tmp_path, long, short, np.ones((4, 3))), max_points=7)
     np.testing.assert_array_equal(points[1], points[1, [0, 1, 2, 0, 1, 2, 0]])
     np.testing.assert_allclose(by_rows(points[1, :3]), unit(short), atol=1e-6)
     distances = np.linalg.norm(points[0][:, None] - unit(long), axis=2)
-    assert points.shape == (2, 7, 3) and distances.min(1).max() < 1e-6 and len(set(distances.argmin(1))) == 7  # without replacement
+    assert points.shape == (3, 7, 3) and points.dtype == np.float32 and not points[2].any()
+    assert distances.min(1).max() < 1e-6 and len(set(distances.argmin(1))) == 7  # without replacement
 
 
 @pytest.mark.parametrize("most", [5, 2048])

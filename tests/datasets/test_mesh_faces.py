@@ -176,11 +176,6 @@ SHAPES = {  # image -> parts, holes, points where squares meet in a corner
 }
 
 
-@pytest.fixture(scope="module")
-def trimesh():
-    return pytest.importorskip("trimesh", reason="trimesh of requirements-test.txt is not installed")
-
-
 def closed(trimesh, vertices, triangles):
     """The mesh in trimesh's eyes: closed, oriented, no vertex unused or twice."""
     assert len(np.unique(vertices, axis=0)) == len(vertices) and set(triangles.ravel()) == set(range(len(vertices)))

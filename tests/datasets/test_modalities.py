@@ -8,6 +8,7 @@ import torch
 from conftest import TRAIN, add_views, write_lists
 from PIL import Image
 from stage_runs import labels_of, only_run, settings
+from stage_runs import smoke_config as config
 
 import evaluate
 import train_step1
@@ -28,10 +29,6 @@ from utils.settings.config import load_config, to_dict
 from utils.settings.options import Step1Config, Step2Config
 
 FOUR = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
-
-
-def config(root, *overrides):
-    return load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}", *overrides])
 
 
 def both_stages(root, out, *more):

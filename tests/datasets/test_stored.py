@@ -10,22 +10,14 @@ from time import sleep
 import numpy as np
 import pytest
 import torch
-from stage_runs import assert_same_result, distinct
+from stage_runs import assert_same_result, distinct, smoke_samples
 
 import train_step1
 from datasets import stored
 from datasets.kinds import KINDS
-from datasets.samples import load_training_samples
 from utils.errors import UserError
-from utils.settings.config import load_config
-from utils.settings.options import Step1Config
 
 ALL = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
-
-
-def load(root, *more):
-    data = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}", *more]).data
-    return data, load_training_samples(data, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -44,12 +36,12 @@ def kept(root):
 
 
 def test_the_stored_arrays_are_those_of_the_files_and_shared(root):
-    data, first = load(root, ALL)
+    config, first = smoke_samples(root, ALL)
     before = kept(root)
-    _, second = load(root, ALL)
+    _, second = smoke_samples(root, ALL)
     assert kept(root) == before and len(before) == 8
     for name, rows in first.lists.items():
-        plain = KINDS[data.kind_of(name)].load(rows, data)
+        plain = KINDS[config.data.kind_of(name)].load(rows, config.data)
         assert np.array_equal(plain, second.arrays[name]) and plain.dtype == second.arrays[name].numpy().dtype
         assert first.fingerprints[name] == second.fingerprints[name] == stored.hashlib.sha256(plain).hexdigest()
     maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else str(root / stored.FOLDER)
@@ -57,50 +49,50 @@ def test_the_stored_arrays_are_those_of_the_files_and_shared(root):
 
 
 def test_what_changes_the_array_makes_another_and_what_does_not_makes_none(root):
-    _, first = load(root)
+    _, first = smoke_samples(root)
     cloud = first.lists["PointCloud"].files[3]
     before = kept(root)
     for path in root.glob("*_train_list.txt"):
         path.write_text(path.read_text().replace(" 1\n", " 2\n"))  # labels
-    load(root, "data.num_points=16", "data.image_size=24")
+    smoke_samples(root, "data.num_points=16", "data.image_size=24")
     assert kept(root) == before
     np.save(cloud, np.load(cloud)[::-1])
-    _, second = load(root)
+    _, second = smoke_samples(root)
     assert second.fingerprints["PointCloud"] == first.fingerprints["PointCloud"]  # another order of the points is the same cloud
     np.save(cloud, np.load(cloud) * [1, 2, 3])
-    _, third = load(root)
+    _, third = smoke_samples(root)
     assert third.fingerprints["PointCloud"] != first.fingerprints["PointCloud"] and not torch.equal(third.arrays["PointCloud"], first.arrays["PointCloud"])
     assert third.fingerprints["GrayImg"] == first.fingerprints["GrayImg"] and len(kept(root)) == len(before)  # old ones are gone
     listed = next(root.glob("*PointCloud_train_list.txt"))
     pictures = next(root.glob("*GrayImgs_train_list.txt"))
     for path in (listed, pictures):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert load(root)[1].counts == {"GrayImg": 39, "PointCloud": 39}
-    load(root, "data.image_resize=40")
+    assert smoke_samples(root)[1].counts == {"GrayImg": 39, "PointCloud": 39}
+    smoke_samples(root, "data.image_resize=40")
     assert len(kept(root)) == len(before) + 2  # another size beside it
     Path(first.lists["GrayImg"].files[0]).write_bytes(b"no picture")
     with pytest.raises(UserError, match="row 1: .*is not a readable"):
-        load(root)
+        smoke_samples(root)
     assert not [name for name in kept(root) if name.endswith(".tmp")]
 
 
 def test_a_damaged_or_unwritable_store_gives_the_same_arrays(root, monkeypatch):
-    _, first = load(root)
+    _, first = smoke_samples(root)
     arrays = {name: values.clone() for name, values in first.arrays.items()}  # the file itself is what the test damages
     array = next((root / stored.FOLDER).glob("*PointCloud*.npy"))
     content = array.read_bytes()
     array.write_bytes(content[:-4] + b"\0\0\0\0")
     next((root / stored.FOLDER).glob("*GrayImgs*.json")).write_text("{")
-    _, second = load(root)
+    _, second = smoke_samples(root)
     assert second.fingerprints == first.fingerprints and array.read_bytes() == content
     monkeypatch.setattr(stored, "FOLDER", "list.txt/no_folder")
     with pytest.warns(UserWarning, match="takes no file"):
-        _, third = load(root)
+        _, third = smoke_samples(root)
     assert third.fingerprints == {} and all(torch.equal(third.arrays[name], values) for name, values in arrays.items())
 
 
 def test_starts_at_the_same_time_make_one_array_and_share_it(root):
-    data, samples = load(root)
+    config, samples = smoke_samples(root)
     rows, kind, loads = samples.lists["PointCloud"], KINDS["points"], []
     for path in (root / stored.FOLDER).iterdir():
         path.unlink()
@@ -108,7 +100,8 @@ def test_starts_at_the_same_time_make_one_array_and_share_it(root):
 
     def start(_):
         together.wait()
-        return stored.stored_array(rows, replace(kind, load=lambda *given: [loads.append(1), sleep(0.1), kind.load(*given)][2]), data)[1]
+        slow = replace(kind, load=lambda *given: [loads.append(1), sleep(0.1), kind.load(*given)][2])
+        return stored.stored_array(rows, slow, config.data)[1]
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(start, range(4))) == [samples.fingerprints["PointCloud"]] * 4
@@ -116,9 +109,9 @@ def test_starts_at_the_same_time_make_one_array_and_share_it(root):
 
 
 def test_checks_of_other_settings_hold_for_stored_arrays(root):
-    load(root)
+    smoke_samples(root)
     with pytest.raises(UserError, match="fewer than data.eval_subsets = 2 disjoint"):
-        load(root, "data.eval_subsets=2")
+        smoke_samples(root, "data.eval_subsets=2")
 
 
 def test_a_run_resumed_without_the_store_is_the_same_run(finished, small_digits, tmp_path, monkeypatch):

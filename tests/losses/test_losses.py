@@ -1,4 +1,4 @@
-"""Losses on embeddings and cluster predictions: formulas recomputed by slow float64 loops, gradients, bounds, hostile batches."""
+"""Losses on embeddings, relations and cluster predictions: formulas by slow float64 loops, gradients, bounds, hostile batches."""
 
 import itertools
 import math
@@ -9,19 +9,20 @@ import torch
 from loss_checks import DTYPES, TOLERANCE, draw, softmax, value_and_gradient
 from torch.nn import functional as F
 
-from losses import ESTIMATORS, ModalityInvarianceLoss, RobustConcentratingLoss, SelfMatchingLoss
+from losses import ESTIMATORS, ModalityInvarianceLoss, RelationLoss, RobustConcentratingLoss, SelfMatchingLoss
 from models import LinearClassifier, MemoryBank
 from train_step1 import PLALearner
 
-# Modality invariance, Eq. 13-14
+# Modality invariance, Eq. 13-14, and relations
+
+
+def unit(row):
+    norm = math.sqrt(math.fsum(x * x for x in row))
+    return [x / norm for x in row]
 
 
 def slow_invariance(z, tau, self_term):
-    rows = {}
-    for m, modality in enumerate(z.tolist()):
-        for i, vector in enumerate(modality):
-            norm = math.sqrt(math.fsum(x * x for x in vector))
-            rows[m, i] = [x / norm for x in vector]
+    rows = {(m, i): unit(vector) for m, modality in enumerate(z.tolist()) for i, vector in enumerate(modality)}
     total = 0.0
     for anchor, v in rows.items():
         others = {key: w for key, w in rows.items() if self_term or key != anchor}
@@ -53,14 +54,47 @@ def test_invariance_stays_finite(z, tau, self_term):
     assert value.isfinite() and value > -1e-5 and grad.isfinite().all()
 
 
+def slow_relations(z, target, tau):
+    """Mean over views and samples of KL(p_i || q_i), in plain loops."""
+    dot = lambda a, b: math.fsum(x * y for x, y in zip(a, b))
+    goal = [unit([math.fsum(column) for column in zip(*map(unit, rows))]) for rows in zip(*target.tolist())]
+    total = []
+    for view in z.tolist():
+        for wanted, row in zip(goal, map(unit, view)):
+            p, q = (softmax([dot(one, other) / tau for other in goal]) for one in (wanted, row))
+            total.append(math.fsum(a * math.log(a / b) for a, b in zip(p, q)))
+    return math.fsum(total) / len(total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("views, shown, tau", [(1, 1, 0.1), (2, 1, 0.5), (3, 2, 0.1)])
+def test_relations_equal_loops_and_give_the_target_no_gradient(dtype, views, shown, tau):
+    z, target = draw(views, 6, 5, seed=1), draw(shown, 6, 5, seed=2)
+    value = RelationLoss(tau)(z.to(dtype), target.to(dtype).requires_grad_())
+    assert value.dtype == dtype and float(value) == pytest.approx(slow_relations(z, target, tau), rel=100 * TOLERANCE[dtype])
+    assert not value.requires_grad and torch.autograd.gradcheck(lambda rows: RelationLoss(tau)(rows, target), z.requires_grad_())
+
+
+@pytest.mark.parametrize("z", [
+    torch.ones(2, 4, 3), torch.zeros(2, 4, 3), torch.eye(4, 3).repeat(2, 1, 1), draw(2, 4, 3, scale=1e15, dtype=torch.float32),
+])
+def test_relations_stay_finite(z):
+    for target in (torch.ones(1, 4, 3), torch.eye(4, 3)[None], torch.zeros(1, 4, 3)):
+        value, grad = value_and_gradient(RelationLoss(1e-3), z, target, autocast=True)
+        assert value.isfinite() and value > -1e-5 and grad.isfinite().all()
+
+
 def test_rejected_batches_and_arguments():
+    for shapes in (((2, 1, 3), (1, 1, 3)), ((4, 3), (1, 4, 3)), ((1, 4, 3), (1, 5, 3)), ((1, 4, 3), (1, 4, 2))):
+        with pytest.raises(ValueError, match="B >= 2"):
+            RelationLoss()(*map(torch.ones, shapes))
     for shape in ((1, 4, 3), (2, 1, 3), (4, 3), (2, 0, 3), (2, 2, 2, 2)):
         with pytest.raises(ValueError, match="M >= 2, B >= 2"):
             ModalityInvarianceLoss(0.1)(torch.ones(shape))
     for logits, memory in (((4, 3), (4, 2)), ((4, 3), (3, 3)), ((4,), (4,)), ((2, 4, 3), (2, 4, 3)), ((0, 3), (5, 3))):
         with pytest.raises(ValueError, match=r"logits must be \(B >= 1, K\)"):
             SelfMatchingLoss(0.5)(torch.ones(logits), torch.ones(memory))
-    for loss, temperature in itertools.product((ModalityInvarianceLoss, SelfMatchingLoss), (0, -1.0, float("nan"))):
+    for loss, temperature in itertools.product((ModalityInvarianceLoss, SelfMatchingLoss, RelationLoss), (0, -1.0, float("nan"))):
         with pytest.raises(ValueError, match="temperature"):
             loss(temperature)
     with pytest.raises(ValueError, match="'pairs'"):

@@ -66,14 +66,6 @@ def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small
     assert "no ranking by way of the training set" in printed.err and "anchored, diffusion" not in printed.out
 
 
-def test_same_seed_same_result_other_seed_another(finished, small_digits, tmp_path):
-    train_step1.main(distinct(small_digits, tmp_path / "same", 1))
-    assert_same_result(finished, tmp_path / "same", 1)
-    train_step1.main(distinct(small_digits, tmp_path / "other", 1, "run.seed=1"))
-    one, two = weights(only_run(finished, 1)), weights(only_run(tmp_path / "other", 1))
-    assert not torch.equal(one[".encoders.PointCloud.conv5.weight"], two[".encoders.PointCloud.conv5.weight"])
-
-
 class Killed(BaseException):
     """Stands for SIGKILL inside one process: nothing in the code under test catches it."""
 
@@ -142,8 +134,10 @@ def test_command_lines_print_one_line_instead_of_a_traceback(command):
     assert result.returncode == 2 and result.stderr.startswith("error:") and "Traceback" not in result.stderr
 
 
-def test_step_2_refuses_pseudo_label_files_of_two_runs(finished, small_digits, tmp_path):
+def test_another_seed_is_another_run_and_step_2_refuses_pseudo_label_files_of_two(finished, small_digits, tmp_path):
     train_step1.main(distinct(small_digits, tmp_path, 1, "run.seed=1"))
+    one, two = (weights(only_run(out, 1))[".encoders.PointCloud.conv5.weight"] for out in (finished, tmp_path))
+    assert not torch.equal(one, two)
     for path in labels_of(finished).glob("*GrayImgs*"):  # as if step 1 had been cut off before the second file
         shutil.copy(path, labels_of(tmp_path))
     with pytest.raises(ValueError, match="different runs.*train_step1.py"):
@@ -171,5 +165,3 @@ def write_other_pseudo_labels(path: Path) -> None:
     meta = path.with_name(path.name + ".meta.json")
     facts = json.loads(meta.read_text())
     meta.write_text(json.dumps({**facts, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
-
-

@@ -175,8 +175,6 @@ def test_inertia_is_that_of_scikit_learn_within_a_few_percent_where_there_are_no
     x = cloud()
     inertia = inertia_of(x, best_of_starts(x, clusters, seed=0, num_init=10, max_iter=100))
     assert inertia == pytest.approx(KMeans(clusters, n_init=10, random_state=0).fit(x.numpy()).inertia_, rel=0.03)
-    single = [inertia_of(x, best_of_starts(x, clusters, seed=s, num_init=1, max_iter=100)) for s in range(5)]
-    assert inertia <= np.mean(single) * (1 + 1e-6)
 
 
 def test_the_best_of_the_starts_is_kept(monkeypatch):

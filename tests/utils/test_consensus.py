@@ -108,17 +108,3 @@ def test_trust_follows_the_odds_and_fused_beliefs_are_the_weighted_mean():
     assert trust({"a": 1.0, "b": 1.0}) == trust({"a": 0.0, "b": 0.0}) == {"a": 0.5, "b": 0.5}
     posteriors = {"a": torch.tensor([[0.8, 0.2]]), "b": torch.tensor([[0.1, 0.9]])}
     torch.testing.assert_close(fuse(posteriors, {"a": 3.0, "b": 1.0}), torch.tensor([[0.625, 0.375]]))
-
-
-def test_with_a_number_given_trust_takes_the_ids_of_the_modality_that_is_sure():
-    rows, labels = modalities((80,) * 6, 0.15, 0.3)
-    found = cluster_objects(rows, 6, True, seed=0)
-    numbers = torch.Generator().manual_seed(2)
-    moved = lambda name: F.normalize(rows[name] + 0.1 * torch.randn(rows[name].shape, generator=numbers), dim=1)
-    beliefs = lambda name, values: F.softmax(10 * values @ found.centroids[name].T, dim=1)
-    reliability = {name: view_agreement([beliefs(name, moved(name)) for _ in range(2)]) for name in rows}
-    own = {name: beliefs(name, values) for name, values in rows.items()}
-    right = {name: clustering_accuracy(posteriors.argmax(1), labels) for name, posteriors in own.items()}
-    trusted = clustering_accuracy(fuse(own, trust(reliability)).argmax(1), labels)
-    assert reliability["A"] > reliability["B"] and right["A"] > right["B"] + 0.05
-    assert trusted > right["A"] - 0.01 and trusted > clustering_accuracy(fuse(own, {"A": 1.0, "B": 1.0}).argmax(1), labels)

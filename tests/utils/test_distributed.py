@@ -9,21 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from stage_runs import PSEUDO_LABELS, labels_of, only_run, settings, weights
+from stage_runs import PSEUDO_LABELS, REPOSITORY, labels_of, only_run, settings, smoke_samples, weights
 from torch import nn
 
 import train_step1
 import train_step2
-from datasets.samples import load_training_samples
 from models.kernels.edge_conv import EdgeConv
 from models.sync_batchnorm import synchronise
 from utils.engine import distributed
 from utils.engine.run_log import RunLog
 from utils.evaluation import tables
-from utils.settings.config import load_config
-from utils.settings.options import Step1Config
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WORLD = 2
 
 
@@ -170,8 +166,7 @@ def test_views_as_positives_and_resume_under_torchrun(small_digits, tmp_path):
 
 
 def test_uneven_batches_are_refused(small_digits, monkeypatch):
-    config = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={small_digits}"])
-    samples = load_training_samples(config.data, torch.device("cpu"))
+    config, samples = smoke_samples(small_digits)
     monkeypatch.setattr(distributed, "world", lambda: 3)
     with pytest.raises(ValueError, match="batch of 16.*3 processes.*optim.batch_size"):
         train_step1.PLALearner(config, samples, torch.device("cpu"))

@@ -2,19 +2,10 @@
 
 import pytest
 import torch
-from stage_runs import assert_same_result, distinct, labels_of, log_lines, only_run, settings
+from stage_runs import assert_same_result, distinct, labels_of, log_lines, only_run, settings, smoke_config, smoke_samples
 
 import train_step1
 import train_step2
-from datasets.samples import load_training_samples
-from utils.settings.config import load_config
-from utils.settings.options import Step1Config
-
-CPU = torch.device("cpu")
-
-
-def config(root, *overrides):
-    return load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}", *overrides])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -58,8 +49,7 @@ def test_equation_4_with_the_losses_scale(finished, small_digits, tmp_path, monk
 
 
 def test_memory_without_a_bank_is_the_last_epochs_features(small_digits):
-    settings = config(small_digits, "pla.mlm_only_epochs=0", "pla.banks=[PointCloud]")
-    learner = train_step1.PLALearner(settings, load_training_samples(settings.data, CPU), CPU)
+    learner = train_step1.PLALearner(*smoke_samples(small_digits, "pla.mlm_only_epochs=0", "pla.banks=[PointCloud]"), torch.device("cpu"))
     learner.train_epoch(1)
     before = {name: bank.memory.clone() for name, bank in learner.banks.items()}
     features = {name: values.embeddings for name, values in learner.describe().items()}
@@ -68,4 +58,4 @@ def test_memory_without_a_bank_is_the_last_epochs_features(small_digits):
     assert not torch.allclose(before["GrayImg"], features["GrayImg"], atol=1e-3)
     assert not torch.allclose(learner.banks["PointCloud"].memory, features["PointCloud"], atol=1e-3)
     with pytest.raises(ValueError, match="pla.banks names Mesh"):
-        config(small_digits, "pla.banks=[Mesh]")
+        smoke_config(small_digits, "pla.banks=[Mesh]")

@@ -61,8 +61,7 @@ def test_cleaning():
     assert triangle_areas(cleaned, kept).sum() == pytest.approx(BOX_AREA)
 
 
-def test_as_an_independent_reader():
-    trimesh = pytest.importorskip("trimesh", reason="trimesh of requirements-test.txt is not installed")
+def test_as_an_independent_reader(trimesh):
     if not SAMPLES.is_dir():
         pytest.skip(f"{SAMPLES} is not there")
     for path in sorted(SAMPLES.glob("bathtub_*.off"))[:2]:

@@ -3,15 +3,15 @@
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import need_data_packages
 from PIL import Image
+from test_writer import snapshot
 
 from datasets.lists import default_list_path, read_labelled_list
 from datasets.prepare import mi3dor as prepare_mi3dor
@@ -20,8 +20,7 @@ from datasets.prepare.readers import mi3dor
 from datasets.prepare.readers.mi3dor import Item, Release, check_official, draw_of_same_class, read_release
 from utils.errors import UserError
 
-for package in ("pyvista", "fast_simplification"):
-    pytest.importorskip(package, reason=f"{package} of requirements-data.txt is not installed")
+need_data_packages("pyvista", "fast_simplification")
 
 BOX = "mtllib none.mtl\nv 0 0 0\nv {0} 0 0\nv {0} 1 0\nv 0 1 0\nv 0 0 1\nv {0} 0 1\nv {0} 1 1\nv 0 1 1\nusemtl red\n" + (
     "f 1 4 3 2\nf 5/1/1 6/1/1 7/1/1 8/1/1\nf 1 2 6 5\nf 2//3 3//3 7//3 6//3\nusemtl blue\nf 3 4 8 7\nf 4 1 5 8\n"
@@ -97,10 +96,6 @@ def prepared(folder_release, tmp_path_factory) -> Path:
     for pairing in ("none", "class"):
         run(folder_release, output, "--pairing", pairing)
     return output
-
-
-def snapshot(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def read(output: Path, dataset: str, modality: str, split: str):
@@ -197,7 +192,7 @@ def test_meshes(prepared, folder_release):
 
 
 def test_track_release_end_to_end(track_release, tmp_path, capsys):
-    run(track_release, tmp_path / "out", "--pairing", "class", "--seed", "5")
+    run(track_release, tmp_path / "out", "--pairing", "class", "--seed", "5", "--workers", "2")
     text = capsys.readouterr().out
     assert "read the class labels to build the training pairs" in text and "00000: the release holds no OBJ file" in text
     rows, labels = read(tmp_path / "out", "mi3dor_class", "RGBImg", "train")
@@ -326,9 +321,3 @@ def test_bad_releases(folder_release, track_release, tmp_path, layout, harm, wor
     with pytest.raises(UserError, match=words):
         run(root, tmp_path / "o")
     assert not list(tmp_path.glob("o/*_list.txt"))
-
-
-def test_what_goes_to_the_workers_can_be_pickled():
-    functions = (partial(prepare_mi3dor.make_mesh, "root", 500), partial(mi3dor._check_photograph, "root"))
-    for thing in (*functions, prepare_mi3dor.ObjectTask(0, "a", "train", 0, "a.obj"), Item("a", "train", 0, "a")):
-        assert str(pickle.loads(pickle.dumps(thing))) == str(thing)

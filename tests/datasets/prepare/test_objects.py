@@ -35,11 +35,6 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def trimesh():
-    return pytest.importorskip("trimesh", reason="trimesh of requirements-data.txt is not installed")
-
-
 def put(path: Path, data) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode() if isinstance(data, str) else data)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_modelnet import run
 
 from datasets.prepare import modelnet as prepare_modelnet
 from datasets.prepare.readers.modelnet import MODELNET10, MODELNET40
@@ -24,9 +25,6 @@ MIXED = [
     ("normal", "F", 4, 3), ("z", "F", 8, 1), ("rgb", "U", 4, 1), ("_", "U", 1, 3), ("x", "F", 4, 1), ("y", "I", 2, 1),
     ("_", "I", 1, 5),
 ]
-SPLATS = ["--any-counts", "--workers", "1", "--views", "2", "--size", "24"]
-
-
 def header(fields, count: int, encoding: str, **changes: str | None) -> bytes:
     lines = {
         "VERSION": "0.7",
@@ -149,10 +147,6 @@ def write_folder(root: Path, classes=("bathtub", "bed", "night_stand")) -> dict[
             path.write_bytes(write_pcd(points.tolist(), encoding))
             clouds[path.stem] = points
     return clouds
-
-
-def run(*arguments: str | Path) -> None:
-    prepare_modelnet.main([*map(str, arguments), *SPLATS])
 
 
 def prepared(root: Path) -> tuple[dict, dict[str, dict], dict[str, np.ndarray]]:
