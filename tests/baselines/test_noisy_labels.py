@@ -1,14 +1,20 @@
-"""The label door: how labels are made wrong, and that one pair has one label."""
+"""The label door: how labels are made wrong, that one pair has one label, and that nothing else opens it."""
+
+import ast
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TRAIN, write_lists
-from stage_runs import smoke_samples
 
 from baselines.noisy_labels import corrupt, noisy_labels
+from datasets.samples import load_training_samples
 from utils.errors import UserError
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
 
+ROOT = Path(__file__).resolve().parents[2]
 LABELS = np.arange(1000) % 10
 
 
@@ -37,8 +43,8 @@ def test_more_noise_hits_the_same_pairs_and_more():
 
 
 def read(root, rate=0.0, *more):
-    config, samples = smoke_samples(root, *more)
-    return noisy_labels(config.data, samples, rate, "symmetric", 0)
+    data = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}", *more]).data
+    return noisy_labels(data, load_training_samples(data, torch.device("cpu")), rate, "symmetric", 0)
 
 
 def test_one_label_per_pair(small_digits):
@@ -54,3 +60,16 @@ def test_one_label_per_pair(small_digits):
         read(small_digits)
     with pytest.raises(UserError, match="needs data.pairing: instance"):
         read(small_digits, 0.0, "data.pairing=class")
+
+
+def test_one_command_opens_the_door():
+    importers = set()
+    for path in ROOT.rglob("*.py"):
+        if {"tests", "runs", "dataset"} & set(path.relative_to(ROOT).parts) or any(part.startswith(".") for part in path.relative_to(ROOT).parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+            if "baselines.noisy_labels" in names:
+                importers.add(str(path.relative_to(ROOT)))
+    assert importers == {"baselines/run.py"}

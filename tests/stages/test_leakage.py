@@ -8,15 +8,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAIN, write_lists
-from stage_runs import REPOSITORY, assert_same_result, distinct, smoke_samples
+from stage_runs import REPOSITORY, assert_same_result, distinct, settings
 
 import train_step1
 import train_step2
+from datasets import lists, samples
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
 
 
-@pytest.mark.parametrize("kind", ["permuted", "absent"])
+@pytest.mark.parametrize("kind", ["permuted", "constant", "absent"])
 def test_training_labels_change_no_bit_of_either_stage(finished, small_digits, tmp_path, kind):
-    labels = np.random.default_rng(5).permutation(10).repeat(TRAIN // 10).tolist() if kind == "permuted" else [None] * TRAIN
+    labels = {
+        "permuted": np.random.default_rng(5).permutation(10).repeat(TRAIN // 10).tolist(),
+        "constant": [3] * TRAIN,
+        "absent": [None] * TRAIN,
+    }[kind]
     write_lists(small_digits, "train", labels)
     train_step1.main(distinct(small_digits, tmp_path, 1))
     train_step2.main(distinct(small_digits, tmp_path, 2))
@@ -31,7 +38,8 @@ def test_test_labels_change_no_bit_either(finished, small_digits, tmp_path):
 
 
 def test_training_samples_have_no_labels(small_digits):
-    _, training = smoke_samples(small_digits)
+    config = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={small_digits}"])
+    training = samples.load_training_samples(config.data, torch.device("cpu"))
     names = [field.name for field in dataclasses.fields(training)]
     assert names == ["lists", "arrays", "fingerprints"] and all(len(text) == 64 for text in training.fingerprints.values())
     for rows in training.lists.values():
@@ -50,3 +58,16 @@ def test_labels_have_few_doors_and_training_imports_none_of_the_baselines():
     assert "baselines/supervised_start.py" in doors
     program = "import train_step1, train_step2, evaluate, reproduce, sys; print([name for name in sys.modules if 'baselines' in name])"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_training_never_calls_the_labelled_reader_on_a_training_list(small_digits, tmp_path, monkeypatch):
+    read = lists.read_labelled_list
+    seen = []
+
+    def recording(path, **arguments):
+        seen.append(str(path))
+        return read(path, **arguments)
+
+    monkeypatch.setattr(samples, "read_labelled_list", recording)
+    train_step1.main(settings(small_digits, tmp_path, 1, "optim.epochs=1", "pla.mlm_only_epochs=0"))
+    assert seen and all("test_list" in path for path in seen)
