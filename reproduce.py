@@ -81,7 +81,8 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
         names = [*protocol["tables"], "record", "render"]
         raise UserError(f"unknown table {arguments.table!r}{nearest(arguments.table, names)}; known: {', '.join(names)}")
     table = protocol["tables"][arguments.table]
-    scale = "head" if (arguments.mode or table.get("mode")) == "head" else arguments.scale
+    mode, scales = arguments.mode or table.get("mode"), protocol["datasets"].get(arguments.dataset, {})
+    scale = mode if mode == "head" or (mode == "e2e" and mode in scales) else arguments.scale
     setup = find_setup(protocol, arguments.dataset, scale, arguments.tasks)
     rows = expand(table, setup, range(arguments.seeds))
     root = arguments.runs / f"{setup.dataset}-{setup.scale}"
@@ -140,5 +141,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status: list[int] = []
-    sys.exit(run_command(lambda: status.append(main())) or status[0])
+    sys.exit(run_command(main))

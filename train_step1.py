@@ -110,11 +110,13 @@ class PLALearner(StageLearner):
     def annotate(self) -> Annotation:
         """Return the pseudo-labels z of every training sample (Sec. III-D).
 
-        z = argmax g(f(x)), fused as `pla.fuse` says; communities that no epoch of self matching followed are taken as they are.
+        z = argmax g(f(x)), fused as `pla.fuse` says; communities that no epoch of self matching followed are taken as they are,
+        but for `pla.fuse: none`, where each modality has the z of its own classifier, which starts at their centres.
         """
         config = self.config
         found = annotate(self.encoders, self.classifiers, self.samples, config.data, self.device, config.pla.fuse, config.run.seed)
-        return found if self.clusters["ids"] is None or self.annotating else found.with_ids(self.clusters["ids"])
+        own = self.clusters["ids"] is None or self.annotating or config.pla.fuse == "none"
+        return found if own else found.with_ids(self.clusters["ids"])
 
     def state_dict(self) -> dict:
         """As `StageLearner.state_dict`, with the clusters found."""

@@ -157,15 +157,17 @@ def train_round(arguments: argparse.Namespace) -> Session | None:
 
 
 def further_round(session: Session | None) -> list[str] | None:
-    """Return the command line of the round that follows a run, or None: it was the last one, or did not help."""
-    if session is None or session.config.rdl.rounds == 1:
+    """Return the command line of the round that follows a run, or None: it was the last one, or did not help, as its log then says."""
+    if session is None or (session.config.rdl.rounds == 1 and not session.run.writes):
         return None
-    config, run = session.config, session.run
+    config, run, last = session.config, session.run, session.config.rdl.rounds == 1
     folder = labels_of_run(run.folder, config.data)
     try:
         check_it_helped(folder, read_origin(pseudo_label_path(folder, config.data.dataset, config.data.modalities[0])))
     except UserError as reason:
-        run.log(f"no further round: {reason}")
+        run.log(f"{'warning' if last else 'no further round'}: {reason}")
+        return None
+    if last:
         return None
     settings = ["rdl.pseudo_labels=null", f"rdl.rounds={config.rdl.rounds - 1}"]
     return ["--config", str(run.folder / "config.yaml"), "--from", str(run.folder), "--set", *settings]

@@ -46,7 +46,7 @@ def run_stage(
     with run.failures_logged():
         samples = load_training_samples(config.data, device)
         learner = build(samples)
-        run.log(_circumstances(samples, session))
+        run.log(circumstances(samples, session))
         if config.model.reads_labels:
             run.log(f"READS LABELS: what this run starts from has read the {config.model.reads_labels}; its scores are not unsupervised")
         evaluator, pictures = _load_evaluator(session, samples, learner)
@@ -134,7 +134,7 @@ def write_annotation(
     run.log("; ".join(facts))
 
 
-def _circumstances(samples: PairedSamples, session: Session) -> str:
+def circumstances(samples: PairedSamples, session: Session) -> str:
     """Say what may change speed or the last bits of a run."""
     places = ", ".join(dict.fromkeys(str(array.device) for array in samples.arrays.values()))
     size = sum(array.nbytes for array in samples.arrays.values()) / 2**20

@@ -26,12 +26,14 @@ class CFRH(GraphHashMethod):
 
     defaults = {
         "first": 0.4, "second": 0.3, "fused": 0.3, "mu": 1.5, "intra": 0.1, "reconstruction": 0.01, "similarity": "rescaled",
+        "hidden": 1024,
     }
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.inputs = {name: standardised(context.features[name]) for name in context.modalities}
-        self.decoders = nn.ModuleDict({name: decoder(context.dim, rows.shape[1]) for name, rows in self.inputs.items()})
+        hidden = context.settings["hidden"]
+        self.decoders = nn.ModuleDict({name: decoder(context.dim, hidden, rows.shape[1]) for name, rows in self.inputs.items()})
 
     def target(self, index: Tensor) -> Tensor:
         """Return S (B, B) of samples (B,)."""

@@ -6,7 +6,7 @@ DCCA with decoders g_X, g_Y that reconstruct the inputs u_i, w_i from the output
 
 Published: lam chosen on labelled validation data over powers of ten, decoders of three layers that mirror the encoders, other batches for
 the second term. Ours: the input is the frozen feature, each column scaled to mean 0 and variance 1, so that lam (1e-3) weighs the same for
-both modalities; decoders have one hidden layer of 1,024; one batch for both terms; the rest as `baselines.dcca`.
+both modalities; decoders have one layer of `hidden` 1,024; one batch for both terms; the rest as `baselines.dcca`.
 """
 
 from collections.abc import Mapping
@@ -17,30 +17,31 @@ from torch import Tensor, nn
 from baselines.dcca import DCCA
 from baselines.method import Context
 
-HIDDEN = 1024
-
 
 class DCCAE(DCCA):
     """Deep canonically correlated autoencoders."""
 
-    defaults = {"ridge": 1e-3, "reconstruction": 1e-3}
+    defaults = {"ridge": 1e-3, "reconstruction": 1e-3, "hidden": 1024}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.inputs = {name: standardised(context.features[name]) for name in context.modalities}
-        self.decoders = nn.ModuleDict({name: decoder(context.dim, rows.shape[1]) for name, rows in self.inputs.items()})
+        hidden = context.settings["hidden"]
+        self.decoders = nn.ModuleDict({name: decoder(context.dim, hidden, rows.shape[1]) for name, rows in self.inputs.items()})
 
     def forward(self, index: Tensor, embeddings: Mapping[str, Tensor], epoch: int) -> Tensor:
         errors = [
             (self.inputs[name][index] - self.decoders[name](embeddings[name])).square().sum(dim=1).mean()
             for name in self.context.modalities
         ]
-        return super().forward(index, embeddings, epoch) + self.context.settings["reconstruction"] * sum(errors)
+        correlation = super().forward(index, embeddings, epoch)
+        self.logged |= {"correlation": -correlation, "squared_error": sum(errors)}  # both terms, which one number would hide
+        return correlation + self.context.settings["reconstruction"] * sum(errors)
 
 
-def decoder(dim: int, width: int) -> nn.Sequential:
+def decoder(dim: int, hidden: int, width: int) -> nn.Sequential:
     """Return an MLP that maps codes (B, dim) to features (B, width)."""
-    return nn.Sequential(nn.Linear(dim, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, width))
+    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
 
 
 def standardised(features: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ and per batch, with M = 1 - I and C_ab = cos(H_a, H_b):
     half-real, half-binary: L(Hx, Hy) + L(Hx, sign Hy) + L(sign Hx, Hy), no gradient through signs.
 
 From the release: a2 0.3, kappa 1.5, dw = cw = 1, k = 0.4 N (its number of neighbours counts those removed), SGD 0.9, rate 5e-3, weight
-decay 5e-4, batch 32, h = tanh z. Ours: a1 0.5 (the release's 0.01 says that text was of no use), scale = 2 k and S clipped to [-1, 1],
-similarities rescaled (`baselines.hashing`) so that E lies in [0, 1]; the three terms are summed where the release steps thrice.
+decay 5e-4, batch 32, h = tanh z. Ours: a1 0.5 (the release's 0.01 says that text was of no use), scale = 2 k (`scale` 2), S clipped to
+[-1, 1], similarities rescaled (`baselines.hashing`) so that E lies in [0, 1]; the three terms are summed where the release steps thrice.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class DGCPN(HashMethod):
     training_defaults = Training(dim=256, batch_size=32, epochs=70, optimizer="sgd", learning_rate=5e-3, weight_decay=5e-4)
     defaults = {
         "second": 0.5, "coherence": 0.3, "neighbours": 0.4, "kappa": 1.5, "graph_weight": 1.0, "consistency_weight": 1.0,
-        "similarity": "rescaled",
+        "similarity": "rescaled", "scale": 2.0,
     }
 
     def __init__(self, context: Context) -> None:
@@ -51,7 +51,7 @@ class DGCPN(HashMethod):
         similarity = measures[0](index).lerp_(measures[1](index), options["second"]).add_(1).div_(2)
         count = min(max(round(options["neighbours"] * len(index)), 1), len(index) - 1)
         neighbours = neighbour_distribution(similarity, count)
-        coherence = torch.lerp(similarity, 2 * count * neighbours @ neighbours.T, options["coherence"])
+        coherence = torch.lerp(similarity, options["scale"] * count * neighbours @ neighbours.T, options["coherence"])
         self.target = (2 * coherence - 1).clamp(-1, 1)  # S (N, N)
 
     def forward(self, index: Tensor, embeddings: Mapping[str, Tensor], epoch: int) -> Tensor:

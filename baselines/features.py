@@ -22,7 +22,7 @@ from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, list_path, load_test_samples, load_training_samples
 from losses import ModalityInvarianceLoss
 from models.build import build_encoders, load_pretrained
-from training import FEATURES_NOTE, mark_labels
+from training import FEATURES_NOTE, circumstances, mark_labels
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_json
 from utils.engine.learner import StageLearner
 from utils.engine.run_log import environment
@@ -121,6 +121,7 @@ def _encoders(session: Any, kind: str) -> tuple[nn.ModuleDict, PairedSamples]:
     """Return what turns samples into features, and the training samples."""
     config, device = session.config, session.device
     samples = load_training_samples(config.data, device)
+    session.run.log(circumstances(samples, session))
     if kind == "raw":  # a sample is written down as one vector, without any learning
         make = lambda name: RawImage(name == "GrayImg") if config.data.kind_of(name) == "image" else Occupancy()
         return nn.ModuleDict({name: make(name) for name in config.data.modalities}), samples

@@ -11,7 +11,8 @@ Codes h = tanh(sqrt(t) z) at epoch t = 1, 2, ...; per batch of B pairs, with hat
 From the release: (a, b, c) = (0.4, 0.3, 0.3), mu 1.4, g 0.1, (L1, L2) = (0.1, 0.2), batch 32, SGD 0.9, rate 1e-2, weight decay 5e-4.
 
 Ours: its constants t_l, t_r, min, max belong to AlexNet and bags of words; here they are percentiles of S0 off the diagonal (5, 95, 0.1,
-99.9) in `BATCHES` random batches of the training set. `similarity` rescaled (`baselines.hashing`); 256 dimensions, ranked by h.
+99.9: `left_share` ...) in `batches` random batches of the training set. `similarity` rescaled (`baselines.hashing`); 256 dimensions;
+ranked by h.
 """
 
 from collections.abc import Mapping
@@ -25,25 +26,24 @@ from baselines.hashing import GraphHashMethod, cosine
 from baselines.method import Context
 from utils.engine.seed import generator_for
 
-BATCHES = 50
-PERCENTILES = (0.05, 0.95, 0.001, 0.999)
-
 
 class JDSH(GraphHashMethod):
     """Joint-modal distribution-based similarity hashing."""
 
     defaults = {
         "first": 0.4, "second": 0.3, "joint": 0.3, "mu": 1.4, "intra": 0.1, "left": 0.1, "right": 0.2, "similarity": "rescaled",
+        "batches": 50, "left_share": 0.05, "right_share": 0.95, "low_share": 0.001, "high_share": 0.999,
     }
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        generator, rows = generator_for(context.seed, "jdsh"), next(iter(context.features.values()))
+        options, generator, rows = context.settings, generator_for(context.seed, "jdsh"), next(iter(context.features.values()))
         size = min(context.batch_size, len(rows))
         others = ~torch.eye(size, dtype=torch.bool)
-        batches = (torch.randperm(len(rows), generator=generator)[:size].to(rows.device) for _ in range(BATCHES))
+        batches = (torch.randperm(len(rows), generator=generator)[:size].to(rows.device) for _ in range(options["batches"]))
         found = torch.cat([self.joint(index).cpu()[others] for index in batches])
-        self.thresholds = tuple(np.quantile(found.numpy(), PERCENTILES).tolist())
+        shares = [options[f"{name}_share"] for name in ("left", "right", "low", "high")]
+        self.thresholds = tuple(np.quantile(found.numpy(), shares).tolist())
 
     def joint(self, index: Tensor) -> Tensor:
         """Return S0 (B, B) of samples (B,) before the weighting."""

@@ -14,6 +14,7 @@ from models.build import build_encoders, load_pretrained
 from utils.engine.learner import StageLearner
 from utils.engine.seed import BatchGenerator, derive_seed
 from utils.evaluation.features import evaluation_mode
+from utils.modalities import MODALITIES
 
 
 class MethodLearner(StageLearner):
@@ -80,7 +81,7 @@ class MethodLearner(StageLearner):
             nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)
         self.optimizer.step()
         self.method.after_step(index[0], {name: rows.detach() for name, rows in embeddings.items()}, self.epoch)
-        return {"loss/method": loss.detach()}
+        return {"loss/method": loss.detach()} | {f"method/{name}": value.detach() for name, value in self.method.logged.items()}
 
     @torch.no_grad()
     def codes(self, samples: PairedSamples) -> dict[str, Tensor]:
@@ -96,7 +97,8 @@ def make_context(
 ) -> Context:
     """Return what a method may read before training: no labels unless they are given."""
     return Context(
-        modalities=config.data.modalities, features=features, dim=config.model.embedding_dim,
+        modalities=tuple(sorted(config.data.modalities, key=lambda name: not MODALITIES[name].is_2d)), features=features,
+        dim=config.model.embedding_dim,
         batch_size=min(config.optim.batch_size, *samples.counts.values()), epochs=config.optim.epochs, seed=config.run.seed, device=device,
         num_clusters=config.method.num_clusters if labels is None else int(labels.max()) + 1,
         labels=labels, settings=method_options(cls, config.method.options),

@@ -14,7 +14,8 @@ Source labels: by default PSEUDO-LABELS OF THE IMAGE MODALITY, k-means of its fe
 
 Ours: one space is needed, so both modalities are first mapped by ridge CCA of the pairs (`baselines.cca`, 128 dimensions) to unit rows; at
 most `pairs` pairs (2,500, evenly spaced) are fitted; the kernel's bandwidth is the median distance; err is that of halves held out; ranked:
-[hat(z); tau hat(softmax F)], tau 1; new samples by F(z) = k(z, Z) beta, so that no test sample takes part in the fit.
+[hat(z); tau hat(softmax F)], tau 1, or the beliefs alone (`map: false`); new samples by F(z) = k(z, Z) beta, so that no test sample
+takes part in the fit.
 """
 
 from collections.abc import Mapping
@@ -116,6 +117,7 @@ class MEDA(ShallowMethod):
 
     defaults = {
         "ridge": 1e-3, "subspace": 20, "neighbours": 10, "lam": 10.0, "eta": 0.1, "rho": 1.0, "rounds": 10, "tau": 1.0, "pairs": 2500,
+        "map": True,
     }
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:
@@ -136,4 +138,4 @@ class MEDA(ShallowMethod):
     def transform(self, name: str, rows: np.ndarray) -> np.ndarray:
         mapped = self._common(name, rows) @ self.root
         beliefs = unit_rows(softmax(self.classifier.scores(mapped), axis=1))
-        return np.concatenate([unit_rows(mapped), self.settings["tau"] * beliefs], axis=1)
+        return np.concatenate([unit_rows(mapped), self.settings["tau"] * beliefs], axis=1) if self.settings["map"] else beliefs

@@ -61,6 +61,10 @@ class Method(nn.Module):
     The learner owns the encoders (`Context.dim` wide, linear output with BatchNorm, no activation), batches and optimiser; it trains
     the method's parameters with the encoders', and keeps its buffers in the checkpoint. Random draws come from a generator made
     from `context.seed` and the epoch, or from torch's global one, which is seeded per epoch: a resumed run then repeats them.
+
+    Attributes:
+        logged: name -> number (a scalar tensor) that `forward` puts there to be watched; its mean over an epoch goes to metrics.jsonl
+            as "method/NAME".
     """
 
     training_defaults: ClassVar[Training] = Training()
@@ -69,6 +73,7 @@ class Method(nn.Module):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.context = context
+        self.logged: dict[str, Tensor] = {}
 
     def start_epoch(self, epoch: int, embeddings: Callable[[], dict[str, Tensor]]) -> None:
         """Prepare an epoch (1-based); `embeddings` gives modality -> (N, L) of all training samples, in eval mode, without gradient."""

@@ -14,8 +14,10 @@ s_i = hat(phi_x_i + phi_y_i):
 Ranked: tanh phi of the server's networks. From the release: Adam 1e-4, weight decay 1e-6, batch 256, norm clip 1, 5 + 5 epochs per round.
 
 Ours: 20 rounds; P = K; ONE client, as the setting here is central (its prototypes are the server's); `clients: 10` splits non-IID, a
-Dirichlet draw (0.1) over PSEUDO-LABELS, k-means of the image features. Prototypes are found anew at each private epoch from all rows of
-a client, where the release clusters a queue of recent batches; private networks start as the server's; no further epochs on 3D alone.
+Dirichlet draw (`dirichlet` 0.1: most of a label's samples go to one or two clients) over PSEUDO-LABELS, k-means of the image features,
+and clients below `smallest_client` pairs (32) take no part. A fit that is cut off starts anew. Prototypes are
+found anew at each private epoch from all rows of a client, where the release clusters a queue of recent batches; private
+networks start as the server's; no further epochs on 3D alone.
 """
 
 import copy
@@ -39,8 +41,6 @@ from utils.settings.options import ModelConfig
 
 MARGIN, FLOOR, SHARP, SOFT = 0.001, 1e-2, 0.26, 0.81
 WEIGHT_DECAY, CLIP = 1e-6, 1.0
-SMALLEST_CLIENT = 32  # rows; others take no part
-DIRICHLET = 0.1  # concentration: most of a label's samples go to one or two clients
 
 
 class Networks:
@@ -133,13 +133,13 @@ def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) ->
     return mean
 
 
-def split(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
+def split(labels: np.ndarray, clients: int, concentration: float, seed: int) -> list[np.ndarray]:
     """Return the sample numbers of each client: of every label's samples, shares drawn from a Dirichlet distribution."""
     draw = np.random.default_rng(seed)
     parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
         members = draw.permutation(np.flatnonzero(labels == label))
-        cuts = (draw.dirichlet([DIRICHLET] * clients).cumsum()[:-1] * len(members)).round().astype(int)
+        cuts = (draw.dirichlet([concentration] * clients).cumsum()[:-1] * len(members)).round().astype(int)
         for part, chosen in zip(parts, np.split(members, cuts), strict=True):
             part.append(chosen)
     return [np.concatenate(part) for part in parts]
@@ -151,6 +151,7 @@ class PTFUCH(ShallowMethod):
     dim = 256
     defaults = {
         **DEFAULTS, "rounds": 20, "private_epochs": 5, "global_epochs": 5, "clients": 1, "batch_size": 256, "learning_rate": 1e-4,
+        "dirichlet": 0.1, "smallest_client": 32,
     }
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:
@@ -170,13 +171,13 @@ class PTFUCH(ShallowMethod):
             prototypes = kmeans(stacked, min(context.num_clusters, len(stacked)), seed=context.seed, num_init=1, spherical=True)[0]
 
     def _split(self, count: int, context: Context) -> list[np.ndarray]:
-        clients = context.settings["clients"]
+        clients, smallest = context.settings["clients"], context.settings["smallest_client"]
         if clients == 1:
             return [np.arange(count)]
-        parts = split(source_labels(context).cpu().numpy(), clients, derive_seed(context.seed, "clients"))
-        found = [part for part in parts if len(part) >= SMALLEST_CLIENT]
+        seed, labels = derive_seed(context.seed, "clients"), source_labels(context).cpu().numpy()
+        found = [part for part in split(labels, clients, context.settings["dirichlet"], seed) if len(part) >= smallest]
         if not found:
-            raise UserError(f"method.options.clients: none of {clients} clients has {SMALLEST_CLIENT} of the {count} pairs; lower it")
+            raise UserError(f"method.options.clients: none of {clients} clients has {smallest} of the {count} pairs; lower it")
         return found
 
     def _client(self, index: np.ndarray, rows: list[Tensor], context: Context) -> Client:

@@ -1,7 +1,6 @@
 """Trains and scores one method of the comparison: python -m baselines.run METHOD --config FILE --seed S."""
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -20,8 +19,9 @@ from baselines.noisy_labels import noisy_labels
 from baselines.settings import BaselineConfig, method_overrides
 from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, load_test_samples, load_training_samples
-from training import mark_labels
+from training import circumstances, mark_labels
 from utils.engine.checkpoint import atomic_write_json
+from utils.engine.device import peak_mib
 from utils.engine.session import Session, fit, open_session, run_command, stage_parser
 from utils.errors import UserError
 from utils.evaluation.metrics import mean_average_precision
@@ -40,6 +40,7 @@ def run_method(session: Session) -> None:
     entry = method_entry(config.method.name)
     with run.failures_logged():
         samples = load_training_samples(config.data, device)
+        run.log(circumstances(samples, session))
         labels = _labels(entry, config, samples, device)
         test, test_labels = load_test_samples(config.data, device, samples)
         if issubclass(entry.load(), ShallowMethod):
@@ -115,11 +116,10 @@ def _facts(entry: Entry, config: BaselineConfig, device: torch.device) -> dict[s
     labels = entry.labels
     if labels == "noisy labels":
         labels = f"labels, {config.method.noise:g} of them wrong ({config.method.noise_kind})"
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     head = bool(config.data.features)
     noted = provenance(Path(config.data.root)) if head else {}
     return {
-        "row": entry.title, "method": config.method.name, "reads": labels, "selection": "last epoch", "peak_mib": round(peak / 2**20),
+        "row": entry.title, "method": config.method.name, "reads": labels, "selection": "last epoch", "peak_mib": peak_mib(device),
         "mode": "head" if head else "e2e", "features": {key: noted[key] for key in ("kind", "seed", "commit", "command") if head},
     }
 

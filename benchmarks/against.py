@@ -240,5 +240,4 @@ if __name__ == "__main__":
     else:
         from utils.engine.session import run_command
 
-        status: list[int] = []
-        sys.exit(run_command(lambda: status.append(main())) or status[0])
+        sys.exit(run_command(main))

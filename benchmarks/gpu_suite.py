@@ -1,7 +1,7 @@
 """Everything that waits for a GPU, in one command: `python -m benchmarks.gpu_suite [--minutes 9] [--list]`.
 
 Runs the gpu tests, the benchmarks and the 3D MNIST protocol, each in its own process. When the minutes are over it stops what
-runs; the same command goes on from there. Every run leaves one line in results/gpu_suite.jsonl; what is done at the present
+runs; the same command goes on from there. Every run leaves one line in results/benchmarks/gpu_suite.jsonl; what is done at the present
 commit is not run again. Exit status: 0 all done, or no GPU; 1 a step failed; 3 something is left.
 """
 
@@ -22,7 +22,7 @@ import torch
 from utils.engine.run_log import REPOSITORY, environment
 from utils.engine.session import run_command
 
-RECORDS = REPOSITORY / "results" / "gpu_suite.jsonl"
+RECORDS = REPOSITORY / "results" / "benchmarks" / "gpu_suite.jsonl"
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 LEFT = 3
 OUTPUT_CHARACTERS = 2000  # kept of a run
@@ -114,5 +114,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status: list[int] = []
-    sys.exit(run_command(lambda: status.append(main())) or status[0])
+    sys.exit(run_command(main))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.floors import count_work, measure_rates, print_table, seconds_of, start, timed, write_report
+from utils.engine.session import run_command
 from utils.evaluation.metrics import mean_average_precision
 
 SEED = 0
@@ -112,4 +113,4 @@ def _average_precision(order: list[int], labels: list[int], label: int) -> float
 LOOPS = {"double loop": double_loop_map, "loop over ranks": rank_loop_map}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

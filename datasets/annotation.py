@@ -25,7 +25,7 @@ class Annotation:
         ids: modality -> (N,) int64 on the CPU, z of Sec. III-D; the same in all modalities where beliefs were fused.
         posteriors: modality -> (N, K) float32 on the CPU, what the ids were decided on.
         own: modality -> (N,) int64, the ids that each modality by itself would give; the same as `ids` where nothing was fused.
-        reliability: modality -> `consensus.view_agreement` of two augmented views; empty where it was not needed.
+        reliability: modality -> `consensus.view_agreement` of two augmented views; empty for features of one view.
         agreement: share of objects whose modalities, each by itself, give the same id; None without pairs.
     """
 
@@ -69,9 +69,7 @@ def annotate(
     """
     features = describe_samples(encoders, classifiers, samples, data, device)
     posteriors = {name: values.posteriors for name, values in features.items()}
-    reliability = {}
-    if method == "trusted":
-        reliability = measure_reliability(encoders, classifiers, samples, data, device, seed)
+    reliability = measure_reliability(encoders, classifiers, samples, data, device, seed)
     return Annotation.of(posteriors, method, reliability, data.pairing != "none")
 
 

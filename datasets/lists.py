@@ -80,7 +80,7 @@ def read_labelled_list(
     path: str | Path, *, modality: str, root: str | Path, instance_id: str = r"(\d+)$", num_classes: int | None = None,
     unique: Sequence[str] = ("path", "instance id"),
 ) -> tuple[SampleList, np.ndarray]:
-    """Return what `read_training_list` does and the (N,) int64 labels; for evaluation and data preparation alone.
+    """Return what `read_training_list` does and the (N,) int64 labels; for evaluation, preparation and what in `baselines` reads labels.
 
     Raises:
         MissingLabelsError: without labels, and UserErrors as `read_training_list`.

@@ -158,7 +158,7 @@ def describe_setup(setup: Setup) -> dict[str, Any]:
     first, second = (_load(stage, setup.config, getattr(setup, stage)) for stage in CONFIGS)
     return {
         "config": str(setup.config), "batch_size": first.optim.batch_size, "learning_rate": first.optim.learning_rate,
-        "lambda_1": first.pla.lambda_1, "lambda_2": second.rdl.lambda_2, "alpha": second.rdl.alpha,
+        "lambda_1": first.pla.lambda_1, "lambda_2": second.rdl.lambda_2, "alpha": second.rdl.alpha, "num_clusters": first.pla.num_clusters,
         "hash": _identify([_decisive(stage, setup.config, getattr(setup, stage)) for stage in CONFIGS]),
     }
 
@@ -177,7 +177,8 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
     seeds, rows = list(seeds), []
     for name, options in rows_of(table).items():
         without = "numbers" in options or not setup.pairs or (options.get("head_only") and setup.source is None)
-        own = setup if without else {"as_printed": setup.as_printed, "recipe": setup.recipe or setup}.get(options.get("settings"), setup)
+        settings = "recipe" if "method" in options and setup.source is None else options.get("settings")  # end to end, as RoMo trains
+        own = setup if without else {"as_printed": setup.as_printed, "recipe": setup.recipe or setup}.get(settings, setup)
         if own is None:
             raise UserError(f"row {name!r} needs as_printed of {setup.dataset}, {setup.scale} scale, in the protocol")
         named = options.get("modalities") or "each"

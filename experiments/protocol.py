@@ -16,9 +16,9 @@ from utils.settings.data_options import nearest
 from utils.settings.options import Step1Config
 
 HERE = Path(__file__).resolve().parent
-SCALES = ("full", "small", "head")
+SCALES = ("full", "small", "head", "e2e")
 TRAINED = [name for name, (kind, _) in VARIANTS.items() if kind != ANCHORED]  # what a training scores at its end
-_SCALE = dict.fromkeys(("config", "pairs", "step1", "step2", "as_printed", "recipe", "source", "absent"))
+_SCALE = dict.fromkeys(("config", "pairs", "step1", "step2", "as_printed", "recipe", "source", "absent", "mark"))
 _TABLE = dict.fromkeys(("title", "kind", "paper", "baseline", "ranking", "logged", "notes", "grids", "values", "mode"))
 _ROW = dict.fromkeys((
     "step1", "again", "step2", "rounds", "stage", "settings", "by", "modalities", "paper", "numbers", "against", "variant", "method", "set",
@@ -41,6 +41,7 @@ class Setup:
         as_printed, recipe: the same with the paper's settings, and with ours where they are others.
         absent: pairs of the paper whose data cannot be had.
         source: at scale head, the folder with the configuration of the samples, of which all trainings get features.
+        mark: what titles say of the data, e.g. that the pictures are not the paper's.
     """
 
     dataset: str
@@ -56,6 +57,7 @@ class Setup:
     recipe: "Setup | None" = None
     source: Path | None = None
     absent: tuple[str, ...] = ()
+    mark: str | None = None
 
     @property
     def letters(self) -> str:
@@ -134,7 +136,7 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
         source = Path(options["source"]) if "source" in options else None
         own = {key: tuple(entry.get(key, ())) for key in ("samples", "methods")}
         return Setup(dataset, scale, Path(places["config"]), tuple(dict.fromkeys(pairs)), *given, entry.get("paper"), **own,
-                     source=source, absent=tuple(options.get("absent", ())), **others)
+                     source=source, absent=tuple(options.get("absent", ())), mark=options.get("mark"), **others)
 
     return setup(options, **{name: setup(options[name]) for name in ("as_printed", "recipe") if name in options})
 

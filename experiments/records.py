@@ -147,4 +147,5 @@ def load_table(path: Path, protocol: Mapping[str, dict]) -> Table:
     options, setup = protocol["tables"][name], find_setup(protocol, dataset, scale)
     numbers = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))
     paper = numbers.get(options.get("paper"), {}).get(setup.paper, {})
-    return Table(name, by_id, shown, pairs or setup.pairs, f"{dataset}, {scale} scale", options, setup.paper, paper, setup.absent)
+    place = ", ".join(filter(None, (dataset, f"{scale} scale", setup.mark)))
+    return Table(name, by_id, shown, pairs or setup.pairs, place, options, setup.paper, paper, setup.absent)

@@ -56,8 +56,10 @@ def _settings_lines(table: Table) -> list[str]:
         if epochs := " + ".join("/".join(map(str, found)) for found in lengths if found):
             whose = "the paper's as printed" if config.removesuffix("_cpu").endswith("_paper") else "ours, not the paper's"
             size = ", inputs and encoders in CPU size" if config.endswith("_cpu") else ""
+            known = setup.get("num_clusters")  # older records do not say
+            clusters = [] if known is None else ["K found" if known == "auto" else f"K {known} given"]
             facts = [f"{key.replace('_size', '').replace('_rate', ' rate')} {setup[key]:g}" for key in FACTS]
-            lines.append(f"- Settings: {whose}{size} (`{config}`): {', '.join([f'{epochs} epochs', *facts])}")
+            lines.append(f"- Settings: {whose}{size} (`{config}`): {', '.join([f'{epochs} epochs', *facts, *clusters])}")
     return lines
 
 
@@ -67,8 +69,9 @@ def score_lines(table: Table) -> list[str]:
     tasks = tasks_of(table, summaries)
     columns = [*tasks, "avg"]
     known = {task for task in columns if any("paper" in entry.options and _printed(table, entry, task, tasks) for entry in summaries)}
-    logged = [key for key in table.options.get("logged", ()) if len(table.pairs) == 1 and any(_logged(key, entry) for entry in summaries)]
-    compared = ["avg, difference"] if "baseline" in table.options else []
+    wanted = [key for key in table.options.get("logged", ()) if len(table.pairs) == 1 or "/" in key]
+    logged = [key for key in wanted if any(_logged(key, entry) for entry in summaries)]
+    compared = ["avg, difference"] if "baseline" in table.options or any("against" in entry.options for entry in summaries) else []
     heads = [head for task in columns for head in [f"{task}, paper ({table.paper_dataset})"] * (task in known) + [task]]
     rows = [["row", *heads, *compared, *logged, "seeds", "wall time", "device", "commit"]]
     found = [record["scores"] for entry in summaries for record in entry.records]
@@ -105,9 +108,12 @@ def _score(entry: Summary, task: str) -> str:
 
 
 def _logged(key: str, entry: Summary) -> list[float]:
-    """The values that a row's own runs (not those they rest on) logged beside mAP, e.g. agreement."""
-    return [record["scores"][key] for record in entry.records
-            if record["stage"] == entry.records[0]["stage"] and key in record["scores"]]
+    """The values that a row's own runs (not those they rest on) logged beside mAP, e.g. agreement: one per seed, mean over the pairs."""
+    by_seed: dict[int, list[float]] = {}
+    for record in entry.records:
+        if record["stage"] == entry.records[0]["stage"] and key in record["scores"]:
+            by_seed.setdefault(record["seed"], []).append(record["scores"][key])
+    return [mean(values) for values in by_seed.values()]
 
 
 def memory_lines(table: Table) -> list[str]:

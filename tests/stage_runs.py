@@ -79,4 +79,4 @@ def assert_same_result(first: Path, second: Path, step: int) -> None:
 
 def log_lines(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(("seconds", "memory"))} for line in lines]

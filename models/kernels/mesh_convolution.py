@@ -3,8 +3,6 @@
 The faces of all meshes of a batch are the rows of one (M, C) matrix, M = B * F; `Neighbours` says which rows touch.
 """
 
-import importlib
-import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -14,7 +12,7 @@ from torch.nn import functional as F
 
 from models.kernels.batch_norm import is_compiled, normalise_and_activate
 from models.kernels.linear import linear_of_parts
-from models.kernels.neighbour_ops import HAS_NUMBA, in_degrees, operations
+from models.kernels.neighbour_ops import compiled_or_plain, in_degrees, operations
 from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
 
@@ -179,9 +177,7 @@ class _StrongestPairs(torch.autograd.Function):
 
 
 def _passes(own: Tensor) -> ModuleType:
-    """Return the module whose `strongest` and `pair_gradients` serve a device: this one, or the compiled one."""
-    compiled = own.device.type == "cpu" and HAS_NUMBA
-    return importlib.import_module("models.kernels.mesh_numba") if compiled else sys.modules[__name__]
+    return compiled_or_plain(own.device, "mesh_numba", "mesh_convolution")
 
 
 def strongest(own: Tensor, other: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ rows of the (M, C) point matrix; every neighbour lies in the same cloud, a run o
 
 import functools
 import importlib.util
-import sys
 from types import ModuleType
 
 import torch
@@ -36,9 +35,12 @@ def operations(device: torch.device, implementation: str) -> ModuleType:
     """Return the module that reduces on a device: this one, or one with the same functions."""
     if implementation == "triton":
         return triton_operations(device)
-    if device.type == "cpu" and HAS_NUMBA:
-        return importlib.import_module("models.kernels.neighbour_numba")
-    return sys.modules[__name__]
+    return compiled_or_plain(device, "neighbour_numba", "neighbour_ops")
+
+
+def compiled_or_plain(device: torch.device, compiled: str, plain: str) -> ModuleType:
+    """Return one of two modules of `models.kernels` with the same functions: the compiled one on a CPU with Numba."""
+    return importlib.import_module(f"models.kernels.{compiled if device.type == 'cpu' and HAS_NUMBA else plain}")
 
 
 def in_degrees(rows: Tensor) -> Tensor:

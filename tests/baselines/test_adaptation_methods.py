@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from compared import CLASSES, NAMES, context_of, pairs
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 from torch.nn import functional as F
 
@@ -45,6 +46,25 @@ def test_the_discriminator_tells_the_domains_apart_and_the_embeddings_get_the_re
         assert torch.allclose(slope, wanted * (-0.3 if place < 2 else 1), atol=1e-7)
 
 
+def test_the_discriminator_learns_while_the_embeddings_unlearn(monkeypatch):
+    monkeypatch.setattr(revgrad, "DISCRIMINATOR_WIDTH", 64)
+    torch.manual_seed(0)
+    method = RevGrad(context_of("revgrad", FEATURES, dim=8)).eval()  # no dropout
+    first, second = (torch.randn(60, 8) + shift for shift in (0, 1.5))
+    first, second = first.requires_grad_(), second.requires_grad_()
+    optimizer = torch.optim.SGD([{"params": method.discriminator.parameters()}, {"params": [first, second], "lr": 20.0}], lr=0.1)
+    right = []
+    for step in range(120):
+        loss = method.domain_loss(first, second, 0.0 if step < 40 else 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        right.append(method.logged["discriminator_accuracy"].item())
+        believed = method.discriminator(torch.cat([first, second])).squeeze(1) > 0
+    assert method.logged["discriminator_accuracy"].item() == pytest.approx((believed == (torch.arange(120) >= 60)).float().mean().item(), abs=0.05)
+    assert right[39] > 0.9 and np.mean(right[-10:]) < 0.75
+
+
 def test_where_revgrad_takes_its_labels_from():
     clusters = source_labels(context_of("revgrad", FEATURES))
     assert clusters.shape == (120,) and clusters.unique().tolist() == list(range(CLASSES))
@@ -81,6 +101,21 @@ def test_the_flow_kernel_is_the_integral_over_the_geodesic():
         wanted += basis @ basis.T / len(steps)
     assert np.allclose(root @ root, wanted, atol=1e-6)
     assert np.allclose(flow_kernel_root(source, source, 2) @ source.T, bases[0] @ bases[0].T @ source.T, atol=1e-6)  # no way to go
+
+
+def test_without_alignment_and_graph_it_is_kernel_ridge_regression():
+    source, labels, target = shifted()
+    settings = {**MEDA.defaults, "lam": 0.0, "rho": 0.0, "neighbours": 5, "rounds": 1}
+    fitted = AlignedClassifier(2, settings).fit(source, labels, target)
+    ridge = KernelRidge(alpha=0.1, kernel="rbf", gamma=fitted.gamma).fit(source, np.eye(2)[labels])
+    assert np.allclose(fitted.scores(target), ridge.predict(target), atol=1e-9)
+
+
+def test_meda_beats_the_nearest_neighbour_on_a_shift():
+    source, labels, target = shifted()
+    nearest = np.mean([labels[((source - row) ** 2).sum(1).argmin()] == label for row, label in zip(target, labels)])
+    aligned = AlignedClassifier(2, {**MEDA.defaults, "neighbours": 5}).fit(source, labels, target).scores(target).argmax(1)
+    assert nearest < 0.8 < (aligned == labels).mean()
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -131,3 +166,5 @@ def test_meda_ranks_map_and_belief_and_fits_a_part_of_the_pairs(monkeypatch):
     codes = method.transform("PointCloud", FEATURES["PointCloud"][:7])
     assert codes.shape == (7, 12 + CLASSES)
     assert np.allclose(np.linalg.norm(codes[:, :12], axis=1), 1) and np.allclose(np.linalg.norm(codes[:, 12:], axis=1), 2)
+    method.settings = {**method.settings, "map": False}
+    assert np.allclose(2 * method.transform("PointCloud", FEATURES["PointCloud"][:7]), codes[:, 12:])

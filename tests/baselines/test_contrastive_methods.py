@@ -27,12 +27,14 @@ def double(method):
 def test_contrast_of_scl_leaves_the_positive_out_of_the_denominator():
     first, second = unit()
     rows = torch.cat([first, second]).numpy()
-    wanted = 0.0
+    wanted, with_positive = 0.0, 0.0
     for p in range(8):
         q = (p + 4) % 8
         scores = {n: np.exp(rows[p] @ rows[n] / 0.5) for n in range(8) if n != p}
         wanted -= np.log(scores[q] / sum(value for n, value in scores.items() if n != q)) / 8
+        with_positive -= np.log(scores[q] / sum(scores.values())) / 8
     assert contrastive(first, second, 0.5).item() == pytest.approx(wanted, rel=1e-12)
+    assert ModalityInvarianceLoss(0.5)(torch.stack([first, second])).item() == pytest.approx(2 * with_positive, rel=1e-12)  # NT-Xent
     assert contrastive(first, first, 0.05).item() < 0  # NT-Xent is never below 0
 
 
@@ -119,6 +121,22 @@ def test_progress_of_short_trainings():
     assert progress(1, 50, 0.0) == 1 and progress(1, 1, 0.5) == 1
 
 
+def test_rono_pulls_clean_samples_and_pushes_noisy_ones():
+    method = rono(epochs=2, warmup=0.0)
+    with torch.no_grad():
+        method.centres.copy_(torch.eye(CLASSES, 6))
+    own, mean = torch.eye(6, dtype=torch.float64)[0], torch.ones(6, dtype=torch.float64) * torch.tensor([1, 1, 1, 1, 1, 0]) / CLASSES
+    flips = []
+    for angle in torch.linspace(0.02, np.pi / 2, 60).tolist():
+        z = (np.cos(angle) * own + np.sin(angle) * torch.eye(6, dtype=torch.float64)[5]).requires_grad_()
+        loss = method.discriminative(z[None], torch.tensor([0]), 1)
+        towards = -torch.autograd.grad(loss, z)[0] @ (own - own @ z.detach() * z.detach())  # along the sphere, to the centre
+        clean = bool((own @ z).exp() > (mean @ z).exp() + 0.3)
+        assert (towards > 0) == clean
+        flips.append(clean)
+    assert flips[0] and not flips[-1] and sum(a != b for a, b in zip(flips, flips[1:])) == 1
+
+
 def test_rono_sums_its_three_losses():
     embeddings = {name: torch.randn(4, 6, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i, name in enumerate(NAMES)}
     labels = torch.as_tensor(LABELS)[INDEX]
@@ -140,6 +158,15 @@ def test_robust_clustering_of_mrl():
         values = (scale * torch.eye(4, dtype=torch.float64)[:1]).requires_grad_()
         loss = robust_clustering(values, torch.tensor([0]))
         assert torch.isfinite(torch.autograd.grad(loss, values)[0]).all() and loss.item() >= np.log(1e-6) - 1e-9
+
+
+def test_mrl_gives_confident_samples_the_larger_slope():
+    def slope(believed):
+        p = torch.tensor(believed, dtype=torch.float64, requires_grad=True)
+        logits = torch.stack([p.log(), (1 - p).log()])[None]
+        return torch.autograd.grad(robust_clustering(logits, torch.tensor([0])), p)[0].item()
+
+    assert slope(0.9) == pytest.approx(-1 / (1 - 0.9)) and abs(slope(0.9)) > abs(slope(0.1))
 
 
 def test_mrl_sums_its_losses_and_keeps_unit_centres():

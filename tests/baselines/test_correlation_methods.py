@@ -161,6 +161,11 @@ def test_total_correlation_and_its_gradient():
     assert all(torch.isfinite(slope).all() for slope in slopes)
 
 
+def test_noise_saturates_the_correlation_of_a_small_batch():
+    noise = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0))
+    assert TotalCorrelation.apply(*noise, 1e-9).item() == pytest.approx(49, abs=1e-3)
+
+
 def test_dcca_ends_with_a_linear_cca_of_all_training_outputs():
     needs_cca_zoo()
     with pytest.warns(UserWarning, match="batches of 50 pairs and 64 dimensions"):

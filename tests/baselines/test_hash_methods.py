@@ -8,7 +8,7 @@ from compared import NAMES, context_of, cosines, mse, pairs
 from baselines.cfrh import CFRH
 from baselines.dgcpn import DGCPN, neighbour_distribution
 from baselines.djsrh import DJSRH
-from baselines.hashing import FeatureSimilarity
+from baselines.hashing import FeatureSimilarity, cosine
 from baselines.jdsh import JDSH
 from baselines.ucch import UCCH
 from utils.errors import UserError
@@ -72,6 +72,19 @@ def test_djsrh():
     embeddings, x, y = codes_of(method, 5)
     loss = 0.1 * mse(cosines(x, x), wanted) + mse(cosines(x, y), wanted) + 0.1 * mse(cosines(y, y), wanted)
     assert method(INDEX, embeddings, 5).item() == pytest.approx(loss, rel=1e-9)
+
+
+def test_djsrh_has_no_loss_where_the_codes_realise_the_target():
+    reachable = torch.tensor([[1.0, 0], [0, 1], [1, 1], [1, 0]], dtype=torch.float64)
+    features = {name: torch.cat([reachable, 1 - reachable], 1) for name in NAMES}  # cosines 0, 1/2 ... of unit diagonal
+    method = DJSRH(context_of("djsrh", features, dtype=torch.float64, settings={"mu": 1.0, "eta": 0.0, "similarity": "published"}))
+    target = method.target(torch.arange(4))
+    values, vectors = torch.linalg.eigh(target)
+    assert values.min() > -1e-9 and torch.equal(target, target.T)  # a matrix of cosines
+    rows = vectors * values.clamp(0).sqrt()  # rows with these cosines
+    method.represent = lambda name, embeddings: embeddings
+    assert method(torch.arange(4), dict.fromkeys(NAMES, rows), 1).item() < 1e-12
+    assert method(torch.arange(4), dict.fromkeys(NAMES, rows.flip(0)), 1).item() > 1e-2
 
 
 def test_jdsh():
@@ -138,6 +151,9 @@ def test_dgcpn_loss():
     embeddings, x, y = codes_of(method, 1)
     wanted = loss(x, y) + loss(x, np.sign(y)) + loss(np.sign(x), y)
     assert method(INDEX, embeddings, 1).item() == pytest.approx(wanted, rel=1e-9)
+    # codes that say the target exactly, alike in both modalities, leave the pairs' term alone: kappa = 1 removes it
+    same = torch.randn(6, 8, dtype=torch.float64)
+    assert built("dgcpn", kappa=1.0).loss(same, same, cosine(same, same)).item() < 1e-12
 
 
 def test_cfrh():

@@ -61,6 +61,8 @@ def test_ucch_ranking_loss():
         kept = [s if s >= similarity[i, i] - 0.2 else s - 0.5 for s in similarity[i]]
         wanted += (0.2 + 0.7 * np.log(sum(np.exp(s / 0.7) for s in kept)) - similarity[i, i]) / 5
     assert loss.ranking(x @ y.T).item() == pytest.approx(wanted, rel=1e-9)
+    wide = contrast(margin=100.0)  # every pair within the margin: plain softmax ranking
+    assert wide.ranking(x @ y.T).item() == pytest.approx(100 + F.cross_entropy(x @ y.T, torch.arange(5)).item(), rel=1e-9)
 
 
 def test_ucch_memory():
@@ -150,11 +152,11 @@ def test_the_server_weighs_clients_by_their_rows():
 
 def test_clients_get_skewed_shares_of_every_sample_once():
     labels = np.repeat(np.arange(6), 200)
-    parts = split(labels, 10, seed=0)
+    parts = split(labels, 10, 0.1, seed=0)
     assert len(parts) == 10 and sorted(np.concatenate(parts).tolist()) == list(range(1200))
     largest = [max((labels[part] == label).sum() for part in parts) / 200 for label in range(6)]
     assert np.mean(largest) > 0.4  # an even split has 0.1
-    assert all(len(a) == len(b) and (a == b).all() for a, b in zip(parts, split(labels, 10, seed=0)))
+    assert all(len(a) == len(b) and (a == b).all() for a, b in zip(parts, split(labels, 10, 0.1, seed=0)))
 
 
 def test_several_clients_learn_one_pair_of_networks():

@@ -12,6 +12,7 @@ from smoke_tables import CLEAN, PROTOCOL, SMOKE, rows_of
 
 from experiments import documents
 from experiments.cells import expand
+from experiments.protocol import find_setup
 from experiments.records import add_records, load_table, read_records
 from experiments.summary import compare, estimate
 from experiments.tables import render, table_lines
@@ -179,6 +180,26 @@ def test_tasks_without_data_stay_in_the_comparison(tmp_path):
     assert found["RM"] == found["MG"] == "not run: data" and found["RP"] == found["avg"] == "not run" and found["avg, paper (ModelNet40)"] == "76.4"
     order = (tmp_path / "table3-modelnet40-head.md").read_text().partition("means, paper: ")[2].splitlines()[0].split(" > ")
     assert order[1:4] == ["SCL", "PT-FUCH", "UCCH"]  # of the tasks that can be run; with those of meshes UCCH is first
+
+
+def test_sign_codes_of_several_pairs_are_averaged(tmp_path):
+    setup = find_setup(PROTOCOL, "mnist3d", "head")
+    rows = [row for row in expand(PROTOCOL["tables"]["table2"], setup, [0, 1]) if row.name == "UCCH"]
+    lines = [line for letters in setup.pairs for line in lines_of(rows, lambda name, seed: 0.7, letters=letters)]
+    for line in lines:
+        line["scores"]["sign/avg"] = {"RP": 0.5, "GP": 0.6}[line["pair"]] + 0.1 * line["seed"]
+    text, _ = rendered(tmp_path, "table2", lines, stem="{}-mnist3d-head")
+    (row,) = [line for line in text.splitlines() if line.startswith("| UCCH ")]
+    assert "sign/avg" in text and f"{np.mean([55, 65]):.1f} ± {np.std([55, 65], ddof=1):.1f}" in row
+
+
+def test_titles_and_settings_say_what_the_data_and_the_clusters_are(tmp_path):
+    setup = find_setup(PROTOCOL, "modelnet10", "e2e")
+    assert setup.config.name == "modelnet10_splat" and setup.absent == ("RM", "GM")
+    rows = [row for row in expand(PROTOCOL["tables"]["table2"], setup, [0]) if row.name == "UCCH"]
+    text, _ = rendered(tmp_path, "table2", lines_of(rows, lambda name, seed: 0.7), stem="{}-modelnet10-e2e")
+    assert "modelnet10, e2e scale, splat pictures drawn from the points, not the paper's" in text
+    assert "not run: data" in text and ", K found" in rendered(tmp_path, "table2", [])[0] + text
 
 
 def test_the_orders_are_compared_by_kendalls_tau(tmp_path):

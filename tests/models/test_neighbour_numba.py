@@ -137,6 +137,17 @@ def test_normalisation_and_activation_equal_torchs_layers(threads, slope, rows, 
     torch.testing.assert_close(normalise_and_activate(values, layers[0], slope, bias), plain(layers[1]))
 
 
+@pytest.mark.parametrize("value", [0.0, 1e6, 1e-20, torch.nan, torch.inf])
+def test_normalisation_of_hostile_rows_equals_torchs_layers(value):
+    torch.manual_seed(0)
+    values, layers = torch.randn(64, CHANNELS), [torch.nn.BatchNorm1d(CHANNELS) for _ in range(2)]
+    values[:, 0] = 1  # a column that does not vary
+    values[3, 1] = value
+    plain = torch.nn.functional.leaky_relu(layers[1](values), 0.2)
+    torch.testing.assert_close(normalise_and_activate(values, layers[0], 0.2), plain, equal_nan=True, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict(), equal_nan=True, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 5, 1000])
 def test_shared_work_is_done_once_and_its_failures_are_raised(threads, library, count, monkeypatch):

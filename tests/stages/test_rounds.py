@@ -104,9 +104,11 @@ def test_no_round_follows_one_that_did_not_help(recipe, small_digits, tmp_path, 
         raise UserError(f"{folder} did not help")
 
     monkeypatch.setattr(train_step2, "check_it_helped", refuse)
-    train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2, "optim.epochs=1", "rdl.rounds=3"), "--from", str(runs[0])])
-    run = only_run(tmp_path, 2)
-    assert f"no further round: {run / 'pseudo_labels'} did not help" in (run / "log.txt").read_text()
+    for rounds, words in ((3, "no further round"), (1, "warning")):  # of the last round it is said as well
+        out = tmp_path / str(rounds)
+        train_step2.main([*settings(small_digits, out, 2, *STEP2, "optim.epochs=1", f"rdl.rounds={rounds}"), "--from", str(runs[0])])
+        run = only_run(out, 2)
+        assert f"{words}: {run / 'pseudo_labels'} did not help" in (run / "log.txt").read_text()
 
 
 def test_evaluation_prints_every_representation(recipe, small_digits, capsys):
@@ -205,6 +207,17 @@ def given(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("given")
     train_step1.main(["--from", str(recipe[1][0]), "--set", f"run.output={out / 'runs'}", "pla.num_clusters=4"])
     return out
+
+
+def test_ids_of_each_modality_by_itself(recipe, tmp_path):
+    train_step1.main(["--from", str(recipe[1][0]), "--set", f"run.output={tmp_path / 'runs'}", "pla.fuse=none"])
+    run = only_run(tmp_path, 1)
+    with np.load(posteriors_path(run / "pseudo_labels", "digits")) as beliefs:
+        for name in ("GrayImg", "PointCloud"):
+            assert ids_of(run, name) == beliefs[name].argmax(1).tolist()
+    assert ids_of(run) != ids_of(run, "PointCloud")
+    reliability = read_origin(pseudo_label_path(run / "pseudo_labels", "digits", "GrayImg"))["reliability"]
+    assert set(reliability) == {"GrayImg", "PointCloud"}  # what the guard of a round compares
 
 
 def test_k_is_chosen_anew_without_training(recipe, given, small_digits, tmp_path, capsys):

@@ -44,6 +44,17 @@ def keep_freed_memory() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def peak_mib(device: torch.device) -> int | None:
+    """Return the most memory that this process has held so far, in MiB: on a GPU by torch, else on the host; None on Windows."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20)
+
+
 def set_threads(threads: int | None) -> None:
     """Limit torch's CPU threads to a number >= 1, else a UserError; None keeps torch's choice."""
     if threads is not None:

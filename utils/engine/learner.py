@@ -29,13 +29,15 @@ class Source(Protocol):
 
 
 class StageLearner:
-    """Base of the two learners; a subclass gives `step`, `modality_invariance`, `relation`, and to `parts` what else changes in training.
+    """Base of the learners of both stages, of features and of compared methods.
+
+    A subclass gives `step`, `modality_invariance`, `relation`, and to `parts` what else changes in training.
 
     With several processes, each one augments and embeds its share of a batch; embeddings are then gathered, so that losses,
     memory banks and classifiers see the whole batch everywhere.
 
     Args:
-        stage: "step1" or "step2"; seeds the epochs and names them in messages.
+        stage: "step1", "step2", "features" or "baseline"; seeds the epochs and names them in messages.
         config: settings with the sections data, optim and run.
         source: training batches.
         inputs: name -> tensor (N, ...) or its sha256, all that training reads of the samples; a resumed run must find the same.

@@ -15,7 +15,7 @@ import torch
 
 from utils.engine import distributed
 from utils.engine.checkpoint import LAST, load_checkpoint, save_checkpoint
-from utils.engine.device import keep_freed_memory, select_device, set_threads
+from utils.engine.device import keep_freed_memory, peak_mib, select_device, set_threads
 from utils.engine.learner import StageLearner
 from utils.engine.run_log import RunLog, plain_row
 from utils.engine.seed import seed_everything, set_deterministic
@@ -33,7 +33,7 @@ MENDABLE = {
 class Session:
     """One invocation of a training script."""
 
-    stage: str  # "step1" or "step2"
+    stage: str  # "step1", "step2", "features" or "baseline"
     config: Any
     device: torch.device
     run: RunLog
@@ -156,7 +156,7 @@ def fit(session: Session, learner: StageLearner, evaluate: Callable[[], Mapping[
     for epoch in range(done + 1, config.optim.epochs + 1):
         start = time.perf_counter()
         row = {"epoch": epoch, "stage": session.stage, **learner.train_epoch(epoch)}
-        row["seconds/train"] = round(time.perf_counter() - start, 3)
+        row |= {"seconds/train": round(time.perf_counter() - start, 3), "memory/peak_mib": peak_mib(session.device)}
         if evaluate and (epoch == config.optim.epochs or (config.run.eval_every and epoch % config.run.eval_every == 0)):
             row.update(evaluate())
         rows.append(plain_row(row))
@@ -169,14 +169,15 @@ def fit(session: Session, learner: StageLearner, evaluate: Callable[[], Mapping[
     return rows
 
 
-def run_command(main: Callable[[], None]) -> int:
+def run_command(main: Callable[[], int | None]) -> int:
     """Run a script's main function; turn failures that a user can mend into one message, and leave bugs their traceback.
 
-    The exit status is 0, 2 after such a message, 3 where another process of several has failed, 130 when interrupted.
+    The exit status is what it returns, None being 0; 2 after such a message, 3 where another process of several has failed, 130
+    when interrupted.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of our source
     try:
-        main()
+        return main() or 0
     except (UserError, MemoryError, torch.OutOfMemoryError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in MENDABLE:
             raise
@@ -196,7 +197,6 @@ def run_command(main: Callable[[], None]) -> int:
         return 3
     finally:
         distributed.stop()
-    return 0
 
 
 def _message(error: Exception) -> str:

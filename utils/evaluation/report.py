@@ -58,7 +58,7 @@ def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
         yield loss == "rcll" and not unclipped, "clipped from the start"
         yield rdl.get("loss_scale", 1) != 1, f"robust loss times {rdl.get('loss_scale', 1):g}"
     yield pla.get("start") or rdl.get("start") == "inherited", "from the encoders of the run before"
-    yield pla.get("num_clusters") == "auto", "K found"
+    yield pla, "K found" if pla.get("num_clusters") == "auto" else f"K {pla.get('num_clusters')} given"
     yield pla.get("symmetric_joint"), "symmetric joint"
     yield not pla.get("renormalise", True), "Eq. 6 as printed"
     yield pla.get("banks") is not None, f"banks of {'+'.join(pla.get('banks') or []) or 'no modality'} only"
@@ -70,7 +70,7 @@ def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     yield model.get("reads_labels"), f"READS LABELS ({model.get('reads_labels')})"
     yield frozen, f"{frozen} frozen" + (", relations" if config.get("mlm", {}).get("relations") else "")
     yield len(data["modalities"]) > 2, "+".join(MODALITIES[entry].letter for entry in data["modalities"]) + " at once"
-    yield data["dataset"].endswith("_splat"), "splat pictures"
+    yield "_splat" in data["dataset"], "splat pictures"
     pairing = data.get("pairing", "instance")
     yield pairing != "instance", {"class": "class pairs (USES LABELS)", "none": "no pairs"}.get(pairing, "")
     yield pairing == "instance" and data.get("positives", "modalities") != "modalities", "views as positives"
@@ -101,7 +101,7 @@ def finish(run: RunLog, evaluator: Evaluator | None, arrays: Mapping[str, Tensor
         return
     write_scores(run, epochs, score_variants(features, evaluator.labels) if evaluator else {})
     if figures:
-        plot_curves(epochs, run.folder / "figures" / "curves.png")
+        plot_curves(epochs, run.folder / "figures" / "curves.png", _mark(run))
         if evaluator:
             draw_figures(run, evaluator.rows, evaluator.labels, arrays)
         run.log(f"figures in {run.folder / 'figures'}")
@@ -123,8 +123,8 @@ def write_scores(run: RunLog, epochs: list[dict[str, Any]], variants: Mapping[st
             f"{100 * best['map/avg']:.1f} at epoch {best['epoch']}"
         )
         oracle = {"oracle": {"map/avg": best["map/avg"], "epoch": best["epoch"]}}
-    scores = {key: value for key, value in last.items() if not key.startswith(("loss/", "seconds/"))}
-    facts = {"row": name, "selection": "last epoch", **oracle, **label_note(run)}
+    scores = {key: value for key, value in last.items() if not key.startswith(("loss/", "seconds/", "memory/"))}
+    facts = {"row": name, "selection": "last epoch", "peak_mib": last.get("memory/peak_mib"), **oracle, **label_note(run)}
     atomic_write_json(run.folder / "metrics.json", {**scores, **facts, **({"variants": variants} if variants else {})})
 
 
@@ -145,15 +145,20 @@ def draw_figures(run: RunLog, embeddings: Mapping[str, Tensor], labels: Mapping[
     folder = run.folder / "figures"
     labels = {name: values.numpy() for name, values in labels.items()}
     if min(map(len, labels.values())) > 1:
-        plot_tsne({name: rows.cpu().numpy() for name, rows in embeddings.items()}, labels, folder / "tsne.png")
+        plot_tsne({name: rows.cpu().numpy() for name, rows in embeddings.items()}, labels, folder / "tsne.png", _mark(run))
     for query, gallery in scored_tasks(embeddings):
         if arrays[query].dim() == 3 or arrays[gallery].dim() == 3:  # features show nothing
             continue
-        path = folder / f"retrieval_{task_name(query, gallery)}.png"
-        _draw_panel(query, gallery, embeddings, labels, arrays, path)
+        title = f"{task_name(query, gallery)}: {query} query, {gallery} gallery{_mark(run)}"
+        _draw_panel(query, gallery, embeddings, labels, arrays, folder / f"retrieval_{task_name(query, gallery)}.png", title)
 
 
-def _draw_panel(query: str, gallery: str, embeddings, labels: Mapping[str, np.ndarray], arrays, path) -> None:
+def _mark(run: RunLog) -> str:
+    """What the titles of a run's figures end with."""
+    return ", READS LABELS" * bool(run.config().get("model", {}).get("reads_labels"))
+
+
+def _draw_panel(query: str, gallery: str, embeddings, labels: Mapping[str, np.ndarray], arrays, path, title: str) -> None:
     """Top-5 panel for queries spread evenly over the test set."""
     chosen = np.linspace(0, len(labels[query]) - 1, min(PANEL_QUERIES, len(labels[query]))).astype(int)
     scores = (embeddings[query][chosen] @ embeddings[gallery].T).cpu().numpy()
@@ -162,6 +167,5 @@ def _draw_panel(query: str, gallery: str, embeddings, labels: Mapping[str, np.nd
     draw_retrieval(
         [show(query, row) for row in chosen],
         {int(row): show(gallery, row) for row in np.unique(ranks)},
-        ranks, labels[gallery][ranks] == labels[query][chosen][:, None], path,
-        title=f"{task_name(query, gallery)}: {query} query, {gallery} gallery",
+        ranks, labels[gallery][ranks] == labels[query][chosen][:, None], path, title=title,
     )

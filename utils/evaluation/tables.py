@@ -1,4 +1,4 @@
-"""Cross-modal retrieval scores of every task, and their printed table. The only place where test labels are used."""
+"""Cross-modal retrieval scores of every task, and their printed table; of RoMo the only scores that test labels enter."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import permutations

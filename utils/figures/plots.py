@@ -41,12 +41,12 @@ def _draw_lines(axis: Any, epochs: Sequence[Mapping[str, Any]], prefix: str, sca
     axis.grid(alpha=0.25)
 
 
-def plot_curves(epochs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def plot_curves(epochs: Sequence[Mapping[str, Any]], path: str | Path, mark: str = "") -> None:
     """Draw losses (keys that start with "loss") above mAP in percent (keys that start with "map") over the epochs of a run.
 
     Args:
         epochs: lines of metrics.jsonl, at least one, each with "epoch"; mAP as fractions. The "map/chance" of a random ranking in
-            the last one is drawn dashed.
+            the last one is drawn dashed. mark: behind the title.
     """
     import matplotlib
     from matplotlib.ticker import MaxNLocator
@@ -58,7 +58,7 @@ def plot_curves(epochs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         if "map/chance" in epochs[-1]:
             maps.axhline(100 * epochs[-1]["map/chance"], color="0.5", linestyle="--", linewidth=1, label="chance")
         _draw_lines(maps, epochs, "map", 100.0)
-        losses.set_title("Training losses", loc="left")
+        losses.set_title(f"Training losses{mark}", loc="left")
         losses.set_ylabel("loss")
         maps.set_title("Cross-modal retrieval on the test split", loc="left")
         maps.set(xlabel="epoch", ylabel="mAP@All (%)", xlim=(epochs[0]["epoch"] - 0.5, epochs[-1]["epoch"] + 0.5))
@@ -86,12 +86,13 @@ def _project(rows: Sequence[np.ndarray]) -> np.ndarray:
         return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(rows)
 
 
-def plot_tsne(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], path: str | Path) -> None:
+def plot_tsne(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], path: str | Path, mark: str = "") -> None:
     """Draw a joint t-SNE of the common space, at most 1,000 objects per modality: colour is the class, marker the modality.
 
     Args:
         embeddings: modality -> (N, D) array, both at least 2; N may differ.
         labels: modality -> (N,) integer classes.
+        mark: behind the title.
     """
     import matplotlib
     from matplotlib.lines import Line2D
@@ -108,7 +109,7 @@ def plot_tsne(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndar
             shades = [colors[int(label)] for label in values]
             axis.scatter(*cloud.T, c=shades, marker=marker, s=16, alpha=0.75, linewidths=0.3, edgecolors="white")
         axis.set_axis_off()
-        axis.set_title("t-SNE of the common space", loc="left")
+        axis.set_title(f"t-SNE of the common space{mark}", loc="left")
         handles = [Line2D([], [], color="0.3", marker=marker, linestyle="", label=name) for marker, name in zip(MARKERS, labels)]
         shown = colors if len(colors) <= MAX_LEGEND else {f"{len(colors)} classes": "0.7"}
         handles += [Line2D([], [], color=color, marker="s", linestyle="", label=str(label)) for label, color in shown.items()]
