@@ -2,7 +2,7 @@
 
 "double loop": scores, ranking and precision of every query in Python, nothing vectorised. "loop over ranks": the same, but
 scores and order come from NumPy. The loops stand beside the floors of the vectorised pass. Exit code 1 if either loop differs
-from `utils.evaluation.metrics` by 1e-6 or more.
+from `utils.evaluation.metrics` by 1e-6 or more. "diffusion": the gallery's graph, and the scores of every query by it.
 """
 
 import argparse
@@ -15,14 +15,17 @@ import sys
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.floors import count_work, measure_rates, print_table, seconds_of, start, timed, write_report
 from utils.engine.session import run_command
 from utils.evaluation.metrics import mean_average_precision
+from utils.evaluation.ranking import DiffusionRanking
 
 SEED = 0
 CLASSES = 10
-LARGE = 100_000
+LARGE = 100_000  # too large for diffusion, whose scores of a block of queries are a dense matrix
+BLOCK = 500  # queries
 LIMIT = 1e-6
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -53,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         # timed and counted at once: the counters take microseconds per operator, the pass up to many minutes
         work, taken = timed(lambda: count_work(lambda: values.append(mean_average_precision(*problem))), device)  # noqa: B023
         rows[name], found[name] = rates.beside(taken, work) | {"times_slower": None}, values[0]
+        if size < LARGE:
+            work, taken = timed(lambda: count_work(lambda: diffuse(*problem[::2])), device)  # noqa: B023
+            rows[f"diffusion, {size} x {size}"] = rates.beside(taken, work) | {"times_slower": None}
     print_table(report, rates, rows, (("times slower", "times_slower", ".1f"),))
     difference = max(abs(found[small] - found[name]) for name in LOOPS)
     equal = difference < LIMIT
@@ -75,6 +81,14 @@ def make_problem(size: int, dim: int, device: torch.device) -> Problem:
         rows = centres[labels] + 4 * torch.randn(size, dim, generator=generator)
         parts += [rows.to(device), labels.to(device)]
     return tuple(parts)
+
+
+def diffuse(queries: Tensor, gallery: Tensor) -> None:
+    """Rank a gallery (G, D) by diffusion for queries (N, D), from its graph on."""
+    queries, gallery = (F.normalize(rows, dim=1) for rows in (queries, gallery))
+    ranking = DiffusionRanking(gallery)
+    for block in queries.split(BLOCK):
+        ranking.scores(block)
 
 
 def double_loop_map(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:

@@ -21,7 +21,7 @@ def test_the_route_does_not_shift_the_masks_of_meshes(small_digits, tmp_path):
     assert [line["loss/mlm"] for line in runs[0]] == [line["loss/mlm"] for line in runs[1]]
 
 
-@pytest.mark.parametrize("switch, tolerance", [("optim.fused=false", 1e-5), ("run.amp=true", 1e-3)])
+@pytest.mark.parametrize("switch, tolerance", [("optim.fused=false", 1e-5), ("run.amp=true", 5e-3)])
 def test_faster_steps_track_the_plain_ones(small_digits, tmp_path, switch, tolerance):
     for folder, more in (("switched", [switch]), ("default", [])):
         train_step1.main(settings(small_digits, tmp_path / folder, 1, *more))
