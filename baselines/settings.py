@@ -8,10 +8,9 @@ from typing import Any, Literal
 from baselines import method_entry
 from baselines.method import Method, ShallowMethod
 from utils.errors import UserError
+from utils.settings.config import SWITCHES
 from utils.settings.data_options import nearest, option
 from utils.settings.options import OptimConfig, Step1Config
-
-FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def method_options(cls: type[Method], given: Mapping[str, str]) -> dict[str, Any
             raise UserError(f"method.options.{key}: unknown{nearest(key, options)} (known: {', '.join(options) or 'none'})")
         kind = type(options[key])
         try:
-            options[key] = FLAGS[text.lower()] if kind is bool else kind(text)
+            options[key] = SWITCHES[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             raise UserError(f"method.options.{key}: expected {kind.__name__}, got {text!r}") from None
     return options

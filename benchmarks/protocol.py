@@ -19,16 +19,16 @@ import train_step2
 from benchmarks.floors import start, timed, write_report
 from utils.engine.session import run_command
 from utils.settings.config import load_config
-from utils.settings.options import Step1Config, Step2Config
+from utils.settings.options import CONFIGS
 
-STAGES = {"step1": (train_step1, Step1Config), "step2": (train_step2, Step2Config)}
+STAGES = {"step1": train_step1, "step2": train_step2}
 
 
 def run_stage(stage: str, config_dir: Path, out: Path, labels: Path, settings: list[str]) -> tuple[Path, list[dict[str, Any]]]:
     """Train a stage with pseudo-labels in `labels`; return its run folder below `out` and its epochs."""
     own = [f"run.pseudo_labels={labels}"] if stage == "step1" else [f"rdl.pseudo_labels={labels}", "rdl.start=fresh"]
     settings = [f"run.output={out}", "run.figures=false", *own, *settings]
-    STAGES[stage][0].main(["--config", str(config_dir / f"{stage}.yaml"), "--set", *settings])
+    STAGES[stage].main(["--config", str(config_dir / f"{stage}.yaml"), "--set", *settings])
     (metrics,) = out.glob(f"*/{stage}/*/metrics.jsonl")
     return metrics.parent, [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
@@ -61,7 +61,7 @@ def measure_stage(stage: str, args: argparse.Namespace, folder: Path) -> dict[st
         training_seconds of every epoch; evaluation_seconds, loading included; other_seconds: the rest of the training script;
         epochs and evaluations of the configuration, and extrapolated_seconds for them.
     """
-    config = load_config(STAGES[stage][1], str(args.config_dir / f"{stage}.yaml"), args.overrides)
+    config = load_config(CONFIGS[stage], str(args.config_dir / f"{stage}.yaml"), args.overrides)
     mlm_only = ["pla.mlm_only_epochs=0"] if stage == "step1" and config.pla.mlm_only_epochs != "all" else []
     settings = [*args.overrides, *mlm_only, f"run.device={args.device}", f"run.threads={torch.get_num_threads()}",
                 f"optim.epochs={args.epochs}", "run.eval_every=0"]

@@ -14,9 +14,8 @@ from experiments.protocol import Setup, modalities_of, rows_of
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 from utils.settings.config import load_config, to_dict
-from utils.settings.options import Step1Config, Step2Config
+from utils.settings.options import CONFIGS
 
-CONFIGS = {"step1": Step1Config, "step2": Step2Config}
 # Settings that name places or cost time, but do not change the result of a cell
 NEUTRAL = {
     "run": ("seed", "output", "pseudo_labels", "device", "threads", "eval_every", "log_interval", "figures"),

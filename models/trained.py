@@ -12,9 +12,7 @@ from models.build import build_classifiers, build_encoders
 from utils.engine.checkpoint import load_checkpoint
 from utils.engine.run_log import RunLog
 from utils.errors import UserError
-from utils.settings.options import Step1Config, Step2Config
-
-CONFIGS = {"step1": Step1Config, "step2": Step2Config}
+from utils.settings.options import CONFIGS, Step1Config, Step2Config
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _LIMITS = {
     "above": (lambda value, limit: value > limit, "above"),
     "below": (lambda value, limit: value < limit, "below"),
 }
-_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def _fail(key: str, sources: Sources, problem: str, doc: str = "") -> typing.NoReturn:
@@ -39,7 +39,7 @@ def _scalar(hint: type, value: Any) -> Any:
     if hint is str and isinstance(value, str) and (value == "~" or not is_null(value)):
         return str(value)
     if hint is bool and isinstance(value, Plain):
-        return _SWITCHES[value.lower()]
+        return SWITCHES[value.lower()]
     if hint in (int, float) and isinstance(value, Plain) and math.isfinite(number := hint(value)):
         return number
     raise ValueError(value)

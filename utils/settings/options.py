@@ -223,3 +223,6 @@ class Step2Config(StageConfig):
         super().__post_init__()
         if not self.optim.epochs:
             raise UserError("optim.epochs: must be at least 1 in step 2, got 0")
+
+
+CONFIGS = {"step1": Step1Config, "step2": Step2Config}
