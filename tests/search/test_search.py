@@ -26,6 +26,7 @@ if find_spec("lancedb") is None:
     pytest.skip("search needs the packages of requirements-search.txt", allow_module_level=True)
 import train_step1
 import train_step2
+from datasets.prepare.shapes import mesh
 from datasets.samples import describe_samples, load_test_samples
 from models.trained import open_trained
 from search import answers, commands, files, model
@@ -245,6 +246,9 @@ def test_missing_packages_are_one_message_at_the_start(run, three, tmp_path, mon
     assert not exists(str(tmp_path / "index"))
     (tmp_path / "things" / name).rename(tmp_path / "things" / "cloud.npy")
     assert len(build(run, tmp_path / "index", tmp_path / "things")) == 0  # nothing to install for it
+    monkeypatch.setitem(sys.modules, "fast_simplification", None)
+    with pytest.raises(UserError, match="needs fast-simplification .*pip install"):  # of a query
+        mesh._presimplify((np.eye(3), np.array([[0, 1, 2]])))
 
 
 KILLING = """
