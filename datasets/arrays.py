@@ -12,6 +12,7 @@ from datasets.lists import SampleList
 from utils.errors import UserError
 
 MAX_POINTS = 2048
+LONGEST = 16  # sides: what a picture has beyond that is cut off before it is resized, which would take gigabytes
 Allocate = Callable[[tuple[int, ...], type], np.ndarray]
 
 
@@ -66,6 +67,8 @@ def _named(sample_list: SampleList, row: int, read: Callable[[str], Any]) -> Any
 
 
 def _centre_square(image: Image.Image, side: int) -> Image.Image:
+    cut = [max(0, length - LONGEST * min(image.size)) // 2 for length in image.size]
+    image = image.crop((*cut, image.width - cut[0], image.height - cut[1])) if any(cut) else image
     scale = side / min(image.size)
     size = tuple(max(side, round(length * scale)) for length in image.size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2

@@ -23,7 +23,7 @@ from utils.engine.checkpoint import atomic_write_json
 from utils.engine.lock import hold_lock
 from utils.settings.options import DataConfig
 
-FOLDER, FORMAT = ".arrays", 1  # FORMAT: raised when the reading of files changes what they give
+FOLDER, FORMAT = ".arrays", 2  # FORMAT: raised when the reading of files changes what they give
 
 
 def stored_array(sample_list: SampleList, kind: Kind, data: DataConfig) -> tuple[Tensor, str | None]:

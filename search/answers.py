@@ -6,13 +6,13 @@ import html
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from search.files import modality_of, picture_of, read_sample
+from search.files import modality_of, picture_of, read_sample, reading
 from search.index import Index
 from search.model import Model
 from utils.errors import UserError
@@ -33,8 +33,9 @@ def search(
         modality: of the queries, by default what their files are; up: vertical axis of shapes, by default that of the index.
     Returns:
         Per query "query", "modality", "nothing_like_this" (the best cosine does not reach "level", below which unrelated queries stay),
-        "verdict" in words, "results": `FIELDS` of each, where "farther" is the share 0..1 of random pairs that are farther apart, and
-        "pictures": PNG of the query and of every result.
+        "verdict" in words, both about the item of all whose embedding is nearest; "reads_labels": which ones the model reads, if any;
+        "results": `FIELDS` of each, where "farther" is the share 0..1 of random pairs that are farther apart, and "pictures": PNG of
+        the query and of every result.
     Raises:
         UserError: if options do not fit the index or the run, or a file cannot be described.
     """
@@ -49,32 +50,38 @@ def search(
     modalities, found = [modality] if modality else list(model.encoders), []
     for path in paths:
         try:
-            seen = modality_of(path, modalities)
-            sample = read_sample(path, seen, model.data, up or index.info["up"])
-            features = model.describe({seen: torch.from_numpy(sample[None])})[seen]
+            with reading(path):
+                seen = modality_of(path, modalities)
+                sample = read_sample(path, seen, model.data, up or index.info["up"])
+                picture = picture_of(path, seen, sample)
         except UserError as error:
             raise UserError(f"{path} is no query: {error}") from error
+        features, meaning = model.describe({seen: torch.from_numpy(sample[None])})[seen], index.info["calibration"][seen]
         ids, scores = index.nearest(features.represent(index.info["representation"])[0].cpu().numpy(), count, ranking, ann)
-        picked, meaning = index.pick(ids.tolist(), "path", "thumbnail", "embedding"), index.info["calibration"][seen]
-        rows = [picked[number] for number in ids.tolist()]
-        cosines = np.array([row["embedding"] for row in rows], dtype=np.float64) @ features.embeddings[0].cpu().double().numpy()
+        picked = index.pick(ids.tolist(), "path", "thumbnail", "embedding")
+        kept = np.array([number in picked for number in ids.tolist()], dtype=bool)  # the others have been removed meanwhile
+        rows, embedding = [picked[number] for number in ids[kept].tolist()], features.embeddings[0].cpu().numpy()
+        cosines = np.array([row["embedding"] for row in rows], dtype=np.float64).reshape(-1, len(embedding)) @ embedding.astype(np.float64)
         farther = np.interp(cosines, meaning["quantiles"], np.linspace(0, 1, len(meaning["quantiles"])))
-        values = zip(itertools.count(1), scores.tolist(), cosines.tolist(), farther.tolist(), (row["path"] for row in rows))
-        pictures = [picture_of(path, seen, sample), *(row["thumbnail"] for row in rows)]
-        best, level = cosines.max(), meaning["level"]
-        verdict = f"best cosine {best:.3f}, above the {level:.3f} that unrelated queries reach"
-        if best < level:
-            verdict = f"nothing like this in the collection: best cosine {best:.3f}, unrelated queries reach {level:.3f}"
+        values = zip(itertools.count(1), scores[kept].tolist(), cosines.tolist(), farther.tolist(), (row["path"] for row in rows))
+        best, level = max(index.nearest(embedding, 1, column="embedding")[1].tolist(), default=-1.0), meaning["level"]
+        verdict = f"{'nothing like this in the collection: ' * (best < level)}best cosine {best:.3f}, unrelated queries reach {level:.3f}"
         found.append({
-            "query": path, "modality": seen, "nothing_like_this": bool(best < level), "level": level, "verdict": verdict,
-            "results": [dict(zip(FIELDS, row)) for row in values], "pictures": pictures,
+            "query": path, "modality": seen, "nothing_like_this": best < level, "level": level, "verdict": verdict,
+            "reads_labels": index.info.get("reads_labels"), "results": [dict(zip(FIELDS, row)) for row in values],
+            "pictures": [picture, *(row["thumbnail"] for row in rows)],
         })
     return found
 
 
 def title(answer: dict[str, Any]) -> str:
     """Return the query and the verdict."""
-    return f"{shown(answer['query'])} ({answer['modality']}): {answer['verdict']}"
+    return f"{shown(answer['query'])} ({answer['modality']}{made_by(answer)}): {answer['verdict']}"
+
+
+def made_by(facts: Mapping[str, Any]) -> str:
+    """Return what is to be said, in an answer or of an index, of a model that reads labels."""
+    return f", by a model that READS LABELS ({facts['reads_labels']})" if facts.get("reads_labels") else ""
 
 
 def table(answer: dict[str, Any]) -> list[list[str]]:
@@ -96,8 +103,8 @@ def as_json(answers: Sequence[dict[str, Any]]) -> str:
 def as_csv(answers: Sequence[dict[str, Any]]) -> str:
     """Return one row per result."""
     writer = csv.writer(stream := io.StringIO(), lineterminator="\n")
-    writer.writerow(["query", "nothing_like_this", *FIELDS])
-    writer.writerows([answer["query"], answer["nothing_like_this"], *row.values()] for answer in answers for row in answer["results"])
+    writer.writerow([*(whole := ("query", "nothing_like_this", "reads_labels")), *FIELDS])
+    writer.writerows([*map(answer.get, whole), *row.values()] for answer in answers for row in answer["results"])
     return stream.getvalue().rstrip("\n")
 
 

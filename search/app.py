@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from search.answers import FIELDS, search, table
+from search.answers import FIELDS, made_by, search, table
 from search.files import view_of
 from search.index import Index, identity, told
 from search.model import Model
@@ -79,8 +79,7 @@ def make_app(page: Page) -> gr.Blocks:
     """Return the layout."""
     index = page.index
     with gr.Blocks(title="Search", analytics_enabled=False) as app:
-        read = f", by a model that READS LABELS ({index.info['reads_labels']})" if index.info.get("reads_labels") else ""
-        gr.Markdown(f"## {len(index)} items ({index.info['modality']}), compared by {index.info['representation']}{read}")
+        gr.Markdown(f"## {len(index)} items ({index.info['modality']}), compared by {index.info['representation']}{made_by(index.info)}")
         with gr.Row():
             with gr.Column():
                 ranking = gr.Radio(list(RANKINGS), value="plain", label="Ranking", visible=index.info["graph"])

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import torch
 
 from datasets.pseudo_labels import file_hash
 from search import answers
-from search.files import Unusable, list_collection, modality_of, picture_of, read_sample
+from search.files import Unusable, list_collection, modality_of, need_packages, picture_of, read_sample, reading
 from search.index import ITEMS, SKIPPED, Index, behind, exists, identity, told, writing
 from search.model import Model
 from utils.engine.checkpoint import atomic_write_text
@@ -26,9 +27,9 @@ from utils.modalities import MODALITIES
 
 BATCH = 256  # files described and stored at once, as many as the encoders of evaluation see
 CHECKED = ("modality", "representation", "graph", "up")  # options that an index remembers
-REPAIRABLE = f"{ITEMS} OR code IN ('empty', 'type', 'unreadable')"  # what another content of the file may change
+REPAIRABLE = f"{ITEMS} OR code IN ('missing', 'empty', 'type', 'unreadable')"  # what another content of the file may change
 FLAG = {"action": "store_true"}
-WRITERS = "build add update remove"
+WRITERS, FORMS = "build add update remove", ("--json", "--csv", "--html")
 ARGUMENTS = (  # the commands that take it, its name, how it is parsed
     ("add update remove verify stats query serve", "index", {}),
     ("add", "collection", {"nargs": "+", "metavar": "DIR|LIST|FILE"}),
@@ -63,9 +64,10 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, action in COMMANDS.items():
         command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
+        forms = command.add_mutually_exclusive_group() if name == "query" else None
         for takers, argument, settings in ARGUMENTS:
             if name in takers.split():
-                command.add_argument(argument, **settings)
+                (forms if argument in FORMS else command).add_argument(argument, **settings)
     parser.set_defaults(collection=None, overrides=(), ann=False, dry_run=False)
     arguments = parser.parse_args(argv)
     changes = arguments.command in WRITERS.split() and not arguments.dry_run
@@ -81,7 +83,7 @@ def build(arguments: argparse.Namespace) -> None:
     modalities = [arguments.modality] if arguments.modality else [name for name in model.encoders if not MODALITIES[name].is_2d]
     if len(modalities) != 1 or modalities[0] not in model.encoders:
         raise UserError(f"say with --modality what the collection holds: one of {', '.join(model.encoders)}")
-    next(list_collection(collection), None)  # refuses one that does not exist
+    need_packages((path for path, _ in list_collection(collection)), modalities[0])
     representation = arguments.representation or model.representation
     facts = {
         **model.identity, "collection": os.path.abspath(collection), "modality": modalities[0], "representation": representation,
@@ -106,12 +108,15 @@ def _opened(arguments: argparse.Namespace) -> tuple[Index, Model]:
     """Return an index and the model that made it; refuse another one."""
     index = Index(arguments.index)
     model = Model(arguments.run or index.info["run"], select_device(arguments.device), arguments.overrides)
+    info, run = index.info, model.identity["run"]
+    again = [f"--{name}={info[name]}" for name in ("collection", "modality", "representation", "up") if info[name]]
+    again += ["--no-graph"] * (not info["graph"]) + [f"--set={setting}" for setting in arguments.overrides]
     for key in ("checkpoint", "preprocessing"):
-        if index.info[key] != model.identity[key]:
+        if info[key] != model.identity[key]:
             raise UserError(
-                f"{index.place} was made with another model: {key} {index.info[key]} of {index.info['run']}, found {model.identity[key]} "
-                f"in {model.identity['run']}. Give that run with --run, or describe the collection anew: python search.py build "
-                f"--run {model.identity['run']} --collection {index.info['collection']} --index NEW_INDEX"
+                f"{index.place} was made with another model: {key} {info[key]} of {info['run']}, found {model.identity[key]} in {run}. "
+                f"Give that run with --run, or describe the collection anew, and `add` what was added to it: python search.py build "
+                + shlex.join(["--run", run, "--index", f"{index.place.rstrip('/')}.new", *again])
             )
     return index, model
 
@@ -128,19 +133,21 @@ def _synchronise(arguments: argparse.Namespace, index: Index, model: Model) -> N
     else:
         found = (entry for place in arguments.collection for entry in list_collection(place))
         listed = {path: root for path, root in found if not Path(path).is_relative_to(os.path.abspath(index.place))}
+    need_packages(listed, index.info["modality"])
     counts, skipped, batch = Counter(new=0, changed=0, unchanged=0, gone=len(gone)), {}, {}
     if not arguments.dry_run:
         index.delete(map(identity, gone))
     for path, root in progress(listed.items(), len(listed), "files"):
         try:
-            modality, digest = modality_of(path, [index.info["modality"]], root), file_hash(path)
-            state = "unchanged" if known.get(path) == digest else "changed" if path in known else "new"
-            if state != "unchanged" and not arguments.dry_run:
-                batch[path] = digest, read_sample(path, modality, model.data, index.info["up"])
-            counts[state] += 1
-        except (Unusable, OSError) as error:
-            name = os.fsencode(path).decode(errors="backslashreplace")
-            skipped[name] = error if isinstance(error, Unusable) else Unusable("unreadable", str(error))
+            with reading(path):
+                modality, digest = modality_of(path, [index.info["modality"]], root), file_hash(path)
+                state = "unchanged" if known.get(path) == digest else "changed" if path in known else "new"
+                if state != "unchanged" and not arguments.dry_run:
+                    sample = read_sample(path, modality, model.data, index.info["up"])
+                    batch[path] = digest, sample, picture_of(path, modality, sample)
+                counts[state] += 1
+        except Unusable as error:
+            skipped[os.fsencode(path).decode(errors="backslashreplace")] = error
         if len(batch) == BATCH:
             _store(index, model, batch)
             batch = {}
@@ -155,15 +162,15 @@ def _synchronise(arguments: argparse.Namespace, index: Index, model: Model) -> N
         print(f"skipped {answers.shown(path)}: {error.code}: {error}", file=sys.stderr)
 
 
-def _store(index: Index, model: Model, batch: dict[str, tuple[str, np.ndarray]]) -> None:
-    """Describe files, path -> hash and sample."""
+def _store(index: Index, model: Model, batch: dict[str, tuple[str, np.ndarray, bytes]]) -> None:
+    """Describe files, path -> hash, sample and thumbnail."""
     modality = index.info["modality"]
-    for shape in {sample.shape for _, sample in batch.values()}:  # pictures may differ
-        alike = {path: sample for path, (_, sample) in batch.items() if sample.shape == shape}
-        features = model.describe({modality: torch.from_numpy(np.stack(list(alike.values())))})[modality]
+    for shape in {sample.shape for _, sample, _ in batch.values()}:  # pictures may differ
+        alike = {path: row for path, row in batch.items() if row[1].shape == shape}
+        digests, samples, pictures = zip(*alike.values())
+        features = model.describe({modality: torch.from_numpy(np.stack(samples))})[modality]
         index.put({
-            "path": list(alike), "sha256": [batch[path][0] for path in alike],
-            "thumbnail": [picture_of(path, modality, sample) for path, sample in alike.items()],
+            "path": list(alike), "sha256": digests, "thumbnail": pictures,
             "vector": features.represent(index.info["representation"]).cpu().numpy(), "embedding": features.embeddings.cpu().numpy(),
         })
 
@@ -188,7 +195,7 @@ def verify(arguments: argparse.Namespace) -> None:
     found = [f"twice: {path}" for path, count in Counter(paths).items() if count > 1]
     found += [f"missing: {path}" for path in paths if not os.path.isfile(path)]
     found += [f"changed: {path}" for path, digest in zip(paths, digests) if os.path.isfile(path) and file_hash(path) != digest]
-    if index.info["graph"] and (missing := behind(index)):
+    if index.info["graph"] and (missing := behind(index.rows("neighbours"))):
         found.append(f"graph: {missing} items are not in it, or a neighbour of theirs is gone")
     print("\n".join([*map(answers.shown, found), f"{len(rows)} items, {len(found)} problems"]))
     if found:

@@ -4,7 +4,9 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +18,7 @@ from datasets.images import read_image
 from datasets.lists import SampleList, text_rows
 from datasets.mesh_faces import load_faces
 from datasets.prepare.readers.modelnet import to_z_up
-from datasets.prepare.readers.objects import FORMATS, GLTF, is_cloud, joined, read_cloud, read_parts, vertical_axis
+from datasets.prepare.readers.objects import FORMATS, GLTF, MESHES, is_cloud, joined, read_cloud, read_parts, vertical_axis
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise, sample_surface, simplified_faces
 from utils.errors import UserError
 from utils.figures.thumbnails import thumbnail
@@ -35,6 +37,29 @@ class Unusable(UserError):
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
         self.code = code
+
+
+@contextmanager
+def reading(path: str, where: str = "") -> Iterator[None]:
+    """Turn whatever goes wrong with one file into an Unusable, whose text does not begin with `where`."""
+    try:
+        yield
+    except Unusable:
+        raise
+    except Exception as error:  # libraries raise anything on a damaged file
+        known = isinstance(error, (MeshError, UserError, OSError))
+        said = str(error).removeprefix(where).lstrip(": ") if known else f"not a readable {Path(path).suffix.lower()} file: {error!r}"
+        raise Unusable("unreadable", said) from error
+
+
+def need_packages(paths: Iterable[str], modality: str) -> None:
+    """Refuse a collection that packages are missing for, before the first of its files is read."""
+    suffixes = {Path(path).suffix.lower() for path in paths}.intersection(SUFFIXES[MODALITIES[modality].is_2d])
+    reduced = MESHES if MODALITIES[modality].kind == "mesh" else ()
+    readers = {"trimesh": (".ply", ".stl", *GLTF), "pypcd4": (".pcd",), "pyvista": reduced, "fast_simplification": reduced}
+    missing = [name for name, read in readers.items() if suffixes.intersection(read) and find_spec(name) is None]
+    if missing:
+        raise UserError(f"the collection needs {' and '.join(missing)}: pip install -r requirements-search.txt -r requirements-data.txt")
 
 
 def list_collection(place: str) -> Iterator[tuple[str, str | None]]:
@@ -96,14 +121,11 @@ def read_sample(path: str, modality: str, data: DataConfig, up: str | None = Non
     with TemporaryDirectory() as folder:
         file = path if kind == "image" else os.path.join(folder, "shape.npy")  # the loaders read .npy files alone
         rows = SampleList(Path(path), modality, (path,), (file,), (found and found[1] or Path(path).stem,))
-        try:
+        with reading(path, rows.where(0)):
             if kind == "image":
                 return load_images(rows, data.image_resize)
             np.save(file, _prepared(path, kind, data.max_faces, up))
             (array,) = load_faces(rows, data.max_faces) if kind == "mesh" else load_points(rows, max(MAX_POINTS, data.num_points))
-        except (MeshError, UserError, OSError) as error:
-            code = getattr(error, "code", "unreadable")
-            raise Unusable(code, str(error).removeprefix(rows.where(0)).lstrip(": ")) from error
     count = data.max_faces if kind == "mesh" else data.num_points * data.eval_subsets
     return array[np.arange(count) % len(array)][None]
 
@@ -130,7 +152,7 @@ def read_shape(path: str, up: str | None = None) -> tuple[np.ndarray, np.ndarray
     Nothing is ever unpickled. `up` is the vertical axis of the file, see `vertical_axis`; arrays of faces are z up, as they were prepared.
     """
     file, axis = Path(path), vertical_axis(path, up)
-    try:
+    with reading(path):
         if path.lower().endswith(".npy") and (faces := np.load(file, allow_pickle=False)).shape[1:] == (FACE_CHANNELS,):
             corners = faces[:, None, :3] + faces[:, 3:12].reshape(-1, 3, 3)
             return corners.reshape(-1, 3), np.arange(3 * len(faces)).reshape(-1, 3)
@@ -142,10 +164,6 @@ def read_shape(path: str, up: str | None = None) -> tuple[np.ndarray, np.ndarray
                 if not path.lower().endswith(GLTF):  # which may hold points alone
                     raise
         return to_z_up(read_cloud(file)[0], axis), None
-    except (MeshError, UserError) as error:
-        raise Unusable("unreadable", str(error)) from error
-    except Exception as error:  # libraries raise anything on a damaged file
-        raise Unusable("unreadable", f"not a readable {file.suffix.lower()} file: {error}") from error
 
 
 def picture_of(path: str, modality: str, sample: np.ndarray) -> bytes:

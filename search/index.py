@@ -51,8 +51,8 @@ def told(place: str) -> Iterator[None]:
     """Turn what LanceDB raises on a damaged index, or where it cannot write, into one message; what others raise stays."""
     try:
         yield
-    except Exception as error:
-        if not any("lancedb" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+    except BaseException as error:  # a panic of its Rust code is no Exception
+        if isinstance(error, KeyboardInterrupt) or "lancedb" not in str(traceback.extract_tb(error.__traceback__)):
             raise
         raise UserError(
             f"{place} cannot be read or written, or is damaged ({' '.join(str(error).split())[:200]}): repeat the command, or delete the "
@@ -89,7 +89,7 @@ class Index:
 
     def pick(self, ids: list[int], *names: str) -> dict[int, dict[str, Any]]:
         """Return id -> columns of some items; absent ones are left out."""
-        return {row["id"]: row for row in self.rows(*names, where=f"{ITEMS} AND id IN ({str(ids)[1:-1]})").to_pylist()}
+        return {row["id"]: row for row in self.rows(*names, where=f"{ITEMS} AND id IN ({str([-1, *ids])[1:-1]})").to_pylist()}
 
     def put(self, columns: Mapping[str, Sequence]) -> None:
         """Insert or replace rows by their "path", without any other columns; or change rows that are there by their "id". In one step."""
@@ -106,8 +106,10 @@ class Index:
         if ids := list(ids):
             self.table.delete(f"id IN ({str(ids)[1:-1]})")
 
-    def nearest(self, query: np.ndarray, count: int, ranking: str = "plain", ann: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids and scores float64 of the best items for a query (D,), best first, ties by id.
+    def nearest(
+        self, query: np.ndarray, count: int, ranking: str = "plain", ann: bool = False, column: str = "vector",
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and scores float64 of the best items for a query (D,), by a column of vectors, best first, ties by id.
 
         Plain scores are dot products, exact and in double precision: single precision only preselects, with a margin. With `ann`, the
         ANN index preselects. Or `diffusion` gives the scores.
@@ -119,10 +121,10 @@ class Index:
             return ids[best(ids, scores)], scores[best(ids, scores)]
         fetch = min(count, len(self)) + SPARE
         while True:
-            search = self.table.search(query, vector_column_name="vector").distance_type("dot").limit(fetch)
+            search = self.table.search(query, vector_column_name=column).distance_type("dot").limit(fetch)
             search = search.nprobes(64).refine_factor(4) if ann else search.bypass_vector_index()
-            rows = search.select(["id", "vector", "_distance"]).to_arrow()  # none without a vector
-            ids, scores = rows["id"].to_numpy(), vectors_of(rows) @ query.astype(np.float64)
+            rows = search.select(["id", column, "_distance"]).to_arrow()  # none without a vector
+            ids, scores = rows["id"].to_numpy(), vectors_of(rows, column) @ query.astype(np.float64)
             order = best(ids, scores)
             if ann or len(ids) < fetch or scores[order[-1]] > 1 - rows["_distance"][-1].as_py() + MARGIN:
                 return ids[order], scores[order]
@@ -165,9 +167,9 @@ def writing(place: str, new: bool) -> AbstractContextManager:
     return hold_lock(folder / LOCK, f"another search.py changes {place} at this moment: repeat the command when it has ended")
 
 
-def vectors_of(rows: pa.Table) -> np.ndarray:
-    """Return the column of vectors as (N, D) float64."""
-    column = rows["vector"]
+def vectors_of(rows: pa.Table, name: str = "vector") -> np.ndarray:
+    """Return a column of vectors as (N, D) float64."""
+    column = rows[name]
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), column.type.list_size).astype(np.float64)
 
 
@@ -192,9 +194,8 @@ def update_graph(index: Index) -> None:
     index.put({"id": ids[again.numpy()].tolist(), "neighbours": changed})
 
 
-def behind(index: Index) -> int:
-    """Return how many items are not in the neighbour graph, or have a neighbour that is gone."""
-    rows = index.rows("neighbours")
+def behind(rows: pa.Table) -> int:
+    """Return how many of all items are not in the neighbour graph, or have a neighbour that is gone."""
     known = set(rows["id"].to_pylist())
     return sum(found is None or not known.issuperset(found) for found in rows["neighbours"].to_pylist())
 
@@ -202,12 +203,12 @@ def behind(index: Index) -> int:
 @lru_cache(maxsize=1)
 def diffusion(index: Index, version: int) -> tuple[np.ndarray, DiffusionRanking]:
     """Return the ids of the items and the ranking over their graph, of the present `version` of the table; a UserError if it is behind."""
-    if missing := behind(index):
+    rows = index.rows("vector", "neighbours")
+    if missing := behind(rows):
         raise UserError(
             f"no diffusion over {index.place}: {missing} items are not in the neighbour graph, or a neighbour of theirs is gone; mend it "
             f"with python search.py update {index.place}, or where it was built with --no-graph, build another index"
         )
-    rows = index.rows("vector", "neighbours")
     ids, gallery = rows["id"].to_numpy(), torch.from_numpy(vectors_of(rows))
     places = torch.from_numpy(ids.searchsorted(np.array(rows["neighbours"].to_pylist(), dtype=np.int64)))
     similarities = torch.zeros(places.shape, dtype=torch.float64)

@@ -44,6 +44,26 @@ def test_other_images_are_resized_and_cropped(tmp_path, shape):
         load_images(save(tmp_path, wide), 0)
 
 
+@pytest.mark.parametrize("shape", [(50, 50), (31, 47), (96, 6), (7, 112), (90, 40), (33, 500)])
+def test_pictures_of_ordinary_shape_are_resized_as_a_whole(tmp_path, shape):
+    picture, side = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)), 24
+    size = [max(side, round(length * (side / min(shape)))) for length in picture.size]
+    corner = [(length - side) // 2 for length in size]
+    expected = picture.resize(size, Image.Resampling.BILINEAR).crop((*corner, corner[0] + side, corner[1] + side))
+    np.testing.assert_array_equal(load_images(save(tmp_path, np.asarray(picture)), side)[0], np.asarray(expected).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_strip_takes_little_memory_and_gives_its_middle(tmp_path, monkeypatch, turned):
+    strip, sizes, resize = np.zeros((2, 40_001, 3), np.uint8), [], Image.Image.resize
+    strip[:, 20_000] = 255
+    samples = save(tmp_path, strip.transpose(1, 0, 2) if turned else strip)
+    monkeypatch.setattr(Image.Image, "resize", lambda image, size, *more: (sizes.append(size), resize(image, size, *more))[1])
+    (picture,) = load_images(samples, 256)
+    bright = picture[0].max(axis=1 if turned else 0)
+    assert max(sizes[0]) <= 20 * 256 and bright.argmax() in (127, 128) and bright[0] <= 1 and bright[126] == bright[129]
+
+
 INK = np.zeros((16, 16, 4), np.uint8)  # a red drawing on transparent ground whose hidden colour is black
 INK[4:12, 4:12] = (255, 0, 0, 255)
 SCENE = np.zeros((16, 32, 3), np.uint8)  # wide, its upper half white

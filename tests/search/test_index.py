@@ -32,7 +32,7 @@ def ids_of(numbers):
 
 def assert_graph_is_fresh(index):
     """The stored lists equal those of all items looked up anew."""
-    assert behind(index) == 0
+    assert behind(index.rows("neighbours")) == 0
     stored = index.rows("vector", "neighbours")
     ids, rows = stored["id"].to_numpy(), torch.from_numpy(vectors_of(stored))
     columns, _ = nearest(rows, rows, NEIGHBOURS, torch.arange(len(rows)))
@@ -130,14 +130,33 @@ def test_a_half_made_index_counts_as_none_and_is_completed(tmp_path):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"] and not (tmp_path / "typing error").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied"])
-def test_a_damaged_index_is_one_message(tmp_path, damage):
+@pytest.mark.parametrize("left", [0, 20, 100, -1])
+@pytest.mark.parametrize("kind", ["data/*.lance", "_versions/*.manifest", "_deletions/*", "_indices/*/*.idx"])
+def test_a_damaged_index_is_one_message(tmp_path, kind, left):
     index = make(tmp_path)
-    put(index, range(40))
-    for path in (tmp_path / "index" / "items.lance" / "data").iterdir():
-        path.write_bytes(path.read_bytes()[: 100 * (damage == "truncated")])
+    put(index, range(300))
+    index.finish(ann=True)
+    index.delete(ids_of([3]))
+    for path in sorted((tmp_path / "index" / "items.lance").glob(kind)):
+        path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(UserError, match="is damaged.*make it anew with python search.py build"), told(index.place):
-        Index(index.place).nearest(np.ones(WIDTH, np.float32), 3)
+        Index(index.place).nearest(np.ones(WIDTH, np.float32), 3, ann=True)
+
+
+class Panic(BaseException):
+    """As the Rust code of LanceDB raises it."""
+
+
+def test_a_panic_of_the_store_is_one_message_and_an_interruption_none(tmp_path, monkeypatch):
+    index = make(tmp_path)
+    for error, seen in ((Panic, UserError), (KeyboardInterrupt, KeyboardInterrupt)):
+
+        def failing(*_, **__):
+            raise error("the offset of the new Buffer cannot exceed the existing length")
+
+        monkeypatch.setattr("lancedb.table.AsyncTable.count_rows", failing)
+        with pytest.raises(seen, match="offset"), told(index.place):
+            len(index)
 
 
 def test_a_damaged_version_is_one_message_to_who_changes_the_index(tmp_path):

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import struct
@@ -22,7 +24,9 @@ from stage_runs import REPOSITORY, labels_of, only_run, settings
 
 if find_spec("lancedb") is None:
     pytest.skip("search needs the packages of requirements-search.txt", allow_module_level=True)
+import train_step1
 import train_step2
+from datasets.prepare.shapes import mesh
 from datasets.samples import describe_samples, load_test_samples
 from models.trained import open_trained
 from search import answers, commands, files, model
@@ -188,6 +192,65 @@ def test_an_update_follows_what_is_broken_repaired_and_gone(run, root, tmp_path,
     assert paths_of(index, where=SKIPPED) == [] and len(index) == 2 and sound(index)
 
 
+def test_an_update_takes_in_or_drops_what_a_list_missed(run, root, tmp_path):
+    first, second, third = (shutil.copy(path, tmp_path) for path in sorted((root / "test" / "point_cloud").iterdir())[:3])
+    (tmp_path / "list.txt").write_text("\n".join(map(os.path.basename, (first, second, third))))
+    content = Path(second).read_bytes()
+    os.remove(second), os.remove(third)
+    index = build(run, tmp_path / "index", tmp_path / "list.txt")
+    assert sorted(paths_of(index, where=SKIPPED)) == [second, third]
+    Path(second).write_bytes(content)
+    commands.main(["update", index.place])
+    assert sorted(paths_of(index)) == [first, second] and paths_of(index, where=SKIPPED) == []
+
+
+def test_whatever_goes_wrong_with_a_file_skips_that_file_alone(run, root, tmp_path, monkeypatch):
+    pictures, originals = tmp_path / "pictures", (commands.read_sample, commands.picture_of, files.load_images)
+    shutil.copytree(root / "test" / "gray_imgs", pictures)
+    names = sorted(map(str, pictures.iterdir()))
+
+    def load(rows, resize):
+        if str(rows.path) in names[:2]:
+            raise MemoryError if str(rows.path) == names[0] else ZeroDivisionError("of a library")
+        return originals[2](rows, resize)
+
+    def read(path, *given):
+        sample = originals[0](path, *given)
+        if path == names[2]:
+            os.remove(path)
+        return sample
+
+    def draw(path, *given):
+        if path == names[3]:
+            raise MemoryError
+        return originals[1](path, *given)
+
+    for place, name, changed in ((files, "load_images", load), (commands, "read_sample", read), (commands, "picture_of", draw)):
+        monkeypatch.setattr(place, name, changed)
+    index = build(run, tmp_path / "index", pictures, "--modality", "GrayImg")
+    skipped = {row["path"]: row for row in index.rows("path", "code", "reason", where=SKIPPED).to_pylist()}
+    assert sorted(skipped) == names[:4] and sorted(paths_of(index)) == names[4:] and {row["code"] for row in skipped.values()} == {"unreadable"}
+    for name, words in zip(names, ("MemoryError", "of a library", "No such file", "MemoryError")):
+        assert words in skipped[name]["reason"]
+
+
+@pytest.mark.parametrize("name,modality,packages", [
+    ("scan.pcd", "PointCloud", "pypcd4"), ("solid.stl", "PointCloud", "trimesh"), ("solid.off", "Mesh", "pyvista and fast_simplification"),
+])
+def test_missing_packages_are_one_message_at_the_start(run, three, tmp_path, monkeypatch, name, modality, packages):
+    (tmp_path / "things").mkdir()
+    (tmp_path / "things" / name).write_text("not to be read")
+    monkeypatch.setattr(files, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=f"needs {packages}: pip install .*requirements-data.txt"):
+        build(three if modality == "Mesh" else run, tmp_path / "index", tmp_path / "things", "--modality", modality)
+    assert not exists(str(tmp_path / "index"))
+    (tmp_path / "things" / name).rename(tmp_path / "things" / "cloud.npy")
+    assert len(build(run, tmp_path / "index", tmp_path / "things")) == 0  # nothing to install for it
+    monkeypatch.setitem(sys.modules, "fast_simplification", None)
+    with pytest.raises(UserError, match="needs fast-simplification .*pip install"):  # of a query
+        mesh._presimplify((np.eye(3), np.array([[0, 1, 2]])))
+
+
 KILLING = """
 import os, signal, sys, threading, time
 from search import commands, index
@@ -333,7 +396,7 @@ def test_another_model_is_refused_with_the_command_that_mends_it(run, copied, ro
     shutil.copytree(run, other)
     save_checkpoint(other / "last.pt", load_checkpoint(run / "last.pt") | {"epoch": 1})
     for call in (lambda: ask(copied, run=other), lambda: build(other, copied.place, clouds(root))):
-        with pytest.raises(UserError, match=f"another model.*python search.py build --run {other} --collection {clouds(root)} --index NEW"):
+        with pytest.raises(UserError, match=f"another model.*python search.py build --run {other} --index {copied.place}.new"):
             call()
     with pytest.raises(UserError, match="was built with representation embedding"):
         build(run, copied.place, clouds(root), "--representation", "joint")
@@ -341,13 +404,45 @@ def test_another_model_is_refused_with_the_command_that_mends_it(run, copied, ro
         ask(copied, next((root / "test" / "gray_imgs").iterdir()), ann=True)
 
 
-def test_an_index_says_that_its_model_reads_labels(run, root, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def three(root, tmp_path_factory):
+    """A run of step 1 with two modalities of shapes."""
+    out = tmp_path_factory.mktemp("three modalities")
+    train_step1.main(settings(root, out, 1, "data.modalities=[GrayImg,PointCloud,Mesh]", "optim.epochs=1"))
+    return only_run(out, 1)
+
+
+@pytest.mark.parametrize("options", [
+    ["--modality", "GrayImg", "--representation", "joint", "--no-graph"], ["--modality", "Mesh"], ["--modality", "PointCloud", "--up", "x"],
+])
+def test_the_command_that_mends_a_refused_model_runs(run, three, root, tmp_path, options):
+    trained, place, other = three if "Mesh" in options else run, tmp_path / "an index", tmp_path / "another run"
+    folder = {"GrayImg": "gray_imgs", "Mesh": "mesh", "PointCloud": "point_cloud"}[options[1]]
+    shutil.copytree(root / "test" / folder, tmp_path / "my things")
+    before = build(trained, place, tmp_path / "my things", *options).info
+    shutil.copytree(trained, other)
+    save_checkpoint(other / "last.pt", load_checkpoint(trained / "last.pt") | {"epoch": 1000})
+    with pytest.raises(UserError, match="another model") as caught:
+        ask(place, next((tmp_path / "my things").iterdir()), run=other)
+    commands.main(shlex.split(re.search("python search.py (build .*)", str(caught.value))[1]))
+    index = Index(f"{place}.new")
+    assert len(index) == 16 and index.info["run"] == str(other)
+    assert all(index.info[name] == before[name] for name in ("collection", "modality", "representation", "graph", "up"))
+
+
+def test_an_index_and_its_answers_say_that_the_model_reads_labels(run, root, tmp_path, capsys):
     marked = shutil.copytree(run, tmp_path / "marked")
     text = (marked / "config.yaml").read_text()
     (marked / "config.yaml").write_text(text.replace("reads_labels: null", "reads_labels: training labels of x"))
     index = build(marked, tmp_path / "index", clouds(root))
     commands.main(["stats", index.place])
     assert "reads_labels: training labels of x" in capsys.readouterr().out
+    query = ["query", index.place, str(next((root / "test" / "gray_imgs").iterdir())), "-k", "2"]
+    for form in ([], ["--json"], ["--csv"], ["--html", str(tmp_path / "out.html")]):
+        commands.main([*query, *form])
+        assert "training labels of x" in (tmp_path / "out.html").read_text() if "--html" in form else capsys.readouterr().out, form
+    commands.main(["query", index.place, *query[2:], "--json"])
+    assert json.loads(capsys.readouterr().out.partition("out.html\n")[2])[0]["reads_labels"] == "training labels of x"
 
 
 def test_what_a_cosine_means_is_measured_without_labels(monkeypatch):
@@ -369,16 +464,40 @@ def test_what_a_cosine_means_is_measured_without_labels(monkeypatch):
     assert model._tone(pictures) == {"ground": 10, "fill": 0.5}
 
 
-def test_scores_and_verdicts_of_a_query(built, root):
-    index, model = opened(built)
-    meaning, picture = index.info["calibration"]["GrayImg"], str(next((root / "test" / "gray_imgs").iterdir()))
+def test_the_verdict_is_of_the_whole_collection_for_any_ranking_and_count(run, root, tmp_path):
+    index, model = opened(build(run, tmp_path / "index", clouds(root), "--representation", "posterior"))
+    meaning, pictures = index.info["calibration"]["GrayImg"], sorted(map(str, (root / "test" / "gray_imgs").iterdir()))
     for level in (meaning["level"], 1.01, -1.0):
         meaning["level"] = level
-        (answer,) = search(index, model, [picture], 4)
-        for row in answer["results"]:
-            assert row["farther"] == pytest.approx(np.mean(np.array(meaning["quantiles"]) < row["cosine"]), abs=0.02)
-        assert answer["nothing_like_this"] == (max(row["cosine"] for row in answer["results"]) < level)
-        assert ("nothing like this in the collection: best cosine" in answers.as_text([answer])) == answer["nothing_like_this"]
+        whole, lower = search(index, model, pictures, len(index)), 0
+        best = [max(row["cosine"] for row in answer["results"]) for answer in whole]
+        for count, ranking in ((1, "plain"), (1, "diffusion"), (4, "plain"), (4, "diffusion")):
+            for answer, nearest in zip(search(index, model, pictures, count, ranking), best):
+                assert answer["nothing_like_this"] == (nearest < level) and f"best cosine {nearest:.3f}" in answer["verdict"]
+                assert ("nothing like this in the collection: best cosine" in answers.as_text([answer])) == (nearest < level)
+                lower += max(row["cosine"] for row in answer["results"]) < nearest
+        assert lower  # not all of these lists hold the nearest item
+    for row in whole[0]["results"]:
+        assert row["farther"] == pytest.approx(np.mean(np.array(meaning["quantiles"]) < row["cosine"]), abs=0.02)
+
+
+@pytest.mark.parametrize("step,gone", [("pick", 2), ("pick", 16), ("nearest", 16)])
+def test_items_that_are_removed_during_a_query_are_left_out(copied, root, monkeypatch, step, gone):
+    (index, model), original = opened(copied), getattr(Index, step)
+    picture = str(next((root / "test" / "gray_imgs").iterdir()))
+    order = [row["path"] for row in search(index, model, [picture], 16)[0]["results"]]
+    removing = lambda *given, **options: (copied.delete(map(identity, order[:gone])), original(*given, **options))[1]
+    monkeypatch.setattr(Index, step, removing)
+    (answer,) = search(index, model, [picture], 4)
+    assert [row["path"] for row in answer["results"]] == order[gone:4] and (answer["nothing_like_this"] or gone < 16)
+    assert answers.as_html([answer]).count("<figure>") == 1 + len(order[gone:4]) and answers.as_text([answer])
+
+
+def test_one_form_of_answers_at_a_time(built, tmp_path, capsys):
+    for forms in (["--json", "--csv"], ["--json", "--html", str(tmp_path / "out.html")], ["--csv", "--html", str(tmp_path / "out.html")]):
+        with pytest.raises(SystemExit):
+            commands.main(["query", str(built), "x.png", *forms])
+        assert "not allowed with" in capsys.readouterr().err
 
 
 def test_answers_as_json_csv_and_one_offline_page(built, root, tmp_path, capsys):
@@ -389,12 +508,12 @@ def test_answers_as_json_csv_and_one_offline_page(built, root, tmp_path, capsys)
     assert first["query"] == pictures[0] and [row["rank"] for row in first["results"]] == [1, 2, 3]
     assert last["modality"] == "PointCloud" and last["results"][0]["path"] == shape and last["results"][0]["cosine"] == pytest.approx(1)
     commands.main(["query", str(built), pictures[0], "-k", "3", "--csv"])
-    assert [line.split(",")[2] for line in capsys.readouterr().out.splitlines()] == ["rank", "1", "2", "3"]
+    assert [line.split(",")[3] for line in capsys.readouterr().out.splitlines()] == ["rank", "1", "2", "3"]
     commands.main(["query", str(built), *pictures, "-k", "3", "--html", str(tmp_path / "out.html")])
     text = (tmp_path / "out.html").read_text()
     assert text.count("data:image/png;base64,") == 2 * 4 and "http" not in text and "src=" in text
     rows = [{"rank": 1, "path": "/a/<script>\x1b[2J.off", "score": 1.0, "cosine": 1.0, "farther": 1.0}]
-    evil = {"query": "<img>\n.png", "modality": "GrayImg", "nothing_like_this": False, "verdict": "", "results": rows, "pictures": [b"", b""]}
+    evil = {"query": "<img>\n.png", "modality": "GrayImg", "nothing_like_this": False, "verdict": "", "results": rows, "pictures": [b""] * 2}
     assert "<script>" not in answers.as_html([evil]) and "<img>" not in answers.as_html([evil])
     assert "\x1b" not in answers.as_text([evil]) and answers.as_text([evil]).count("\n") == 2
 

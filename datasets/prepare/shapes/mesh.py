@@ -180,7 +180,10 @@ def _record(original: Mesh, mesh: Mesh, method: str) -> dict:
 
 def _presimplify(original: Mesh) -> tuple[Mesh, list[str]]:
     """Reduce to `PRE_FACES` if that keeps the area, else return the original."""
-    import fast_simplification
+    try:
+        import fast_simplification
+    except ImportError as error:
+        raise UserError(f"mesh simplification needs fast-simplification ({error}): pip install -r requirements-data.txt") from error
     vertices, triangles = fast_simplification.simplify(
         original[0].astype(np.float32), original[1].astype(np.int32), target_count=PRE_FACES
     )
