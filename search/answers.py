@@ -64,7 +64,9 @@ def search(
         cosines = np.array([row["embedding"] for row in rows], dtype=np.float64).reshape(-1, len(embedding)) @ embedding.astype(np.float64)
         farther = np.interp(cosines, meaning["quantiles"], np.linspace(0, 1, len(meaning["quantiles"])))
         values = zip(itertools.count(1), scores[kept].tolist(), cosines.tolist(), farther.tolist(), (row["path"] for row in rows))
-        best, level = max(index.nearest(embedding, 1, column="embedding")[1].tolist(), default=-1.0), meaning["level"]
+        shown_first = index.info["representation"] == "embedding" and ranking == "plain" and not ann
+        nearest = cosines[:1] if shown_first else index.nearest(embedding, 1, column="embedding")[1]
+        best, level = max(nearest.tolist(), default=-1.0), meaning["level"]
         verdict = f"{'nothing like this in the collection: ' * (best < level)}best cosine {best:.3f}, unrelated queries reach {level:.3f}"
         found.append({
             "query": path, "modality": seen, "nothing_like_this": best < level, "level": level, "verdict": verdict,
