@@ -51,7 +51,7 @@ def make_digit(num_points: int, rgb: str, task: ObjectTask) -> tuple[dict[str, n
     """
     try:
         points = digit_to_point_cloud(task.image)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{task.name}: {error}") from error
     rng = np.random.default_rng((SEED, SPLITS.index(task.split), task.number))
     keep = min(num_points or len(points), len(points))
