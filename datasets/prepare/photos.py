@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     report(options.root, made, manifest)
     _publish(options, kept, hashes, manifest["counts"])
-    write_skipped(options.root / SKIPPED, [{"name": name, "left_out": reason} for name, reason in sorted(broken.items())])
+    write_skipped(options.root / SKIPPED, dict(sorted(broken.items())))
     print(f"{len(kept)} photographs of {len(classes)} classes, {len(broken)} skipped, with their reasons in {options.root / SKIPPED}")
     if others:
         print(f"folders without shapes, passed over: {', '.join(others)}")
