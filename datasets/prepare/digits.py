@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from datasets.mesh_faces import MAX_FACES, mesh_to_faces
+from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import SPLITS
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, extrude_digit, gray_image, project_rgb
@@ -129,3 +130,4 @@ def main(arguments: list[str] | None = None) -> None:
         options.root, "digits", digits_splits(), source="sklearn.datasets.load_digits", num_points=options.points,
         rgb=options.rgb, workers=options.workers, overwrite=options.overwrite,
     )
+    store_arrays(options.root, "digits")

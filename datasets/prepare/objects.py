@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import package_versions, read_journal
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.collection import Item, make_tasks, mostly_clouds, read_folder, read_npz
@@ -216,6 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("files of other kinds:", ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items())))
     points = max(entry["points"] for entry in entries if "files" in entry)
     write_configs(configs, settings, output, manifest["counts"]["train"], points, options.overwrite)
+    store_arrays(output, options.name)
     if not classes:
         print("no labels: both steps train without them; evaluation will say that it needs them")
     print(f"train on it:\n  python train_step1.py --config {configs}/step1.yaml\n  python train_step2.py --config {configs}/step2.yaml")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import SPLITS, check_root, list_paths, pairs_path, publish_lists
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.mi3dor import IMAGE_SUFFIXES, Item, by_name_hash, draw_of_same_class, examine_photographs, files_below
@@ -122,3 +123,4 @@ def _publish(options: argparse.Namespace, kept: Sequence[Item], hashes: dict[str
         lines = "".join(f"{item.name} {hashes[item.name]}\n" for item in items)
         manifest["photographs_sha256"][split] = hashlib.sha256(lines.encode()).hexdigest()
     publish_lists(options.root, manifest, texts, options.overwrite)
+    store_arrays(options.root, manifest["dataset"])

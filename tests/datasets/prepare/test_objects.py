@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
@@ -18,6 +19,7 @@ from datasets.prepare import objects
 from datasets.prepare.readers.collection import Item, make_tasks, read_folder, read_npz
 from datasets.prepare.readers.objects import read_cloud, read_npz_parts, read_parts
 from datasets.prepare.shapes.mesh import MeshError
+from datasets.samples import load_test_samples, load_training_samples
 from utils.errors import UserError
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config, Step2Config
@@ -126,6 +128,9 @@ def test_every_file_is_right_or_listed(here, trimesh, renderer, monkeypatch, cap
         assert f"python train_step{step}.py --config configs/mine/step{step}.yaml" in printed
         data = load_config(kind, f"configs/mine/step{step}.yaml").data
         assert (data.dataset, data.num_classes, len(data.modalities), data.num_points, data.eval_subsets) == ("mine", 2, 4, 32, 1)
+    stored = {path.name: path.stat().st_mtime_ns for path in (root / ".arrays").glob("*.npy")}
+    load_test_samples(data, torch.device("cpu"), load_training_samples(data, torch.device("cpu")))
+    assert stored == {path.name: path.stat().st_mtime_ns for path in (root / ".arrays").glob("*.npy")} and len(stored) == 8
 
 
 @pytest.mark.parametrize("name", ["off.off", "stl.stl", "text.stl", "ply.ply", "ascii.ply", "glb.glb"])
