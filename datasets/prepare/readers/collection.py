@@ -114,7 +114,7 @@ def _with_originals(items: list[Item]) -> list[Item]:
     first: dict[str, str] = {}
     for item in (item for item in items if not item.reason):
         hashes = [file.sha256 for file in (item, *item.others)]
-        known = {first[digest]: None for digest in hashes if digest in first}
+        known = {first[digest] for digest in hashes if digest in first}
         name = min(known, default=item.name)
         if len(known) > 1:
             first = {digest: name if other in known else other for digest, other in first.items()}
