@@ -1,4 +1,5 @@
-"""The array of a sample list as a memory-mapped file beside the list: made on first use, shared by all processes, never held twice.
+"""The array of a sample list as a memory-mapped file beside the list: shared by all processes, never held twice. The preparation makes
+those of the data set's own configuration, first use makes all others.
 
 It is `.arrays/{list}-{settings}-{sources}.npy`, with its sha256 in a .json beside it. The name depends on the settings that decide the
 array, on names and ids of the list, and on size and modification time of every file: when one changes, another array is made.
@@ -64,6 +65,11 @@ def _open(place: Path) -> tuple[np.ndarray, str] | None:
         if note["written"] == [entry.st_size, entry.st_mtime_ns]:
             return np.load(place, mmap_mode="r", allow_pickle=False), note["sha256"]
     return None
+
+
+def store_array(sample_list: SampleList, kind: Kind, data: DataConfig) -> str | None:
+    """Write the file of a list's array unless it is there; return why that was impossible, if it was; errors as `stored_array`."""
+    return _make(_place(sample_list, kind, data), sample_list, kind, data)
 
 
 def _make(place: Path, sample_list: SampleList, kind: Kind, data: DataConfig) -> str | None:

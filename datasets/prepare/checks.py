@@ -40,7 +40,7 @@ class Check:
         """Return action(*arguments); if it refuses the data, keep its message as a problem and return None."""
         try:
             return action(*arguments)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             self.problems.append(str(error))
 
     def lines(self) -> list[str]:
@@ -170,7 +170,7 @@ def _check_files(data: DataConfig, lists: Lists, check: Check) -> None:
     for (_, name), listed in lists.items():
         try:
             KINDS[data.kind_of(name)].load(listed.samples, data)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             check.problems.append(f"{error}; {REPAIR}")
 
 

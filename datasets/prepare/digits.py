@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from datasets.mesh_faces import MAX_FACES, mesh_to_faces
+from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import SPLITS
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, extrude_digit, gray_image, project_rgb
@@ -51,7 +52,7 @@ def make_digit(num_points: int, rgb: str, task: ObjectTask) -> tuple[dict[str, n
     """
     try:
         points = digit_to_point_cloud(task.image)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{task.name}: {error}") from error
     rng = np.random.default_rng((SEED, SPLITS.index(task.split), task.number))
     keep = min(num_points or len(points), len(points))
@@ -129,3 +130,4 @@ def main(arguments: list[str] | None = None) -> None:
         options.root, "digits", digits_splits(), source="sklearn.datasets.load_digits", num_points=options.points,
         rgb=options.rgb, workers=options.workers, overwrite=options.overwrite,
     )
+    store_arrays(options.root, "digits")

@@ -37,7 +37,7 @@ def class_names(data: DataConfig) -> list[str]:
     """Return the names of labels 0, 1, ...: `classes` (list) or `class_to_index` in the manifest; empty if it has neither."""
     try:
         manifest = manifest_of(data)
-    except ValueError:
+    except UserError:
         return []  # one of the checks reports the broken manifest
     numbers = manifest.get("class_to_index")
     names = sorted(numbers, key=numbers.get) if isinstance(numbers, dict) else manifest.get("classes")
@@ -106,7 +106,7 @@ def _make_tile(
     one = dataclasses.replace(samples, **{key: getattr(samples, key)[part] for key in ("names", "files", "instance_ids")})
     try:
         sample = KINDS[data.kind_of(samples.modality)].load(one, dataclasses.replace(data, num_views=1, num_points=2))[0, 0]
-    except (ValueError, OSError):
+    except (UserError, OSError):
         return Tile(None, "unreadable", wrong=True)  # the check that loads every file says why
     differs = expected is not None and samples.instance_ids[row] != expected
     caption = _describe(listed, row, split, names) if differs or expected is None else ""

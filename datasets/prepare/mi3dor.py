@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import SPLITS, check_root, list_paths, package_versions, pairs_path, publish_lists
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.mi3dor import Item, by_name_hash, check_official, check_photographs, draw_of_same_class, read_release
@@ -125,5 +126,6 @@ def _publish(
     }
     written = publish_lists(options.output, manifest, texts, options.overwrite)
     print(f"{dataset}: lists {'written' if written else 'already there'}; rows {manifest['counts']}")
+    store_arrays(options.output, dataset)
     if options.pairing == "class":
         print("--pairing class read the class labels to build the training pairs: results on mi3dor_class are not unsupervised")

@@ -6,6 +6,7 @@ python -m datasets.prepare_mnist3d [--mnist DIR | --kaggle DIR | --authors DIR] 
 import argparse
 
 from datasets.prepare.digits import add_digit_options, write_digits
+from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import check_root
 from datasets.prepare.parallel import user_path
 from datasets.prepare.readers.authors import join_authors_lists
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.authors:
         print(*join_authors_lists(options.authors, options.root), sep="\n")
-        return
+        return store_arrays(options.root, "mnist3d")
     if options.kaggle:
         splits, source = read_kaggle(options.kaggle), "Kaggle 3D MNIST point-cloud files"
     else:
@@ -35,3 +36,4 @@ def main(arguments: list[str] | None = None) -> None:
         options.root, "mnist3d", splits, num_points=options.points, rgb=options.rgb, source=source, workers=options.workers,
         overwrite=options.overwrite,
     )
+    store_arrays(options.root, "mnist3d")

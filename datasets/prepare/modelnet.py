@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import package_versions, read_journal
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.archives import read_member
@@ -116,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         make = partial(make_from_pcd, recipe, options.up or "z")
     made, manifest = write_dataset(root, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
     report(root, made, manifest)
+    store_arrays(root, settings["dataset"])
     dropped = [entry["dropped_points"] for entry in read_journal(root)[1].values() if entry.get("dropped_points")]
     if dropped:
         print(f"{sum(dropped)} invalid points dropped from {len(dropped)} clouds (`dropped_points` in objects.jsonl)")

@@ -8,28 +8,19 @@ import argparse
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import package_versions, read_journal
 from datasets.prepare.parallel import add_writer_options, user_path
+from datasets.prepare.readers.collection import Item, make_tasks, mostly_clouds, read_folder, read_npz
 from datasets.prepare.readers.modelnet import to_z_up
-from datasets.prepare.readers.objects import (
-    FORMATS,
-    GLTF,
-    Item,
-    joined,
-    read_cloud,
-    read_folder,
-    read_npz,
-    read_npz_parts,
-    read_parts,
-    vertical_axis,
-)
+from datasets.prepare.readers.objects import FORMATS, GLTF, joined, read_cloud, read_npz_parts, read_parts, vertical_axis
 from datasets.prepare.recipe import MESH_SIZE, SPLAT_SIZE, Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh, thinned
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise
 from datasets.prepare.shapes.render import probe_renderer
@@ -61,18 +52,32 @@ class ObjectRecipe(Recipe):
 def make_object(
     recipe: ObjectRecipe, archive: Path | None, reasons: Mapping[str, str], task: ObjectTask
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """Make all modalities of the object in the file, or row of the archive of meshes, `task.member`.
+    """Make all modalities of the object in the file, or row of the archive of meshes, `task.member`; where it cannot be used, of the
+    first of `task.others` that can.
 
     Args:
         reasons: name -> why an object is left out without being read.
     Returns:
-        As `modalities_of_mesh` or `modalities_of_cloud`; facts: `size`, the longest side, in metres where the unit is known, and
-        `points`, the number of points.
+        As `modalities_of_mesh` or `modalities_of_cloud`; facts: `size`, the longest side, in metres where the unit is known,
+        `points`, the number of points, and, of one of the others, `read`, its name, and `unread`, name -> reason.
     Raises:
         MeshError: when the object cannot be used.
     """
     if task.name in reasons:
         raise MeshError(reasons[task.name])
+    unread = {}
+    for place in (task.member, *task.others):
+        name = task.name.removesuffix(Path(task.member).suffix) + Path(place).suffix
+        try:
+            arrays, facts = _make(recipe, archive, replace(task, member=place))
+        except MeshError as error:
+            unread[name] = str(error)
+        else:
+            return arrays, {**facts, "read": name, "unread": unread} if unread else facts
+    raise MeshError("; ".join([unread.pop(task.name), *(f"{name}: {reason}" for name, reason in unread.items())]))
+
+
+def _make(recipe: ObjectRecipe, archive: Path | None, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
     try:
         arrays, facts = (_from_cloud if recipe.max_faces is None else _from_mesh)(recipe, archive, task)
     except (MeshError, UserError):
@@ -101,43 +106,6 @@ def _from_mesh(recipe: ObjectRecipe, archive: Path | None, task: ObjectTask) -> 
 
 def _size(points: np.ndarray, unit: str | None) -> float:
     return float(np.ptp(points, axis=0).max() * UNITS.get(unit, 1.0))
-
-
-def make_tasks(items: Sequence[Item], share: float, labelled: bool, least: int) -> tuple[list[ObjectTask], list[str], dict[str, str]]:
-    """Number, split and label the objects of a collection.
-
-    Numbers, and a split that the collection lacks, follow the hash of the name, not the class; copies of one file stay in one split.
-
-    Args:
-        share: of the training split; labelled: whether class folders are labels; least: objects of a class that is kept.
-    Returns:
-        All objects; the classes, in the order of their labels; and name -> why an object is left out.
-    """
-    original = lambda item: item.original or item.name
-    ordered = sorted(items, key=lambda item: hashlib.sha256(original(item).rsplit(".", 1)[0].encode()).digest())
-    sizes = Counter(item.object_class for item in items if not item.reason)
-    classes = sorted(name for name, size in sizes.items() if name is not None and size >= least) if labelled else []
-    clouds, first_test = mostly_clouds(items), min(max(round(share * len(items)), 1), len(items) - 1)
-    labels, reasons, tasks = {name: label for label, name in enumerate(classes)}, {}, []
-    splits = {original(item): "test" for item in ordered[-1:]}  # neither split is empty while two contents differ
-    for number, item in enumerate(ordered):
-        split = item.split or splits.setdefault(original(item), "train" if number < first_test else "test")
-        tasks.append(ObjectTask(number, item.name, split, labels.get(item.object_class), item.place))
-        if item.reason:
-            reasons[item.name] = item.reason
-        elif item.is_cloud != clouds:
-            reasons[item.name] = "a point cloud among meshes" if item.is_cloud else "a mesh among point clouds"
-        elif labelled and item.object_class is None:
-            reasons[item.name] = "in no class folder; --labels none takes it"
-        elif labelled and item.object_class not in labels:
-            reasons[item.name] = f"class {item.object_class} has {sizes[item.object_class]} objects, --min-class-size is {least}"
-    return tasks, classes, reasons
-
-
-def mostly_clouds(items: Sequence[Item]) -> bool:
-    """Whether more of the usable objects are clouds than are meshes."""
-    kinds = Counter(item.is_cloud for item in items if not item.reason)
-    return kinds[True] > kinds[False]
 
 
 def write_configs(folder: Path, settings: Mapping, root: Path, size: int, points: int, overwrite: bool) -> None:
@@ -212,7 +180,7 @@ def _check(options: argparse.Namespace, output: Path, configs: Path) -> None:
 def _settings(options: argparse.Namespace, recipe: ObjectRecipe, items: Sequence[Item], classes: list[str]) -> dict:
     clouds, content = recipe.max_faces is None, "".join(f"{item.name} {item.sha256}\n" for item in items)
     return {
-        "format": 1, "dataset": options.name, "generator": "datasets.prepare_objects", "pictures": "splat" if clouds else "mesh",
+        "format": 2, "dataset": options.name, "generator": "datasets.prepare_objects", "pictures": "splat" if clouds else "mesh",
         "modalities": ["RGBImg", "GrayImg", "PointCloud", *([] if clouds else ["Mesh"])], "classes": classes, "split": options.split,
         "input_sha256": hashlib.sha256(content.encode()).hexdigest(), **asdict(recipe),
         "packages": package_versions(() if clouds else MESH_PACKAGES),
@@ -238,12 +206,18 @@ def main(arguments: list[str] | None = None) -> None:
     make = partial(make_object, recipe, options.npz, reasons)
     made, manifest = write_dataset(output, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
     report(output, made, manifest)
-    write_skipped(output / SKIPPED, manifest["left_out"])
-    print(f"{len(manifest['left_out'])} of {len(tasks)} objects skipped, with their reasons in {output / SKIPPED}")
+    entries = read_journal(output)[1].values()
+    read = {entry.get("read") for entry in entries}
+    skipped = {entry["name"]: entry["left_out"] for entry in manifest["left_out"] if entry["name"] not in read}
+    for entry in entries:
+        skipped |= entry.get("unread", {})
+    write_skipped(output / SKIPPED, skipped)
+    print(f"{len(skipped)} of {len(tasks)} objects skipped, with their reasons in {output / SKIPPED}")
     if others:
         print("files of other kinds:", ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items())))
-    points = max(entry["points"] for entry in read_journal(output)[1].values() if "files" in entry)
+    points = max(entry["points"] for entry in entries if "files" in entry)
     write_configs(configs, settings, output, manifest["counts"]["train"], points, options.overwrite)
+    store_arrays(output, options.name)
     if not classes:
         print("no labels: both steps train without them; evaluation will say that it needs them")
     print(f"train on it:\n  python train_step1.py --config {configs}/step1.yaml\n  python train_step2.py --config {configs}/step2.yaml")

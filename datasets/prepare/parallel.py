@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from utils.engine.progress import progress
 from utils.errors import UserError
+
+DIED = "its process died: out of memory, or a crash in a library"
 
 
 def user_path(text: str) -> Path:
@@ -26,30 +29,44 @@ def add_writer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings or package versions")
 
 
-def run_tasks(produce: Callable[[Any], Any], todo: Sequence, workers: int, title: str = "objects") -> Iterator:
+def run_tasks(
+    produce: Callable[[Any], Any], todo: Sequence, workers: int, lost: Callable[[Any], Any], title: str = "objects"
+) -> Iterator:
     """Yield produce(task) of all tasks, which have a `name`, in the order they are ready, and show the progress; 1 worker is this process.
 
+    When a worker process dies, the tasks in flight are repeated one by one, each in a process of its own. Of one that kills this as
+    well, lost(task) is yielded.
+
     Raises:
-        UserError: when a worker process dies, naming the tasks in flight. Whatever `produce` raises is raised here.
+        UserError: when processes die without a task. Whatever `produce` raises is raised here.
     """
-    yield from progress(map(produce, todo) if workers == 1 else _run_parallel(produce, todo, workers), len(todo), title)
+    yield from progress(map(produce, todo) if workers == 1 else _run_parallel(produce, todo, workers, lost), len(todo), title)
 
 
-def _run_parallel(produce: Callable[[Any], Any], todo: Sequence, workers: int) -> Iterator:
+def _run_parallel(produce: Callable[[Any], Any], todo: Sequence, workers: int, lost: Callable[[Any], Any]) -> Iterator:
+    waiting = dict(enumerate(todo))
+    while waiting:
+        yield from _run_pool(produce, waiting, workers)
+        if waiting and not any(_run_pool(bool, {0: True}, 1)):
+            raise UserError("worker processes die before they have anything to do: use --workers 1, or free memory")
+        for number in list(waiting)[: 2 * workers + 1]:  # in order: each process had one, the queue a few more
+            alone = {number: waiting.pop(number)}
+            yield from _run_pool(produce, alone, 1)
+            yield from map(lost, alone.values())
+
+
+def _run_pool(produce: Callable[[Any], Any], waiting: dict[int, Any], workers: int) -> Iterator:
+    """Yield produce(task) of the tasks that are finished before a process dies, and take them out of `waiting`."""
     context = multiprocessing.get_context("spawn")  # a fork would share the state of the graphics libraries
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=threadpool_limits, initargs=(1,))
-    pending = {}
+    pool, numbers = ProcessPoolExecutor(workers, mp_context=context, initializer=threadpool_limits, initargs=(1,)), {}
     try:
-        pending.update((pool.submit(produce, task), task) for task in todo)
-        for future in as_completed(list(pending)):
-            yield future.result()
-            del pending[future]
-    except BrokenProcessPool as error:
-        begun = list(pending.values())[: 2 * workers + 1]  # in order: each process has one, the queue a few more
-        names = ", ".join(task.name for task in begun)
-        raise UserError(
-            f"a worker process died (killed, out of memory, or a crash in a library) while one of these was made: {names}. "
-            "Finished objects are kept: run the same command again, with fewer --workers if memory is short"
-        ) from error
+        with suppress(BrokenProcessPool):
+            for number, task in waiting.items():
+                numbers[pool.submit(produce, task)] = number
+        for future in as_completed(list(numbers)):
+            number = numbers.pop(future)  # and with it the result
+            if not isinstance(future.exception(), BrokenProcessPool):
+                del waiting[number]
+                yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,6 +1,6 @@
 """Make a data set of photographs and of ModelNet's shapes of the same classes, where nothing but the class joins the two.
 
-python -m datasets.prepare_photos --photos DIR --npz modelnet40_points.npz [--root dataset/photos_modelnet40]
+python -m datasets.prepare_photos --photos DIR --npz modelnet40_points.npz [--root dataset/photos_modelnet40] [--pairing class|none]
 """
 
 import argparse
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import SPLITS, check_root, list_paths, pairs_path, publish_lists
 from datasets.prepare.parallel import add_writer_options, user_path
-from datasets.prepare.readers.mi3dor import IMAGE_SUFFIXES, Item, by_name_hash, examine_photographs, files_below
+from datasets.prepare.readers.mi3dor import IMAGE_SUFFIXES, Item, by_name_hash, draw_of_same_class, examine_photographs, files_below
 from datasets.prepare.readers.modelnet import OFFICIAL, check_official, make_tasks, read_npz
-from datasets.prepare.writer import SKIPPED, ObjectTask, report, write_dataset, write_skipped
+from datasets.prepare.writer import SKIPPED, ObjectTask, object_file, report, write_dataset, write_skipped
 from utils.errors import UserError
 
 DATASET, GENERATOR, TRAINING_SHARE = "photos_modelnet40", "datasets.prepare_photos", 0.8
@@ -58,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--photos", metavar="DIR", type=user_path, required=True, help="DIR/CLASS/*.jpg, only read")
     parser.add_argument("--npz", metavar="FILE", type=user_path, required=True, help="modelnet40_points.npz")
     parser.add_argument("--root", type=user_path, default=Path("dataset") / DATASET, help="where lists and clouds go")
+    parser.add_argument(
+        "--pairing", choices=("none", "class"), default="none",
+        help=f"none: unrelated training lists (data set {DATASET}); class: rows of one class, made with labels ({DATASET}_class)",
+    )
     parser.add_argument("--any-counts", action="store_true", help="accept other than the official counts of shapes; noted in the manifest")
     add_writer_options(parser)
     return parser
@@ -84,25 +89,38 @@ def main(arguments: list[str] | None = None) -> None:
     lost = [name for label, name in enumerate(classes) if label not in {item.label for item in kept}]
     if lost:
         raise UserError(f"--photos {options.photos}: no photograph of {', '.join(lost)} can be read; fetch them again or remove the folder")
+    paired = f"{DATASET}_class"
+    lists = (list_paths(options.root, DATASET, PICTURES), list_paths(options.root, paired, (*PICTURES, "PointCloud")))
     made, manifest = write_dataset(
         options.root, settings, tasks, make_cloud, workers=options.workers, overwrite=options.overwrite,
-        dependents=[*list_paths(options.root, DATASET, PICTURES).values(), pairs_path(options.root, DATASET)],
+        dependents=[*(path for paths in lists for path in paths.values()), *(pairs_path(options.root, name) for name in (DATASET, paired))],
     )
     report(options.root, made, manifest)
-    _publish(options, kept, hashes, manifest["counts"])
-    write_skipped(options.root / SKIPPED, [{"name": name, "left_out": reason} for name, reason in sorted(broken.items())])
+    left_out = {entry["name"] for entry in manifest["left_out"]}
+    _publish(options, kept, hashes, [task for task in tasks if task.name not in left_out])
+    write_skipped(options.root / SKIPPED, dict(sorted(broken.items())))
     print(f"{len(kept)} photographs of {len(classes)} classes, {len(broken)} skipped, with their reasons in {options.root / SKIPPED}")
     if others:
         print(f"folders without shapes, passed over: {', '.join(others)}")
 
 
-def _publish(options: argparse.Namespace, kept: Sequence[Item], hashes: dict[str, str], shapes: dict[str, int]) -> None:
-    """Write the lists of photographs and their manifest."""
-    root, parts = options.photos.resolve(), {split: [item for item in kept if item.split == split] for split in SPLITS}
-    digest = {split: hashlib.sha256("".join(f"{item.name} {hashes[item.name]}\n" for item in items).encode()).hexdigest()
-              for split, items in parts.items()}
-    counts = {split: {**dict.fromkeys(PICTURES, len(items)), "PointCloud": shapes[split]} for split, items in parts.items()}
-    manifest = {"format": 1, "dataset": DATASET, "generator": GENERATOR, "pairing": "none", "counts": counts, "photographs_sha256": digest}
-    rows = {split: "".join(f"{root / item.file} {item.label}\n" for item in items) for split, items in parts.items()}
-    texts = {(name, split): text for name in PICTURES for split, text in rows.items()}
+def _publish(options: argparse.Namespace, kept: Sequence[Item], hashes: dict[str, str], shapes: Sequence[ObjectTask]) -> None:
+    """Write the lists of photographs, with class pairs those of shapes too, and their manifest."""
+    root, photographs = options.photos.resolve(), {split: [item for item in kept if item.split == split] for split in SPLITS}
+    clouds = {split: [task for task in shapes if task.split == split] for split in SPLITS}
+    manifest = {"format": 1, "dataset": DATASET, "generator": GENERATOR, "pairing": options.pairing}
+    if options.pairing == "class":
+        manifest |= {"dataset": f"{DATASET}_class", "uses_labels_for_training_pairs": True}
+        photographs["train"] = draw_of_same_class(photographs["train"], [task.label for task in clouds["train"]], seed=0)
+        print("--pairing class read the class labels to build the training pairs: results with them are not unsupervised")
+    texts, manifest["counts"], manifest["photographs_sha256"] = {}, {}, {}
+    for split, items in photographs.items():
+        texts |= dict.fromkeys(((name, split) for name in PICTURES), "".join(f"{root / item.file} {item.label}\n" for item in items))
+        if options.pairing == "class":
+            rows = (f"{object_file('PointCloud', split, task.number)} {task.label}\n" for task in clouds[split])
+            texts["PointCloud", split] = "".join(rows)
+        manifest["counts"][split] = {**dict.fromkeys(PICTURES, len(items)), "PointCloud": len(clouds[split])}
+        lines = "".join(f"{item.name} {hashes[item.name]}\n" for item in items)
+        manifest["photographs_sha256"][split] = hashlib.sha256(lines.encode()).hexdigest()
     publish_lists(options.root, manifest, texts, options.overwrite)
+    store_arrays(options.root, manifest["dataset"])

@@ -11,52 +11,18 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from datasets.prepare.ownership import JOURNAL, MANIFEST, SPLITS, STAGING, check_root, is_same, list_paths, read_journal
-from datasets.prepare.parallel import run_tasks
-from datasets.prepare.shapes.mesh import MeshError
+from datasets.prepare.parallel import DIED, run_tasks
+from datasets.prepare.tasks import Make, ObjectTask, Records, as_recorded, lost, object_file, produce, take_for_empty_split
 from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_json
 from utils.errors import UserError
-from utils.modalities import MODALITIES
 
 REPORTED = 20  # objects left out, on the screen
 SKIPPED = "skipped.csv"
-
-
-@dataclass(frozen=True)
-class ObjectTask:
-    """One object to prepare: its number in file names, its name in the source, and where its content comes from.
-
-    Attributes:
-        number: unique in its split; name: for messages; split: "train" or "test"; label: for the list files, None for none.
-        member: file of its shape, in an archive or a folder; cloud: (n, 3) float32 points, z up; image: (28, 28) uint8 digit.
-    """
-
-    number: int
-    name: str
-    split: str
-    label: int | None
-    member: str | None = None
-    cloud: np.ndarray | None = None
-    image: np.ndarray | None = None
-
-
-Make = Callable[[ObjectTask], tuple[dict[str, np.ndarray], dict]]
-Records = dict[tuple[str, int], dict]
-
-
-def object_file(modality: str, split: str, number: int, view: int = 0) -> str:
-    """Return the path of one file relative to the data root; it carries no class. Views after the first have own folders."""
-    entry = MODALITIES[modality]
-    folder = f"{split}/{entry.folder}" + (f"/view_{view:02d}" if view else "")
-    return f"{folder}/{modality}_{split}_{number:06d}.{'png' if entry.kind == 'image' else 'npy'}"
 
 
 def write_dataset(
@@ -70,7 +36,7 @@ def write_dataset(
         settings: everything that decides the content (JSON values), with "dataset" and "modalities". "packages", versions by
             name, are recorded only: a data set made with other versions is left as it is, unless `overwrite`.
         make: task -> modality -> array (images (views, S, S[, 3]) uint8, others as stored), and facts for the journal;
-            picklable; a MeshError leaves the object out of every modality.
+            picklable; a MeshError, or the death of its process, leaves the object out of every modality.
         workers: processes; 1 works in this one.
         overwrite: replace data made with other settings once the new ones are complete.
         dependents: files the caller makes from the finished objects; removed when these change.
@@ -100,10 +66,10 @@ def report(root: str | Path, made: bool, manifest: dict) -> None:
         print(f"{len(manifest['flagged'])} simplified meshes lost much of their area or silhouette (`flagged` in the manifest)")
 
 
-def write_skipped(path: Path, left_out: Sequence[Mapping[str, str]]) -> None:
-    """Write a CSV file with `name` and `left_out`, the reason, of what was left out."""
+def write_skipped(path: Path, reasons: Mapping[str, str]) -> None:
+    """Write a CSV file of what was left out: name -> reason."""
     stream = io.StringIO()
-    csv.writer(stream).writerows([("object", "reason"), *((entry["name"], entry["left_out"]) for entry in left_out)])
+    csv.writer(stream).writerows([("object", "reason"), *reasons.items()])
     atomic_write_text(path, stream.getvalue())
 
 
@@ -119,7 +85,10 @@ def _write(
         found, old = {}, {}
     if not is_same(started, settings):
         new = {}
-    records = {key: record for key, record in {**old, **new}.items() if _is_intact(root, record)}
+    tasks = as_recorded(tasks, {**old, **new})
+    names = {(task.split, task.number): task.name for task in tasks}
+    records = {key: record for key, record in {**old, **new}.items() if names.get(key) == record["name"]}
+    records = {key: record for key, record in records.items() if record.get("left_out") != DIED and _is_intact(root, record)}
     todo = [task for task in tasks if (task.split, task.number) not in records]
     if not todo and found and all(path.is_file() for path in (root / MANIFEST, *_lists(root, settings).values())):
         return False, read_json(root / MANIFEST)
@@ -129,12 +98,16 @@ def _write(
     if "packages" in settings:
         settings["packages"] = _merge(*(header.get("packages", {}) for header in (found, started if new else {}, settings)))
     _write_journal(staging, settings, records)
+    fresh = []
     with open(staging / JOURNAL, "a", encoding="utf-8") as journal:
-        for record in run_tasks(partial(_produce, make, str(staging)), todo, workers):
-            records[record["split"], record["number"]] = record
-            journal.write(json.dumps(record) + "\n")
-            journal.flush()
-    _finish(root, settings, records, [records[task.split, task.number] for task in todo])
+        while todo := todo or take_for_empty_split(tasks, records):
+            for record in run_tasks(partial(produce, make, str(staging)), todo, workers, lost):
+                records[record["split"], record["number"]] = record
+                fresh.append(record)
+                journal.write(json.dumps(record) + "\n")
+                journal.flush()
+            todo = []
+    _finish(root, settings, records, fresh)
     return True, _publish(root, dependents)
 
 
@@ -142,25 +115,6 @@ def _merge(*versions: Mapping[str, str]) -> dict[str, str]:
     """Join package -> version; one that changed between two runs keeps all its versions."""
     found = {name: {part for v in versions for part in v.get(name, "").split(", ") if part} for v in versions for name in v}
     return {name: ", ".join(sorted(parts)) for name, parts in sorted(found.items())}
-
-
-def _produce(make: Make, folder: str, task: ObjectTask) -> dict:
-    """Make the files of one object and return its journal entry."""
-    record = {"number": task.number, "name": task.name, "split": task.split, "label": task.label}
-    try:
-        arrays, facts = make(task)
-    except MeshError as error:
-        return {**record, "left_out": str(error)}
-    files = {}
-    for modality, array in arrays.items():
-        for view, content in enumerate(array if MODALITIES[modality].kind == "image" else array[None]):
-            name = object_file(modality, task.split, task.number, view)
-            stream, path = io.BytesIO(), Path(folder) / name
-            Image.fromarray(content).save(stream, "PNG") if path.suffix == ".png" else np.save(stream, content)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(stream.getvalue())
-            files[name] = hashlib.sha256(stream.getvalue()).hexdigest()
-    return {**record, **facts, "files": files}
 
 
 def _is_intact(root: Path, record: dict) -> bool:
@@ -179,14 +133,19 @@ def _finish(root: Path, settings: dict, records: Records, fresh: list[dict]) -> 
         raise OSError(f"the files of {damaged} do not read back as written; check the disk")
     records = dict(sorted(records.items(), key=lambda item: (item[0][1], item[0][0])))
     kept = [record for record in records.values() if "files" in record]
+    left_out = [{key: r[key] for key in ("name", "split", "left_out")} for r in records.values() if "files" not in r]
     _write_journal(root / STAGING, settings, records)
     for split in SPLITS:
         if not any(record["split"] == split for record in kept):
-            raise UserError(f"no usable object in the {split} split; see {root / STAGING / JOURNAL} for the reasons")
+            write_skipped(root / SKIPPED, {entry["name"]: entry["left_out"] for entry in left_out})
+            raise UserError(
+                f"no usable object in the {split} split: {len(left_out)} of {len(records)} are left out, with their reasons in "
+                f"{root / SKIPPED}; mend them or add others, and run the command again with --overwrite"
+            )
     atomic_write_json(root / STAGING / MANIFEST, {
         **settings,
         "counts": {split: sum(record["split"] == split for record in kept) for split in SPLITS},
-        "left_out": [{key: r[key] for key in ("name", "split", "left_out")} for r in records.values() if "files" not in r],
+        "left_out": left_out,
         "flagged": [record["name"] for record in kept if record.get("flagged")],
         "content_sha256": {split: _content_hashes(settings, kept, split) for split in SPLITS},
     })

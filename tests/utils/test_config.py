@@ -218,7 +218,11 @@ def test_every_shipped_configuration_loads():
     files = sorted(Path("configs").glob("*/step[12].yaml"))
     assert len(files) >= 38
     for path in files:
-        assert load_config({"step1": Step1Config, "step2": Step2Config}[path.stem], str(path)).run.output == "runs"
+        config = load_config({"step1": Step1Config, "step2": Step2Config}[path.stem], str(path))
+        assert config.run.output == "runs"
+        if "_splat_cpu" in str(path):
+            assert config == load_config(type(config), str(path).replace("_cpu", ""))
+    assert len([path for path in files if "_splat_cpu" in str(path)]) == 4
 
 
 def test_missing_or_empty_file(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from datasets.images import read_image
 from datasets.prepare.ownership import SPLITS
-from datasets.prepare.parallel import run_tasks
+from datasets.prepare.parallel import DIED, run_tasks
 from utils.errors import UserError
 
 NUM_CLASSES, IMAGES_PER_CLASS, VIEWS_PER_MODEL = 21, 500, 12
@@ -124,7 +124,8 @@ def check_photographs(root: str | Path, images: Sequence[Item], workers: int) ->
 def examine_photographs(root: str | Path, images: Sequence[Item], workers: int) -> tuple[dict[str, str], dict[str, str]]:
     """Read every photograph below `root` to its end; return name -> sha256 of the file, and name -> why it cannot be used."""
     hashes, broken = {}, {}
-    for name, digest, error in run_tasks(partial(_check_photograph, str(root)), images, workers, "photographs"):
+    lost = lambda image: (image.name, "", DIED)
+    for name, digest, error in run_tasks(partial(_check_photograph, str(root)), images, workers, lost, "photographs"):
         hashes[name] = digest
         broken |= {name: error} if error else {}
     return hashes, broken

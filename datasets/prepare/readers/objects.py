@@ -1,28 +1,20 @@
-"""Any collection of 3D models: what a folder or an archive of meshes holds, and how one of them is read. Called by
-`datasets.prepare.objects`.
-"""
+"""Reads one 3D model, from its file or from an archive of meshes. Called by `datasets.prepare.objects` and by search."""
 
-import hashlib
 import io
-import os
 import re
-from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datasets.prepare.ownership import SPLITS
 from datasets.prepare.readers.modelnet import read_arrays
 from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.readers.off import read_off
 from datasets.prepare.readers.pcd import read_pcd
 from datasets.prepare.shapes.looks import Part, look_of
 from datasets.prepare.shapes.mesh import MeshError, triangle_areas
-from utils.errors import UserError
 
 MESHES = (".glb", ".gltf", ".obj", ".ply", ".off", ".stl")
 GLTF = (".glb", ".gltf")  # by their standard in metres and y up
@@ -31,71 +23,7 @@ FORMATS = (*MESHES, *CLOUDS)  # of files of one name in one folder, the first of
 COMPRESSIONS = (b"KHR_draco_mesh_compression", b"EXT_meshopt_compression")  # trimesh goes on where it cannot unpack them
 NPZ_ARRAYS = ("vertices", "faces", "vertex_offset", "face_offset", "label", "classes", "instance_id")
 NPZ_UNIT = 30000
-
-
-@dataclass(frozen=True)
-class Item:
-    """One object of a collection.
-
-    Attributes:
-        name: unique, for messages; place: path of its file, or its row in an archive; sha256: of the file.
-        object_class: of its folder, if it lies in one; split: "train" or "test", if the collection says so.
-        is_cloud: whether it has points alone; reason: why it cannot be taken, if that is known before it is read.
-        original: name of the first one of the same content, of files.
-    """
-
-    name: str
-    place: str
-    sha256: str
-    object_class: str | None
-    split: str | None = None
-    is_cloud: bool = False
-    reason: str | None = None
-    original: str | None = None
-
-
-def read_folder(folder: Path) -> tuple[list[Item], Counter]:
-    """List the models below a folder: FILE, CLASS/FILE, {train,test}/CLASS/FILE or CLASS/{train,test}/FILE; hidden ones are ignored.
-
-    Returns:
-        The objects, and how many files of other kinds there are, by suffix.
-    Raises:
-        UserError: when there is none, or train/ and test/ lie among class folders.
-    """
-    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    paths = [path for path in files if path.suffix.lower() in FORMATS]
-    if not paths:
-        raise UserError(f"{folder}: expected files {' '.join(FORMATS)} in it or in class folders, found none")
-    names = [os.fsencode(path.relative_to(folder).as_posix()).decode(errors="backslashreplace") for path in paths]  # may be printed
-    places = [tuple(name.split("/")[:-1]) for name in names]
-    levels = [{place[depth] if len(place) > depth else None for place in places} for depth in (0, 1)]
-    if set(SPLITS) < levels[0]:
-        others = ", ".join(sorted(f"{name}/" if name else "files" for name in levels[0] - set(SPLITS)))
-        raise UserError(f"{folder} holds train/, test/ and {others}; expected these two alone, or class folders alone")
-    depth = levels.index(set(SPLITS)) if set(SPLITS) in levels else None
-    items = []
-    for path, name, place in zip(paths, names, places, strict=True):
-        split = None if depth is None else place[depth]
-        classes = place if depth is None else (*place[:depth], *place[depth + 1 :])
-        items.append(_examine(Item(name, str(path), "", classes[0] if classes else None, split)))
-    items = _of_one_format(items)
-    first = {item.sha256: item.name for item in reversed(items) if not item.reason}
-    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in FORMATS)
-    return [replace(item, original=first.get(item.sha256)) for item in items], others
-
-
-def _examine(item: Item) -> Item:
-    """Return it with the sha256 of its file and what that is, or the reason why it cannot be a model."""
-    path = Path(item.place)
-    if not path.is_file():
-        return replace(item, reason="no regular file, or a link to nothing")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        return replace(item, reason=f"cannot be read: {error.strerror}")
-    reason = None if data else "an empty file"
-    return replace(item, sha256=hashlib.sha256(data).hexdigest(), is_cloud=is_cloud(path, data), reason=reason)
+MOST_COLUMNS = 12  # of a cloud: place, normal, colour and the like
 
 
 def is_cloud(path: Path, data: bytes) -> bool:
@@ -110,40 +38,9 @@ def _promised(data: bytes, element: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _of_one_format(items: list[Item]) -> list[Item]:
-    """Take one format alone of those of one name in one folder: two could put one object into both splits."""
-    stem, taken = (lambda item: Path(item.place).with_suffix("")), {}
-    for item in sorted(items, key=lambda item: FORMATS.index(Path(item.place).suffix.lower())):
-        if not item.reason:
-            taken.setdefault(stem(item), item)
-    reasons = [item.reason or f"the same name in the same folder as {taken[stem(item)].name}, which is taken" for item in items]
-    return [item if taken.get(stem(item)) is item else replace(item, reason=reason) for item, reason in zip(items, reasons, strict=True)]
-
-
-def read_npz(path: Path) -> list[Item]:
-    """List the meshes of an archive, with the arrays `NPZ_ARRAYS`.
-
-    `vertices` (V, 3) int16 in units of 1 / 30000, `faces` (F, 3) into those of their mesh, `vertex_offset` and `face_offset`
-    (N + 1,), `label` (N,) into `classes`, `instance_id` (N,).
-
-    Raises:
-        UserError: when it is missing, damaged, or its arrays do not fit together.
-    """
-    arrays, digest = _archive(path), hashlib.sha256(path.read_bytes()).hexdigest()
-    ids = arrays["instance_id"].tolist()
-    for offsets, rows in (("vertex_offset", "vertices"), ("face_offset", "faces")):
-        found, shape = arrays[offsets], arrays[rows].shape
-        if len(found) != len(ids) + 1 or (np.diff(found) < 0).any() or (found[0], found[-1], 3) != (0, *shape):
-            raise UserError(f"{path}: expected {offsets} of {len(ids)} meshes over {rows} (n, 3), found {found.shape} over {shape}")
-    if len(set(ids)) < len(ids) or not set(arrays["label"].tolist()) <= set(range(len(arrays["classes"]))):
-        raise UserError(f"{path}: expected different instance_id, and label that are positions in classes")
-    classes = arrays["classes"][arrays["label"]].tolist()
-    return [Item(name, str(row), digest, kind) for row, (name, kind) in enumerate(zip(ids, classes, strict=True))]
-
-
 def read_npz_parts(path: Path, row: int) -> list[Part]:
     """Return one mesh of an archive, as `read_parts` does."""
-    arrays = _archive(path)
+    arrays = read_archive(path)
     vertices, faces = (
         arrays[rows][slice(*arrays[offsets][row : row + 2])] for offsets, rows in (("vertex_offset", "vertices"), ("face_offset", "faces"))
     )
@@ -151,7 +48,8 @@ def read_npz_parts(path: Path, row: int) -> list[Part]:
 
 
 @lru_cache(maxsize=1)
-def _archive(path: Path) -> dict[str, np.ndarray]:
+def read_archive(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays `NPZ_ARRAYS` of an archive of meshes; a UserError when it is missing or damaged."""
     return read_arrays(path, NPZ_ARRAYS)
 
 
@@ -216,13 +114,13 @@ def _checked(parts: list[Part]) -> list[Part]:
 
 
 def read_cloud(path: Path) -> tuple[np.ndarray, int]:
-    """Read a PCD or PLY file, the points of a GLB or GLTF file, an .npy array (n, 3 or more), or of an .npz file the array `points`, else
-    the first such one.
+    """Read a PCD or PLY file, the points of a GLB or GLTF file, an .npy array (n, 3 to 12), or of an .npz file the array `points`, else
+    the one such array of floats.
 
     Returns:
         (n, 3) points, and how many of a PCD file were dropped as not valid.
     Raises:
-        MeshError: when it is cut short or holds no points. trimesh and NumPy raise anything on other damages.
+        MeshError: when it is cut short, holds no points, or something else. trimesh and NumPy raise anything on other damages.
     """
     suffix, data = path.suffix.lower(), path.read_bytes()
     if suffix == ".pcd":
@@ -232,9 +130,15 @@ def read_cloud(path: Path) -> tuple[np.ndarray, int]:
         points = np.concatenate([part.vertices for part in _load(path, data) if not len(getattr(part, "faces", ()))])
     else:
         points = _array(path)
-    if points.ndim != 2 or points.shape[1] < 3 or points.dtype.kind not in "fiu" or len(points) < least:
-        raise MeshError(f"expected numbers of shape (n, 3) with n >= {least}, found {points.dtype} {points.shape}")
+    if not _has_points(points) or points.dtype.kind not in "fiu" or len(points) < least:
+        turned = "; it looks transposed" if points.ndim == 2 and len(points) <= MOST_COLUMNS < points.shape[1] else ""
+        expected = f"expected numbers of shape (n, 3) to (n, {MOST_COLUMNS}) with n >= {least}"
+        raise MeshError(f"{expected}, found {points.dtype} {points.shape}{turned}")
     return points[:, :3], 0
+
+
+def _has_points(array: np.ndarray) -> bool:
+    return array.ndim == 2 and 3 <= array.shape[1] <= MOST_COLUMNS
 
 
 def _array(path: Path) -> np.ndarray:
@@ -242,9 +146,15 @@ def _array(path: Path) -> np.ndarray:
     if isinstance(loaded, np.ndarray):
         return loaded
     with loaded:
-        for name in sorted(loaded.files, key=lambda name: name != "points"):
+        if "points" in loaded.files:
+            return loaded["points"]
+        if {"faces", "triangles"} & set(loaded.files):
+            raise MeshError("a mesh in .npz: export it as OFF, OBJ or PLY")
+        arrays = {}
+        for name in loaded.files:
             with suppress(ValueError):  # of objects, which are never unpickled
-                array = loaded[name]
-                if name == "points" or (array.ndim == 2 and array.shape[1] >= 3):
-                    return array
-        raise MeshError(f"expected an array points, or another of shape (n, 3), found {', '.join(loaded.files) or 'none'}")
+                arrays[name] = loaded[name]
+        found = [array for array in arrays.values() if _has_points(array) and array.dtype.kind == "f"]
+        if len(found) != 1:
+            raise MeshError(f"expected an array points, or one other of floats of shape (n, 3), found {', '.join(loaded.files) or 'none'}")
+        return found[0]

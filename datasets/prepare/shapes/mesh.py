@@ -16,6 +16,7 @@ WELD_TOLERANCE = 1e-6  # of the longest side of the bounding box
 SMALLEST_EXTENT = 1e-100  # its square must be a number, and so must that of its inverse
 PRE_FACES = 4000  # VTK's decimation is slow above, fast-simplification is unsafe below
 PRE_AREA_CHANGE = 0.1
+MOST_FACES = 50_000  # that VTK's decimation is given
 MIN_AREA_RATIO = 0.7
 MIN_SILHOUETTE = 0.8
 SILHOUETTE_CELLS = 32
@@ -113,8 +114,9 @@ def farthest_points(points: np.ndarray, count: int, seed: Seed) -> np.ndarray:
 def simplify(vertices: np.ndarray, triangles: np.ndarray, max_faces: int = 500) -> tuple[Mesh, dict]:
     """Reduce a mesh to at most `max_faces` triangles.
 
-    Large meshes first go through fast-simplification, whose result counts only if it keeps the area; then VTK's quadric
-    decimation; vertex clustering takes over where that fails or ruins the shape and the clustered silhouette is better.
+    Large meshes first go through fast-simplification, whose result counts only if it keeps the area, very large ones otherwise
+    through vertex clustering; then VTK's quadric decimation; vertex clustering takes over where that fails or ruins the shape and
+    the clustered silhouette is better.
 
     Args:
         vertices: (V, 3) float; triangles: (T, 3) int.
@@ -130,6 +132,8 @@ def simplify(vertices: np.ndarray, triangles: np.ndarray, max_faces: int = 500) 
     reduced, methods = original, []
     if len(reduced[1]) > PRE_FACES:
         reduced, methods = _presimplify(original)
+    if len(reduced[1]) > MOST_FACES:
+        reduced, methods = _cluster(*original, max(PRE_FACES, max_faces)), ["clustering"]
     mesh, record = None, {"flagged": True}
     decimated = _decimate(*reduced, max_faces)
     if decimated is not None and len(decimated[1]) <= max_faces:
@@ -213,17 +217,27 @@ def _decimate(vertices: np.ndarray, triangles: np.ndarray, max_faces: int) -> Me
 
 
 def _cluster(vertices: np.ndarray, triangles: np.ndarray, max_faces: int) -> Mesh:
-    """Merge the vertices in each cell of the finest grid that leaves at most `max_faces` faces."""
+    """Merge the vertices in each cell of the finest grid, found by bisection, that leaves at most `max_faces` faces."""
+    mesh, coarse, fine = None, 2, LARGEST_GRID
+    while coarse <= fine:
+        grid = (coarse + fine) // 2
+        found = _merged(vertices, triangles, grid)
+        if found is None or len(found[1]) <= max_faces:
+            mesh, coarse = found or mesh, grid + 1
+        else:
+            fine = grid - 1
+    if mesh is None:
+        raise MeshError(f"vertex clustering leaves nothing with 1 to {max_faces} faces of {len(triangles)}")
+    return mesh
+
+
+def _merged(vertices: np.ndarray, triangles: np.ndarray, grid: int) -> Mesh | None:
+    """Merge the vertices in each cell of one grid; None when no face is left."""
     low, extent = vertices.min(axis=0), np.ptp(vertices, axis=0).max()
-    for grid in range(LARGEST_GRID, 1, -1):
-        cells = np.minimum((vertices - low) / extent * grid, grid - 1).astype(np.int64)
-        _, merged = np.unique(cells, axis=0, return_inverse=True)
-        merged = merged.reshape(-1)
-        centres = np.stack([np.bincount(merged, vertices[:, axis]) for axis in range(3)], axis=1) / np.bincount(merged)[:, None]
-        try:
-            mesh = clean_mesh(centres, merged[triangles])
-        except MeshError:
-            continue
-        if len(mesh[1]) <= max_faces:
-            return mesh
-    raise MeshError(f"vertex clustering leaves nothing with 1 to {max_faces} faces of {len(triangles)}")
+    cells = np.minimum((vertices - low) / extent * grid, grid - 1).astype(np.int64)
+    _, merged = np.unique(cells @ [grid * grid, grid, 1], return_inverse=True)
+    centres = np.stack([np.bincount(merged, vertices[:, axis]) for axis in range(3)], axis=1) / np.bincount(merged)[:, None]
+    try:
+        return clean_mesh(centres, merged[triangles])
+    except MeshError:
+        return None

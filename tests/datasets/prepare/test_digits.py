@@ -174,7 +174,7 @@ def test_written_digits(tmp_path):
     np.testing.assert_array_equal(np.load(lists["PointCloud"].files[3]), full[order].astype(np.float32))  # complete, but shuffled
 
 
-def test_bad_options_and_digits_are_refused(tmp_path):
+def test_bad_options_and_digits_are_refused(tmp_path, monkeypatch):
     for options in ({"num_points": -1}, {"num_points": 5, "rgb": "photo"}):
         with pytest.raises(UserError, match="expected num_points"):
             write_digits(tmp_path / "x", "own", splits(), source="test", **options)
@@ -184,13 +184,18 @@ def test_bad_options_and_digits_are_refused(tmp_path):
     twice = {"train": DigitSplit(digits(2, 0), np.zeros(2, int), np.zeros(2, int))}
     with pytest.raises(UserError, match="distinct numbers"):
         write_digits(tmp_path / "x", "own", twice, num_points=5, source="test")
+    monkeypatch.setattr(prepare_digits, "digit_to_point_cloud", lambda image: np.zeros(3).reshape(2))
+    with pytest.raises(ValueError, match="^cannot reshape"):  # a bug of ours names no digit
+        write_digits(tmp_path / "y", "own", splits(), num_points=5, source="test")
 
 
 def test_the_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_digits, "digits_splits", splits)
     for _ in range(2):
         prepare_digits.main(["--root", str(tmp_path / "d"), "--points", "9", "--workers", "1"])
-    assert [line.split(": ")[1].split(";")[0] for line in capsys.readouterr().out.splitlines()] == ["written", "already prepared, nothing to do"]
+    first, arrays, second, _ = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].split(";")[0] for line in (first, second)] == ["written", "already prepared, nothing to do"]
+    assert arrays.startswith("no arrays for configs/digits/step1.yaml yet, training will make them: ") and "clouds hold 9 points" in arrays
     write_mnist(tmp_path)
     with pytest.raises(UserError, match="of the data set 'digits', not 'mnist3d'"):
         mnist3d.main(["--root", str(tmp_path / "d")])  # before anything is downloaded into it

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -13,8 +14,9 @@ import pytest
 from conftest import TEST, TRAIN
 from PIL import Image
 
+from datasets.kinds import KINDS
 from datasets.prepare import inspect
-from datasets.prepare.checks import read_lists
+from datasets.prepare.checks import Check, read_lists, run_checks
 from datasets.prepare.inspect import load_data_config, make_block
 from utils.engine.session import run_command
 from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
@@ -278,3 +280,14 @@ def test_features_are_checked_and_shown_as_such(data, capsys, sheets):
     assert code == 0 and not failures(found)
     assert failures(report(data, capsys, "data.features.GrayImg=4")[1]) == {"load"}
     assert blocks_of(data, "data.features.GrayImg=5")[0].rows[0][1][0].caption == "5 numbers"
+
+
+def test_a_bug_of_ours_is_no_finding_about_the_data(data, monkeypatch):
+    settings = load_data_config(CONFIG, [f"data.root={data}", PAIR])
+    lists, _ = read_lists(settings)
+    broken = replace(KINDS["points"], load=lambda *given: np.zeros(3).reshape(2))
+    monkeypatch.setitem(KINDS, "points", broken)
+    for run in (lambda: list(run_checks(settings, lists)), lambda: make_block(settings, lists, "train", 2, []),
+                lambda: Check("any").attempt(broken.load)):
+        with pytest.raises(ValueError, match="cannot reshape"):
+            run()

@@ -100,7 +100,7 @@ def test_wrapped_obj_lines(wrap):
 @pytest.mark.parametrize("data,words", [
     (b"", "an empty mesh"), (b"# nothing\n", "an empty mesh"), (CORNERS.encode(), "an empty mesh"), (bytes(range(256)) * 9, "an empty mesh"),
     *((CORNERS.encode() + faces, words) for faces, words in (
-        (b"f 1 2\n", "cut short"), (b"f 1 2 3\nf 1 \\", "cut short"), (b"f 1 2 3\nf", "cut short"), (b"f 1 2 9\n", "vertex 9 of 5"),
+        (b"f 1 2\n", "cut short"), (b"f 1 2 3\nf 1 \\", "cut short"), (b"f 1 2 3\nf", "cut short"), (b"f 1//9 2//9 3//", "cut short"), (b"f 1/8 2/8 3", "cut short"), (b"f 1 2 9\n", "vertex 9 of 5"),
         (b"f 1 2 99999999999999999999\n", "vertex 99999999999999999999 of 5"), (b"f a b c\n", "not a readable"), (b"f 2 0 1\n", "vertex 0"),
         (b"f 0/1 1/1 2/1\n", "vertex 0"), (b"f -9 -2 -1\n", "vertex -9"))),
     (b"v 0 x 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not a readable"), (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "NaN"),
@@ -109,3 +109,16 @@ def test_wrapped_obj_lines(wrap):
 def test_obj_files_that_cannot_be_used(data, words):
     with pytest.raises(MeshError, match=words):
         read_obj(data)
+
+
+def test_a_cut_obj_file_is_refused_or_its_faces_but_the_last_are_the_first_of_the_whole():
+    data = (CORNERS + "".join(f"f {a}/7/9 {b}/7/9 {c}/7/9\n" for a, b, c in ((1, 2, 3), (1, 3, 4), (1, 2, 5), (2, 3, 5)))).encode()
+    whole, read = read_obj(data)[1].tolist(), 0
+    for end in range(len(data)):
+        try:
+            faces = read_obj(data[:end])[1].tolist()
+        except MeshError:
+            continue
+        read += 1
+        assert faces == whole[: len(faces)]
+    assert read <= 3 * len(whole)  # after a line, within its newline, and where the last number is still one

@@ -106,6 +106,35 @@ def test_a_ruinous_reduction_is_not_accepted(monkeypatch):
     assert 1 <= len(small[1]) <= 500 and record["method"] == "clustering"
 
 
+def triangle_soup(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Small triangles anywhere in the unit cube, none of which shares a vertex with another."""
+    rng = np.random.default_rng(0)
+    corners = rng.random((count, 1, 3)) + 0.01 * rng.normal(size=(count, 3, 3))
+    return corners.reshape(-1, 3), np.arange(3 * count).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("mesh,method,searches", [(grid_mesh(708), "fast+quadric", 0), (triangle_soup(100_000), "clustering", 2)])
+def test_no_mesh_is_too_large(monkeypatch, mesh, method, searches):
+    """A million faces, and a hundred thousand that fast-simplification cannot reduce: VTK never sees them, few grids are tried."""
+    need_data_packages("pyvista", "fast_simplification")
+    given, grids = [], []
+    decimate, merged = mesh_processing._decimate, mesh_processing._merged
+    monkeypatch.setattr(mesh_processing, "_decimate", lambda *mesh: [given.append(len(mesh[1])), decimate(*mesh)][1])
+    monkeypatch.setattr(mesh_processing, "_merged", lambda *mesh: [grids.append(mesh[2]), merged(*mesh)][1])
+    small, record = simplify(*mesh)
+    assert 100 < len(small[1]) <= 500 and record["faces_before"] >= 100_000 and record["method"].startswith(method)
+    assert given[0] <= mesh_processing.PRE_FACES and len(grids) <= 6 * searches
+
+
+def test_bisection_finds_the_finest_grid():
+    mesh = grid_mesh(30)
+    sizes = {grid: len(mesh_processing._merged(*mesh, grid)[1]) for grid in range(2, 65)}
+    finest = max(grid for grid, size in sizes.items() if size <= 500)
+    np.testing.assert_array_equal(mesh_processing._cluster(*mesh, 500)[1], mesh_processing._merged(*mesh, finest)[1])
+    with pytest.raises(MeshError, match="leaves nothing"):
+        mesh_processing._cluster(*mesh, 1)
+
+
 def test_cameras_and_a_machine_without_graphics(monkeypatch):
     cameras = ring_of_cameras()
     assert [camera.azimuth for camera in cameras] == [30, 60, 90, 120, 150, 180, 210, 240, 270, 300, 330, 0]

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
 import train_step1
 from datasets.lists import read_labelled_list
 from datasets.prepare import objects
-from datasets.prepare.objects import make_tasks
-from datasets.prepare.readers.objects import Item, read_folder, read_npz, read_npz_parts, read_parts
+from datasets.prepare.readers.collection import Item, make_tasks, read_folder, read_npz
+from datasets.prepare.readers.objects import read_cloud, read_npz_parts, read_parts
 from datasets.prepare.shapes.mesh import MeshError
+from datasets.samples import load_test_samples, load_training_samples
 from utils.errors import UserError
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config, Step2Config
@@ -126,6 +128,9 @@ def test_every_file_is_right_or_listed(here, trimesh, renderer, monkeypatch, cap
         assert f"python train_step{step}.py --config configs/mine/step{step}.yaml" in printed
         data = load_config(kind, f"configs/mine/step{step}.yaml").data
         assert (data.dataset, data.num_classes, len(data.modalities), data.num_points, data.eval_subsets) == ("mine", 2, 4, 32, 1)
+    stored = {path.name: path.stat().st_mtime_ns for path in (root / ".arrays").glob("*.npy")}
+    load_test_samples(data, torch.device("cpu"), load_training_samples(data, torch.device("cpu")))
+    assert stored == {path.name: path.stat().st_mtime_ns for path in (root / ".arrays").glob("*.npy")} and len(stored) == 8
 
 
 @pytest.mark.parametrize("name", ["off.off", "stl.stl", "text.stl", "ply.ply", "ascii.ply", "glb.glb"])
@@ -165,7 +170,7 @@ def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
     np.savez(here / "scans/mixed.npz", meta=mixed, points=points), np.savez(here / "scans/none.npz", meta=mixed)
     objects.main(["--name", "scans", "--root", "scans", *SMALL])
     said = capsys.readouterr().out
-    assert "4 of 29 objects skipped" in said and "none.npz: expected an array points, or another of shape (n, 3), found meta" in said
+    assert "4 of 29 objects skipped" in said and "none.npz: expected an array points, or one other of floats of shape (n, 3), found meta" in said
     rows = Path("dataset/scans/scans_PointCloud_train_list.txt").read_text().splitlines()
     assert all(row.endswith(".npy") for row in rows) and np.load(Path("dataset/scans") / rows[0]).shape == (32, 3)
     assert not Path("dataset/scans/scans_Mesh_train_list.txt").exists()
@@ -176,6 +181,77 @@ def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
     assert "no evaluation" in (run / "log.txt").read_text() and list(run.glob("pseudo_labels/*PointCloud*.txt"))
     with pytest.raises(UserError, match="evaluation needs labels"):
         evaluate.main(["--run", str(run)])
+
+
+@pytest.mark.parametrize("arrays,words", [
+    (np.zeros((3, 2048)), "transposed"), (np.zeros((480, 640)), r"\(n, 12\).*\(480, 640\)$"), (np.zeros((500, 18)), r"\(n, 12\)"),
+    (np.zeros((40, 2)), r"\(n, 3\)"), ({"points": np.zeros((3, 2048))}, "transposed"), ({"depth": np.zeros((480, 640))}, "found depth"),
+    ({"faces": np.zeros((3, 3), int), "vertices": np.zeros((4, 3))}, "a mesh in .npz"), ({"ids": np.zeros((9, 3), int)}, "found ids"),
+    ({"a": np.zeros((9, 3)), "b": np.zeros((9, 3))}, "one other of floats"),
+])
+def test_no_cloud_is_made_of_other_arrays(tmp_path, arrays, words):
+    path = tmp_path / ("a.npz" if isinstance(arrays, dict) else "a.npy")
+    np.savez(path, **arrays) if isinstance(arrays, dict) else np.save(path, arrays)
+    with pytest.raises(MeshError, match=words):
+        read_cloud(path)
+
+
+def test_clouds_in_the_forms_that_people_have(tmp_path):
+    points, path = np.random.default_rng(0).normal(size=(9, 12)).astype(np.float32), tmp_path / "a.npz"
+    for arrays in ({"xyz": points, "labels": np.zeros((9, 3), int), "id": np.zeros(3)}, {"points": points, "faces": np.zeros((3, 3), int)}):
+        np.savez(path, **arrays)
+        assert (read_cloud(path)[0] == points[:, :3]).all()
+    np.save(tmp_path / "a.npy", (points * 9).astype(int))
+    assert read_cloud(tmp_path / "a.npy")[0].shape == (9, 3)
+
+
+@pytest.mark.parametrize("broken", range(5))
+def test_one_bad_file_never_stops_a_small_collection(here, broken):
+    for number in range(5):
+        points = np.random.default_rng(number).normal(size=(40, 3))
+        np.save(here / f"scans_{number}.npy", points) if number != broken else put(here / f"scans_{number}.npy", b"\x93NUMPY")
+    objects.main(["--name", "few", "--root", ".", "--output", str(here.parent / f"out-{broken}"), *SMALL])
+    manifest = json.loads((here.parent / f"out-{broken}/manifest.json").read_text())
+    assert sum(manifest["counts"].values()) == 4 and min(manifest["counts"].values()) > 0
+    assert [entry["name"] for entry in manifest["left_out"]] == [f"scans_{broken}.npy"]
+
+
+def test_files_that_are_known_to_be_bad_take_no_place_in_a_split():
+    items = [Item(f"{n}.obj", "", "", None, reason="an empty file" if n % 3 else None) for n in range(60)]
+    tasks, _, reasons = make_tasks(items, 0.8, False, 1)
+    assert len(reasons) == 40 and [task.split for task in tasks if task.name not in reasons].count("test") == 4
+
+
+def test_a_damaged_file_does_not_hide_another_format_of_it(here, trimesh, renderer, monkeypatch, capsys):
+    monkeypatch.setattr(objects, "probe_renderer", lambda: None)
+    for name, mesh in (("a", trimesh.creation.box(BOX)), ("b", trimesh.creation.icosphere()), ("c", trimesh.creation.box())):
+        put(here / f"m/{name}.obj", exports(mesh)["obj.obj"]), put(here / f"m/{name}.stl", exports(mesh)["stl.stl"])
+    for name in ("a.glb", "a.obj", "c.obj", "c.stl"):
+        put(here / f"m/{name}", "junk")
+    objects.main(["--name", "m", "--root", "m", *SMALL])
+    entries = {e["name"]: e for e in map(json.loads, Path("dataset/m/objects.jsonl").read_text().splitlines()[1:]) if "files" in e}
+    assert entries.keys() == {"a.glb", "b.obj"} and entries["a.glb"]["read"] == "a.stl" and "read" not in entries["b.obj"]
+    np.testing.assert_allclose(extents(Path("dataset/m"), entries["a.glb"]), np.divide(BOX, 4), atol=1e-4)  # its own axis is z
+    skipped = dict(csv.reader(Path("dataset/m/skipped.csv").read_text().splitlines()[1:]))
+    assert skipped.keys() == {"a.glb", "a.obj", "b.stl", "c.obj", "c.stl"} and "5 of 7 objects skipped" in capsys.readouterr().out
+    assert "cannot be read" in skipped["a.glb"] and "no face" in skipped["a.obj"] and "; c.stl: " in skipped["c.obj"]
+
+
+def test_copies_in_any_format_have_one_original(tmp_path):
+    for name, content in (("a.obj", "1"), ("b.obj", "2"), ("c.glb", "3"), ("c.obj", "1"), ("c.stl", "2"), ("d.stl", "2"), ("e.obj", "4")):
+        put(tmp_path / name, content)
+    originals = {item.name: item.original for item in read_folder(tmp_path)[0] if not item.reason}
+    assert originals == {**dict.fromkeys(("a.obj", "b.obj", "c.glb", "d.stl"), "a.obj"), "e.obj": "e.obj"}
+
+
+def test_gltf_files_are_known_by_their_buffers_too(tmp_path):
+    for name in "ab":
+        put(tmp_path / f"{name}/scene.gltf", json.dumps({"buffers": [{"uri": "my%20scene.bin"}, {"uri": "data:," + 999 * "x"}, {}]}))
+        put(tmp_path / f"{name}/my scene.bin", name)
+    first, second = read_folder(tmp_path)[0]
+    assert not first.reason and first.sha256 != second.sha256 and first.original != second.original
+    put(tmp_path / "b/my scene.bin", "a")
+    assert len({item.sha256 for item in read_folder(tmp_path)[0]}) == 1
 
 
 def layout(folder: Path, *names: str) -> dict[str, tuple]:

@@ -34,9 +34,9 @@ def run(folder, *more):
                  "--workers", "1", *more])
 
 
-def rows(folder, modality, split):
-    path = default_list_path(folder / "made", photos.DATASET, modality, split)
-    return read_labelled_list(path, modality=modality, root=folder / "made", instance_id="(.+)")
+def rows(folder, modality, split, dataset=photos.DATASET, **more):
+    path = default_list_path(folder / "made", dataset, modality, split)
+    return read_labelled_list(path, modality=modality, root=folder / "made", instance_id="(.+)", **more)
 
 
 def test_lists_of_photographs_and_shapes_of_the_shared_classes(source, capsys):
@@ -57,6 +57,24 @@ def test_lists_of_photographs_and_shapes_of_the_shared_classes(source, capsys):
     assert before == {path: path.read_bytes() for path in (source / "made").rglob("*") if path.is_file()}
     inspect.main([CONFIG, "--set", f"data.root={source / 'made'}", "data.num_points=8", "data.eval_subsets=4", "model.num_neighbors=4", "--output", str(source / "sheet.png")])
     assert "FAILED" not in capsys.readouterr().out and (source / "sheet.png").stat().st_size > 1000
+
+
+def test_class_pairs_have_one_label_in_a_row_and_say_that_they_read_it(source, capsys):
+    run(source)
+    before = {path: path.read_bytes() for path in (source / "made").rglob("*") if path.is_file()}
+    for _ in range(2):
+        run(source, "--pairing", "class")
+        assert "not unsupervised" in capsys.readouterr().out
+    assert before.items() <= {path: path.read_bytes() for path in (source / "made").rglob("*") if path.is_file()}.items()
+    found = {name: rows(source, name, "train", "photos_modelnet40_class", unique=()) for name in ("RGBImg", "GrayImg", "PointCloud")}
+    shapes, labels = rows(source, "PointCloud", "train")
+    assert found["PointCloud"][0].names == shapes.names and all((other == labels).all() for _, other in found.values())
+    assert set(found["RGBImg"][0].names) <= set(rows(source, "RGBImg", "train")[0].names)
+    manifest = json.loads((source / "made/photos_modelnet40_class_pairs.json").read_text())
+    assert manifest["uses_labels_for_training_pairs"] and manifest["counts"]["train"] == dict.fromkeys(found, len(labels))
+    inspect.main([CONFIG.replace("40", "40_class"), "--set", f"data.root={source / 'made'}", "data.num_points=8", "data.eval_subsets=4",
+                  "model.num_neighbors=4", "--output", str(source / "sheet.png")])
+    assert "FAILED" not in capsys.readouterr().out
 
 
 def test_the_half_of_a_photograph_depends_on_its_name_alone(source):

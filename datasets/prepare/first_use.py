@@ -1,0 +1,27 @@
+"""Makes what the first start of a training would make otherwise. Called by the preparation commands when all else is done."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from datasets.kinds import KINDS
+from datasets.lists import read_training_list
+from datasets.prepare.ownership import SPLITS
+from datasets.samples import list_options
+from datasets.stored import FOLDER, store_array
+from utils.errors import UserError
+from utils.settings.config import load_config
+from utils.settings.options import Step1Config
+
+
+def store_arrays(root: str | Path, dataset: str) -> None:
+    """Store the arrays of `configs/{dataset}/step1.yaml` unless they are there. Where that is impossible, the reason is printed."""
+    config = Path("configs") / dataset / "step1.yaml"
+    if not config.is_file():
+        return
+    try:
+        data = replace(load_config(Step1Config, str(config)).data, root=str(root))
+        lists = [read_training_list(**list_options(data, name, split)) for name in data.modalities for split in SPLITS]
+        failures = [failure for rows in lists if (failure := store_array(rows, KINDS[data.kind_of(rows.modality)], data))]
+    except UserError as error:
+        failures = [str(error)]
+    print(f"no arrays for {config} yet, training will make them: {failures[0]}" if failures else f"arrays for {config} in {root}/{FOLDER}")

@@ -1,0 +1,190 @@
+"""Any collection of 3D models: what a folder or an archive of meshes holds, and its splits. Called by `datasets.prepare.objects`."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+
+from datasets.prepare.ownership import SPLITS
+from datasets.prepare.readers.objects import FORMATS, is_cloud, read_archive
+from datasets.prepare.tasks import ObjectTask
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object of a collection.
+
+    Attributes:
+        name: unique, for messages; place: path of its file, or its row in an archive; sha256: of the file.
+        object_class: of its folder, if it lies in one; split: "train" or "test", if the collection says so.
+        is_cloud: whether it has points alone; reason: why it cannot be taken, if that is known before it is read.
+        original: name of the first one of the same content, of files; others: files of other formats, to be read where this cannot be.
+    """
+
+    name: str
+    place: str
+    sha256: str
+    object_class: str | None
+    split: str | None = None
+    is_cloud: bool = False
+    reason: str | None = None
+    original: str | None = None
+    others: tuple["Item", ...] = ()
+
+
+def read_folder(folder: Path) -> tuple[list[Item], Counter]:
+    """List the models below a folder: FILE, CLASS/FILE, {train,test}/CLASS/FILE or CLASS/{train,test}/FILE; hidden ones are ignored.
+
+    Returns:
+        The objects, and how many files of other kinds there are, by suffix.
+    Raises:
+        UserError: when there is none, or train/ and test/ lie among class folders.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    paths = [path for path in files if path.suffix.lower() in FORMATS]
+    if not paths:
+        raise UserError(f"{folder}: expected files {' '.join(FORMATS)} in it or in class folders, found none")
+    names = [os.fsencode(path.relative_to(folder).as_posix()).decode(errors="backslashreplace") for path in paths]  # may be printed
+    places = [tuple(name.split("/")[:-1]) for name in names]
+    levels = [{place[depth] if len(place) > depth else None for place in places} for depth in (0, 1)]
+    if set(SPLITS) < levels[0]:
+        others = ", ".join(sorted(f"{name}/" if name else "files" for name in levels[0] - set(SPLITS)))
+        raise UserError(f"{folder} holds train/, test/ and {others}; expected these two alone, or class folders alone")
+    depth = levels.index(set(SPLITS)) if set(SPLITS) in levels else None
+    items = []
+    for path, name, place in zip(paths, names, places, strict=True):
+        split = None if depth is None else place[depth]
+        classes = place if depth is None else (*place[:depth], *place[depth + 1 :])
+        items.append(_examine(Item(name, str(path), "", classes[0] if classes else None, split)))
+    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in FORMATS)
+    return _with_originals(_of_one_format(items)), others
+
+
+def _examine(item: Item) -> Item:
+    """Return it with the sha256 of its file and what that is, or the reason why it cannot be a model."""
+    path = Path(item.place)
+    if not path.is_file():
+        return replace(item, reason="no regular file, or a link to nothing")
+    try:
+        data = path.read_bytes()
+        buffers = [buffer.read_bytes() for buffer in _buffers(path, data)]
+    except OSError as error:
+        return replace(item, reason=f"cannot be read: {error.strerror}")
+    reason = None if data else "an empty file"
+    return replace(item, sha256=hashlib.sha256(b"".join([data, *buffers])).hexdigest(), is_cloud=is_cloud(path, data), reason=reason)
+
+
+def _buffers(path: Path, data: bytes) -> list[Path]:
+    """Return the files beside a GLTF file that hold its shape; none where it is damaged."""
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        if path.suffix.lower() == ".gltf":
+            files = [path.parent / unquote(buffer.get("uri", "")) for buffer in json.loads(data)["buffers"]]
+            return [file for file in files if os.path.isfile(file)]
+    return []
+
+
+def _of_one_format(items: list[Item]) -> list[Item]:
+    """Take one format alone of those of one name in one folder: two could put one object into both splits."""
+    stem, groups = (lambda item: Path(item.place).with_suffix("")), {}
+    for item in sorted(items, key=lambda item: FORMATS.index(Path(item.place).suffix.lower())):
+        if not item.reason:
+            groups.setdefault(stem(item), []).append(item)
+    found = []
+    for item in items:
+        taken, *others = groups.get(stem(item), [item])
+        if item is taken:
+            item = replace(item, others=tuple(other for other in others if other.is_cloud == item.is_cloud))
+        elif not item.reason:
+            item = replace(item, reason=f"the same name in the same folder as {taken.name}, which is taken; read where that cannot be")
+        found.append(item)
+    return found
+
+
+def _with_originals(items: list[Item]) -> list[Item]:
+    """Name the original of each: of objects that share the content of a file, in any of their formats, the first."""
+    first: dict[str, str] = {}
+    for item in (item for item in items if not item.reason):
+        hashes = [file.sha256 for file in (item, *item.others)]
+        known = {first[digest] for digest in hashes if digest in first}
+        name = min(known, default=item.name)
+        if len(known) > 1:
+            first = {digest: name if other in known else other for digest, other in first.items()}
+        first |= dict.fromkeys(hashes, name)
+    return [replace(item, original=first.get(item.sha256)) for item in items]
+
+
+def read_npz(path: Path) -> list[Item]:
+    """List the meshes of an archive, with the arrays `NPZ_ARRAYS`.
+
+    `vertices` (V, 3) int16 in units of 1 / 30000, `faces` (F, 3) into those of their mesh, `vertex_offset` and `face_offset`
+    (N + 1,), `label` (N,) into `classes`, `instance_id` (N,).
+
+    Raises:
+        UserError: when it is missing, damaged, or its arrays do not fit together.
+    """
+    arrays, digest = read_archive(path), hashlib.sha256(path.read_bytes()).hexdigest()
+    ids = arrays["instance_id"].tolist()
+    for offsets, rows in (("vertex_offset", "vertices"), ("face_offset", "faces")):
+        found, shape = arrays[offsets], arrays[rows].shape
+        if len(found) != len(ids) + 1 or (np.diff(found) < 0).any() or (found[0], found[-1], 3) != (0, *shape):
+            raise UserError(f"{path}: expected {offsets} of {len(ids)} meshes over {rows} (n, 3), found {found.shape} over {shape}")
+    if len(set(ids)) < len(ids) or not set(arrays["label"].tolist()) <= set(range(len(arrays["classes"]))):
+        raise UserError(f"{path}: expected different instance_id, and label that are positions in classes")
+    classes = arrays["classes"][arrays["label"]].tolist()
+    return [Item(name, str(row), digest, kind) for row, (name, kind) in enumerate(zip(ids, classes, strict=True))]
+
+
+def make_tasks(items: Sequence[Item], share: float, labelled: bool, least: int) -> tuple[list[ObjectTask], list[str], dict[str, str]]:
+    """Number, split and label the objects of a collection.
+
+    Numbers, and a split that the collection lacks, follow the hash of the name, not the class; copies of one file stay in one split.
+
+    Args:
+        share: of the training split; labelled: whether class folders are labels; least: objects of a class that is kept.
+    Returns:
+        All objects; the classes, in the order of their labels; and name -> why an object is left out.
+    """
+    original = lambda item: item.original or item.name
+    ordered = sorted(items, key=lambda item: hashlib.sha256(original(item).rsplit(".", 1)[0].encode()).digest())
+    clouds = mostly_clouds(items)
+    reasons = {item.name: reason for item in ordered if (reason := _reason(item, clouds, labelled))}
+    usable = [item for item in ordered if item.name not in reasons]
+    sizes = Counter(item.object_class for item in usable)
+    labels = {name: label for label, name in enumerate(sorted(name for name in sizes if sizes[name] >= least))} if labelled else {}
+    first_test = min(max(round(share * len(usable)), 1), len(usable) - 1)
+    splits = {original(item): "test" for item in usable[-1:]}  # neither split is empty while two contents differ
+    for place, item in enumerate(usable):
+        splits.setdefault(original(item), "train" if place < first_test else "test")
+        if labelled and item.object_class not in labels:
+            reasons[item.name] = f"class {item.object_class} has {sizes[item.object_class]} objects, --min-class-size is {least}"
+    return [
+        ObjectTask(
+            number, item.name, item.split or splits.get(original(item), "train"), labels.get(item.object_class), item.place,
+            others=tuple(other.place for other in item.others), group=None if item.split else original(item),
+        )
+        for number, item in enumerate(ordered)
+    ], list(labels), reasons
+
+
+def _reason(item: Item, clouds: bool, labelled: bool) -> str | None:
+    """Return why an object cannot be taken, as far as it can be said of it alone."""
+    if item.reason:
+        return item.reason
+    if item.is_cloud != clouds:
+        return "a point cloud among meshes" if item.is_cloud else "a mesh among point clouds"
+    return "in no class folder; --labels none takes it" if labelled and item.object_class is None else None
+
+
+def mostly_clouds(items: Sequence[Item]) -> bool:
+    """Whether more of the usable objects are clouds than are meshes."""
+    kinds = Counter(item.is_cloud for item in items if not item.reason)
+    return kinds[True] > kinds[False]
