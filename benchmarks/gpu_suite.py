@@ -1,6 +1,6 @@
 """Everything that waits for a GPU, in one command: `python -m benchmarks.gpu_suite [--minutes 9] [--list]`.
 
-Runs the gpu tests, the benchmarks and the 3D MNIST protocol, each in its own process. When the minutes are over it stops what
+Runs the gpu tests, the benchmarks and both stages on 3D MNIST, each in its own process. When the minutes are over it stops what
 runs; the same command goes on from there. Every run leaves one line in results/benchmarks/gpu_suite.jsonl; what is done at the present
 commit is not run again. Exit status: 0 all done, or no GPU; 1 a step failed; 3 something is left.
 """
@@ -40,7 +40,6 @@ STEPS = {
     "retrieval_metrics": ["-m", "benchmarks.retrieval_metrics", "--large"],
     "memory_bank": ["-m", "benchmarks.memory_bank", "--samples", "9843"],
     "loss_curves": ["-m", "benchmarks.loss_curves"],
-    "protocol": ["-m", "benchmarks.protocol", "--config-dir", "configs/mnist3d"],
     "mnist3d": ["reproduce.py", "table2-romo", "--dataset", "mnist3d", "--scale", "full", "--seeds", "3", "--resume"],
 }
 

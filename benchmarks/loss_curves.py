@@ -5,14 +5,16 @@ and prints the largest relative difference from the plain variant. Variants diff
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
 
 import matplotlib
 
+import train_step1
+import train_step2
 from benchmarks.floors import start, write_report
-from benchmarks.protocol import run_stage
 from utils.engine.session import run_command
 from utils.figures.plots import new_figure, save_figure
 
@@ -26,6 +28,7 @@ VARIANTS = {
     "bfloat16 autocast": ["run.amp=true"],
 }
 DRAWN = {"step1": "loss/mlm", "step2": "loss/rcll"}
+SCRIPTS = {"step1": train_step1, "step2": train_step2}
 Curves = dict[str, dict[str, list[dict]]]
 
 
@@ -38,8 +41,17 @@ def compare(config_dir: Path, variants: dict[str, list[str]], common: list[str])
                 labels = Path(folder) / ("labels-0" if stage == "step2" else f"labels-{number}")
                 mlm_only = ["pla.mlm_only_epochs=1"] if stage == "step1" else []
                 settings_of_run = [*common, *mlm_only, *settings]
-                found[stage][name] = run_stage(stage, config_dir, Path(folder) / str(number), labels, settings_of_run)[1]
+                found[stage][name] = train(stage, config_dir, Path(folder) / str(number), labels, settings_of_run)
     return found
+
+
+def train(stage: str, config_dir: Path, out: Path, labels: Path, settings: list[str]) -> list[dict]:
+    """Train a stage with pseudo-labels in `labels`; return its epochs."""
+    own = [f"run.pseudo_labels={labels}"] if stage == "step1" else [f"rdl.pseudo_labels={labels}", "rdl.start=fresh"]
+    settings = [f"run.output={out}", "run.figures=false", *own, *settings]
+    SCRIPTS[stage].main(["--config", str(config_dir / f"{stage}.yaml"), "--set", *settings])
+    (metrics,) = out.glob(f"*/{stage}/*/metrics.jsonl")
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def largest_difference(epochs: list[dict], plain: list[dict]) -> float:

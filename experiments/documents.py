@@ -16,7 +16,7 @@ from utils.engine.checkpoint import atomic_write_text
 TIMES = ("seconds", "flop_floor_seconds", "byte_floor_seconds")
 MARKED = re.compile(r"(<!-- (table|benchmark): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FACTS = ("speedup", "old_over_new", "first start", "later start", "items", "memory_ratio", "largest_relative_difference", "difference",
-         "differences", "seconds_per_epoch", "seconds_of_both", "extrapolated_seconds", "mean_seconds", "modelnet40_hours_extrapolated")
+         "differences", "seconds_per_epoch", "seconds_of_both", "mean_seconds", "modelnet40_hours_extrapolated")
 
 
 def rewrite(root: Path, results: Path, protocol: Mapping[str, dict]) -> list[Path]:

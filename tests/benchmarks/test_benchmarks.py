@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cells, edge_conv, floors, gpu_suite, loss_curves, protocol, retrieval_metrics, start_up, training_step
+from benchmarks import cells, edge_conv, floors, gpu_suite, loss_curves, retrieval_metrics, start_up, training_step
 from benchmarks.floors import count_work
 from models.kernels.edge_conv import EdgeConv
 from models.kernels.knn import knn
@@ -144,18 +144,6 @@ def test_training_step(tmp_path, capsys, modalities, placement):
         assert 0 < row["share_fetching"] < row["share_waiting_for_data"] < 1
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("step1, one step", "step2, one step", "waiting for data"))
-
-
-def test_protocol(small_digits, tmp_path, capsys):
-    argv = ["--config-dir", str(SMOKE), "--set", f"data.root={small_digits}", "run.eval_every=2"]
-    report = run(protocol, tmp_path / "protocol.json", *argv)
-    for stage in report["stages"].values():
-        (seconds,) = stage["training_seconds"]
-        assert (stage["epochs"], stage["evaluations"]) == (3, 2) and min(seconds, stage["evaluation_seconds"]) > 0
-        expected = 3 * seconds + 2 * stage["evaluation_seconds"] + stage["other_seconds"]
-        assert stage["extrapolated_seconds"] == pytest.approx(expected)
-    assert report["extrapolated_seconds"] == pytest.approx(sum(s["extrapolated_seconds"] for s in report["stages"].values()))
-    assert "extrapolated" in capsys.readouterr().out and [found.name for found in tmp_path.iterdir()] == ["protocol.json"]
 
 
 def test_edge_conv(monkeypatch, tmp_path, capsys):
