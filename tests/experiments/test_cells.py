@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from smoke_tables import CLEAN, PROTOCOL, SMOKE, rows_of
+from smoke_tables import PROTOCOL, SMOKE, rows_of
 
 import train_step1
 import train_step2
@@ -17,6 +16,7 @@ from experiments import jobs as jobs_module
 from experiments.cells import all_cells, expand
 from experiments.protocol import HERE, Setup, find_setup, load_protocol, pair_of
 from experiments.records import publish, read_records
+from experiments.runner import folder_of
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 from utils.settings.config import load_config
@@ -165,15 +165,14 @@ def test_step_1_again_two_rounds_and_a_ranking_of_its_own(tmp_path, small_digits
     last = rows[0].cells[0]["GP"]
     cells = [*last.rests_on(), last]
     assert cells == all_cells(rows) and [cell.stage for cell in cells] == ["step1", "step1", "step2", "step2"]
-    jobs = [jobs_module.Job(cell, tmp_path) for cell in cells]
-    for job in jobs:
-        script, *arguments = jobs_module.command(job.cell, job.path, "cpu")
+    folders = {cell: folder_of(cell, tmp_path) for cell in cells}
+    for cell, folder in folders.items():
+        script, *arguments = jobs_module.command(cell, folder, "cpu")
         {"train_step1.py": train_step1, "train_step2.py": train_step2}[script].main(arguments)
-        job.folder.joinpath(jobs_module.MARKER).write_text(json.dumps({**jobs_module.collect(job.cell, job.folder), **CLEAN}))
-    runs = [next(job.folder.glob("runs/*/*/*")) for job in jobs]
+    runs = [next(folder.glob("runs/*/*/*")) for folder in folders.values()]
     for before, run in zip(runs, runs[1:]):
         assert f"initial weights of every encoder: {before / 'last.pt'}" in (run / "log.txt").read_text()
-    publish(tmp_path / "mine.jsonl", rows, jobs, "a call")
+    publish(tmp_path / "mine.jsonl", rows, {cell.id: jobs_module.collect(cell, folder) for cell, folder in folders.items()}, "a call")
     records = {(record["row"], record["id"]): record for record in read_records(tmp_path / "mine.jsonl")}
     assert records.keys() == {("the row", cells[3].id), ("one round", cells[2].id), *((None, cell.id) for cell in cells[:3])}
     assert [records[None, cell.id]["epochs"] for cell in cells[:3]] == [2, 0, 2]
@@ -181,17 +180,6 @@ def test_step_1_again_two_rounds_and_a_ranking_of_its_own(tmp_path, small_digits
     assert shown["scores"]["map/avg"] == metrics["variants"]["posterior, diffusion"]["map/avg"] and "variants" not in shown
     assert records["one round", cells[2].id]["scores"]["map/avg"] == json.loads((runs[2] / "metrics.json").read_text())["map/avg"]
     assert metrics["map/avg"] == metrics["variants"]["embedding"]["map/avg"] != shown["scores"]["map/avg"]
-
-
-def test_files_that_cannot_change_a_cell_leave_the_tree_clean(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs_module, "REPOSITORY", tmp_path)
-    assert jobs_module.code_state("cpu")["dirty"] is None  # no repository: git cannot tell
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    for name, dirty in (("mine.yaml", False), ("docs/note.md", False), ("results/a.jsonl", False), ("configs/a.yaml", True), ("mine.py", True)):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-        assert jobs_module.code_state("cpu")["dirty"] is dirty, name
-        (tmp_path / name).unlink()
 
 
 def test_the_papers_numbers_have_the_rows_that_the_protocol_names():
