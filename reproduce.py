@@ -22,7 +22,7 @@ from experiments.documents import rewrite
 from experiments.jobs import MARKER, is_done
 from experiments.protocol import SCALES, find_setup, load_protocol
 from experiments.records import publish, record_run
-from experiments.runner import DONE, FAILED, SKIPPED, folder_of, hold, run_cells, states
+from experiments.runner import DONE, FAILED, SKIPPED, folder_of, run_cells, states
 from experiments.tables import render
 from utils.engine.checkpoint import read_json
 from utils.engine.device import select_device
@@ -93,16 +93,13 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
         print(f"{len(cells)} cells: " + ", ".join(f"{count} {status}" for status, count in Counter(found).items()))
         return COMPLETE
     stopped, path = False, arguments.results / f"{arguments.table}-{setup.dataset}-{setup.scale}.jsonl"
-    with hold(REPOSITORY / root) as lock:
-        budget = None if arguments.budget is None else 60 * arguments.budget
-        try:
-            run_cells(cells, root, devices(arguments), lock, budget, arguments.resume)
-        except KeyboardInterrupt:
-            stopped = True
-        folders = {cell.id: folder_of(cell, root) for cell in cells}
-        publish(path, rows, {name: read_json(REPOSITORY / folder / MARKER) for name, folder in folders.items() if is_done(folder)},
-                command_of(arguments))
-        return report(states(cells, root), cells, render(path, protocol), stopped)
+    try:
+        run_cells(cells, root, devices(arguments), None if arguments.budget is None else 60 * arguments.budget, arguments.resume)
+    except KeyboardInterrupt:
+        stopped = True
+    done = [folder for folder in (folder_of(cell, root) for cell in cells) if is_done(folder)]
+    publish(path, rows, {folder.name: read_json(REPOSITORY / folder / MARKER) for folder in done}, command_of(arguments))
+    return report(states(cells, root), cells, render(path, protocol), stopped)
 
 
 def devices(arguments: argparse.Namespace) -> list[str]:

@@ -26,11 +26,11 @@ def command(cell: Cell, folder: Path, device: str) -> list[str]:
         folder: of the cell, from the repository's root; the cells it needs lie beside it.
         device: "cpu" (one thread) or "cuda:N".
     """
-    run, script, cpu = run_folder(folder), SCRIPTS[cell.stage], device == "cpu"
+    run, script, seed, cpu = run_folder(folder), SCRIPTS[cell.stage], str(cell.seed), device == "cpu"
     own = [f"run.device={device}", f"run.output={folder / 'runs'}", *["run.threads=1"] * cpu, *_feature_settings(cell, folder.parent)]
-    training = [*script, *cell.arguments, *own, f"run.seed={cell.seed}", "run.figures=false"]
-    method = [*script, *cell.arguments, *own, "--seed", str(cell.seed)]
-    measurement = [*script, *cell.arguments, "--device", device, *["--threads", "1"] * cpu]
+    machine = ["--device", device, *["--threads", "1"] * cpu]
+    anew = [*script, *cell.arguments]
+    training = [*anew, *own, f"run.seed={seed}", "run.figures=false"]
     before = [run_folder(folder.parent / need.id) for need in cell.needs if need.stage in TRAINING]
     match cell.stage:
         case "step1" | "step2" if run:
@@ -40,12 +40,12 @@ def command(cell: Cell, folder: Path, device: str) -> list[str]:
         case "step2":
             return [*training, "run.eval_every=1", "rdl.rounds=1", "--from", str(before[0])]
         case "baseline":
-            return [*script, cell.arguments[0], "--resume", str(run)] if run else method
+            return [*script, cell.arguments[0], "--resume", str(run)] if run else [*anew, *own, "--seed", seed]
         case "features":
-            return [*method, *(["--resume", str(run)] if run else []), "--out", str(folder / "features")]
+            return [*anew, *own, "--seed", seed, *(["--resume", str(run)] if run else []), "--out", str(folder / "features")]
         case "release_protocol":  # goes on by itself
-            return [*measurement, "--seed", str(cell.seed), "--output", str(folder)]
-    return [*measurement, "--output", str(folder / "metrics.json")]
+            return [*anew, "--seed", seed, *machine, "--output", str(folder)]
+    return [*anew, *machine, "--output", str(folder / "metrics.json")]
 
 
 def _feature_settings(cell: Cell, cells: Path) -> Iterator[str]:

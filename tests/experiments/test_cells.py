@@ -135,19 +135,23 @@ def test_an_added_file_brings_data_sets_tables_and_rows(tmp_path):
             load_protocol(added)
 
 
+def started(folder):
+    """A run in a cell's folder, as one that was interrupted."""
+    run = folder / "runs/digits/stage/x"
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    return run
+
+
 def test_commands(tmp_path):
     (cell,) = [row.cells[0]["GP"] for row in rows_of("table4") if row.name == "CE"]
-    folder, before = tmp_path / "cells/abc", tmp_path / "cells" / cell.needs[0].id / "runs/digits/step1/x"
-    before.mkdir(parents=True)
-    (before / "config.yaml").write_text("")
+    folder, before = tmp_path / "cells/abc", started(tmp_path / "cells" / cell.needs[0].id)
     line = jobs_module.command(cell, folder, "cuda:1")
     assert line[:3] == ["train_step2.py", "--config", "configs/smoke/step2.yaml"] and {"rdl.loss=ce", "run.device=cuda:1"} <= set(line)
     assert line[-2:] == ["--from", str(before)]
     assert not [part for part in line if part.startswith("run.threads")]
     assert "run.threads=1" in jobs_module.command(cell, folder, "cpu")
-    run = tmp_path / "runs" / "digits" / "step2" / "x"
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text("")
+    run = started(tmp_path)
     assert jobs_module.command(cell, tmp_path, "cpu") == ["train_step2.py", "--resume", str(run)]
     release = rows_of("fidelity")[1].cells[0]["GP"]
     line = jobs_module.command(release, folder, "cpu")
@@ -247,3 +251,5 @@ def test_commands_read_the_features_of_the_cell_that_made_them(tmp_path, monkeyp
     assert f"method.features={cells / cell.needs[0].id / 'features'}" in line and not any(word.startswith("data.root") for word in line)
     made = jobs_module.command(features, cells / features.id, "cpu")
     assert made[:2] == ["-m", "baselines.features"] and made[-2:] == ["--out", str(folder)] and made[made.index("--kind") + 1] == "learned"
+    run = started(tmp_path / cells / features.id).relative_to(tmp_path)
+    assert jobs_module.command(features, cells / features.id, "cpu")[-4:] == ["--resume", str(run), *made[-2:]]
