@@ -19,12 +19,10 @@ import torch
 from datasets.prepare.parallel import user_path
 from experiments.cells import Cell, all_cells, expand
 from experiments.documents import rewrite
-from experiments.jobs import MARKER, is_done
 from experiments.protocol import SCALES, find_setup, load_protocol
 from experiments.records import publish, record_run
-from experiments.runner import DONE, FAILED, SKIPPED, folder_of, run_cells, states
+from experiments.runner import DONE, FAILED, SKIPPED, finished, hold, run_cells, states
 from experiments.tables import render
-from utils.engine.checkpoint import read_json
 from utils.engine.device import select_device
 from utils.engine.run_log import REPOSITORY
 from utils.engine.session import run_command
@@ -93,13 +91,14 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
         print(f"{len(cells)} cells: " + ", ".join(f"{count} {status}" for status, count in Counter(found).items()))
         return COMPLETE
     stopped, path = False, arguments.results / f"{arguments.table}-{setup.dataset}-{setup.scale}.jsonl"
-    try:
-        run_cells(cells, root, devices(arguments), None if arguments.budget is None else 60 * arguments.budget, arguments.resume)
-    except KeyboardInterrupt:
-        stopped = True
-    done = [folder for folder in (folder_of(cell, root) for cell in cells) if is_done(folder)]
-    publish(path, rows, {folder.name: read_json(REPOSITORY / folder / MARKER) for folder in done}, command_of(arguments))
-    return report(states(cells, root), cells, render(path, protocol), stopped)
+    with hold(root) as lock:
+        budget = None if arguments.budget is None else 60 * arguments.budget
+        try:
+            run_cells(cells, root, devices(arguments), lock, budget, arguments.resume)
+        except KeyboardInterrupt:
+            stopped = True
+        publish(path, rows, finished(cells, root), command_of(arguments))
+        return report(states(cells, root), cells, render(path, protocol), stopped)
 
 
 def devices(arguments: argparse.Namespace) -> list[str]:

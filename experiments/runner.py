@@ -27,7 +27,6 @@ STATE = "state.json"  # how the attempts at an unfinished cell went
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED, SKIPPED = "waiting", "running", "done", "failed", "interrupted", "skipped"
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0
-REFUSAL = "another reproduce.py, or a run that one started, works in {}: wait until it ends, or stop it; --list shows its state"
 
 
 def folder_of(cell: Cell, root: Path) -> Path:
@@ -49,6 +48,12 @@ def states(cells: Sequence[Cell], root: Path) -> dict[str, dict]:
     return found
 
 
+def finished(cells: Sequence[Cell], root: Path) -> dict[str, dict]:
+    """Return id -> record of the cells that are done."""
+    folders = {cell.id: folder_of(cell, root) for cell in cells}
+    return {name: read_json(REPOSITORY / folder / MARKER) for name, folder in folders.items() if is_done(folder)}
+
+
 def _state(folder: Path) -> dict[str, Any]:
     if is_done(folder):
         return {"status": DONE}
@@ -56,25 +61,34 @@ def _state(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {"status": WAITING, "attempts": []}
 
 
-def run_cells(cells: Sequence[Cell], root: Path, devices: Sequence[str], budget: float | None = None, resume: bool = False) -> None:
+def hold(root: Path) -> contextlib.AbstractContextManager[int]:
+    """Lock a folder of cells for one command; processes that inherit the yielded descriptor hold it as long as they live."""
+    return hold_lock(REPOSITORY / root / "lock", f"another reproduce.py, or a run that one started, works in {root}: "
+                                                 "wait until it ends, or stop it; --list shows its state")
+
+
+def run_cells(
+    cells: Sequence[Cell], root: Path, devices: Sequence[str], lock: int, budget: float | None = None, resume: bool = False
+) -> None:
     """Run cells, a needed one before its users, until none is left, the budget is used up, or Ctrl-C.
 
     Args:
         root: folder of their folders, from the repository's root.
         devices: one entry per process that may run at a time, e.g. ["cpu", "cpu"].
+        lock: of `hold`.
         budget: seconds after which nothing is started, and running cells are ended right after their next checkpoint; those
             that write none run to their end.
         resume: whether to go on with cells that were interrupted or failed.
     Raises:
-        UserError: if there are such cells and `resume` is False, or another command, or a process that one left behind, works in `root`.
+        UserError: if there are such cells and `resume` is False.
         KeyboardInterrupt: after Ctrl-C, once the running processes have ended and their cells are "interrupted".
     """
-    with hold_lock(REPOSITORY / root / "lock", REFUSAL.format(root)) as lock, ThreadPoolExecutor(len(devices)) as pool:
-        begun = zip(states(cells, root).values(), cells)
-        broken = [f"  {state['status']}: {cell.name}" for state, cell in begun if state["status"] in (RUNNING, INTERRUPTED, FAILED)]
-        if broken and not resume:
-            raise UserError("these cells were begun and not finished, go on with --resume:\n" + "\n".join(broken))
-        deadline, stop = math.inf if budget is None else time.time() + budget, threading.Event()
+    begun = zip(states(cells, root).values(), cells)
+    broken = [f"  {state['status']}: {cell.name}" for state, cell in begun if state["status"] in (RUNNING, INTERRUPTED, FAILED)]
+    if broken and not resume:
+        raise UserError("these cells were begun and not finished, go on with --resume:\n" + "\n".join(broken))
+    deadline, stop = math.inf if budget is None else time.time() + budget, threading.Event()
+    with ThreadPoolExecutor(len(devices)) as pool:
         start = lambda cell, device: pool.submit(_run, cell, folder_of(cell, root), device, lock, deadline, stop)
         try:
             for _ in progress(_schedule(cells, root, list(devices), deadline, start), sum(cell.epochs for cell in cells), "epochs"):

@@ -1,6 +1,5 @@
 """The scheduler, with small processes in place of trainings."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -14,7 +13,7 @@ from smoke_tables import CLEAN
 
 from experiments import runner
 from experiments.cells import Cell
-from experiments.runner import code_state, folder_of, provenance, run_cells, states
+from experiments.runner import code_state, finished, folder_of, hold, provenance, run_cells, states
 from utils.engine import run_log
 from utils.errors import UserError
 
@@ -54,16 +53,13 @@ while len(done) < {total}:
 
 
 def run(root, cells, devices=("cpu",), **options):
-    run_cells(cells, root, devices, **options)
+    with hold(root) as lock:
+        run_cells(cells, root, devices, lock, **options)
     return statuses(root, cells)
 
 
 def statuses(root, cells):
     return {name: state["status"] for name, state in states(cells, root).items()}
-
-
-def record(root, cell):
-    return json.loads((folder_of(cell, root) / "done.json").read_text())
 
 
 def test_cells_run_after_what_they_need_and_never_twice(tmp_path):
@@ -73,7 +69,7 @@ def test_cells_run_after_what_they_need_and_never_twice(tmp_path):
     for _ in range(2):
         assert run(tmp_path, [a, b, process("c", code, [b])], ["cpu", "cpu"]) == {"a": "done", "b": "done", "c": "done"}
     assert (tmp_path / "cells" / "order").read_text() == "abc"
-    found = record(tmp_path, b)
+    found = finished([b], tmp_path)["b"]
     assert found["attempts"] == 1 and found["seconds"] >= 0 and not found["dirty"] and found["command"].startswith("python -S -c")
 
 
@@ -99,7 +95,7 @@ def test_a_failed_cell_stops_its_dependants_only_and_can_be_tried_again(tmp_path
     (folder_of(a, tmp_path) / "fixed").touch()
     cells[4] = process("e")
     assert set(run(tmp_path, cells, resume=True).values()) == {"done"}
-    assert record(tmp_path, a)["attempts"] == 2 and "reason" not in states(cells, tmp_path)["a"]
+    assert finished([a], tmp_path)["a"]["attempts"] == 2 and "reason" not in states(cells, tmp_path)["a"]
 
 
 def test_a_bug_of_ours_is_no_failed_cell(tmp_path, monkeypatch):
@@ -127,7 +123,7 @@ def test_the_budget_stops_at_a_checkpoint_and_the_rest_goes_on_later(tmp_path, j
     assert run(tmp_path, cells, resume=True) == {"a": "done", "b": "done"}
     found = log.read_text().split()
     assert found[: len(begun)] == begun and len(found) == len(begun) + 3  # nothing is lost or repeated
-    assert len(set(found)) == 2 and record(tmp_path, cells[0])["attempts"] == 2
+    assert len(set(found)) == 2 and finished(cells, tmp_path)["a"]["attempts"] == 2
     assert f"epochs: {len(found) + 2} of {len(found) + 2}," in capsys.readouterr().err
 
 
@@ -152,6 +148,7 @@ def test_ctrl_c_ends_the_processes_and_their_children_even_stubborn_ones(tmp_pat
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, cells, ["cpu", "cpu"])
     assert statuses(tmp_path, cells) == {"a": "interrupted", "b": "interrupted", "c": "waiting"}
+    monkeypatch.setattr(runner, "wait", wait)
     cells = [process(cell.id) for cell in cells]  # a process that was left behind would hold the lock
     assert set(run(tmp_path, cells, ["cpu", "cpu"], resume=True).values()) == {"done"}
 
