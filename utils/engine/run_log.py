@@ -40,7 +40,7 @@ def _git(*arguments: str) -> str | None:
     """Output of a git command in the repository, None without git or outside a repository."""
     with suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
 
 
 def _cpu_name() -> str:
