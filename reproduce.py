@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 
 from datasets.prepare.parallel import user_path
-from experiments.cells import all_cells, expand
+from experiments.cells import Cell, all_cells, expand
 from experiments.documents import rewrite
-from experiments.jobs import DONE, FAILED, SKIPPED, Job
 from experiments.protocol import SCALES, find_setup, load_protocol
 from experiments.records import publish, record_run
-from experiments.runner import hold, run_jobs, states
+from experiments.runner import DONE, FAILED, SKIPPED, finished, hold, run_cells, states
 from experiments.tables import render
 from utils.engine.device import select_device
 from utils.engine.run_log import REPOSITORY
@@ -85,22 +84,21 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
     scale = mode if mode == "head" or (mode == "e2e" and mode in scales) else arguments.scale
     setup = find_setup(protocol, arguments.dataset, scale, arguments.tasks)
     rows = expand(table, setup, range(arguments.seeds))
-    root = arguments.runs / f"{setup.dataset}-{setup.scale}"
-    jobs = [Job(cell, root) for cell in all_cells(rows)]
+    root, cells = arguments.runs / f"{setup.dataset}-{setup.scale}", all_cells(rows)
     if arguments.list:
-        found = [state["status"] for state in states(jobs)]
-        cells = [f"{status:12s} {job.cell.id}  {job.cell.epochs:4d} epochs  {job.cell.name}" for job, status in zip(jobs, found)]
-        print("\n".join([*cells, f"{len(jobs)} cells: " + ", ".join(f"{count} {status}" for status, count in Counter(found).items())]))
+        found = [state["status"] for state in states(cells, root).values()]
+        print("\n".join(f"{status:12s} {cell.id}  {cell.epochs:4d} epochs  {cell.name}" for cell, status in zip(cells, found)))
+        print(f"{len(cells)} cells: " + ", ".join(f"{count} {status}" for status, count in Counter(found).items()))
         return COMPLETE
     stopped, path = False, arguments.results / f"{arguments.table}-{setup.dataset}-{setup.scale}.jsonl"
-    with hold(REPOSITORY / root) as lock:
+    with hold(root) as lock:
         budget = None if arguments.budget is None else 60 * arguments.budget
         try:
-            run_jobs(jobs, devices(arguments), lock, budget, arguments.resume)
+            run_cells(cells, root, devices(arguments), lock, budget, arguments.resume)
         except KeyboardInterrupt:
             stopped = True
-        publish(path, rows, jobs, command_of(arguments))
-        return report(jobs, render(path, protocol), stopped)
+        publish(path, rows, finished(cells, root), command_of(arguments))
+        return report(states(cells, root), cells, render(path, protocol), stopped)
 
 
 def devices(arguments: argparse.Namespace) -> list[str]:
@@ -111,16 +109,16 @@ def devices(arguments: argparse.Namespace) -> list[str]:
     return names * (arguments.workers or (min(2, os.cpu_count() or 1) if device.type == "cpu" else 1))
 
 
-def report(jobs: list[Job], written: list[Path], stopped: bool) -> int:
+def report(found: dict[str, dict], cells: list[Cell], written: list[Path], stopped: bool) -> int:
     """Say what was written, what failed and what is left; return the exit status."""
     print("".join(f"wrote {path}\n" for path in written), end="")
-    found = [(state["status"], f"{state['status']}: {job.cell.name}", state.get("reason")) for job, state in zip(jobs, states(jobs))]
-    troubled = [f"{text}: {reason}" for status, text, reason in found if status in (FAILED, SKIPPED)]
-    left = [text for status, text, _ in found if status not in (DONE, FAILED, SKIPPED)]
+    told = [(found[cell.id], f"{found[cell.id]['status']}: {cell.name}") for cell in cells]
+    troubled = [f"{text}: {state['reason']}" for state, text in told if state["status"] in (FAILED, SKIPPED)]
+    left = [text for state, text in told if state["status"] not in (DONE, FAILED, SKIPPED)]
     for title, entries in (("not done", troubled), ("left, go on with the same command and --resume", left)):
         more = [f"... and {len(entries) - SHOWN} more, see --list"] if len(entries) > SHOWN else []
         if entries:
-            print("\n  ".join([f"{len(entries)} of {len(jobs)} cells {title}:", *entries[:SHOWN], *more]))
+            print("\n  ".join([f"{len(entries)} of {len(cells)} cells {title}:", *entries[:SHOWN], *more]))
     return STOPPED if stopped else LEFT if left else SOME_FAILED if troubled else COMPLETE
 
 

@@ -29,7 +29,7 @@ class Cell:
 
     Attributes:
         id: 12 hexadecimal digits of what decides its result; commit, device and threads do not count.
-        stage: "step1", "step2", or a key of `experiments.jobs.MODULES`.
+        stage: "step1", "step2", or another key of `experiments.jobs.SCRIPTS`.
         name: for people.
         arguments: of its command line, without seed, device and places.
         epochs: that it trains, the unit of progress; 1 if it trains none.
@@ -99,24 +99,31 @@ def _identify(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _modalities(letters: str) -> str:
+    return f"data.modalities=[{','.join(modalities_of(letters))}]"
+
+
+def _named(stage: str, letters: str, seed: int, needs: tuple[Cell, ...], *own: str) -> str:
+    """A name for people, with what the needed cells were given."""
+    return " ".join([stage, letters, "seed", str(seed), *(word for cell in needs for word in cell.name.split()[4:]), *own])
+
+
 def _training(stage: str, setup: Setup, letters: str, overrides: Sequence[str], seed: int, needs: tuple[Cell, ...] = ()) -> Cell:
     """The cell of a training stage on some modalities, with settings on top of the configuration and the setup's own."""
     names = modalities_of(letters)
     own = [text.replace("{2D}", names[0]).replace("{3D}", names[-1]) for text in overrides]
     again = bool(needs) and needs[0].stage == stage
     anew = ("pla.start=RUN", "optim.epochs=0", "pla.mlm_only_epochs=0") if again and stage == "step1" else ()
-    given = (*getattr(setup, stage), *anew, f"data.modalities=[{','.join(names)}]", *own)
+    given = (*getattr(setup, stage), *anew, _modalities(letters), *own)
     identity = _identify(stage, seed, [cell.id for cell in needs], _decisive(stage, setup.config, given))
     arguments = ("--config", str(setup.config / f"{stage}.yaml"), "--set", *given)
-    inherited = [word for cell in needs for word in cell.name.split()[4:]]  # what the needed cells were given
-    name = " ".join([stage, letters, "seed", str(seed), *inherited, *["again"] * again, *own])
-    return Cell(identity, stage, name, arguments, seed, max(1, _load(stage, setup.config, given).optim.epochs), needs)
+    epochs = max(1, _load(stage, setup.config, given).optim.epochs)
+    return Cell(identity, stage, _named(stage, letters, seed, needs, *["again"] * again, *own), arguments, seed, epochs, needs)
 
 
 def _release(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
     """The cell of one departure of the authors' code; it trains both stages itself."""
-    stage, chosen = "release_protocol", f"data.modalities=[{','.join(modalities_of(pair))}]"
-    given = {name: (*getattr(setup, name), chosen) for name in CONFIGS}
+    stage, given = "release_protocol", {name: (*getattr(setup, name), _modalities(pair)) for name in CONFIGS}
     identity = _identify(stage, seed, variant, [_decisive(name, setup.config, given[name]) for name in CONFIGS])
     epochs = sum(_load(name, setup.config, given[name]).optim.epochs for name in CONFIGS)
     arguments = ("--config-dir", str(setup.config), "--variant", variant, "--set1", *given["step1"], "--set2", *given["step2"])
@@ -126,9 +133,9 @@ def _release(setup: Setup, pair: str, variant: str, seed: int) -> Cell:
 def _features(setup: Setup, kind: str, seed: int) -> Cell:
     """The cell that makes features of all modalities of a data set; every row of a seed is trained on, or end to end towards, the same."""
     own, source = ((), setup.source) if setup.source else (setup.step1, setup.config)
-    given = (*own, f"data.modalities=[{','.join(modalities_of(setup.letters))}]")
+    given = (*own, _modalities(setup.letters))
     identity = _identify("features", seed, kind, _decisive("step1", source, given))
-    name = " ".join(["features", setup.letters, "seed", str(seed), *([kind] if kind != "learned" else [])])
+    name = _named("features", setup.letters, seed, (), *([kind] if kind != "learned" else []))
     arguments = ("--config", str(source / "step1.yaml"), "--kind", kind, "--set", *given)
     return Cell(identity, "features", name, arguments, seed, _load("step1", source, given).optim.epochs if kind == "learned" else 1)
 
@@ -138,11 +145,10 @@ def _method(options: Mapping[str, Any], setup: Setup, letters: str, seed: int, n
     method, own = options["method"], (*setup.methods, *options.get("set", ()))
     if setup.source is None:
         own = (f"optim.epochs={sum(_load(stage, setup.config, getattr(setup, stage)).optim.epochs for stage in CONFIGS)}", *own)
-    given = (*setup.step1, f"data.modalities=[{','.join(modalities_of(letters))}]")
+    given = (*setup.step1, _modalities(letters))
     identity = _identify("baseline", seed, method, [cell.id for cell in needs], own, _decisive("step1", setup.config, given))
-    inherited = [word for cell in needs for word in cell.name.split()[4:]]
-    name = " ".join([method, letters, "seed", str(seed), *inherited, *own])
-    return Cell(identity, "baseline", name, (method, "--config", str(setup.config / "step1.yaml"), "--set", *given, *own), seed, 1, needs)
+    arguments = (method, "--config", str(setup.config / "step1.yaml"), "--set", *given, *own)
+    return Cell(identity, "baseline", _named(method, letters, seed, needs, *own), arguments, seed, 1, needs)
 
 
 def all_cells(rows: Iterable[Row]) -> list[Cell]:
@@ -204,11 +210,11 @@ def _cell(options: Mapping[str, Any], setup: Setup, pair: str, seed: int) -> Cel
 def _measured(table: Mapping[str, Any], setup: Setup) -> dict[str, Cell]:
     """Name -> cell of the rows that are benchmarks, which train nothing and have no seed."""
     config = _load("step1", setup.config, setup.step1)
-    dim, sizes = config.model.embedding_dim, ("--batch-size", config.optim.batch_size, "--samples")
-    given = {f"{count} x {dim}": ("memory_bank", "--dim", dim, *sizes, count) for count in setup.samples}
+    dim, batch = config.model.embedding_dim, config.optim.batch_size
+    calls = {f"{count} x {dim}": f"memory_bank --dim {dim} --batch-size {batch} --samples {count}" for count in setup.samples}
     if table["kind"] == "shapes":
-        given = {"losses": ("loss_shapes", "--num-clusters", config.pla.num_clusters, "--alpha", *table["values"])}
-    if not given:
+        calls = {"losses": f"loss_shapes --num-clusters {config.pla.num_clusters} --alpha {' '.join(map(str, table['values']))}"}
+    if not calls:
         raise UserError(f"no size of a bank of {setup.dataset}: give datasets.{setup.dataset}.samples in a --add file")
-    words = {name: (stage, tuple(map(str, arguments))) for name, (stage, *arguments) in given.items()}
-    return {name: Cell(_identify(stage, texts), stage, " ".join([stage, *texts]), texts) for name, (stage, texts) in words.items()}
+    words = {name: call.split() for name, call in calls.items()}
+    return {name: Cell(_identify(stage, texts), stage, calls[name], tuple(texts)) for name, (stage, *texts) in words.items()}

@@ -1,115 +1,21 @@
-"""Jobs: cells in their folders. How one is run, how far it is, and the record of a finished run."""
+"""What a cell runs, and what it leaves in its folder {root}/cells/{id}: its command, how far it is, the record of a finished one."""
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from experiments.cells import Cell
-from utils.engine.checkpoint import atomic_write_json, read_json
-from utils.engine.run_log import REPOSITORY, RunLog, environment
+from utils.engine.checkpoint import read_json
+from utils.engine.run_log import REPOSITORY, RunLog
 from utils.errors import UserError
 
+SCRIPTS = {
+    "step1": ("train_step1.py",), "step2": ("train_step2.py",),
+    "features": ("-m", "baselines.features"), "baseline": ("-m", "baselines.run"), "release_protocol": ("-m", "baselines.release_protocol"),
+    "memory_bank": ("-m", "benchmarks.memory_bank"), "loss_shapes": ("-m", "benchmarks.loss_shapes"),
+}
 TRAINING = ("step1", "step2")
-MODULES = {"release_protocol": "baselines.release_protocol", "features": "baselines.features", "baseline": "baselines.run",
-           "memory_bank": "benchmarks.memory_bank", "loss_shapes": "benchmarks.loss_shapes"}
-MARKER, STATE = "done.json", "state.json"
-WAITING, RUNNING, DONE, FAILED, INTERRUPTED, SKIPPED = "waiting", "running", "done", "failed", "interrupted", "skipped"
-# Files that cannot change what a run computes: results are written while other cells still run, and what a YAML file of --add
-# in the root says stands in each cell's command
-HARMLESS = (":(exclude)results", ":(exclude,glob)**/*.md", ":(exclude,glob)*.yaml")
-
-
-class Job:
-    """A cell, and its folder {root}/cells/{id} with output.log, state.json and, written last, done.json.
-
-    Args:
-        root: taken from the repository's root, where every process runs.
-    """
-
-    def __init__(self, cell: Cell, root: Path) -> None:
-        self.cell, self.path = cell, root / "cells" / cell.id
-        self.folder = REPOSITORY / self.path
-
-    @property
-    def done(self) -> bool:
-        """Whether its marker was written."""
-        return (self.folder / MARKER).is_file()
-
-    def state(self) -> dict[str, Any]:
-        """Return status, reason of a failure, and attempts."""
-        path = self.folder / STATE
-        found = read_json(path) if path.is_file() else {"status": WAITING, "attempts": []}
-        return {**found, "status": DONE} if self.done else found
-
-    def epochs(self) -> int:
-        """Return how many of its cell's epochs are done."""
-        logs = [path.read_text(encoding="utf-8", errors="replace") for path in self.folder.glob("runs/*/*/*/metrics.jsonl")]
-        trained = max((len(text.splitlines()) for text in logs), default=0)
-        return self.cell.epochs if self.done else min(trained, self.cell.epochs)
-
-    def checkpoint(self) -> float:
-        """Return when its last checkpoint was written, seconds since the epoch; 0 if there is none."""
-        return max((path.stat().st_mtime for path in self.folder.glob("runs/*/*/*/last.pt")), default=0.0)
-
-    def start(self, device: str, lock: int) -> None:
-        """Start its process, which goes on where an earlier one stopped and inherits the descriptor `lock`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        line, self.device, self.begun = command(self.cell, self.path, device), device, time.monotonic()
-        self.attempts = [*self.state()["attempts"], {**code_state(device), "command": " ".join(["python", *line]), "seconds": None}]
-        self._keep(RUNNING)  # before the start: whatever kills us then, the next call knows of it
-        with open(self.folder / "output.log", "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *line], cwd=REPOSITORY, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                pass_fds=[lock], env={**os.environ, **({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})},
-            )
-
-    def conclude(self, stopped: bool) -> None:
-        """Note how the ended process went; `stopped`: it was not its own end."""
-        self.attempts[-1]["seconds"] = round(time.monotonic() - self.begun, 3)
-        try:
-            if self.process.returncode != 0:
-                raise UserError(f"exit status {self.process.returncode}")
-            record = collect(self.cell, self.folder)
-        except UserError as error:
-            if stopped:
-                return self._keep(INTERRUPTED)
-            self._keep(FAILED, reason=str(error))
-            log = self.folder / "output.log"
-            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-            return tqdm.write("\n  ".join([f"FAILED {self.cell.name}: {error} ({log})", *tail]))
-        self._keep(DONE)
-        atomic_write_json(self.folder / MARKER, {**record, **provenance(self.attempts)})
-
-    def _keep(self, status: str, **more: Any) -> None:
-        atomic_write_json(self.folder / STATE, {"status": status, "attempts": self.attempts, **more})
-
-
-def provenance(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Join the attempts of one job: dirty if one was or git could not tell, every commit, the command of the first."""
-    commits = dict.fromkeys(entry["commit"] for entry in attempts if entry["commit"])
-    return {
-        **attempts[-1], "command": attempts[0]["command"], "commit": ", ".join(commits) or None, "attempts": len(attempts),
-        "dirty": any(entry["dirty"] is not False for entry in attempts),
-        "seconds": round(sum(entry["seconds"] or 0 for entry in attempts), 3),
-    }
-
-
-def code_state(device: str) -> dict[str, Any]:
-    """Return commit, dirty flag (None: git cannot tell), device, threads and torch version, for the record of an attempt."""
-    found, cpu = environment(seed=0), device == "cpu"
-    query = ["git", "-C", str(REPOSITORY), "status", "--porcelain", "--", ".", *HARMLESS]
-    try:
-        dirty = bool(subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.strip())
-    except (OSError, subprocess.SubprocessError):
-        dirty = None
-    return {"commit": found["git_sha"], "dirty": dirty, "device": found["cpu" if cpu else "gpu"], "threads": 1 if cpu else None,
-            "torch": found["torch"]}
+MARKER = "done.json"  # the record of a finished cell
 
 
 def command(cell: Cell, folder: Path, device: str) -> list[str]:
@@ -117,67 +23,85 @@ def command(cell: Cell, folder: Path, device: str) -> list[str]:
 
     Args:
         cell: what to run; a training that left a run folder is resumed, with the settings and device it had.
-        folder: of the cell; the cells it needs lie beside it.
+        folder: of the cell, from the repository's root; the cells it needs lie beside it.
         device: "cpu" (one thread) or "cuda:N".
     """
-    run = _run_folder(folder)
-    own = [f"run.device={device}", f"run.output={folder / 'runs'}", *(["run.threads=1"] if device == "cpu" else [])]
-    if cell.stage == "features":
-        begun = [] if run is None else ["--resume", str(folder / run.relative_to(REPOSITORY / folder))]
-        return ["-m", MODULES["features"], *cell.arguments, *own, "--seed", str(cell.seed), *begun, "--out", str(folder / "features")]
-    own += _feature_settings(cell, folder.parent)
-    if cell.stage == "baseline" and run is not None:
-        return ["-m", MODULES["baseline"], cell.arguments[0], "--resume", str(run)]
-    if cell.stage == "baseline":
-        return ["-m", MODULES["baseline"], *cell.arguments, *own, "--seed", str(cell.seed)]
-    if cell.stage not in TRAINING:
-        release = cell.stage == "release_protocol"
-        own = [*(["--seed", str(cell.seed)] if release else []), "--device", device, *(["--threads", "1"] if device == "cpu" else [])]
-        return ["-m", MODULES[cell.stage], *cell.arguments, *own, "--output", str(folder if release else folder / "metrics.json")]
-    script = f"train_{cell.stage}.py"
-    if run is not None:
-        return [script, "--resume", str(run)]
-    own += [f"run.seed={cell.seed}", "run.figures=false"]
-    before = [_run_folder(folder.parent / need.id) for need in cell.needs if need.stage in TRAINING]
-    if cell.stage == "step1":
-        return [script, *cell.arguments, *own, *(f"pla.start={run}" for run in before)]
-    return [script, *cell.arguments, *own, "run.eval_every=1", "rdl.rounds=1", "--from", str(before[0])]
+    run, script, seed, cpu = run_folder(folder), SCRIPTS[cell.stage], str(cell.seed), device == "cpu"
+    own = [f"run.device={device}", f"run.output={folder / 'runs'}", *["run.threads=1"] * cpu, *_feature_settings(cell, folder.parent)]
+    machine = ["--device", device, *["--threads", "1"] * cpu]
+    anew = [*script, *cell.arguments]
+    training = [*anew, *own, f"run.seed={seed}", "run.figures=false"]
+    before = [run_folder(folder.parent / need.id) for need in cell.needs if need.stage in TRAINING]
+    match cell.stage:
+        case "step1" | "step2" if run:
+            return [*script, "--resume", str(run)]
+        case "step1":
+            return [*training, *(f"pla.start={start}" for start in before)]
+        case "step2":
+            return [*training, "run.eval_every=1", "rdl.rounds=1", "--from", str(before[0])]
+        case "baseline":
+            return [*script, cell.arguments[0], "--resume", str(run)] if run else [*anew, *own, "--seed", seed]
+        case "features":
+            return [*anew, *own, "--seed", seed, *(["--resume", str(run)] if run else []), "--out", str(folder / "features")]
+        case "release_protocol":  # goes on by itself
+            return [*anew, "--seed", seed, *machine, "--output", str(folder)]
+    return [*anew, *machine, "--output", str(folder / "metrics.json")]
 
 
-def _feature_settings(cell: Cell, cells: Path) -> list[str]:
-    """Return the settings with which a training reads the features that it rests on: for its targets if it trains on what they are of."""
-    settings = []
-    for folder, config in [(cells / need.id / "features", need.arguments[1]) for need in cell.rests_on() if need.stage == "features"]:
-        if config in cell.arguments:
-            settings.append(f"method.features={folder}")
-        else:
-            settings += [f"data.root={folder}", *read_json(REPOSITORY / folder / "features.json")["settings"]]
-    return settings
+def _feature_settings(cell: Cell, cells: Path) -> Iterator[str]:
+    """The settings with which a training reads the features that it rests on: for its targets if it trains on what they are of."""
+    for need in cell.rests_on():
+        features = cells / need.id / "features"
+        if need.stage == "features" and need.arguments[1] in cell.arguments:
+            yield f"method.features={features}"
+        elif need.stage == "features":
+            yield from (f"data.root={features}", *read_json(REPOSITORY / features / "features.json")["settings"])
+
+
+def run_folder(folder: Path) -> Path | None:
+    """Return the newest run folder of a cell, like `folder` from the repository's root; one without config.yaml was never started."""
+    found = (REPOSITORY / folder).glob("runs/*/*/*/config.yaml")
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and folder / newest.parent.relative_to(REPOSITORY / folder)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the record of a cell was written."""
+    return (REPOSITORY / folder / MARKER).is_file()
+
+
+def epochs_done(cell: Cell, folder: Path) -> int:
+    """Return how many of its epochs are done."""
+    logs = (REPOSITORY / folder).glob("runs/*/*/*/metrics.jsonl")
+    return cell.epochs if is_done(folder) else min(sum(len(path.read_bytes().splitlines()) for path in logs), cell.epochs)
+
+
+def checkpoint_time(folder: Path) -> float:
+    """Return when a cell's last checkpoint was written, seconds since the epoch; 0 if there is none."""
+    return max((path.stat().st_mtime for path in (REPOSITORY / folder).glob("runs/*/*/*/last.pt")), default=0.0)
 
 
 def collect(cell: Cell, folder: Path) -> dict[str, Any]:
     """Return the record of a cell: what it was, its scores, and its curves; a UserError says that it is not finished."""
     record = {"id": cell.id, "stage": cell.stage, "name": cell.name, "seed": cell.seed, "needs": [need.id for need in cell.needs]}
-    if cell.stage in TRAINING:
-        run = _run_folder(folder)
-        if run is None:
-            raise UserError(f"{cell.name} ended without a run folder, see {folder}")
-        return record | training_scores(run) | {"variants": read_json(run / "metrics.json").get("variants", {})}
-    if cell.stage == "features":
-        return record | {"scores": {}, "details": read_json(folder / "features" / "features.json")}
-    if cell.stage == "baseline":
-        run = _run_folder(folder)
-        if run is None or not (run / "metrics.json").is_file():
-            raise UserError(f"{cell.name} is not finished, see {folder}")
-        metrics = read_json(run / "metrics.json")
-        scores = {key: value for key, value in metrics.items() if isinstance(value, float) and "/" in key}
-        details = {key: metrics[key] for key in ("reads", "peak_mib", "mode")}
-        return record | {"scores": scores, "train_seconds": metrics["seconds"], "details": details}
-    metrics = read_json(folder / "metrics.json")
-    if cell.stage == "release_protocol":
-        scores = {key: value for key, value in metrics.items() if isinstance(value, float) and key.startswith("map/")}
-        return record | {"scores": scores, "train_seconds": metrics["train_seconds"], "details": metrics["details"]}
-    return record | {"measured": metrics}
+    place, run = REPOSITORY / folder, REPOSITORY / (run_folder(folder) or folder / "runs")
+    match cell.stage:
+        case "step1" | "step2":
+            return record | training_scores(run) | {"variants": read_json(run / "metrics.json").get("variants", {})}
+        case "features":
+            return record | {"scores": {}, "details": read_json(place / "features" / "features.json")}
+        case "baseline":
+            found = read_json(run / "metrics.json")
+            details = {key: found[key] for key in ("reads", "peak_mib", "mode")}
+            return record | {"scores": _scores(found), "train_seconds": found["seconds"], "details": details}
+        case "release_protocol":
+            found = read_json(place / "metrics.json")
+            return record | {"scores": _scores(found), "train_seconds": found["train_seconds"], "details": found["details"]}
+    return record | {"measured": read_json(place / "metrics.json")}
+
+
+def _scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if isinstance(value, float) and "/" in key}
 
 
 def training_scores(folder: Path, variant: str | None = None) -> dict[str, Any]:
@@ -202,9 +126,3 @@ def training_scores(folder: Path, variant: str | None = None) -> dict[str, Any]:
         "curve": {key: [row[key] for row in scored] for key in curves},
         **{key: found[key] for key in ("reads_labels",) if key in found},
     }
-
-
-def _run_folder(folder: Path) -> Path | None:
-    """The newest run folder of a training cell, both from the repository's root; one without config.yaml was never started."""
-    found = sorted((REPOSITORY / folder).glob("runs/*/*/*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    return folder / found[-1].parent.relative_to(REPOSITORY / folder) if found else None

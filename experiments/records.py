@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from experiments.cells import Row, describe_setup
-from experiments.jobs import MARKER, Job, training_scores
+from experiments.jobs import training_scores
 from experiments.protocol import HERE, SCALES, Setup, find_setup
 from utils.engine.checkpoint import atomic_write_text, read_json
-from utils.engine.run_log import RunLog
+from utils.engine.run_log import RunLog, origin
 from utils.errors import UserError
 from utils.evaluation.report import row_name
 from utils.modalities import MODALITIES
@@ -72,9 +72,8 @@ def add_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in lines))
 
 
-def publish(path: Path, rows: Iterable[Row], jobs: Iterable[Job], command: str) -> None:
-    """Add the records of a table's finished cells, and of those they need, to its file."""
-    done = {job.cell.id: read_json(job.folder / MARKER) for job in jobs if job.done}
+def publish(path: Path, rows: Iterable[Row], done: Mapping[str, dict], command: str) -> None:
+    """Add the records of a table's finished cells (id -> record), and of those they need, to its file."""
     shown, needed = [], {}
     for row in rows:
         for cell, pair in ((cell, pair) for pairs in row.cells.values() for pair, cell in pairs.items()):
@@ -91,11 +90,10 @@ def _scored(record: Mapping[str, Any], by: str | None = None) -> dict[str, Any]:
 
 
 def made_with(environment: Mapping[str, Any], what: object) -> dict[str, Any]:
-    """Return what a record says of a run's environment (see `utils.engine.run_log.environment`); a UserError refuses uncommitted code."""
+    """Return what a record says of a run's environment; a UserError refuses uncommitted code."""
     if environment["git_dirty"] is not False:
         raise UserError(f"{what} was made from uncommitted code, its commit would not repeat it: commit, and run it again")
-    device = environment["gpu"] or environment["cpu"]
-    return {"commit": environment["git_sha"], "dirty": False, "device": device, **{key: environment[key] for key in ("threads", "torch")}}
+    return origin(environment)
 
 
 def record_run(path: Path, folder: Path, row: str | None = None, variant: str | None = None) -> None:

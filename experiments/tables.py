@@ -118,18 +118,18 @@ def _logged(key: str, entry: Summary) -> list[float]:
 
 def memory_lines(table: Table) -> list[str]:
     """Return Table IX: exact bytes of every bank, seconds with and without it, and the paper's."""
-    paper, beside = table.paper, f"paper ({table.paper_dataset})"
-    heads = ["bytes", "MiB", f"MiB, {beside}", "seconds per epoch, with", f"with, {beside}", "without", f"without, {beside}"]
-    printed = lambda key, style: format(paper[key], style) if key in paper else ""
-    lines = [["bank", *heads, "device", "commit"]]
+    beside = f"paper ({table.paper_dataset})"
+    columns = [  # title, key of what was measured or of the paper's number, format
+        ("bytes", "bytes", ","), ("MiB", "mib", ".3f"), (f"MiB, {beside}", "paper mib", ""),
+        ("seconds per epoch, with", "update_seconds", ".2e"), (f"with, {beside}", "paper time_with_bank_s", ".1e"),
+        ("without", "fill_seconds", ".2e"), (f"without, {beside}", "paper time_without_bank_s", ".1e"),
+    ]
+    lines = [["bank", *(title for title, _, _ in columns), "device", "commit"]]
     for (name, _, _), record in table.shown.items():
         clean = not table.fault(record)
-        show = lambda key, style: format(record["measured"][key], style) if clean else DIRTY  # noqa: B023
-        lines.append([
-            name, show("bytes", ","), show("mib", ".3f"), printed("mib", ""), show("update_seconds", ".2e"),
-            printed("time_with_bank_s", ".1e"), show("fill_seconds", ".2e"), printed("time_without_bank_s", ".1e"),
-            *((record["device"], _commits([record])) if clean else ("", "")),
-        ])
+        found = {f"paper {key}": number for key, number in table.paper.items()} | (record["measured"] if clean else {})
+        cells = [format(found[key], style) if key in found else "" if "paper" in key else DIRTY for _, key, style in columns]
+        lines.append([name, *cells, *((record["device"], _commits([record])) if clean else ("", ""))])
     return markdown(lines)
 
 

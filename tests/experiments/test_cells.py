@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from smoke_tables import CLEAN, PROTOCOL, SMOKE, rows_of
+from smoke_tables import PROTOCOL, SMOKE, rows_of
 
 import train_step1
 import train_step2
@@ -17,6 +16,7 @@ from experiments import jobs as jobs_module
 from experiments.cells import all_cells, expand
 from experiments.protocol import HERE, Setup, find_setup, load_protocol, pair_of
 from experiments.records import publish, read_records
+from experiments.runner import folder_of
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 from utils.settings.config import load_config
@@ -135,19 +135,23 @@ def test_an_added_file_brings_data_sets_tables_and_rows(tmp_path):
             load_protocol(added)
 
 
+def started(folder):
+    """A run in a cell's folder, as one that was interrupted."""
+    run = folder / "runs/digits/stage/x"
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    return run
+
+
 def test_commands(tmp_path):
     (cell,) = [row.cells[0]["GP"] for row in rows_of("table4") if row.name == "CE"]
-    folder, before = tmp_path / "cells/abc", tmp_path / "cells" / cell.needs[0].id / "runs/digits/step1/x"
-    before.mkdir(parents=True)
-    (before / "config.yaml").write_text("")
+    folder, before = tmp_path / "cells/abc", started(tmp_path / "cells" / cell.needs[0].id)
     line = jobs_module.command(cell, folder, "cuda:1")
     assert line[:3] == ["train_step2.py", "--config", "configs/smoke/step2.yaml"] and {"rdl.loss=ce", "run.device=cuda:1"} <= set(line)
     assert line[-2:] == ["--from", str(before)]
     assert not [part for part in line if part.startswith("run.threads")]
     assert "run.threads=1" in jobs_module.command(cell, folder, "cpu")
-    run = tmp_path / "runs" / "digits" / "step2" / "x"
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text("")
+    run = started(tmp_path)
     assert jobs_module.command(cell, tmp_path, "cpu") == ["train_step2.py", "--resume", str(run)]
     release = rows_of("fidelity")[1].cells[0]["GP"]
     line = jobs_module.command(release, folder, "cpu")
@@ -165,15 +169,14 @@ def test_step_1_again_two_rounds_and_a_ranking_of_its_own(tmp_path, small_digits
     last = rows[0].cells[0]["GP"]
     cells = [*last.rests_on(), last]
     assert cells == all_cells(rows) and [cell.stage for cell in cells] == ["step1", "step1", "step2", "step2"]
-    jobs = [jobs_module.Job(cell, tmp_path) for cell in cells]
-    for job in jobs:
-        script, *arguments = jobs_module.command(job.cell, job.path, "cpu")
+    folders = {cell: folder_of(cell, tmp_path) for cell in cells}
+    for cell, folder in folders.items():
+        script, *arguments = jobs_module.command(cell, folder, "cpu")
         {"train_step1.py": train_step1, "train_step2.py": train_step2}[script].main(arguments)
-        job.folder.joinpath(jobs_module.MARKER).write_text(json.dumps({**jobs_module.collect(job.cell, job.folder), **CLEAN}))
-    runs = [next(job.folder.glob("runs/*/*/*")) for job in jobs]
+    runs = [next(folder.glob("runs/*/*/*")) for folder in folders.values()]
     for before, run in zip(runs, runs[1:]):
         assert f"initial weights of every encoder: {before / 'last.pt'}" in (run / "log.txt").read_text()
-    publish(tmp_path / "mine.jsonl", rows, jobs, "a call")
+    publish(tmp_path / "mine.jsonl", rows, {cell.id: jobs_module.collect(cell, folder) for cell, folder in folders.items()}, "a call")
     records = {(record["row"], record["id"]): record for record in read_records(tmp_path / "mine.jsonl")}
     assert records.keys() == {("the row", cells[3].id), ("one round", cells[2].id), *((None, cell.id) for cell in cells[:3])}
     assert [records[None, cell.id]["epochs"] for cell in cells[:3]] == [2, 0, 2]
@@ -181,17 +184,6 @@ def test_step_1_again_two_rounds_and_a_ranking_of_its_own(tmp_path, small_digits
     assert shown["scores"]["map/avg"] == metrics["variants"]["posterior, diffusion"]["map/avg"] and "variants" not in shown
     assert records["one round", cells[2].id]["scores"]["map/avg"] == json.loads((runs[2] / "metrics.json").read_text())["map/avg"]
     assert metrics["map/avg"] == metrics["variants"]["embedding"]["map/avg"] != shown["scores"]["map/avg"]
-
-
-def test_files_that_cannot_change_a_cell_leave_the_tree_clean(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs_module, "REPOSITORY", tmp_path)
-    assert jobs_module.code_state("cpu")["dirty"] is None  # no repository: git cannot tell
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    for name, dirty in (("mine.yaml", False), ("docs/note.md", False), ("results/a.jsonl", False), ("configs/a.yaml", True), ("mine.py", True)):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-        assert jobs_module.code_state("cpu")["dirty"] is dirty, name
-        (tmp_path / name).unlink()
 
 
 def test_the_papers_numbers_have_the_rows_that_the_protocol_names():
@@ -259,3 +251,5 @@ def test_commands_read_the_features_of_the_cell_that_made_them(tmp_path, monkeyp
     assert f"method.features={cells / cell.needs[0].id / 'features'}" in line and not any(word.startswith("data.root") for word in line)
     made = jobs_module.command(features, cells / features.id, "cpu")
     assert made[:2] == ["-m", "baselines.features"] and made[-2:] == ["--out", str(folder)] and made[made.index("--kind") + 1] == "learned"
+    run = started(tmp_path / cells / features.id).relative_to(tmp_path)
+    assert jobs_module.command(features, cells / features.id, "cpu")[-4:] == ["--resume", str(run), *made[-2:]]

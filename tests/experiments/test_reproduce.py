@@ -10,7 +10,7 @@ from smoke_tables import CLEAN
 
 import reproduce
 from benchmarks import loss_shapes, memory_bank
-from experiments import jobs as jobs_module
+from experiments import runner
 from experiments.records import read_records, record_run
 from losses import build_robust_loss
 from utils.errors import UserError
@@ -96,8 +96,8 @@ def measured(monkeypatch):
         module = {"memory_bank": memory_bank, "loss_shapes": loss_shapes}[cell.stage]
         module.main([*cell.arguments, "--device", "cpu", "--output", str(folder / "metrics.json")])
         return ["-S", "-c", "pass"]
-    monkeypatch.setattr(jobs_module, "command", inside)
-    monkeypatch.setattr(jobs_module, "code_state", lambda device: CLEAN)
+    monkeypatch.setattr(runner, "command", inside)
+    monkeypatch.setattr(runner, "code_state", lambda device: CLEAN)
 
 
 def test_figure_3_and_table_9_from_end_to_end(tmp_path, measured, capsys):
@@ -120,7 +120,7 @@ def test_a_table_from_end_to_end(tmp_path, small_digits, monkeypatch):
     own = [f"data.root={small_digits}", "optim.epochs=2"]
     added.write_text(yaml.safe_dump({
         "datasets": {"tiny": {"paper": "3D MNIST", "small": {"config": "configs/smoke", "step1": own, "step2": own}}}}))
-    monkeypatch.setattr(jobs_module, "code_state", lambda device: CLEAN)
+    monkeypatch.setattr(runner, "code_state", lambda device: CLEAN)
     command = ["table2-romo", "--dataset", "tiny", "--scale", "small", "--seeds", "1", "--device", "cpu", "--add", str(added),
                "--results", str(tmp_path / "results"), "--runs", str(tmp_path)]
     assert reproduce.main([*command, "--budget", "0"]) == 3

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from itertools import chain, count
@@ -26,7 +26,7 @@ from utils.settings.config import load_config, to_dict
 from utils.settings.files import flatten
 
 T = TypeVar("T")
-WRITTEN = (":(exclude)results", ":(exclude)docs", ":(exclude)README.md")  # by reproduce.py, between runs; no run reads them
+UNREAD = (":(exclude)results", ":(exclude)docs", ":(exclude,glob)**/*.md")  # no run reads them; written while other runs are on
 REPOSITORY = Path(__file__).resolve().parents[2]
 STARTS = ("step1", "step2", "features")  # stages whose runs may be a start; compared methods may have read labels
 # Where things lie and how fast they go; what training reads is guarded by the hashes in the checkpoint
@@ -40,7 +40,7 @@ def _git(*arguments: str) -> str | None:
     """Output of a git command in the repository, None without git or outside a repository."""
     with suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
 
 
 def _cpu_name() -> str:
@@ -50,12 +50,12 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def environment(seed: int) -> dict:
+def environment(seed: int, unread: Sequence[str] = ()) -> dict:
     """Describe code revision, software and hardware, for env.json; git_sha and git_dirty are None where git cannot tell.
 
-    Dirty is a tree that differs from the commit in more than records and documents, which no run reads.
+    Dirty is a tree that differs from the commit in more than records and documents, and what else the caller says is `unread`.
     """
-    status = _git("status", "--porcelain", "--", ".", *WRITTEN)
+    status = _git("status", "--porcelain", "--", ".", *UNREAD, *(f":(exclude,glob){pattern}" for pattern in unread))
     return {
         "git_sha": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
@@ -69,6 +69,12 @@ def environment(seed: int) -> dict:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def origin(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record of a result keeps of an `environment`."""
+    return {"commit": found["git_sha"], "dirty": found["git_dirty"], "device": found["gpu"] or found["cpu"],
+            **{key: found[key] for key in ("threads", "torch")}}
 
 
 def check_same_config(saved: dict, new: dict) -> list[str]:
