@@ -172,11 +172,11 @@ def test_row_names_tell_what_a_reader_must_know(small_digits):
     def name(*overrides, step=1):
         return row_name(to_dict(load_config({1: Step1Config, 2: Step2Config}[step], f"configs/smoke/step{step}.yaml", overrides)))
 
-    assert name() == "step 1, PLA (class estimator)"
+    assert name() == "step 1, PLA (class estimator), K 6 given" and "K found" in name("pla.num_clusters=auto")
     assert name("data.pairing=class").endswith("class pairs (USES LABELS)")
     assert name("data.pairing=none", "data.positives=views").endswith("no pairs") and name("data.positives=views").endswith("views as positives")
     assert name("data.dataset=modelnet10_splat").endswith("splat pictures") and name(FOUR).endswith("R+G+P+M at once")
-    assert name("pla.banks=[GrayImg]").endswith("banks of GrayImg only") and name("pla.mlm_only_epochs=all") == "step 1, MLM alone (no self matching)" and name("pla.lambda_1=0") == "step 1, MLM alone (lambda_1 = 0)"
+    assert name("pla.banks=[GrayImg]").endswith("banks of GrayImg only") and name("pla.mlm_only_epochs=all") == "step 1, MLM alone (no self matching), K 6 given" and name("pla.lambda_1=0") == "step 1, MLM alone (lambda_1 = 0), K 6 given"
     assert name("data.num_views=3", "data.eval_view=mean").endswith("mean of views")
     assert name("rdl.loss=gce", step=2) == "step 2, RDL, gce instead of RCLL" and name("rdl.unclipped_epochs=2", step=2) == "step 2, RDL"
     assert name("rdl.unclipped_epochs=0", step=2) == "step 2, RDL, clipped from the start"
