@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from datasets.kinds import KINDS
 from datasets.lists import read_training_list
 from datasets.prepare.ownership import SPLITS
@@ -12,14 +14,22 @@ from utils.errors import UserError
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config
 
+SIDE = 128  # of pictures without a GPU, pixels
+
 
 def store_arrays(root: str | Path, dataset: str) -> None:
-    """Store the arrays of `configs/{dataset}/step1.yaml` unless they are there. Where that is impossible, the reason is printed."""
-    config = Path("configs") / dataset / "step1.yaml"
-    if not config.is_file():
+    """Store the arrays of `configs/{dataset}/step1.yaml` unless they are there. Where that is impossible, the reason is printed.
+
+    Without a GPU it is `configs/{dataset}_cpu/step1.yaml` where there is one, and nothing for pictures that only a GPU would train on.
+    """
+    names = [dataset] if torch.cuda.is_available() else [f"{dataset}_cpu", dataset]
+    config = next((path for name in names if (path := Path("configs") / name / "step1.yaml").is_file()), None)
+    if config is None:
         return
     try:
         data = replace(load_config(Step1Config, str(config)).data, root=str(root))
+        if data.image_resize > SIDE and not torch.cuda.is_available():
+            return
         lists = [read_training_list(**list_options(data, name, split)) for name in data.modalities for split in SPLITS]
         failures = [failure for rows in lists if (failure := store_array(rows, KINDS[data.kind_of(rows.modality)], data))]
     except UserError as error:
