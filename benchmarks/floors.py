@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.engine.checkpoint import atomic_write_json
 from utils.engine.device import select_device, set_threads
-from utils.engine.run_log import REPOSITORY, environment
+from utils.engine.run_log import REPOSITORY, environment, origin
 from utils.evaluation.tables import align
 
 SMALLEST_SIDE = 256  # of the matrix product, doubled until one takes PRODUCT_SECONDS
@@ -180,8 +180,7 @@ def start(
         del command[place : place + 2]
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else found["cpu"]
     return args, {
-        "command": " ".join(command), "device": name,
-        "threads": found["threads"], "torch": found["torch"], "commit": found["git_sha"], "dirty": found["git_dirty"],
+        "command": " ".join(command), **origin(found), "device": name,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # shows a busy machine
     }
 

@@ -11,6 +11,7 @@ from experiments import plots
 from experiments.records import DIRTY, NOT_RUN, Table, load_table
 from experiments.summary import Estimate, Summary, comparison, estimate, paper_score, summarize, tasks_of
 from utils.engine.checkpoint import atomic_write_text
+from utils.evaluation.report import clusters_of
 
 FACTS = ("batch_size", "learning_rate", "lambda_1", "lambda_2", "alpha")
 NO_DATA = "not run: data"  # a task of the paper whose samples cannot be had
@@ -56,8 +57,7 @@ def _settings_lines(table: Table) -> list[str]:
         if epochs := " + ".join("/".join(map(str, found)) for found in lengths if found):
             whose = "the paper's as printed" if config.removesuffix("_cpu").endswith("_paper") else "ours, not the paper's"
             size = ", inputs and encoders in CPU size" if config.endswith("_cpu") else ""
-            known = setup.get("num_clusters")  # older records do not say
-            clusters = [] if known is None else ["K found" if known == "auto" else f"K {known} given"]
+            clusters = [clusters_of(setup["num_clusters"])] if "num_clusters" in setup else []  # older records do not say
             facts = [f"{key.replace('_size', '').replace('_rate', ' rate')} {setup[key]:g}" for key in FACTS]
             lines.append(f"- Settings: {whose}{size} (`{config}`): {', '.join([f'{epochs} epochs', *facts, *clusters])}")
     return lines

@@ -12,14 +12,14 @@ from baselines.release_protocol.learners import ReleasePLA, ReleaseRDL
 from datasets.label_runs import exported_folder, load_pseudo_labels
 from datasets.pseudo_labels import pseudo_label_path, write_pseudo_labels
 from datasets.samples import PairedSamples
-from experiments.cells import CONFIGS
 from train_step2 import note_origin
 from training import mark_labels, run_stage
 from utils.engine.checkpoint import atomic_write_json, read_json
-from utils.engine.run_log import RunLog
+from utils.engine.run_log import RunLog, origin
 from utils.engine.session import Session, open_session
 from utils.errors import UserError
 from utils.evaluation.tables import Evaluator, format_table
+from utils.settings.options import CONFIGS
 
 VARIANTS = {
     "ours": "our protocol: no departure, score of the last epoch",
@@ -158,7 +158,5 @@ def _origin(runs: list[RunLog]) -> dict[str, Any]:
     """Return commit, device and training time of both stages; a change of commit between them counts as uncommitted code."""
     first, second = (read_json(run.folder / "env.json") for run in runs)
     dirty = first["git_sha"] != second["git_sha"] or first["git_dirty"] or second["git_dirty"]
-    return {
-        "commit": second["git_sha"], "dirty": dirty, "device": second["gpu"] or second["cpu"], "threads": second["threads"],
-        "torch": second["torch"], "train_seconds": round(sum(row["seconds/train"] for run in runs for row in run.read_epochs()), 1),
-    }
+    seconds = round(sum(row["seconds/train"] for run in runs for row in run.read_epochs()), 1)
+    return {**origin(second), "dirty": dirty, "train_seconds": seconds}

@@ -22,13 +22,14 @@ def store_arrays(root: str | Path, dataset: str) -> None:
 
     Without a GPU it is `configs/{dataset}_cpu/step1.yaml` where there is one, and nothing for pictures that only a GPU would train on.
     """
-    names = [dataset] if torch.cuda.is_available() else [f"{dataset}_cpu", dataset]
+    gpu = torch.cuda.is_available()
+    names = [dataset] if gpu else [f"{dataset}_cpu", dataset]
     config = next((path for name in names if (path := Path("configs") / name / "step1.yaml").is_file()), None)
     if config is None:
         return
     try:
         data = replace(load_config(Step1Config, str(config)).data, root=str(root))
-        if data.image_resize > SIDE and not torch.cuda.is_available():
+        if data.image_resize > SIDE and not gpu:
             return
         lists = [read_training_list(**list_options(data, name, split)) for name in data.modalities for split in SPLITS]
         failures = [failure for rows in lists if (failure := store_array(rows, KINDS[data.kind_of(rows.modality)], data))]

@@ -58,7 +58,7 @@ def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
         yield loss == "rcll" and not unclipped, "clipped from the start"
         yield rdl.get("loss_scale", 1) != 1, f"robust loss times {rdl.get('loss_scale', 1):g}"
     yield pla.get("start") or rdl.get("start") == "inherited", "from the encoders of the run before"
-    yield pla, "K found" if pla.get("num_clusters") == "auto" else f"K {pla.get('num_clusters')} given"
+    yield pla, clusters_of(pla.get("num_clusters"))
     yield pla.get("symmetric_joint"), "symmetric joint"
     yield not pla.get("renormalise", True), "Eq. 6 as printed"
     yield pla.get("banks") is not None, f"banks of {'+'.join(pla.get('banks') or []) or 'no modality'} only"
@@ -77,6 +77,11 @@ def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     yield data.get("num_views", 1) > 1 and data.get("eval_view", "first") != "first", "mean of views"
     yield scores.get("representation", "embedding") != "embedding", f"by {scores.get('representation')}"
     yield scores.get("ranking", "plain") != "plain", f"by {scores.get('ranking')}"
+
+
+def clusters_of(number: int | str) -> str:
+    """Say how `pla.num_clusters` came about."""
+    return "K found" if number == "auto" else f"K {number} given"
 
 
 def _start_name(source: str) -> str:
