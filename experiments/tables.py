@@ -33,12 +33,12 @@ def render(path: Path, protocol: Mapping[str, dict]) -> list[Path]:
 def table_lines(table: Table) -> list[str]:
     """Return a table as lines of Markdown: title, settings, rows, notes and the command that fills it."""
     options = table.options
-    places = lambda table: [f"{record['device']}, {_commits([record])}" for record in table.trusted()]
+    places = lambda table: ["", *(f"{record['device']}, {_commits([record])}" for record in table.trusted())]
     body = {"memory": memory_lines, "shapes": places}.get(options.get("kind"), score_lines)(table)
     title = f"**{options.get('title', table.name)}**" + (f": {table.place}" if table.place else "")
     calls = [f"`{record['call']}`" for record in table.shown.values() if "call" in record][-1:]
-    parts = [[title], _settings_lines(table), body, [f"- {note}" for note in options.get("notes", [])], calls]
-    return "\n\n".join("\n".join(part) for part in parts if part).split("\n")
+    parts = [[title], [*_settings_lines(table), *body], [f"- {note}" for note in options.get("notes", [])], calls]
+    return "\n\n".join("\n".join(part).strip("\n") for part in parts if part).split("\n")
 
 
 def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
@@ -64,7 +64,10 @@ def _settings_lines(table: Table) -> list[str]:
 
 
 def score_lines(table: Table) -> list[str]:
-    """Return a table of mAP: the paper's number beside mean ± std [95 % interval], in percent."""
+    """Return a table of mAP: the paper's number beside mean ± std, of the average also [95 % interval], in percent.
+
+    One device of all rows is said once above the table, several in a column.
+    """
     summaries = summarize(table)
     tasks = tasks_of(table, summaries)
     columns = [*tasks, "avg"]
@@ -73,7 +76,9 @@ def score_lines(table: Table) -> list[str]:
     logged = [key for key in wanted if any(_logged(key, entry) for entry in summaries)]
     compared = ["avg, difference"] if "baseline" in table.options or any("against" in entry.options for entry in summaries) else []
     heads = [head for task in columns for head in [f"{task}, paper ({table.paper_dataset})"] * (task in known) + [task]]
-    rows = [["row", *heads, *compared, *logged, "seeds", "wall time", "device", "commit"]]
+    places = {entry.name: _devices(entry) for entry in summaries}
+    several = len({place for place in places.values() if place}) > 1
+    rows = [["row", *heads, *compared, *logged, "seeds", "wall time", *["device"] * several, "commit"]]
     found = [record["scores"] for entry in summaries for record in entry.records]
     if chances := [scores["map/chance"] for scores in found if "map/chance" in scores]:
         level = [f"{100 * mean(chances):.1f}" if head in columns else "" for head in heads]
@@ -86,8 +91,10 @@ def score_lines(table: Table) -> list[str]:
             cells += [printed * ("paper" in entry.options)] * (task in known)
             cells.append(printed if "numbers" in entry.options else NO_DATA if _no_data(table, task) else _score(entry, task))
         cells += [_difference(comparison(entry, summaries, table))] if compared else []
-        rows.append([*cells, *(_percent(_logged(key, entry)) for key in logged), *_origin(entry)])
-    return markdown(rows) + (["", *_ranking(table, summaries, tasks)] if table.options.get("ranking") else [])
+        seeds, time, commits = _origin(entry)
+        rows.append([*cells, *(_percent(_logged(key, entry)) for key in logged), seeds, time, *[places[entry.name]] * several, commits])
+    above = [f"- Device: {place}" for place in {*places.values()} if place and not several]
+    return [*above, "", *markdown(rows), *(["", *_ranking(table, summaries, tasks)] if table.options.get("ranking") else [])]
 
 
 def _printed(table: Table, entry: Summary, task: str, tasks: Sequence[str]) -> str:
@@ -104,7 +111,7 @@ def _no_data(table: Table, task: str) -> bool:
 def _score(entry: Summary, task: str) -> str:
     """A cell of a table; empty where a row's modalities have no such task."""
     absent = DIRTY if entry.missing[DIRTY] else "" if entry.scores and not entry.missing[NOT_RUN] else NOT_RUN
-    return _percent(list(entry.scores.get(task, {}).values())) or absent
+    return _percent(list(entry.scores.get(task, {}).values()), interval=task == "avg") or absent
 
 
 def _logged(key: str, entry: Summary) -> list[float]:
@@ -130,7 +137,7 @@ def memory_lines(table: Table) -> list[str]:
         found = {f"paper {key}": number for key, number in table.paper.items()} | (record["measured"] if clean else {})
         cells = [format(found[key], style) if key in found else "" if "paper" in key else DIRTY for _, key, style in columns]
         lines.append([name, *cells, *((record["device"], _commits([record])) if clean else ("", ""))])
-    return markdown(lines)
+    return ["", *markdown(lines)]
 
 
 def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -> list[str]:
@@ -154,11 +161,11 @@ def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -
             f"- Against {table.options['baseline']}, paired over seeds: {said or NOT_RUN}"]
 
 
-def _percent(values: Sequence[float]) -> str:
+def _percent(values: Sequence[float], interval: bool = False) -> str:
     if len(values) < 2:
         return "".join(f"{100 * value:.1f}" for value in values)
     found = estimate(values)
-    return f"{100 * found.mean:.1f} ± {100 * found.std:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return f"{100 * found.mean:.1f} ± {100 * found.std:.1f}" + f" [{100 * found.low:.1f}, {100 * found.high:.1f}]" * interval
 
 
 def _difference(found: Estimate | None) -> str:
@@ -170,15 +177,19 @@ def _difference(found: Estimate | None) -> str:
 
 
 def _origin(entry: Summary) -> list[str]:
-    """Seeds, wall time, devices and commits of a row's runs; seeds that do not count are named with the reason."""
+    """Seeds, wall time and commits of a row's runs; seeds that do not count are named with the reason."""
     if "numbers" in entry.options:
-        return [""] * 4
+        return [""] * 3
     groups = {"": entry.scores.get("avg", {}), **{f"{fault}: ": seeds for fault, seeds in entry.missing.items()}}
     seeds = [f"{head}{', '.join(map(str, sorted(found)))}" for head, found in groups.items() if found]
     time = f"{mean(entry.seconds) / 60:.1f} min" if entry.seconds else ""
+    return ["; ".join(seeds), time, _commits(entry.records)]
+
+
+def _devices(entry: Summary) -> str:
+    """Devices of a row's runs."""
     threads = lambda count: "" if count is None else f", {count} thread{'s' * (count > 1)}"
-    devices = sorted({record["device"] + threads(record["threads"]) for record in entry.records})
-    return ["; ".join(seeds), time, "; ".join(devices), _commits(entry.records)]
+    return "; ".join(sorted({record["device"] + threads(record["threads"]) for record in entry.records}))
 
 
 def _commits(records: Sequence[Mapping[str, Any]]) -> str:
