@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from datasets.prepare.parallel import user_path
 from experiments.cells import Cell, all_cells, expand
 from experiments.documents import rewrite
-from experiments.protocol import SCALES, find_setup, load_protocol
+from experiments.protocol import find_setup, load_protocol
 from experiments.records import publish, record_run
 from experiments.runner import DONE, FAILED, SKIPPED, finished, hold, run_cells, states
 from experiments.tables import render
@@ -42,7 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--row", metavar="NAME", help="with record: row of the table, default: what was trained")
     option("--variant", metavar="NAME", help="with record: what is compared, as evaluate.py prints it, e.g. 'posterior, diffusion'")
     option("--dataset", help="a data set of the protocol, or a folder of configs/")
-    option("--scale", choices=SCALES, default="full", help="small: fewer epochs, see experiments/protocol.yaml")
+    option("--scale", choices=("full", "small"), help="default full; small: fewer epochs, see experiments/protocol.yaml")
     option("--mode", choices=("head", "e2e"), help="comparisons: on frozen features, as they are by default, or with the encoders")
     option("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     option("--tasks", nargs="+", default=[], metavar="TASK", help="e.g. RP GM; a pair of modalities trains both directions")
@@ -66,10 +67,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def command_of(arguments: argparse.Namespace) -> str:
+def scale_of(arguments: argparse.Namespace, mode: str | None, scales: Container[str]) -> str:
+    """Return the scale that the command line asks for, given a table's own mode and what the protocol has of the data set.
+
+    Raises:
+        UserError: on a --scale beside a mode that has a scale of its own.
+    """
+    mode = arguments.mode or mode
+    if mode != "head" and not (mode == "e2e" and mode in scales):
+        return arguments.scale or "full"
+    if arguments.scale:
+        raise UserError(f"--mode {mode} has one size on {arguments.dataset}, found --scale {arguments.scale}: leave --scale out")
+    return mode
+
+
+def command_of(arguments: argparse.Namespace, scale: str) -> str:
     """Return the command that fills a table, without what belongs to one machine: places, devices, budget."""
     words = ["python", "reproduce.py", arguments.table, "--dataset", arguments.dataset]
-    words += [*(["--mode", arguments.mode] if arguments.mode else []), *(["--scale", arguments.scale] if arguments.mode != "head" else [])]
+    words += [*(["--mode", arguments.mode] if arguments.mode else []), *(["--scale", scale] if scale in ("full", "small") else [])]
     words += ["--seeds", str(arguments.seeds), *(["--tasks", *arguments.tasks] if arguments.tasks else [])]
     return shlex.join([*words, *(["--add", arguments.add.name] if arguments.add else [])])
 
@@ -80,8 +95,7 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
         names = [*protocol["tables"], "record", "render"]
         raise UserError(f"unknown table {arguments.table!r}{nearest(arguments.table, names)}; known: {', '.join(names)}")
     table = protocol["tables"][arguments.table]
-    mode, scales = arguments.mode or table.get("mode"), protocol["datasets"].get(arguments.dataset, {})
-    scale = mode if mode == "head" or (mode == "e2e" and mode in scales) else arguments.scale
+    scale = scale_of(arguments, table.get("mode"), protocol["datasets"].get(arguments.dataset, {}))
     setup = find_setup(protocol, arguments.dataset, scale, arguments.tasks)
     rows = expand(table, setup, range(arguments.seeds))
     root, cells = arguments.runs / f"{setup.dataset}-{setup.scale}", all_cells(rows)
@@ -97,7 +111,7 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
             run_cells(cells, root, devices(arguments), lock, budget, arguments.resume)
         except KeyboardInterrupt:
             stopped = True
-        publish(path, rows, finished(cells, root), command_of(arguments))
+        publish(path, rows, finished(cells, root), command_of(arguments, scale))
         return report(states(cells, root), cells, render(path, protocol), stopped)
 
 

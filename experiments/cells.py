@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from experiments.protocol import Setup, modalities_of, rows_of
+from experiments.protocol import Setup, fitting, modalities_of, rows_of
 from utils.engine.run_log import REPOSITORY
 from utils.errors import UserError
 from utils.settings.config import load_config, to_dict
@@ -180,8 +180,8 @@ def expand(table: Mapping[str, Any], setup: Setup, seeds: Iterable[int]) -> list
     if table.get("kind") in ("memory", "shapes"):
         return [Row(name, {0: {"": cell}}, describe_setup(setup)) for name, cell in _measured(table, setup).items()]
     seeds, rows = list(seeds), []
-    for name, options in rows_of(table).items():
-        without = "numbers" in options or not setup.pairs or (options.get("head_only") and setup.source is None)
+    for name, options in rows_of(fitting(table, setup)).items():
+        without = "numbers" in options or not setup.pairs
         settings = "recipe" if "method" in options and setup.source is None else options.get("settings")  # end to end, as RoMo trains
         own = setup if without else {"as_printed": setup.as_printed, "recipe": setup.recipe or setup}.get(settings, setup)
         if own is None:

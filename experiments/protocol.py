@@ -110,6 +110,11 @@ def rows_of(table: Mapping[str, Any]) -> dict[str, dict]:
     return {**grids, **table.get("rows", {})}
 
 
+def fitting(table: Mapping[str, Any], setup: Setup) -> dict[str, Any]:
+    """Return a table without the rows that only frozen features allow, where the encoders are trained."""
+    return {**table, "rows": {name: row for name, row in table.get("rows", {}).items() if setup.source or not row.get("head_only")}}
+
+
 def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Sequence[str] = ()) -> Setup:
     """Return a data set at a scale, one of SCALES. One that the protocol does not name is looked up in configs/.
 

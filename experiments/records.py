@@ -10,7 +10,7 @@ import yaml
 
 from experiments.cells import Row, describe_setup
 from experiments.jobs import training_scores
-from experiments.protocol import HERE, SCALES, Setup, find_setup
+from experiments.protocol import HERE, SCALES, Setup, find_setup, fitting
 from utils.engine.checkpoint import atomic_write_text, read_json
 from utils.engine.run_log import RunLog, origin
 from utils.errors import UserError
@@ -142,7 +142,8 @@ def load_table(path: Path, protocol: Mapping[str, dict]) -> Table:
     name, dataset, scale = [*path.stem.rsplit("-", 2), "", ""][:3]
     if name not in protocol["tables"] or scale not in SCALES:
         return Table(path.stem, by_id, shown, pairs)
-    options, setup = protocol["tables"][name], find_setup(protocol, dataset, scale)
+    setup = find_setup(protocol, dataset, scale)
+    options = fitting(protocol["tables"][name], setup)
     numbers = yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8"))
     paper = numbers.get(options.get("paper"), {}).get(setup.paper, {})
     place = ", ".join(filter(None, (dataset, f"{scale} scale", setup.mark)))

@@ -152,8 +152,10 @@ def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -
     for entry in summaries:
         found = comparison(entry, summaries, table)
         if found and entry.name in ours:
-            verdicts.setdefault("n/a, fewer than 3 seeds" if found.verdict == "n/a" else found.verdict, []).append(entry.name)
-    said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
+            verdicts.setdefault(found.verdict, []).append(entry.name)
+    fewer = verdicts.pop("n/a", [])
+    parts = [*verdicts.items(), *[("fewer than 3 seeds", fewer if verdicts else ["every row"])] * bool(fewer)]
+    said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in parts)
     both = [name for name in paper if name in ours]
     tau = stats.kendalltau([ours[name] for name in both], [paper[name] for name in both]).statistic if len(both) > 2 else None
     return [f"- Order of the means, ours: {order(ours)}", *([f"- Order of the means, paper: {order(paper)}"] if paper else []),

@@ -154,8 +154,17 @@ def test_wrong_calls(arguments, message, capsys):
     assert message in str(error.value) + capsys.readouterr().err and getattr(error.value, "code", 2) == 2
 
 
-def test_a_record_names_the_scale_of_an_end_to_end_table():
-    line = ["table2", "--dataset", "digits", "--mode", "e2e", "--scale", "small", "--seeds", "3"]
-    assert reproduce.command_of(reproduce.parse_arguments(line)) == "python reproduce.py " + " ".join(line)
-    head = ["table2", "--dataset", "digits", "--mode", "head", "--seeds", "3"]
-    assert reproduce.command_of(reproduce.parse_arguments(head)) == "python reproduce.py " + " ".join(head)
+@pytest.mark.parametrize("line,scales,scale", [
+    (["--mode", "e2e", "--scale", "small"], (), "small"), (["--mode", "e2e"], (), "full"), (["--mode", "head"], (), "head"),
+    (["--mode", "e2e"], ("e2e",), "e2e"), (["--mode", "e2e", "--scale", "small"], ("e2e",), None), (["--scale", "full"], (), None),
+])
+def test_the_scale_of_a_comparison(line, scales, scale):
+    """A record's command names it; where the mode has one size, another is refused."""
+    arguments = reproduce.parse_arguments(["table2", "--dataset", "digits", *line])
+    if scale is None:
+        with pytest.raises(UserError, match="leave --scale out"):
+            reproduce.scale_of(arguments, "head", scales)
+        return
+    assert reproduce.scale_of(arguments, "head", scales) == scale
+    words = reproduce.command_of(arguments, scale).split()
+    assert ("--scale" in words) == (scale in ("small", "full")) and (scale not in ("small", "full") or scale in words)

@@ -85,7 +85,7 @@ def test_a_table_with_clean_dirty_and_missing_cells(tmp_path):
                       if isinstance(value, (int, float)) and key != "num_clusters") + ", K 6 given"
     for words in (
         "- Order of the means, ours: GCE > MAE > RCLL > CE", "- Order of the means, paper: RCLL > GCE > NCE+AGCE > AUE > MAE > CE",
-        "better: GCE", "within noise: MAE", "n/a, fewer than 3 seeds: CE",
+        "better: GCE", "within noise: MAE", "; fewer than 3 seeds: CE",
         f"- Settings: ours, not the paper's (`configs/smoke`): 2 + 2 epochs, {facts}\n- Device: a CPU, 1 thread\n\n| row |",
     ):
         assert words in text and "device" not in found["RCLL"]
