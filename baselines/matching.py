@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.evaluation.clustering import kmeans
 
 AXES = 32  # of the space that a set is clustered in
-SOFTNESS = 0.1  # temperature of the cosines in soft memberships
+SOFTNESS = 0.1  # temperature of cosines, of members with clusters and of clusters with each other
 STRUCTURE = 0.5  # weight of the clusters' own distances in the fused Gromov-Wasserstein cost
 SHARPNESS = 4  # exponent of the consensus that makes targets of it
 RIDGE = 0.3  # of the linear map between two rounds, in mean squared lengths of its input
@@ -69,13 +69,16 @@ def match_clusters(first: np.ndarray, second: np.ndarray, how: str) -> np.ndarra
     """Match unit centroids (K, D) of two sets.
 
     Args:
-        how: "hungarian", one to one by cosine, which is optimal transport between equal weights; or "gromov", fused
+        how: "soft", each first cluster by the softmax of its cosines, so that a kind with many clusters may share those of
+            one with few; "hungarian", one to one by cosine, which is optimal transport between equal weights; or "gromov", fused
             Gromov-Wasserstein: pairs of matched clusters should also be as far from each other in both sets (Vayer et al. 2019).
     Returns:
         (K, K), rows sum to 1: how much of a first cluster goes to each second one.
     Raises:
         UserError: without POT, which "gromov" needs.
     """
+    if how == "soft":
+        return softmax(first @ second.T / SOFTNESS, axis=1)
     cost = 1 - first @ second.T
     if how == "hungarian":
         return np.eye(len(cost))[linear_sum_assignment(cost)[1]]

@@ -48,7 +48,7 @@ CLUSTERS, STARTS = (8, 10, 12, 15, 20), 2  # number of clusters per set, and clu
 CLASSES = 10  # clusters of the row with one clustering
 DIMENSIONS = (16, 32, 64)  # of the spaces in which clusters are compared
 ROUNDS = 3
-COUPLINGS = ("hungarian", "gromov")
+COUPLINGS = ("soft", "hungarian", "gromov")
 SPLITS = ("train", "test")
 
 
@@ -148,6 +148,7 @@ def rows_of(sets: Sets, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     for name, one in found.items():
         yield name, {**_scores(sets, *(codes.test for codes in one)), "agreement": measured[name]}
     chosen = max(measured, key=measured.get)
+    yield f"{chosen}, diffusion", _scores(sets, *(codes.test for codes in found[chosen]), "diffusion")
     both = [joint(codes.test, side["test"]) for codes, side in zip(found[chosen], (sets.seen, sets.clouds))]
     yield f"{chosen}, joint with the picture head", _scores(sets, *both)
     yield f"{chosen}, joint with the picture head, diffusion", _scores(sets, *both, "diffusion")

@@ -37,9 +37,9 @@ def precision(found, labels):
     return mean_average_precision(codes[0], torch.from_numpy(labels[0]), codes[1], torch.from_numpy(labels[1]))
 
 
-@pytest.mark.parametrize("how", ["hungarian", "gromov"])
+@pytest.mark.parametrize("how", ["soft", "hungarian", "gromov"])
 def test_shifted_sets_of_other_sizes_are_joined(how):
-    if how != "hungarian":
+    if how == "gromov":
         pytest.importorskip("ot", reason="POT of requirements-baselines.txt is not installed")
     rows, labels = two_sets([20, 10, 12, 8, 10, 14], [6, 18, 10, 12, 9, 15], shift=0.6)
     first, second = (standardise(part, part) for part in rows)
@@ -87,6 +87,16 @@ def test_formulas_against_slow_ones():
     cosines = rng.uniform(-1, 1, size=(2, 3, 3))
     best = max(np.ndindex(3, 3, 3), key=lambda p: (len(set(p)) == 3, sum(cosines[0][k] @ cosines[1][p[k]] for k in range(3))))
     assert (match_clusters(*cosines, "hungarian").argmax(axis=1) == best).all()
+    soft = np.array([[np.exp(10 * sum(one * two)) for two in cosines[1]] for one in cosines[0]])
+    np.testing.assert_allclose(match_clusters(*cosines, "soft"), soft / soft.sum(axis=1, keepdims=True))
+
+
+def test_a_kind_of_many_clusters_shares_one():
+    """Three of four first clusters are of the kind that fills one second cluster: one to one, two of them go astray."""
+    kinds = unit_rows(np.eye(4) - 0.25)
+    first = unit_rows(kinds[[0, 0, 0, 1]] + 0.05 * np.random.default_rng(0).normal(size=(4, 4)))
+    assert (match_clusters(first, kinds, "soft").argmax(axis=1) == [0, 0, 0, 1]).all()
+    assert (match_clusters(first, kinds, "hungarian").argmax(axis=1) == [0, 0, 0, 1]).sum() == 2
 
 
 @pytest.fixture
