@@ -69,16 +69,17 @@ def match_clusters(first: np.ndarray, second: np.ndarray, how: str) -> np.ndarra
     """Match unit centroids (K, D) of two sets.
 
     Args:
-        how: "soft", each first cluster by the softmax of its cosines, so that a kind with many clusters may share those of
-            one with few; "hungarian", one to one by cosine, which is optimal transport between equal weights; or "gromov", fused
-            Gromov-Wasserstein: pairs of matched clusters should also be as far from each other in both sets (Vayer et al. 2019).
+        how: "soft", the mean of two softmaxes of the cosines, over the second clusters and over the first ones, so that a kind
+            with many clusters in one set may share the few of the other; "hungarian", one to one by cosine, which is optimal
+            transport between equal weights; or "gromov", fused Gromov-Wasserstein: pairs of matched clusters should also be as
+            far from each other in both sets (Vayer et al. 2019).
     Returns:
-        (K, K), rows sum to 1: how much of a first cluster goes to each second one.
+        (K, K), of sum K: how much of a first cluster goes to each second one.
     Raises:
         UserError: without POT, which "gromov" needs.
     """
     if how == "soft":
-        return softmax(first @ second.T / SOFTNESS, axis=1)
+        return sum(softmax(first @ second.T / SOFTNESS, axis=axis) for axis in (0, 1)) / 2
     cost = 1 - first @ second.T
     if how == "hungarian":
         return np.eye(len(cost))[linear_sum_assignment(cost)[1]]
@@ -128,7 +129,7 @@ def next_round(consensus: tuple[Codes, Codes], first: np.ndarray, spaces: Sequen
 
 
 def agreement(consensus: tuple[Codes, Codes], first: np.ndarray, second: np.ndarray) -> float:
-    """Return the correlation of a consensus with the cosines of other unit rows of its training members: a measure without labels.
+    """Return the correlation of a consensus with the dot products of other rows of its training members: a measure without labels.
 
     Args:
         first: (N, L) and second: (M, L), of which at most JUDGED each are compared, evenly spaced.
@@ -138,7 +139,3 @@ def agreement(consensus: tuple[Codes, Codes], first: np.ndarray, second: np.ndar
     scores = [(mine[chosen[0]] @ other[chosen[1]].T).ravel() for mine, other in (found, (first, second))]
     return float(np.corrcoef(*scores)[0, 1])
 
-
-def joint(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Put rows (N, S) and unit rows (N, L) side by side such that both weigh the same in dot products, on average."""
-    return np.concatenate([rows, others * np.sqrt((rows**2).sum(axis=1).mean())], axis=1) / 2**0.5

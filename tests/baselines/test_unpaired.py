@@ -9,7 +9,7 @@ import train_step1
 from baselines import unpaired
 from baselines.cca import unit_rows
 from baselines.features import _write_list, make_features
-from baselines.matching import agree, agreement, centroids_of, joint, match_clusters, next_round, shared_axes, soft_clusters, standardise
+from baselines.matching import agree, agreement, centroids_of, match_clusters, next_round, shared_axes, soft_clusters, standardise
 from datasets.lists import SampleList, default_list_path, read_labelled_list
 from experiments.records import read_records
 from models import ResNet18
@@ -81,14 +81,11 @@ def test_formulas_against_slow_ones():
     slow = np.array([sum(clusters.train[i, k] ** 2 * first[i] for i in range(50)) for k in range(4)])
     slow /= np.linalg.norm(slow, axis=1, keepdims=True)
     np.testing.assert_allclose(centroids_of(clusters, first), unit_rows(slow - slow.mean(axis=0)))
-    sides = [joint(part, unit_rows(rng.normal(size=(len(part), 3)))) for part in (2 * first, 2 * second)]
-    np.testing.assert_allclose((sides[0] ** 2).sum(axis=1), 4)
-    np.testing.assert_allclose(sides[0][:, :6] @ sides[1][:, :6].T, 2 * first @ second.T)
     cosines = rng.uniform(-1, 1, size=(2, 3, 3))
     best = max(np.ndindex(3, 3, 3), key=lambda p: (len(set(p)) == 3, sum(cosines[0][k] @ cosines[1][p[k]] for k in range(3))))
     assert (match_clusters(*cosines, "hungarian").argmax(axis=1) == best).all()
     soft = np.array([[np.exp(10 * sum(one * two)) for two in cosines[1]] for one in cosines[0]])
-    np.testing.assert_allclose(match_clusters(*cosines, "soft"), soft / soft.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(match_clusters(*cosines, "soft"), (soft / soft.sum(axis=1, keepdims=True) + soft / soft.sum(axis=0)) / 2)
 
 
 def test_a_kind_of_many_clusters_shares_one():
@@ -113,15 +110,13 @@ def small(monkeypatch):
     return unpaired.Sets(*map(halves, (photos, pictures, seen, clouds)), {name: torch.from_numpy(rows) for name, rows in test.items()}, train)
 
 
-def test_training_labels_reach_the_marked_row_alone_and_test_labels_no_choice(small):
+def test_training_labels_reach_the_marked_row_alone(small):
     rows = dict(unpaired.rows_of(small, seed=0))
     shuffled = {name: np.random.default_rng(0).permutation(found) for name, found in small.classes.items()}
     other = dict(unpaired.rows_of(unpaired.Sets(**{**vars(small), "classes": shuffled}), seed=0))
     assert list(rows) == list(other) and [name for name in rows if rows[name] != other[name]] == [name for name in rows if "READS" in name]
-    matched = {name: scores["agreement"] for name, scores in rows.items() if "agreement" in scores}
-    chosen = max(matched, key=matched.get)
-    assert len(matched) == 2 and f"{chosen}, joint with the picture head" in rows
-    assert rows[chosen]["map/avg"] > 0.6 > 2 * rows[chosen]["map/chance"]
+    matched = [scores for scores in rows.values() if "stability" in scores]
+    assert len(matched) == 2 and all(scores["stability"] > 0.8 and scores["map/avg"] > 0.6 > 2 * scores["map/chance"] for scores in matched)
     flipped = {name: found.flip(0) for name, found in small.labels.items()}
     unread = unpaired.Sets(**{**vars(small), "labels": flipped, "classes": None})
     assert list(dict(unpaired.rows_of(unread, seed=0))) == [name for name in rows if "READS" not in name]
