@@ -47,7 +47,7 @@ class SupervisedLearner(StageLearner):
     def step(self, index: Tensor, raw: list[Tensor], generator: BatchGenerator) -> dict[str, Tensor]:
         """One step on the augmented clouds of a batch."""
         (views,), labels = self.embed(raw, generator), self.labels[index[0]]
-        logits = self.classifiers[MODALITY].classify(views.flatten(0, 1))  # (V * B, K)
+        logits = self.classifiers[MODALITY].classify(views.float().flatten(0, 1))  # (V * B, K)
         loss = F.cross_entropy(logits, labels.repeat(len(views)), label_smoothing=SMOOTHING)
         self.optimise(loss)
         return {"loss": loss.detach()}
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
     parser.add_argument("--output", type=user_path, default=OUTPUT, metavar="FILE", help=f"weight file to write; default {OUTPUT}")
     arguments = parser.parse_args(argv)
-    config = load_config(Step1Config, arguments.config, [*arguments.overrides, "model.freeze=[]", "mlm.relations=0"])
+    config = load_config(Step1Config, arguments.config, [*arguments.overrides, "model.freeze=[]", "mlm.relations=0", "optim.trunk_rate=1"])
     device = prepare_device(config.run)
     seed_everything(config.run.seed)
     train, test = (clouds_of(config.data, split) for split in ("train", "test"))

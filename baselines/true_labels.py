@@ -38,7 +38,7 @@ def prepare_device(run: Any) -> torch.device:
 def learn(
     learner: StageLearner, test: PairedSamples, truth: Mapping[str, Tensor], name: str
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, float]]:
-    """Train a learner of true labels to its last epoch, by no score of the test set; `name` begins the line of every epoch.
+    """Train a learner of true labels to its last epoch, then score the test set, which selects nothing; `name` begins every line.
 
     Returns:
         The losses of that epoch; of the test samples modality -> embeddings (N, D), and modality -> share of right classes.
