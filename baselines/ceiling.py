@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 
-from baselines.release_protocol.labels import training_labels
+from baselines.true_labels import count_classes, learn, prepare_device, true_labels
 from datasets.label_runs import PseudoLabels
-from datasets.samples import describe_samples, load_test_samples, load_training_samples
+from datasets.samples import load_test_samples, load_training_samples
 from models.build import load_pretrained
 from train_step2 import RDLLearner
 from utils.engine.checkpoint import atomic_write_json
-from utils.engine.device import select_device, set_threads
 from utils.engine.run_log import environment
-from utils.engine.seed import seed_everything, set_deterministic
+from utils.engine.seed import seed_everything
 from utils.engine.session import run_command
 from utils.evaluation.tables import align, retrieval_table
 from utils.modalities import MODALITIES
@@ -37,19 +36,14 @@ def measure(config: Step2Config, device: torch.device) -> dict[str, float]:
     """
     seed_everything(config.run.seed)
     samples = load_training_samples(config.data, device)
-    labels = training_labels(config.data, samples)
+    labels = true_labels(config.data, samples)
     test, truth = load_test_samples(config.data, device, samples)
-    classes = 1 + max(int(values.max()) for values in (*labels.values(), *truth.values()))
-    learner = RDLLearner(config, samples, PseudoLabels(labels, None, classes, {}, {}), device)
+    learner = RDLLearner(config, samples, PseudoLabels(labels, None, count_classes(config.data, labels), {}, {}), device)
     load_pretrained(learner.encoders, config.model.pretrained)
-    for epoch in range(1, config.optim.epochs + 1):
-        losses = learner.train_epoch(epoch)
-        print(f"{config.data.num_points} points, epoch {epoch}/{config.optim.epochs}: loss {losses['loss/ce']:.4f}", flush=True)
-    features = describe_samples(learner.encoders, learner.classifiers, test, config.data, device)
-    right = {name: values.posteriors.argmax(dim=1).cpu() == truth[name] for name, values in features.items()}
-    table = retrieval_table({name: values.embeddings for name, values in features.items()}, truth, within=True)
+    _, embeddings, accuracy = learn(learner, test, truth, f"{config.data.num_points} points")
+    table = retrieval_table(embeddings, truth, within=True)
     return {
-        **{f"accuracy/{MODALITIES[name].letter}": float(hits.float().mean()) for name, hits in right.items()},
+        **{f"accuracy/{MODALITIES[name].letter}": share for name, share in accuracy.items()},
         **{key: value for key, value in table.items() if key.startswith("map/")},
     }
 
@@ -65,13 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     load = lambda points: load_config(Step2Config, arguments.config, [*arguments.overrides, *SUPERVISED, f"data.num_points={points}"])
     configs = {points: load(points) for points in arguments.points}  # all of them are checked before the first is trained
     config = configs[arguments.points[0]]
-    device = select_device(config.run.device)
-    set_threads(config.run.threads)
-    set_deterministic(config.run.deterministic)
+    device = prepare_device(config.run)
     record: dict[str, Any] = {**environment(config.run.seed), "settings": to_dict(config), "by_points": {}}
     for points, chosen in configs.items():
         record["by_points"][str(points)] = scores = measure(chosen, device)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(arguments.output, record)
     rows = [[f"{points} points", *(f"{100 * value:.1f}" for value in found.values())] for points, found in record["by_points"].items()]
     print(align([["test set [%], trained with the TRUE labels", *scores], *rows]))

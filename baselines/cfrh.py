@@ -13,10 +13,10 @@ Its image branch takes the frozen features that every method here shares: with C
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from baselines.dccae import decoder, standardised
+from baselines.dccae import inputs_and_decoders
 from baselines.hashing import GraphHashMethod, cosine
 from baselines.method import Context
 
@@ -31,9 +31,7 @@ class CFRH(GraphHashMethod):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.inputs = {name: standardised(context.features[name]) for name in context.modalities}
-        hidden = context.settings["hidden"]
-        self.decoders = nn.ModuleDict({name: decoder(context.dim, hidden, rows.shape[1]) for name, rows in self.inputs.items()})
+        self.inputs, self.decoders = inputs_and_decoders(context)
 
     def target(self, index: Tensor) -> Tensor:
         """Return S (B, B) of samples (B,)."""

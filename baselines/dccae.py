@@ -25,9 +25,7 @@ class DCCAE(DCCA):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.inputs = {name: standardised(context.features[name]) for name in context.modalities}
-        hidden = context.settings["hidden"]
-        self.decoders = nn.ModuleDict({name: decoder(context.dim, hidden, rows.shape[1]) for name, rows in self.inputs.items()})
+        self.inputs, self.decoders = inputs_and_decoders(context)
 
     def forward(self, index: Tensor, embeddings: Mapping[str, Tensor], epoch: int) -> Tensor:
         errors = [
@@ -39,12 +37,18 @@ class DCCAE(DCCA):
         return correlation + self.context.settings["reconstruction"] * sum(errors)
 
 
-def decoder(dim: int, hidden: int, width: int) -> nn.Sequential:
-    """Return an MLP that maps codes (B, dim) to features (B, width)."""
-    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
+def inputs_and_decoders(context: Context) -> tuple[dict[str, Tensor], nn.ModuleDict]:
+    """Return modality -> standardised features (N, d), and modality -> MLP with one layer of `hidden` that maps codes (B, L) to them."""
+    inputs, hidden = standardised(context), context.settings["hidden"]
+    make = lambda rows: nn.Sequential(nn.Linear(context.dim, hidden), nn.ReLU(), nn.Linear(hidden, rows.shape[1]))
+    return inputs, nn.ModuleDict({name: make(rows) for name, rows in inputs.items()})
 
 
-def standardised(features: Tensor) -> Tensor:
-    """Scale the columns of features (N, d) to mean 0 and variance 1; constant columns become 0."""
-    deviation = features.std(dim=0, correction=0)
-    return (features - features.mean(dim=0)) / torch.where(deviation > 1e-6, deviation, torch.inf)
+def standardised(context: Context) -> dict[str, Tensor]:
+    """Return modality -> features (N, d) with columns of mean 0 and variance 1; constant columns become 0."""
+    found = {}
+    for name in context.modalities:
+        rows = context.features[name]
+        deviation = rows.std(dim=0, correction=0)
+        found[name] = (rows - rows.mean(dim=0)) / torch.where(deviation > 1e-6, deviation, torch.inf)
+    return found

@@ -33,16 +33,16 @@ class KCCA(ShallowMethod):
     defaults = {"kernel": "rbf", "landmarks": 1000, "ridge": 0.1}
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:
-        if context.settings["kernel"] not in ("rbf", "linear"):
-            raise UserError(f"method.options.kernel must be 'rbf' or 'linear', found {context.settings['kernel']!r}")
+        kernel, landmarks = context.settings["kernel"], context.settings["landmarks"]
+        if kernel not in ("rbf", "linear"):
+            raise UserError(f"method.options.kernel must be 'rbf' or 'linear', found {kernel!r}")
         seed = derive_seed(context.seed, "kcca") % 2**32  # one for both: the same landmark pairs
         self.prepared = {name: Preparation() for name in context.modalities}
-        self.maps = {}
-        views = []
+        self.maps, views = {}, []
         for name in context.modalities:
             rows = self.prepared[name].fit(features[name])
-            kernel = {"kernel": "linear"} if context.settings["kernel"] == "linear" else {"kernel": "rbf", "gamma": bandwidth(rows)}
-            self.maps[name] = Nystroem(**kernel, n_components=min(context.settings["landmarks"], len(rows)), random_state=seed)
+            gamma = bandwidth(rows) if kernel == "rbf" else None
+            self.maps[name] = Nystroem(kernel, gamma=gamma, n_components=min(landmarks, len(rows)), random_state=seed)
             views.append(self.maps[name].fit_transform(rows))
         model = ridge_cca(views, context.dim, context.settings["ridge"] or widest_gap(views, context.dim, seed))
         self.means = dict(zip(context.modalities, model.means_, strict=True))

@@ -33,8 +33,6 @@ class MRL(Method):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        if context.labels is None:
-            raise ValueError("MRL learns from labels, the context has none")
         self.centres = nn.Parameter(nn.init.orthogonal_(torch.empty(context.dim, context.num_clusters)))
         self.pairs = ModalityInvarianceLoss(context.settings["tau2"])
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from baselines.release_protocol.labels import training_labels
+from baselines.true_labels import true_labels
 from datasets.samples import PairedSamples
 from utils.engine.seed import derive_seed
 from utils.errors import UserError
@@ -22,7 +22,7 @@ def noisy_labels(data: DataConfig, samples: PairedSamples, rate: float, kind: st
     """
     if data.pairing != "instance":
         raise UserError(f"one label per pair needs data.pairing: instance, found {data.pairing}")
-    first, *others = training_labels(data, samples).values()
+    first, *others = true_labels(data, samples).values()
     if any((labels != first).any() for labels in others):
         raise UserError(f"the training lists of {', '.join(samples.lists)} give an object different labels")
     return torch.as_tensor(corrupt(first.numpy(), rate, kind, seed))

@@ -44,8 +44,6 @@ class RONO(Method):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        if context.labels is None:
-            raise ValueError("RONO learns from labels, the context has none")
         self.centres = nn.Parameter(torch.randn(context.num_clusters, context.dim))
         self.head = nn.Sequential(nn.Linear(context.dim, HEAD_WIDTH), nn.ReLU(), nn.Linear(HEAD_WIDTH, context.num_clusters))
         self.gap = ModalityInvarianceLoss(context.settings["temperature"])

@@ -91,7 +91,7 @@ class SCL(Method):
         super().__init__(context)
         self.shared = nn.Linear(context.dim, context.dim)
         self.dropout = nn.Dropout(context.settings["dropout"])
-        self.inputs = {name: standardised(context.features[name]) for name in context.modalities}
+        self.inputs = standardised(context)
         hidden = context.settings["critic_width"]
         self.critics = nn.ModuleDict({name: Critic(rows.shape[1], context.dim, hidden) for name, rows in self.inputs.items()})
         for parameter in self.parameters():

@@ -24,7 +24,7 @@ from baselines.cca import unit_rows
 from baselines.extract import read_out
 from baselines.features import SOURCE, provenance
 from baselines.matching import SOFTNESS, Codes, agree, agreement, next_round, shared_axes, soft_clusters, standardise
-from baselines.release_protocol.labels import training_labels
+from baselines.true_labels import true_labels
 from datasets.prepare.ownership import MANIFEST, read_manifest
 from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, load_test_samples, load_training_samples
@@ -100,7 +100,7 @@ def load_sets(photos: Path, bridge: Path, pictures: Path | None, device: torch.d
         parts["clouds"][split] = unit_rows(clouds.double().cpu().numpy())
     for split in SPLITS:
         parts["seen"][split] = _through_head(trained, parts, split)
-    classes = {name: values.numpy() for name, values in training_labels(config.data, mine).items()} if reads_labels else None
+    classes = {name: values.numpy() for name, values in true_labels(config.data, mine).items()} if reads_labels else None
     return Sets(**parts, labels=labels, classes=classes)
 
 

@@ -1,8 +1,10 @@
 """Synthetic pairs, contexts and a small training loop for the tests of the compared methods."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from baselines import METHODS
 from baselines.method import Context, Method
@@ -22,6 +24,21 @@ def pairs(count, seed=0, widths=(24, 32), classes=CLASSES, names=NAMES):
     latent = centres[labels] + 0.45 * draw.normal(size=(count, 8))
     features = {name: np.maximum(latent @ m + 0.3 * draw.normal(size=(count, m.shape[1])), 0) for name, m in zip(names, maps)}
     return features, labels
+
+
+def needs_cca_zoo():
+    pytest.importorskip("cca_zoo", reason="needs cca-zoo (requirements-baselines.txt)")
+
+
+def unit_codes(rows, dim, seed=0):
+    """Unit codes (rows, dim) of both modalities in float64."""
+    draw = torch.Generator().manual_seed(seed)
+    return tuple(F.normalize(torch.randn(rows, dim, generator=draw, dtype=torch.float64), dim=1) for _ in range(2))
+
+
+def standard(rows):
+    """Columns of rows (n, d) with mean 0 and variance 1."""
+    return (rows - rows.mean(0)) / rows.std(0)
 
 
 def context_of(name, features, labels=None, dtype=torch.float32, **changes):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from compared import CLASSES, NAMES, context_of, pairs
+from compared import CLASSES, NAMES, context_of, needs_cca_zoo, pairs
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 from torch.nn import functional as F
@@ -156,7 +156,7 @@ def test_the_closed_form_of_a_round(rounds):
 
 
 def test_meda_ranks_map_and_belief_and_fits_a_part_of_the_pairs(monkeypatch):
-    pytest.importorskip("cca_zoo", reason="needs cca-zoo (requirements-baselines.txt)")
+    needs_cca_zoo()
     seen = []
     original = AlignedClassifier.fit
     monkeypatch.setattr(meda.AlignedClassifier, "fit", lambda self, s, y, t: (seen.append((len(s), len(t))), original(self, s, y, t))[1])

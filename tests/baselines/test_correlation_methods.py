@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from compared import NAMES, context_of, pairs
+from compared import NAMES, context_of, needs_cca_zoo, pairs, standard
 from scipy.linalg import block_diag, eigh, sqrtm
 from sklearn.metrics.pairwise import rbf_kernel
 
@@ -16,10 +16,6 @@ from baselines.mcca import MCCA
 from utils.errors import UserError
 
 FEATURES, _ = pairs(120, widths=(9, 12))
-
-
-def needs_cca_zoo():
-    pytest.importorskip("cca_zoo", reason="needs cca-zoo (requirements-baselines.txt)")
 
 
 def exact(x, y, ridge):
@@ -189,7 +185,6 @@ def test_dccae_adds_the_squared_error_of_standardised_features():
     index, outputs = torch.arange(30) * 3, {name: torch.randn(30, 4) for name in NAMES}
     wanted = -TotalCorrelation.apply(*outputs.values(), 1e-3)
     for name in NAMES:
-        rows = (FEATURES[name] - FEATURES[name].mean(0)) / FEATURES[name].std(0)
         rebuilt = method.decoders[name](outputs[name]).detach().numpy()
-        wanted = wanted + 0.01 * sum(((rows[int(i)] - rebuilt[k]) ** 2).sum() for k, i in enumerate(index)) / 30
+        wanted = wanted + 0.01 * ((standard(FEATURES[name])[index] - rebuilt) ** 2).sum() / 30
     assert method(index, outputs, 1).item() == pytest.approx(wanted.item(), rel=1e-5)

@@ -11,10 +11,9 @@ from conftest import TRAIN
 from stage_runs import REPOSITORY, smoke_samples
 from torch.nn import functional as F
 
-from baselines.release_protocol import protocol
-from baselines.release_protocol.labels import class_pair_order, farthest_labels, pair_by_class, pair_shares, training_labels
-from baselines.release_protocol.learners import BatchClippedLoss, ReleasePLA, ReleaseRDL
-from baselines.release_protocol.protocol import departures_of
+from baselines.departures import BatchClippedLoss, ReleasePLA, ReleaseRDL, class_pair_order, farthest_labels, pair_by_class, pair_shares
+from baselines.release_protocol import departures_of, scores_of
+from baselines.true_labels import true_labels
 from datasets.label_runs import PseudoLabels
 from utils.errors import UserError
 from utils.evaluation.clustering import clustering_accuracy
@@ -28,7 +27,7 @@ SMOKE = REPOSITORY / "configs/smoke"
 def step1(root: Path, *overrides: str):
     """Smoke settings of step 1, its samples and their ground truth."""
     config, samples = smoke_samples(root, *overrides)
-    return config, samples, training_labels(config.data, samples)
+    return config, samples, true_labels(config.data, samples)
 
 
 def test_farthest_labels_equal_a_slow_loop():
@@ -56,12 +55,12 @@ def test_the_exported_labels_are_ground_truth_of_the_farthest_sample_in_the_best
     again = ReleasePLA(config, samples, CPU, departures_of("oracle_labels"), labels)
     again.load_state_dict(learner.state_dict())
     for trained in (learner, again):
-        assert float(trained.kept.accuracy) == pytest.approx(accuracy)
+        assert trained.kept[0] == pytest.approx(accuracy)
         exported = trained.annotate().ids
         assert exported.keys() == wanted.keys() and all(torch.equal(exported[name], wanted[name]) for name in wanted)
-    for labels, accuracy in ((1, 2.0), (2, 2.0), (3, 1.9)):
-        learner.kept.offer(torch.full((2, TRAIN), labels), accuracy)
-    assert learner.kept.labels.eq(1).all()
+    again.kept = better = (2.0, {})
+    again.train_epoch(3)
+    assert again.kept is better
 
 
 def test_pairs_have_the_shares_of_the_published_lists():
@@ -187,5 +186,5 @@ def test_bank_rows_come_in_another_order_for_each_modality(small_digits):
 def test_selection_of_hand_written_scores(variant, score, words):
     rows = [{"epoch": 1}, *({"epoch": epoch, "map/avg": value, "loss/mlm": 1.0} for epoch, value in ((2, 0.4), (3, 0.6), (4, 0.5)))]
     run = types.SimpleNamespace(read_epochs=lambda: rows)
-    scores = protocol._scores(run, departures_of(variant))
+    scores = scores_of(run, departures_of(variant))
     assert scores == {"map/avg": score, "selection": words, "last_epoch": {"map/avg": 0.5}}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compared import CLASSES, context_of, embed, encoders_of, pairs, retrieval, train
+from compared import CLASSES, context_of, embed, encoders_of, needs_cca_zoo, pairs, retrieval, train
 
 from baselines import METHODS, revgrad, scl
 from baselines.method import ShallowMethod
@@ -20,7 +20,7 @@ def test_a_method_learns_to_retrieve(name, monkeypatch):
     monkeypatch.setattr(revgrad, "DISCRIMINATOR_WIDTH", 64)
     monkeypatch.setattr(scl, "CRITIC_INPUT", 64)
     if name in NEEDS_CCA_ZOO:
-        pytest.importorskip("cca_zoo", reason="needs cca-zoo (requirements-baselines.txt)")
+        needs_cca_zoo()
     features, labels = pairs(TRAIN)
     unseen, truth = pairs(TEST, seed=1)
     given = labels if METHODS[name].labels in ("noisy labels", "source labels") else None

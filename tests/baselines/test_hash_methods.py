@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from compared import NAMES, context_of, cosines, mse, pairs
+from compared import NAMES, context_of, cosines, mse, pairs, standard
 
 from baselines.cfrh import CFRH
 from baselines.dgcpn import DGCPN, neighbour_distribution
@@ -165,6 +165,5 @@ def test_cfrh():
     embeddings, x, y = codes_of(method, 3)
     loss = mse(cosines(x, y), target) + 0.1 * (mse(cosines(x, x), target) + mse(cosines(y, y), target))
     for name, code in zip(NAMES, (x, y)):
-        rows = (FEATURES[name] - FEATURES[name].mean(0)) / FEATURES[name].std(0)
-        loss += 0.01 * mse(method.decoders[name](torch.as_tensor(code)).detach(), rows[INDEX])
+        loss += 0.01 * mse(method.decoders[name](torch.as_tensor(code)).detach(), standard(FEATURES[name])[INDEX])
     assert method(INDEX, embeddings, 3).item() == pytest.approx(loss, rel=1e-6)

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from compared import NAMES, context_of, cos, cosines, mse, pairs
+from compared import NAMES, context_of, cos, cosines, mse, pairs, unit_codes
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,37 +25,32 @@ def contrast(rows=9, dim=5, **settings):
     return UnifiedContrast(memory, {**DEFAULTS, **settings})
 
 
-def unit_codes(batch=3, dim=5, seed=1):
-    draw = torch.Generator().manual_seed(seed)
-    return tuple(F.normalize(torch.randn(batch, dim, generator=draw, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2))
-
-
 def test_ucch_contrast_against_a_slow_loop(monkeypatch):
-    loss, codes, index = contrast(), unit_codes(), torch.tensor([4, 0, 7])
+    loss, codes, index = contrast(), unit_codes(3, 5, seed=1), torch.tensor([4, 0, 7])
     drawn = torch.tensor([1, 4, 4, 8, 0, 2, 2, 6])  # own rows of samples 0 and 1 among them, some drawn twice
     monkeypatch.setattr(torch, "randint", lambda *a, **k: drawn)
     keys = np.where(loss.memory.numpy() < 0, -1, 1) / np.sqrt(5)
     wanted = 0.0
     for code in codes:
-        for row, i in zip(code.detach().numpy(), index.tolist()):
+        for row, i in zip(code.numpy(), index.tolist()):
             positive = np.exp(row @ keys[i] / 0.9)
             wanted -= np.log(positive / (positive + sum(np.exp(row @ keys[j] / 0.9) for j in drawn.tolist() if j != i))) / 3
     assert loss.contrastive(index, codes, warm_up=False).item() == pytest.approx(wanted, rel=1e-9)
 
 
 def test_ucch_warm_up_uses_the_keys_of_the_batch():
-    loss, codes = contrast(), unit_codes()
-    keys = np.where(sum(code.detach().numpy() for code in codes) < 0, -1, 1) / np.sqrt(5)
+    loss, codes = contrast(), unit_codes(3, 5, seed=1)
+    keys = np.where(sum(code.numpy() for code in codes) < 0, -1, 1) / np.sqrt(5)
     wanted = 0.0
     for code in codes:
-        scores = np.exp(code.detach().numpy() @ keys.T / 0.9)
+        scores = np.exp(code.numpy() @ keys.T / 0.9)
         wanted -= np.log(np.diag(scores) / scores.sum(1)).mean()
     assert loss.contrastive(torch.tensor([4, 0, 7]), codes, warm_up=True).item() == pytest.approx(wanted, rel=1e-9)
 
 
 def test_ucch_ranking_loss():
-    loss, (x, y) = contrast(margin=0.2, smoothing=0.7, shift=0.5), unit_codes(batch=5)
-    similarity = (x @ y.T).detach().numpy()
+    loss, (x, y) = contrast(margin=0.2, smoothing=0.7, shift=0.5), unit_codes(5, 5, seed=1)
+    similarity = (x @ y.T).numpy()
     wanted = 0.0
     for i in range(5):
         kept = [s if s >= similarity[i, i] - 0.2 else s - 0.5 for s in similarity[i]]
@@ -84,7 +79,7 @@ def test_ucch_memory():
 
 
 def test_both_terms_of_ucch_count():
-    loss, codes, index = contrast(), unit_codes(), torch.tensor([4, 0, 7])
+    loss, codes, index = contrast(), unit_codes(3, 5, seed=1), torch.tensor([4, 0, 7])
     for beta, active in ((1.0, "contrastive"), (0.0, "ranking")):
         only = contrast(beta=beta).loss(index, codes, warm_up=True)
         similarity = codes[0] @ codes[1].T

@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAIN, write_lists
+from stage_runs import smoke_samples
 
 from baselines.noisy_labels import corrupt, noisy_labels
-from datasets.samples import load_training_samples
 from utils.errors import UserError
-from utils.settings.config import load_config
-from utils.settings.options import Step1Config
 
 LABELS = np.arange(1000) % 10
 
@@ -39,8 +37,8 @@ def test_more_noise_hits_the_same_pairs_and_more():
 
 
 def read(root, rate=0.0, *more):
-    data = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={root}", *more]).data
-    return noisy_labels(data, load_training_samples(data, torch.device("cpu")), rate, "symmetric", 0)
+    config, samples = smoke_samples(root, *more)
+    return noisy_labels(config.data, samples, rate, "symmetric", 0)
 
 
 def test_one_label_per_pair(small_digits):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAIN, write_lists
+from conftest import TRAIN
 from torch import nn
 from torch.nn import functional as F
 
@@ -170,13 +170,10 @@ def test_end_to_end_with_shared_features_for_the_targets(folder, small_digits, t
     assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 8)  # of the initial encoders
     with pytest.raises(UserError, match="Cut is trained on features"):
         run.main(["cut", *given])
-    (folder / "digits_random_GrayImgs_train_list.txt").write_text(
-        "\n".join(reversed((folder / "digits_random_GrayImgs_train_list.txt").read_text().splitlines())) + "\n")
-    (folder / "digits_random_PointCloud_train_list.txt").write_text(
-        "\n".join(reversed((folder / "digits_random_PointCloud_train_list.txt").read_text().splitlines())) + "\n")
+    for path in folder.glob("digits_random_*_train_list.txt"):
+        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     with pytest.raises(UserError, match="do not list the same objects in one order"):
         run.main(["toy", "--features", str(folder), *given])
-    write_lists(small_digits, "train", [None] * TRAIN)
 
 
 def test_the_how_to_works_as_written(folder, tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def test_the_mark_follows_the_file_through_both_stages(small_digits, tmp_path, c
     assert json.loads(meta.read_text())["provenance"]["reads_labels"] == READ
 
 
-def test_the_mark_follows_features_and_compared_methods(small_digits, tmp_path):
+def test_the_mark_follows_features_their_run_and_compared_methods_and_class_pairs_have_one(small_digits, tmp_path):
     start(small_digits, tmp_path / "start.pt")
     smoke, place = str(REPOSITORY / "configs/smoke/step1.yaml"), f"run.output={tmp_path / 'runs'}"
     given = [f"data.root={small_digits}", f"model.pretrained.PointCloud={tmp_path / 'start.pt'}", place]
@@ -85,6 +85,10 @@ def test_the_mark_follows_features_and_compared_methods(small_digits, tmp_path):
         run.main(["ucch", "--config", smoke, "--set", *texts, "optim.epochs=1"])
     found = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/baseline/*/metrics.json")]
     assert [metrics["reads_labels"] for metrics in found] == [READ, READ]
+    make_features(smoke, [*given, f"run.output={tmp_path / 'more'}", "optim.epochs=1"], "learned", 0, tmp_path / "learned", "a command")
+    (run_of_features,) = (tmp_path / "more/digits/features").iterdir()
+    assert labels_read_by(run_of_features) == READ
+    assert mark_labels(load_config(Step1Config, smoke, ["data.pairing=class"]), None).model.reads_labels == "class pairs of digits"
 
 
 def test_a_run_starts_another_one_with_every_weight(small_digits, finished, tmp_path):
@@ -107,16 +111,6 @@ def test_a_run_starts_another_one_with_every_weight(small_digits, finished, tmp_
         save_checkpoint(tmp_path / message / "last.pt", {**content, **change})
         with pytest.raises(UserError, match=message):
             read_state_dict(tmp_path / message, "GrayImg")
-
-
-def test_a_mark_follows_runs_that_make_features_or_learn_class_pairs(small_digits, tmp_path):
-    start(small_digits, tmp_path / "start.pt")
-    smoke = str(REPOSITORY / "configs/smoke/step1.yaml")
-    given = [f"data.root={small_digits}", f"run.output={tmp_path / 'runs'}", "optim.epochs=1"]
-    make_features(smoke, [*given, f"model.pretrained.PointCloud={tmp_path / 'start.pt'}"], "learned", 0, tmp_path / "features", "a command")
-    (run_of_features,) = (tmp_path / "runs" / "digits" / "features").iterdir()
-    assert labels_read_by(run_of_features) == READ
-    assert mark_labels(load_config(Step1Config, smoke, ["data.pairing=class"]), None).model.reads_labels == "class pairs of digits"
 
 
 def test_a_run_of_other_starts_has_no_mark(finished):

@@ -141,7 +141,7 @@ def test_rows_are_those_of_the_photographs_lists_and_training_labels_are_read_wh
     (run,) = (tmp_path / "runs/digits_initial/step1").iterdir()
     cpu = torch.device("cpu")
     asked = unpaired.load_sets(tmp_path / "seen", run, None, cpu, reads_labels=True)
-    monkeypatch.setattr(unpaired, "training_labels", None)  # nothing may call it
+    monkeypatch.setattr(unpaired, "true_labels", None)  # nothing may call it
     sets = unpaired.load_sets(tmp_path / "seen", run, tmp_path / "bridge", cpu)
     assert sets.classes is None
     for split, count in (("train", 20), ("test", 8)):
