@@ -28,6 +28,11 @@ class Entry:
     labels: Literal["none", "pseudo-labels", "source labels", "noisy labels"] = "none"
     end_to_end: bool = False
 
+    @property
+    def reads_truth(self) -> bool:
+        """Whether it learns from ground truth, right or with wrong labels in it."""
+        return self.labels in ("source labels", "noisy labels")
+
     def load(self) -> type:
         """Return the method's class."""
         module, name = self.place.split(":")

@@ -65,7 +65,7 @@ def _labels(entry: Entry, config: BaselineConfig, samples: PairedSamples, device
     """Return training labels for the methods that the table says read them; nothing for any other."""
     if config.method.noise and entry.labels != "noisy labels":
         raise UserError(f"method.noise is for methods that read noisy labels, {entry.title} reads {entry.labels}")
-    if entry.labels in ("none", "pseudo-labels"):
+    if not entry.reads_truth:
         return None
     return noisy_labels(config.data, samples, config.method.noise, config.method.noise_kind, config.run.seed).to(device)
 
@@ -134,7 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     features = [f"method.features={arguments.features}"] if arguments.features else []
     arguments.overrides = [*_defaults(arguments), f"run.figures={str(arguments.figures).lower()}", *features, *arguments.overrides]
-    session = open_session(BaselineConfig, "baseline", arguments, DEFAULT_CONFIG, lambda config: mark_labels(config, None))
+    entry = method_entry(arguments.method)
+    mark = lambda config: mark_labels(config, None, f"{entry.labels} of {config.data.dataset}" if entry.reads_truth else None)
+    session = open_session(BaselineConfig, "baseline", arguments, DEFAULT_CONFIG, mark)
     if session.config.method.name != arguments.method:
         raise UserError(f"{arguments.resume} is a run of {session.config.method.name}, not of {arguments.method}")
     run_method(session)

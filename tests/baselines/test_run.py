@@ -153,6 +153,7 @@ def test_shallow_and_supervised(folder, tmp_path, monkeypatch):
     assert metrics["row"] == "Cut" and "sign/avg" not in metrics and SEEN["context"].labels is None
     _, metrics = call("sgd", folder, tmp_path, "method.noise=0.25", out="noisy")
     assert metrics["reads"] == "labels, 0.25 of them wrong (symmetric)" and SEEN["context"].labels.shape == (TRAIN,)
+    assert metrics["reads_labels"].startswith("noisy labels of ")  # which figures and tables are marked by
     assert SEEN["context"].num_clusters == int(SEEN["context"].labels.max()) + 1
     short = [f"method.options.{key}=1" for key in ("rounds", "private_epochs", "global_epochs")]
     _, metrics = call("pt_fuch", folder, tmp_path, *short, out="hash")  # fitted by a loop of its own, ranked as a hash method
@@ -217,7 +218,7 @@ def test_the_table_of_methods_has_what_was_published(capsys):
 
 def test_the_table_names_what_every_method_reads():
     assert len(METHODS) == 18 + 3
-    reads = {name: entry.labels for name, entry in METHODS.items() if entry.labels not in ("none", "pseudo-labels")}
+    reads = {name: entry.labels for name, entry in METHODS.items() if entry.reads_truth}
     assert reads.pop("sgd") and set(reads) == {"rono", "mrl", "revgrad_oracle", "meda_oracle"}
     with pytest.raises(UserError, match="unknown method 'uch', did you mean 'ucch'"):
         run.main(["uch"])
