@@ -14,10 +14,10 @@ SPLITS = ("train", "test")
 MANIFEST, JOURNAL, STAGING = "manifest.json", "objects.jsonl", ".preparing"
 
 
-def package_versions(names: Sequence[str]) -> dict[str, str]:
+def mesh_packages(*more: str) -> dict[str, str]:
     """Return package -> version of what meshes are made with; a UserError names requirements-data.txt when one is not installed."""
     try:
-        return {name: version(name) for name in names}
+        return {name: version(name) for name in ("fast-simplification", "pyvista", "vtk", *more)}
     except PackageNotFoundError as error:
         raise UserError(f"meshes need the package {error.name}: pip install -r requirements-data.txt") from error
 

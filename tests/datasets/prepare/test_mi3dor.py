@@ -16,8 +16,9 @@ from test_writer import snapshot
 from datasets.lists import default_list_path, read_labelled_list
 from datasets.prepare import mi3dor as prepare_mi3dor
 from datasets.prepare import ownership
+from datasets.prepare.photographs import Item, draw_of_same_class
 from datasets.prepare.readers import mi3dor
-from datasets.prepare.readers.mi3dor import Item, Release, check_official, draw_of_same_class, read_release
+from datasets.prepare.readers.mi3dor import Release, check_official, read_release
 from utils.errors import UserError
 
 need_data_packages("pyvista", "fast_simplification")

@@ -17,7 +17,7 @@ from PIL import Image
 from datasets.lists import check_paired, default_list_path, read_labelled_list
 from datasets.prepare import parallel, writer
 from datasets.prepare.shapes.mesh import MeshError
-from datasets.prepare.writer import ObjectTask, report, write_dataset
+from datasets.prepare.writer import ObjectTask, write_dataset
 from utils.engine.session import run_command
 from utils.errors import UserError
 
@@ -273,8 +273,7 @@ def test_unusable_objects_are_left_out_of_everything(tmp_path, capsys):
             raise MeshError("no good")
         return make(4, None, -1, task)
 
-    made, manifest = write_dataset(tmp_path, SETTINGS, TASKS, broken)
-    report(tmp_path, made, manifest)
+    _, manifest = write_dataset(tmp_path, SETTINGS, TASKS, broken)
     assert "left out of every modality: train thing 4: no good" in capsys.readouterr().out
     assert manifest["counts"] == {"train": 4, "test": 5} and manifest["left_out"][0]["name"] == "thing 4"
     assert not list(tmp_path.rglob("*_000002.*"))[3:] and not write_dataset(tmp_path, SETTINGS, TASKS, broken)[0]
