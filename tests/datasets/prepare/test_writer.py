@@ -24,6 +24,10 @@ from utils.errors import UserError
 SETTINGS = {"dataset": "own", "modalities": ["RGBImg", "PointCloud"], "size": 4, "packages": {"vtk": "1"}}
 TASKS = [ObjectTask(n // 2, f"thing {n}", ("train", "test")[n % 2], n % 3) for n in range(10)]
 FILES = 3 * len(TASKS)  # two views and a cloud of each
+CUTS = {  # step -> calls of it at which a run is cut off
+    "produce": (1, 2, 10), "_write_journal": (1, 2, 3), "atomic_write_json": (1,), "atomic_write_text": (1, 2, 3, 5, 7),
+    "os.replace": (1, 2, 3, 20), "_discard": (1,),
+}
 
 
 def make(size: int, made: list | None, stop: int, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
@@ -83,8 +87,7 @@ def test_what_is_written(tmp_path, whole):
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["new", "replacing"])
-@pytest.mark.parametrize("call", [1, 2, 3, 20])
-@pytest.mark.parametrize("step", ["produce", "_write_journal", "atomic_write_json", "atomic_write_text", "os.replace", "_discard"])
+@pytest.mark.parametrize("step,call", [(step, call) for step, calls in CUTS.items() for call in calls])
 def test_cut_off_anywhere_nothing_is_lost_and_the_next_run_ends_the_same(tmp_path, monkeypatch, whole, step, call, before):
     if before:
         write(tmp_path, size=6)
@@ -100,11 +103,10 @@ def test_cut_off_anywhere_nothing_is_lost_and_the_next_run_ends_the_same(tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(f"datasets.prepare.writer.{step}", dies)
-        try:
+        with pytest.raises(KeyboardInterrupt):
             write(tmp_path, overwrite=before)
-        except KeyboardInterrupt:
-            if step != "_discard" and not (tmp_path / ".preparing/manifest.json").is_file():  # nothing has been moved yet
-                assert old.items() <= snapshot(tmp_path).items() and (tmp_path / "manifest.json").is_file() == before
+    if step != "_discard" and not (tmp_path / ".preparing/manifest.json").is_file():  # nothing has been moved yet
+        assert old.items() <= snapshot(tmp_path).items() and (tmp_path / "manifest.json").is_file() == before
     write(tmp_path, overwrite=before)
     found = snapshot(tmp_path)
     assert (found.pop("train/rgb_imgs/notes.txt", None) == b"mine") == before and found == whole
