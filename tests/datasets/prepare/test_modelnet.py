@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_writer import paired_lists
 
-from datasets.lists import check_paired, default_list_path, read_labelled_list
 from datasets.prepare import modelnet
+from datasets.prepare.ownership import read_journal
 from datasets.prepare.readers.archives import read_member
 from datasets.prepare.readers.modelnet import MODELNET10, OFFICIAL, Source, check_official, make_tasks, read_archive, read_hdf5, read_npz
 from datasets.prepare.shapes.mesh import MeshError
@@ -68,14 +69,9 @@ def test_splats_end_to_end(tmp_path):
     assert not root.exists()
     points[1] = 0  # all in one place
     run("--npz", write_npz(tmp_path / "a.npz", points=points), "--root", root)
-    lists = {}
-    for modality in ("RGBImg", "GrayImg", "PointCloud"):
-        path = default_list_path(root, "modelnet10_splat", modality, "train")
-        lists[modality], labels = read_labelled_list(path, modality=modality, root=root, num_classes=10)
-    check_paired(list(lists.values()))
-    entries = {e["number"]: e for e in map(json.loads, (root / "objects.jsonl").read_text().splitlines()[1:])}
-    kept = [entries[int(number)] for number in lists["RGBImg"].instance_ids]
-    assert len(kept) == 3 and labels.tolist() == [list(MODELNET10).index(e["name"].rsplit("_", 1)[0]) for e in kept]
+    lists, labels = paired_lists(root, "modelnet10_splat", ("RGBImg", "GrayImg", "PointCloud"))
+    kept = [read_journal(root)[1]["train", int(number)] for number in lists["RGBImg"].instance_ids]
+    assert len(kept) == 3 and labels == [list(MODELNET10).index(e["name"].rsplit("_", 1)[0]) for e in kept]
     assert not any(name.split("_")[0] in " ".join(lists["RGBImg"].names) for name in MODELNET10)
     with np.load(tmp_path / "a.npz") as archive:
         row = archive["instance_id"].tolist().index(kept[0]["name"])

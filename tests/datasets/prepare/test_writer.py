@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.lists import check_paired, default_list_path, read_labelled_list
+from datasets.lists import SampleList, check_paired, default_list_path, read_labelled_list
 from datasets.prepare import parallel, writer
 from datasets.prepare.shapes.mesh import MeshError
 from datasets.prepare.writer import ObjectTask, write_dataset
@@ -62,6 +63,14 @@ def snapshot(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
+def paired_lists(root: Path, dataset: str, modalities: Sequence[str]) -> tuple[dict[str, SampleList], list[int]]:
+    """The training lists of a prepared data set, which pair their rows, and the labels that all of them give."""
+    read = {name: read_labelled_list(default_list_path(root, dataset, name, "train"), modality=name, root=root) for name in modalities}
+    check_paired([rows for rows, _ in read.values()])
+    (labels,) = {tuple(values.tolist()) for _, values in read.values()}
+    return {name: rows for name, (rows, _) in read.items()}, list(labels)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, bytes]:
     root = tmp_path_factory.mktemp("writer") / "whole"
@@ -71,11 +80,8 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 
 def test_what_is_written(tmp_path, whole):
     assert write(tmp_path)
-    lists = {}
-    for name in SETTINGS["modalities"]:
-        lists[name], labels = read_labelled_list(default_list_path(tmp_path, "own", name, "train"), modality=name, root=tmp_path)
-        assert labels.tolist() == [task.label for task in TASKS if task.split == "train"]
-    check_paired(list(lists.values()))
+    lists, labels = paired_lists(tmp_path, "own", SETTINGS["modalities"])
+    assert labels == [task.label for task in TASKS if task.split == "train"]
     picture = Path(lists["RGBImg"].files[3])
     assert lists["RGBImg"].names[3] == "train/rgb_imgs/RGBImg_train_000003.png" and (np.asarray(Image.open(picture)) == 30).all()
     assert (picture.parent / "view_01" / picture.name).is_file() and np.load(lists["PointCloud"].files[3]).dtype == np.float32
