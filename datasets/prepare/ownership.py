@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from datasets.lists import default_list_path
@@ -12,6 +14,15 @@ from utils.errors import MissingFileError, UserError
 
 SPLITS = ("train", "test")
 MANIFEST, JOURNAL, STAGING = "manifest.json", "objects.jsonl", ".preparing"
+
+
+def required(module: str, what: str) -> ModuleType:
+    """Import a module of requirements-data.txt; a UserError says what needs it when that is not possible."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.replace("_", "-")
+        raise UserError(f"{what} needs {package} ({error}): pip install -r requirements-data.txt") from error
 
 
 def mesh_packages(*more: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.prepare.ownership import SPLITS
+from datasets.prepare.ownership import SPLITS, required
 from datasets.prepare.readers.archives import READ_ERRORS, list_members, problem
 from datasets.prepare.writer import ObjectTask
 from utils.errors import UserError
@@ -92,11 +92,7 @@ def read_hdf5(folder: str | Path, up: str) -> Source:
     Raises:
         UserError: on missing files, lists that do not fit, or without h5py.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError("--points needs h5py: pip install -r requirements-data.txt") from error
-    folder = Path(folder)
+    h5py, folder = required("h5py", "--points"), Path(folder)
     parts = sorted((int(match[3]), path, match) for path in folder.glob("*.h5") if (match := _HDF5.fullmatch(path.name)))
     if not parts:
         raise UserError(f"{folder}: expected ply_data_train0.h5 ... ply_data_test1.h5 (or train0.h5 ...), found none")
