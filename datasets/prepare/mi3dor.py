@@ -15,7 +15,7 @@ from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import SPLITS, check_root, mesh_packages, publish_lists
 from datasets.prepare.parallel import user_path
 from datasets.prepare.photographs import PICTURES, add_pairing_options, by_name_hash, joint_lists, paths_of_pairings
-from datasets.prepare.readers.mi3dor import check_official, check_photographs, read_release
+from datasets.prepare.readers.mi3dor import Release, check_official, check_photographs, read_release
 from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise, simplified_faces
 from datasets.prepare.writer import ObjectTask, write_dataset
@@ -50,6 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _read_accepted(options: argparse.Namespace) -> tuple[Release, dict[str, str | None]]:
+    """Return the release, and what `check_official` says of it: nothing, unless --any-counts accepts it."""
+    release = read_release(options.root)
+    differences = check_official(release)
+    if any(differences.values()) and not options.any_counts:
+        found = "; ".join(line for line in differences.values() if line)
+        raise UserError(f"{options.root}: {found}; fetch the complete release, or accept it as it is with --any-counts")
+    return release, differences
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` default to those of the process."""
     options = _parser().parse_args(arguments)
@@ -57,11 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(options, key) < least:
             raise UserError(f"--{key.replace('_', '-')} must be at least {least}, found {getattr(options, key)}")
     packages = mesh_packages()
-    release = read_release(options.root)
-    differences = check_official(release)
-    if any(differences.values()) and not options.any_counts:
-        found = "; ".join(line for line in differences.values() if line)
-        raise UserError(f"{options.root}: {found}; fetch the complete release, or accept it as it is with --any-counts")
+    release, differences = _read_accepted(options)
     tasks = [ObjectTask(number, m.name, m.split, m.label, m.file) for number, m in enumerate(by_name_hash(release.models))]
     sizes = [(options.root / task.member).stat().st_size if task.member else None for task in tasks]
     listing = "".join(f"{task.name} {task.label} {size}\n" for task, size in zip(tasks, sizes, strict=True))
