@@ -36,7 +36,7 @@ def stored_array(sample_list: SampleList, kind: Kind, data: DataConfig) -> tuple
         UserError: on files that the kind cannot read.
     """
     place = _place(sample_list, kind, data)
-    failure = distributed.from_main(lambda: _make(place, sample_list, kind, data))
+    failure = distributed.from_main(lambda: store_array(sample_list, kind, data, place))
     found = None if failure else _open(place)
     if found is None:
         warnings.warn(f"{place.parent} takes no file ({failure}): arrays stay in memory, every start reads all files", stacklevel=2)
@@ -67,13 +67,12 @@ def _open(place: Path) -> tuple[np.ndarray, str] | None:
     return None
 
 
-def store_array(sample_list: SampleList, kind: Kind, data: DataConfig) -> str | None:
-    """Write the file of a list's array unless it is there; return why that was impossible, if it was; errors as `stored_array`."""
-    return _make(_place(sample_list, kind, data), sample_list, kind, data)
+def store_array(sample_list: SampleList, kind: Kind, data: DataConfig, place: Path | None = None) -> str | None:
+    """Write the file of a list's array, one process at a time, unless it is there; return why that was impossible, if it was.
 
-
-def _make(place: Path, sample_list: SampleList, kind: Kind, data: DataConfig) -> str | None:
-    """Write the file unless it is there, one process at a time, and remove what it replaces; return why that was impossible."""
+    It replaces what was made of the list before. Errors as `stored_array`.
+    """
+    place = place or _place(sample_list, kind, data)
     if _open(place) is not None:
         return None
     temporary = place.with_name(f".{place.name}.tmp")

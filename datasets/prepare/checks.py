@@ -18,7 +18,7 @@ from utils.modalities import MODALITIES
 from utils.settings.options import DataConfig
 
 REMAKE = "or remove it and prepare the data again: a list that is there stays as it is"
-REPAIR = "prepare the data again, or take the object out of the lists of every modality"
+REPAIR = "; prepare the data again, or take the object out of the lists of every modality"
 PAIRING_NOTES = {
     "instance": "row k of every list shows one object",
     "class": "data.pairing: class: row k of the training lists shows one class; such pairs are made with labels, so training on "
@@ -36,12 +36,12 @@ class Check:
     notes: list[str] = field(default_factory=list)
     done: bool = True
 
-    def attempt(self, action: Callable, *arguments: Any) -> Any:
-        """Return action(*arguments); if it refuses the data, keep its message as a problem and return None."""
+    def attempt(self, action: Callable, *arguments: Any, advice: str = "") -> Any:
+        """Return action(*arguments); if it refuses the data, keep its message and the advice as a problem and return None."""
         try:
             return action(*arguments)
         except (UserError, OSError) as error:
-            self.problems.append(str(error))
+            self.problems.append(f"{error}{advice}")
 
     def lines(self) -> list[str]:
         """Return the outcome as lines of text, the first with the name and `ok`, `FAILED: ...` or `not run`."""
@@ -89,8 +89,8 @@ def read_lists(data: DataConfig) -> tuple[Lists, list[Check]]:
                 bare += [path] * (split == "test")
             except (UserError, OSError) as error:
                 of_sample = isinstance(error, MissingFileError) and path.is_file()
-                (found if of_sample else parsed).problems.append(f"{error}; {REPAIR}" if of_sample else str(error))
-    if any(listed.labels is not None for listed in _by_split(lists, "test")):
+                (found if of_sample else parsed).problems.append(f"{error}{REPAIR}" if of_sample else str(error))
+    if any(listed.labels is not None for (split, _), listed in lists.items() if split == "test"):
         wanted = "expected rows `path label` as in the other test lists: evaluation needs labels; add the class to every row"
         parsed.problems += [f"{path}: {wanted}" for path in bare]
     elif bare:
@@ -114,30 +114,27 @@ def run_checks(data: DataConfig, lists: Lists) -> Iterator[Check]:
         yield check
 
 
-def _by_split(lists: Lists, split: str) -> list[Listed]:
-    return [listed for (part, _), listed in lists.items() if part == split]
-
-
-def _paired_splits(data: DataConfig) -> tuple[str, ...]:
-    return {"instance": SPLITS, "class": ("train",), "none": ()}[data.pairing]
+def _paired(data: DataConfig, lists: Lists) -> Iterator[tuple[str, list[Listed]]]:
+    """Yield every split whose rows belong together, with its lists."""
+    for split in {"instance": SPLITS, "class": ("train",), "none": ()}[data.pairing]:
+        yield split, [listed for (part, _), listed in lists.items() if part == split]
 
 
 def _check_pairs(data: DataConfig, lists: Lists, check: Check) -> None:
     check.notes.append(PAIRING_NOTES[data.pairing])
-    for split in _paired_splits(data):
-        first, *others = _by_split(lists, split) or [None]
-        for other in others:
-            check.attempt(check_paired, [first.samples, other.samples], data.pairing == "instance")
+    for _, listed in _paired(data, lists):
+        for other in listed[1:]:
+            check.attempt(check_paired, [listed[0].samples, other.samples], data.pairing == "instance")
 
 
 def _check_labels(data: DataConfig, lists: Lists, check: Check) -> None:
     """Objects (with class pairs: rows) have one label in all modalities."""
-    for split in _paired_splits(data):
-        first, *others = [listed for listed in _by_split(lists, split) if listed.labels is not None] or [None]
+    keys = lambda listed: listed.samples.instance_ids if data.pairing == "instance" else range(len(listed.samples))
+    for split, listed in _paired(data, lists):
+        first, *others = [one for one in listed if one.labels is not None] or [None]
         if not others:
             check.notes.append(f"{split}: fewer than two lists with labels, nothing to compare")
         for other in others:
-            keys = lambda listed: listed.samples.instance_ids if data.pairing == "instance" else range(len(listed.samples))
             rows = {key: row for row, key in enumerate(keys(first))}
             common = [(rows[key], row) for row, key in enumerate(keys(other)) if key in rows]
             different = [(mine, row) for mine, row in common if first.labels[mine] != other.labels[row]]
@@ -168,10 +165,7 @@ def _copies(train: Sequence[str], test: Sequence[str]) -> list[tuple[str, str]]:
 
 def _check_files(data: DataConfig, lists: Lists, check: Check) -> None:
     for (_, name), listed in lists.items():
-        try:
-            KINDS[data.kind_of(name)].load(listed.samples, data)
-        except (UserError, OSError) as error:
-            check.problems.append(f"{error}; {REPAIR}")
+        check.attempt(KINDS[data.kind_of(name)].load, listed.samples, data, advice=REPAIR)
 
 
 def manifest_of(data: DataConfig) -> dict:

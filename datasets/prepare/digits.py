@@ -18,7 +18,7 @@ from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import SPLITS
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.shapes.digit import colourise, digit_to_point_cloud, extrude_digit, gray_image, project_rgb
-from datasets.prepare.writer import ObjectTask, report, write_dataset
+from datasets.prepare.writer import ObjectTask, write_dataset
 from utils.errors import UserError
 
 RGB_MODES = ("projection", "colourised")
@@ -68,7 +68,7 @@ def write_digits(
     root: str | Path, dataset: str, splits: dict[str, DigitSplit], *, num_points: int, rgb: str = "projection", source: str,
     workers: int = 1, overwrite: bool = False,
 ) -> bool:
-    """Write all files of a data set of digits and print what was done, see `write_dataset` and `make_digit`.
+    """Write all files of a data set of digits, see `write_dataset` and `make_digit`.
 
     Args:
         root: data folder; dataset: prefix of the list files; splits: "train" and "test"; source: a line on the origin.
@@ -88,9 +88,7 @@ def write_digits(
         for number, label, image in zip(split.ids.tolist(), split.labels.tolist(), split.images, strict=True)
     ]
     make = partial(make_digit, num_points, rgb)
-    made, manifest = write_dataset(root, settings, tasks, make, workers=workers, overwrite=overwrite)
-    report(root, made, manifest)
-    return made
+    return write_dataset(root, settings, tasks, make, workers=workers, overwrite=overwrite)[0]
 
 
 def enlarge_digit(image: np.ndarray) -> np.ndarray:

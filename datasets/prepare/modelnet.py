@@ -14,31 +14,24 @@ from pathlib import Path
 import numpy as np
 
 from datasets.prepare.first_use import store_arrays
-from datasets.prepare.ownership import package_versions, read_journal
+from datasets.prepare.ownership import mesh_packages, read_journal
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.archives import read_member
 from datasets.prepare.readers.modelnet import OFFICIAL, Source, check_official, make_tasks, read_archive, read_hdf5, read_npz, to_z_up
 from datasets.prepare.readers.off import read_off
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
-from datasets.prepare.recipe import MESH_SIZE, SPLAT_SIZE, Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh
+from datasets.prepare.recipe import Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh
 from datasets.prepare.shapes.render import probe_renderer
-from datasets.prepare.writer import ObjectTask, report, write_dataset
+from datasets.prepare.writer import ObjectTask, write_dataset
 from utils.errors import UserError
-
-MESH_PACKAGES = ("fast-simplification", "pyvista", "vtk")
 
 
 def make_object(recipe: Recipe, archive: Path | None, needs_cloud: bool, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
-    """Make all modalities of one object.
+    """Make the modalities of one object, see `modalities_of_mesh` and, without an archive, `modalities_of_cloud`.
 
     Args:
-        archive: zip file of `task.member`; needs_cloud: leave the object out if it brings no cloud.
-    Returns:
-        RGBImg (views, S, S, 3) and GrayImg (views, S, S) uint8, PointCloud (n, 3) float32, Mesh (F, 18) float32 if there is
-        one; and the record of the simplification.
-    Raises:
-        MeshError: when the object cannot be used.
+        archive: zip file of `task.member`; needs_cloud: leave the object out, by a MeshError, if it brings no cloud.
     """
     if needs_cloud and task.cloud is None:
         raise MeshError("the folder of clouds has none of this object")
@@ -90,7 +83,7 @@ def _settings(recipe: Recipe, source: Source, clouds: Source | None, official: b
         "modalities": ["RGBImg", "GrayImg", "PointCloud", *(["Mesh"] if meshes else [])], "official_counts": official,
         "classes": list(OFFICIAL[source.dataset]),
         "input_sha256": {"objects": source.sha256, **({"clouds": clouds.sha256} if clouds else {})}, **asdict(recipe),
-        "packages": package_versions(MESH_PACKAGES if meshes else ()),
+        "packages": mesh_packages() if meshes else {},
     }
 
 
@@ -98,16 +91,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` default to those of the process."""
     options = _parser().parse_args(arguments)
     source, clouds = _read_sources(options)
-    difference = check_official(source, hdf5=bool(options.points and not options.archive))
-    if difference and not options.any_counts:
-        raise UserError(f"{difference}; fetch the complete set, or accept it as it is with --any-counts")
+    is_official = check_official(source, options.any_counts, hdf5=bool(options.points and not options.archive))
     meshes, sampled = bool(options.archive), bool(options.archive and not clouds)
-    recipe = Recipe(
-        size=options.size or (MESH_SIZE if meshes else SPLAT_SIZE), views=options.views, elevation=options.elevation,
-        num_points=options.num_points if sampled else None, sampling=options.sampling if sampled else None,
-        max_faces=options.max_faces if meshes else None, seed=options.seed,
-    )
-    settings = _settings(recipe, source, clouds, difference is None)
+    recipe = Recipe.of(options, meshes, **({} if sampled else {"num_points": None, "sampling": None}))
+    settings = _settings(recipe, source, clouds, is_official)
     if meshes:
         probe_renderer()
     tasks = make_tasks(source, {shape.name: shape.cloud for shape in clouds.shapes} if clouds else None)
@@ -115,8 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     make = partial(make_object, recipe, options.archive, bool(clouds))
     if options.pcd:
         make = partial(make_from_pcd, recipe, options.up or "z")
-    made, manifest = write_dataset(root, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
-    report(root, made, manifest)
+    write_dataset(root, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
     store_arrays(root, settings["dataset"])
     dropped = [entry["dropped_points"] for entry in read_journal(root)[1].values() if entry.get("dropped_points")]
     if dropped:

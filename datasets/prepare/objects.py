@@ -16,21 +16,20 @@ import numpy as np
 import yaml
 
 from datasets.prepare.first_use import store_arrays
-from datasets.prepare.ownership import package_versions, read_journal
+from datasets.prepare.ownership import mesh_packages, read_journal
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.collection import Item, make_tasks, mostly_clouds, read_folder, read_npz
 from datasets.prepare.readers.modelnet import to_z_up
 from datasets.prepare.readers.objects import FORMATS, GLTF, joined, read_cloud, read_npz_parts, read_parts, vertical_axis
-from datasets.prepare.recipe import MESH_SIZE, SPLAT_SIZE, Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh, thinned
+from datasets.prepare.recipe import Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh, thinned
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise
 from datasets.prepare.shapes.render import probe_renderer
-from datasets.prepare.writer import SKIPPED, ObjectTask, report, write_dataset, write_skipped
+from datasets.prepare.writer import SKIPPED, ObjectTask, write_dataset, write_skipped
 from utils.engine.checkpoint import atomic_write_text
 from utils.errors import UserError
 from utils.settings.options import DataConfig
 
 UNITS = {"mm": 0.001, "cm": 0.01, "in": 0.0254, "m": 1.0}
-MESH_PACKAGES = ("fast-simplification", "pyvista", "trimesh", "vtk")
 NPZ_CLASS_SIZE = 10
 MARK = "# Written by datasets.prepare_objects"
 BATCH, POINTS, SUBSETS = 128, 128, 4  # of configs/shared/ours_cpu_*
@@ -60,8 +59,6 @@ def make_object(
     Returns:
         As `modalities_of_mesh` or `modalities_of_cloud`; facts: `size`, the longest side, in metres where the unit is known,
         `points`, the number of points, and, of one of the others, `read`, its name, and `unread`, name -> reason.
-    Raises:
-        MeshError: when the object cannot be used.
     """
     if task.name in reasons:
         raise MeshError(reasons[task.name])
@@ -183,7 +180,7 @@ def _settings(options: argparse.Namespace, recipe: ObjectRecipe, items: Sequence
         "format": 2, "dataset": options.name, "generator": "datasets.prepare_objects", "pictures": "splat" if clouds else "mesh",
         "modalities": ["RGBImg", "GrayImg", "PointCloud", *([] if clouds else ["Mesh"])], "classes": classes, "split": options.split,
         "input_sha256": hashlib.sha256(content.encode()).hexdigest(), **asdict(recipe),
-        "packages": package_versions(() if clouds else MESH_PACKAGES),
+        "packages": {} if clouds else mesh_packages("trimesh"),
     }
 
 
@@ -196,16 +193,12 @@ def main(arguments: list[str] | None = None) -> None:
     clouds, least = mostly_clouds(items), options.min_class_size or (NPZ_CLASS_SIZE if options.npz else 1)
     labelled = options.labels == "folder" and any(item.object_class for item in items)
     tasks, classes, reasons = make_tasks(items, options.split, labelled, least)
-    recipe = ObjectRecipe(
-        size=options.size or (SPLAT_SIZE if clouds else MESH_SIZE), max_faces=None if clouds else options.max_faces,
-        **{key: getattr(options, key) for key in ("views", "elevation", "num_points", "sampling", "seed", "up", "unit", "texture")},
-    )
+    recipe = ObjectRecipe.of(options, meshes=not clouds)
     settings = _settings(options, recipe, items, classes)
     if not clouds:
         probe_renderer()
     make = partial(make_object, recipe, options.npz, reasons)
-    made, manifest = write_dataset(output, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
-    report(output, made, manifest)
+    _, manifest = write_dataset(output, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
     entries = read_journal(output)[1].values()
     read = {entry.get("read") for entry in entries}
     skipped = {entry["name"]: entry["left_out"] for entry in manifest["left_out"] if entry["name"] not in read}

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from datasets.lists import default_list_path
@@ -14,10 +16,19 @@ SPLITS = ("train", "test")
 MANIFEST, JOURNAL, STAGING = "manifest.json", "objects.jsonl", ".preparing"
 
 
-def package_versions(names: Sequence[str]) -> dict[str, str]:
+def required(module: str, what: str) -> ModuleType:
+    """Import a module of requirements-data.txt; a UserError says what needs it when that is not possible."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.replace("_", "-")
+        raise UserError(f"{what} needs {package} ({error}): pip install -r requirements-data.txt") from error
+
+
+def mesh_packages(*more: str) -> dict[str, str]:
     """Return package -> version of what meshes are made with; a UserError names requirements-data.txt when one is not installed."""
     try:
-        return {name: version(name) for name in names}
+        return {name: version(name) for name in ("fast-simplification", "pyvista", "vtk", *more)}
     except PackageNotFoundError as error:
         raise UserError(f"meshes need the package {error.name}: pip install -r requirements-data.txt") from error
 

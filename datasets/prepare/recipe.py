@@ -3,7 +3,8 @@
 import argparse
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,6 +30,15 @@ class Recipe:
     sampling: str | None
     max_faces: int | None
     seed: int
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, meshes: bool, **changes: Any) -> Self:
+        """Return what a command's options say of meshes or of clouds; `changes` take the place of some."""
+        given = {field.name: getattr(options, field.name) for field in fields(cls)}
+        given["size"] = options.size or (MESH_SIZE if meshes else SPLAT_SIZE)
+        if not meshes:
+            given["max_faces"] = None
+        return cls(**{**given, **changes})
 
     def __post_init__(self) -> None:
         ring_of_cameras(self.views, self.elevation)  # refuses bad values before anything is read

@@ -29,7 +29,7 @@ def write_dataset(
     root: str | Path, settings: dict, tasks: Sequence[ObjectTask], make: Make, *, workers: int = 1, overwrite: bool = False,
     dependents: Sequence[Path] = (),
 ) -> tuple[bool, dict]:
-    """Make, finish or repair a data set.
+    """Make, finish or repair a data set, and print what was done.
 
     Args:
         root: data folder, made if need be.
@@ -50,13 +50,14 @@ def write_dataset(
     if not tasks or len({(task.split, task.number) for task in tasks}) != len(tasks) or workers < 1:
         raise UserError(f"expected objects with distinct numbers and at least one worker, found {len(tasks)} and {workers}")
     try:
-        return _write(root, settings, tasks, make, workers, overwrite, dependents)
+        made, manifest = _write(root, settings, tasks, make, workers, overwrite, dependents)
     except OSError as error:
         raise UserError(f"{root} could not be made: {error}; what is finished is kept, run the same command again") from error
+    _report(root, made, manifest)
+    return made, manifest
 
 
-def report(root: str | Path, made: bool, manifest: dict) -> None:
-    """Print what `write_dataset` did."""
+def _report(root: Path, made: bool, manifest: dict) -> None:
     print(f"{root}: {'written' if made else 'already prepared, nothing to do'}; objects {manifest['counts']}")
     for entry in manifest["left_out"][:REPORTED]:
         print(f"left out of every modality: {entry['split']} {entry['name']}: {entry['left_out']}")

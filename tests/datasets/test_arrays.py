@@ -32,11 +32,10 @@ def test_small_square_images_keep_their_pixels(tmp_path):
     assert images.dtype == np.uint8 and np.array_equal(images, [colour.transpose(2, 0, 1), np.stack([gray] * 3)])
 
 
-@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (12, 12), (3, 7)])
-def test_other_images_are_resized_and_cropped(tmp_path, shape):
-    flat = np.full((*shape, 3), 90, dtype=np.uint8)
-    assert load_images(save(tmp_path, flat), 8).shape == (1, 3, 8, 8)
-    assert load_images(save(tmp_path, flat, np.full((8, 8, 3), 90, np.uint8)), 8).min() == 90
+def test_images_of_several_sizes_are_resized_and_cropped(tmp_path):
+    flat = [np.full((*shape, 3), 90, dtype=np.uint8) for shape in ((12, 20), (20, 12), (12, 12), (3, 7), (8, 8))]
+    images = load_images(save(tmp_path, *flat), 8)
+    assert images.shape == (5, 3, 8, 8) and images.min() == images.max() == 90
     wide = np.zeros((8, 24, 3), dtype=np.uint8)
     wide[:, 8:16] = 255
     assert load_images(save(tmp_path, wide), 8)[0, :, :, 1:-1].min() == 255  # the middle

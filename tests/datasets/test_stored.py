@@ -1,6 +1,7 @@
 """Arrays kept in mapped files: equal to what the files give, made again when one changes, never half-written, never in the way."""
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,7 @@ ALL = "data.modalities=[RGBImg,GrayImg,PointCloud,Mesh]"
 @pytest.fixture
 def root(small_digits, tmp_path):
     """A copy of the small digits that may be changed."""
-    for path in small_digits.rglob("*"):
-        if path.is_file() and stored.FOLDER not in path.parts:
-            target = tmp_path / "data" / path.relative_to(small_digits)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    return tmp_path / "data"
+    return shutil.copytree(small_digits, tmp_path / "data", ignore=shutil.ignore_patterns(stored.FOLDER))
 
 
 def kept(root):

@@ -1,45 +1,22 @@
-"""MI3DOR: reads both layouts of its release, checks its photographs, pairs by class. Called by `datasets.prepare.mi3dor`."""
+"""MI3DOR: reads both layouts of its release and checks its photographs. Called by `datasets.prepare.mi3dor`."""
 
-import hashlib
-import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-from PIL import Image
-
-from datasets.images import read_image
 from datasets.prepare.ownership import SPLITS
-from datasets.prepare.parallel import DIED, run_tasks
+from datasets.prepare.photographs import IMAGE_SUFFIXES, Item, examine_photographs, files_below
 from utils.errors import UserError
 
 NUM_CLASSES, IMAGES_PER_CLASS, VIEWS_PER_MODEL = 21, 500, 12
 OFFICIAL_MODELS = {"train": 3842, "test": 3848}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 LAYOUTS = {
     "folder": tuple(f"{kind}/{split}" for kind in ("image", "model") for split in SPLITS),
     "track": tuple(f"split/shrec2019_{kind}_{split}.txt" for kind in ("Image", "View") for split in SPLITS),
 }
-
-
-@dataclass(frozen=True)
-class Item:
-    """A photograph or a model; paths are below the folder of the release.
-
-    Attributes:
-        name: unique path of the photograph, of the model's OBJ file or, in the track release, of the folder of its views.
-        file: path of the photograph or OBJ file; None for a model without any.
-    """
-
-    name: str
-    split: str
-    label: int
-    file: str | None
 
 
 @dataclass(frozen=True)
@@ -121,55 +98,8 @@ def check_photographs(root: str | Path, images: Sequence[Item], workers: int) ->
     return hashes
 
 
-def examine_photographs(root: str | Path, images: Sequence[Item], workers: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Read every photograph below `root` to its end; return name -> sha256 of the file, and name -> why it cannot be used."""
-    hashes, broken = {}, {}
-    lost = lambda image: (image.name, "", DIED)
-    for name, digest, error in run_tasks(partial(_check_photograph, str(root)), images, workers, lost, "photographs"):
-        hashes[name] = digest
-        broken |= {name: error} if error else {}
-    return hashes, broken
-
-
-def by_name_hash(items: Iterable[Item]) -> list[Item]:
-    """Sort by the sha256 of the name: an order that tells nothing about the class."""
-    return sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())
-
-
-def draw_of_same_class(images: Sequence[Item], labels: Sequence[int], seed: int) -> list[Item]:
-    """Draw one photograph of each label: without replacement within a class, shuffled and started again when it is used up.
-
-    Args:
-        images: the photographs to draw from, in any order; labels: of the models to be paired.
-    Raises:
-        UserError: when a label has no photograph.
-    """
-    drawn = {}
-    for label, count in Counter(labels).items():
-        pool = by_name_hash(image for image in images if image.label == label)
-        if not pool:
-            raise UserError(f"class {label} has {count} training models but no training photograph to pair them with")
-        rng = np.random.default_rng([seed, label])
-        rounds = [rng.permutation(len(pool)) for _ in range(-(-count // len(pool)))]
-        drawn[label] = iter([pool[row] for row in np.concatenate(rounds)])
-    return [next(drawn[label]) for label in labels]
-
-
 def _totals(counts: Counter) -> dict[str, int]:
     return {split: sum(count for (part, _), count in counts.items() if part == split) for split in SPLITS}
-
-
-def _check_photograph(root: str, image: Item) -> tuple[str, str, str | None]:
-    """Return name, sha256, and what is wrong with it, if anything."""
-    data = (Path(root) / image.file).read_bytes()
-    error = None
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.verify()  # checksums of PNG
-        read_image(io.BytesIO(data))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
-        error = str(failure)
-    return image.name, hashlib.sha256(data).hexdigest(), error
 
 
 def _read_folders(root: Path) -> Release:
@@ -184,11 +114,6 @@ def _read_folders(root: Path) -> Release:
         for kind, suffixes in (("image", IMAGE_SUFFIXES), ("model", (".obj",)))
     }
     return Release("folder", found["image"], found["model"], labels)
-
-
-def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Return the files anywhere below a folder with one of the suffixes, in any case, but for hidden ones; sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
 
 
 def _read_track(root: Path) -> Release:

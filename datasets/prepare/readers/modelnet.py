@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.prepare.ownership import SPLITS
+from datasets.prepare.ownership import SPLITS, required
 from datasets.prepare.readers.archives import READ_ERRORS, list_members, problem
 from datasets.prepare.writer import ObjectTask
 from utils.errors import UserError
@@ -92,11 +92,7 @@ def read_hdf5(folder: str | Path, up: str) -> Source:
     Raises:
         UserError: on missing files, lists that do not fit, or without h5py.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError("--points needs h5py: pip install -r requirements-data.txt") from error
-    folder = Path(folder)
+    h5py, folder = required("h5py", "--points"), Path(folder)
     parts = sorted((int(match[3]), path, match) for path in folder.glob("*.h5") if (match := _HDF5.fullmatch(path.name)))
     if not parts:
         raise UserError(f"{folder}: expected ply_data_train0.h5 ... ply_data_test1.h5 (or train0.h5 ...), found none")
@@ -152,11 +148,11 @@ def to_z_up(points: np.ndarray, up: str) -> np.ndarray:
     return points if up == "z" else np.stack([points[..., 0], -points[..., 2], points[..., 1]], axis=-1)
 
 
-def check_official(source: Source, hdf5: bool) -> str | None:
-    """Compare a source with the official classes and counts; with `hdf5`, ModelNet40 may lack the three clouds its HDF5 set lacks.
+def check_official(source: Source, any_counts: bool, hdf5: bool = False) -> bool:
+    """Return whether a source has the official classes and counts; with `hdf5`, ModelNet40 may lack three clouds, as its HDF5 set does.
 
-    Returns:
-        None, or one line on the first differences.
+    Raises:
+        UserError: on other counts, with the first differences, unless `any_counts`.
     """
     found = Counter((shape.object_class, shape.split) for shape in source.shapes)
     official = OFFICIAL[source.dataset].items()
@@ -164,11 +160,16 @@ def check_official(source: Source, hdf5: bool) -> str | None:
     missing = expected - found
     few = not found - expected and missing.total() == 9843 - HDF5_TRAINING_CLOUDS and all(split == "train" for _, split in missing)
     if found == expected or (hdf5 and source.dataset == "modelnet40" and few):
-        return None
+        return True
+    if any_counts:
+        return False
     differing = sorted(key for key in expected | found if expected[key] != found[key])
     examples = ", ".join(f"{'/'.join(key)}: {found[key]} instead of {expected[key]}" for key in differing[:4])
     total = " / ".join(str(sum(n for (_, part), n in found.items() if part == split)) for split in SPLITS)
-    return f"{source.dataset}: found {total} objects, {len(differing)} counts differ ({examples})"
+    raise UserError(
+        f"{source.dataset}: found {total} objects, {len(differing)} counts differ ({examples}); fetch the complete set, or accept "
+        "it as it is with --any-counts"
+    )
 
 
 def make_tasks(source: Source, clouds: dict[str, np.ndarray] | None = None) -> list[ObjectTask]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.prepare.ownership import required
 from datasets.prepare.readers.modelnet import MODELNET10, Shape, Source
 from datasets.prepare.shapes.mesh import MeshError
 from utils.errors import UserError
@@ -35,13 +36,10 @@ def read_pcd(data: bytes) -> tuple[np.ndarray, int]:
         MeshError: when it is no PCD file, has no x, y, z, header and body disagree, or no valid point is left.
         UserError: without pypcd4.
     """
-    try:
-        from pypcd4 import MetaData, PointCloud
-    except ImportError as error:
-        raise UserError("PCD files need pypcd4: pip install -r requirements-data.txt") from error
+    pypcd4 = required("pypcd4", "a PCD file")
     lines, body = _split(data)
     try:
-        meta = MetaData.parse_header([f"{key} {' '.join(words)}" for key, words in lines.items()])
+        meta = pypcd4.MetaData.parse_header([f"{key} {' '.join(words)}" for key, words in lines.items()])
     except DAMAGES as error:
         raise MeshError(f"not a readable PCD header: {' '.join(str(error).split())}") from error
     if len({len(part) for part in (meta.fields, meta.size, meta.type, meta.count)}) > 1 or max(meta.count) > MAX_COUNT:
@@ -50,7 +48,7 @@ def read_pcd(data: bytes) -> tuple[np.ndarray, int]:
         raise MeshError(f"expected POINTS >= 1 and equal to WIDTH x HEIGHT, found {meta.points}, {meta.width} and {meta.height}")
     try:
         body = _sized(body, meta.data.value, meta.points, meta.build_dtype().itemsize)
-        table = np.atleast_1d(PointCloud.from_fileobj(io.BytesIO(meta.compose_header().encode() + body)).pc_data)
+        table = np.atleast_1d(pypcd4.PointCloud.from_fileobj(io.BytesIO(meta.compose_header().encode() + body)).pc_data)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
             cloud = np.stack([table[axis].astype(np.float32) for axis in "xyz"], axis=1)
     except DAMAGES as error:

@@ -7,6 +7,7 @@ import numpy as np
 
 from datasets.arrays import box_centre, to_unit_sphere
 from datasets.mesh_faces import mesh_to_faces
+from datasets.prepare.ownership import required
 from utils.errors import UserError
 
 Seed = int | tuple[int, ...]
@@ -184,10 +185,7 @@ def _record(original: Mesh, mesh: Mesh, method: str) -> dict:
 
 def _presimplify(original: Mesh) -> tuple[Mesh, list[str]]:
     """Reduce to `PRE_FACES` if that keeps the area, else return the original."""
-    try:
-        import fast_simplification
-    except ImportError as error:
-        raise UserError(f"mesh simplification needs fast-simplification ({error}): pip install -r requirements-data.txt") from error
+    fast_simplification = required("fast_simplification", "mesh simplification")
     vertices, triangles = fast_simplification.simplify(
         original[0].astype(np.float32), original[1].astype(np.int32), target_count=PRE_FACES
     )
@@ -204,11 +202,7 @@ def _decimate(vertices: np.ndarray, triangles: np.ndarray, max_faces: int) -> Me
     """Return VTK's quadric decimation, or None when it leaves nothing."""
     if len(triangles) <= max_faces:
         return vertices, triangles
-    try:
-        import pyvista
-    except ImportError as error:
-        raise UserError(f"mesh simplification needs pyvista ({error}): pip install -r requirements-data.txt") from error
-    mesh = pyvista.PolyData.from_regular_faces(vertices, triangles)
+    mesh = required("pyvista", "mesh simplification").PolyData.from_regular_faces(vertices, triangles)
     reduced = mesh.decimate(1 - (max_faces - 0.5) / len(triangles), volume_preservation=True)
     try:
         return clean_mesh(np.asarray(reduced.points, dtype=np.float64), np.asarray(reduced.regular_faces, dtype=np.int64))

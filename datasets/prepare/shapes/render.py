@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import cKDTree
 
+from datasets.prepare.ownership import required
 from datasets.prepare.shapes.looks import Part, put_on
 from datasets.prepare.shapes.mesh import MeshError
 from utils.errors import UserError
@@ -101,10 +102,7 @@ def render_views(parts: Sequence[Part], cameras: Sequence[Camera], size: int) ->
     """
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkEGLRenderWindow")
-    try:
-        import pyvista
-    except ImportError as error:
-        raise UserError(f"drawing meshes needs pyvista ({error}): pip install -r requirements-data.txt") from error
+    pyvista = required("pyvista", "drawing meshes")
     side = size * SUPERSAMPLING
     plotter = pyvista.Plotter(off_screen=True, window_size=(side, side), lighting="none")
     try:

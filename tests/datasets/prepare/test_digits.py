@@ -13,8 +13,8 @@ import pytest
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
+from test_writer import paired_lists
 
-from datasets.lists import check_paired, default_list_path, read_labelled_list
 from datasets.mesh_faces import mesh_to_faces
 from datasets.prepare import digits as prepare_digits
 from datasets.prepare import mnist3d
@@ -153,13 +153,8 @@ def test_kaggle_files_are_read_in_numeric_order_or_refused(tmp_path, harm, words
 
 def test_written_digits(tmp_path):
     assert write_digits(tmp_path, "own", splits(), num_points=50, source="test")
-    lists = {}
-    for modality in ("RGBImg", "GrayImg", "PointCloud", "Mesh"):
-        path = default_list_path(tmp_path, "own", modality, "train")
-        lists[modality], labels = read_labelled_list(path, modality=modality, root=tmp_path, num_classes=3)
-        assert labels.tolist() == [0, 1, 2, 0]
-    check_paired(list(lists.values()))
-    assert lists["GrayImg"].names[3] == "train/gray_imgs/GrayImg_train_000006.png"
+    lists, labels = paired_lists(tmp_path, "own", ("RGBImg", "GrayImg", "PointCloud", "Mesh"))
+    assert labels == [0, 1, 2, 0] and lists["GrayImg"].names[3] == "train/gray_imgs/GrayImg_train_000006.png"
     image = splits()["train"].images[3]
     full = digit_to_point_cloud(image)
     np.testing.assert_array_equal(np.asarray(Image.open(lists["GrayImg"].files[3])), gray_image(image))
@@ -224,11 +219,8 @@ def test_authors_lists_are_joined_on_id(tmp_path, given):
     root = tmp_path / "out"
     report = join_authors_lists(tmp_path / "release" / given, root)
     assert report[0] == "train RGBImg-PointCloud: 2 of 4 rows were mispaired, 2 of them across classes; joined on id"
-    (pictures, _), (clouds, labels) = (
-        read_labelled_list(default_list_path(root, "mnist3d", name, "train"), modality=name, root=root) for name in ("RGBImg", "PointCloud")
-    )
-    check_paired([pictures, clouds])
-    assert labels.tolist() == [0, 1, 2, 0] and clouds.files[0].startswith(str((tmp_path / "release").resolve()))
+    lists, labels = paired_lists(root, "mnist3d", ("RGBImg", "PointCloud"))
+    assert labels == [0, 1, 2, 0] and lists["PointCloud"].files[0].startswith(str((tmp_path / "release").resolve()))
     assert json.loads((root / "manifest.json").read_text())["pairing"] == report
 
 

@@ -16,8 +16,10 @@ from test_writer import snapshot
 from datasets.lists import default_list_path, read_labelled_list
 from datasets.prepare import mi3dor as prepare_mi3dor
 from datasets.prepare import ownership
+from datasets.prepare.ownership import read_journal
+from datasets.prepare.photographs import Item, draw_of_same_class
 from datasets.prepare.readers import mi3dor
-from datasets.prepare.readers.mi3dor import Item, Release, check_official, draw_of_same_class, read_release
+from datasets.prepare.readers.mi3dor import Release, check_official, read_release
 from utils.errors import UserError
 
 need_data_packages("pyvista", "fast_simplification")
@@ -103,10 +105,6 @@ def read(output: Path, dataset: str, modality: str, split: str):
     return read_labelled_list(path, modality=modality, root=output, instance_id="(.+)$", num_classes=21, unique=())
 
 
-def journal(output: Path) -> dict[int, dict]:
-    return {entry["number"]: entry for entry in map(json.loads, (output / "objects.jsonl").read_text().splitlines()[1:])}
-
-
 def test_both_releases_are_listed(folder_release, track_release):
     release = read_release(folder_release)
     assert release.layout == "folder" and release.class_to_index == {"arm_chair": 0, "bear_train": 1, "car": 2}
@@ -128,7 +126,7 @@ def test_both_releases_are_listed(folder_release, track_release):
 @pytest.mark.parametrize("dataset,training", [("mi3dor", 9), ("mi3dor_class", 8)])
 def test_lists_and_manifests(prepared, folder_release, dataset, training):
     """Test lists hold everything; unpaired training lists too, in the order of the names' hashes; manifests hash the content."""
-    entries, manifest = journal(prepared), json.loads((prepared / f"{dataset}_pairs.json").read_text())
+    entries, manifest = read_journal(prepared)[1], json.loads((prepared / f"{dataset}_pairs.json").read_text())
     photographs = [item for item in read_release(folder_release).images if dataset == "mi3dor" or item.split == "test"]
     for split in ("train", "test"):
         lists = [default_list_path(prepared, dataset, name, split) for name in ("RGBImg", "GrayImg")]
@@ -140,7 +138,7 @@ def test_lists_and_manifests(prepared, folder_release, dataset, training):
             assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
             assert set(names) == {item.file for item in photographs if item.split == split} and len(names) == len(set(names))
         meshes, labels = read(prepared, dataset, "Mesh", split)
-        assert [entries[int(name[-10:-4])]["name"].split("/")[2] for name in meshes.names] == [list(CLASSES)[i] for i in labels]
+        assert [entries[split, int(name[-10:-4])]["name"].split("/")[2] for name in meshes.names] == [list(CLASSES)[i] for i in labels]
         assert not any(word in "".join(meshes.names) for word in CLASSES)
         pictures = training if split == "train" else 5
         assert manifest["counts"][split] == {"RGBImg": pictures, "GrayImg": pictures, "Mesh": 8 if split == "train" else 5}
@@ -179,7 +177,7 @@ def test_meshes(prepared, folder_release):
     assert manifest["class_to_index"] == {"arm_chair": 0, "bear_train": 1, "car": 2} and manifest["counts"] == {"train": 8, "test": 5}
     left_out = {Path(entry["name"]).stem: entry["left_out"].split(":")[0] for entry in manifest["left_out"]}
     assert left_out == {BROKEN: "a face names vertex 9 of 2", EMPTY: "an empty mesh"}
-    for entry in (entry for entry in journal(prepared).values() if "files" in entry):
+    for entry in (entry for entry in read_journal(prepared)[1].values() if "files" in entry):
         number = int(Path(entry["name"]).stem[-4:])
         faces = np.load(prepared / next(iter(entry["files"])))
         assert faces.dtype == np.float32 and faces.shape == (12 if number % 2 else 4, 18)

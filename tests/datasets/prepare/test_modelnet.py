@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_writer import paired_lists
 
-from datasets.lists import check_paired, default_list_path, read_labelled_list
 from datasets.prepare import modelnet
+from datasets.prepare.ownership import read_journal
 from datasets.prepare.readers.archives import read_member
 from datasets.prepare.readers.modelnet import MODELNET10, OFFICIAL, Source, check_official, make_tasks, read_archive, read_hdf5, read_npz
 from datasets.prepare.shapes.mesh import MeshError
@@ -46,7 +47,7 @@ def test_the_real_clouds(dataset, path, counts):
     if not path.is_file():
         pytest.skip(f"{path} is not there")
     source = read_npz(path)
-    assert source.dataset == dataset and check_official(source, hdf5=False) is None
+    assert source.dataset == dataset and check_official(source, any_counts=False)
     tasks = make_tasks(source)
     with np.load(path) as archive:
         row = archive["instance_id"].tolist().index(tasks[0].name)
@@ -56,8 +57,9 @@ def test_the_real_clouds(dataset, path, counts):
     assert (labels[1:] != labels[:-1]).mean() > 0.7  # the order tells nothing about the class
     training = next(i for i, shape in enumerate(source.shapes) if shape.split == "train")
     fewer = Source(dataset, source.shapes[:training] + source.shapes[training + 3 :], "")
-    assert "counts differ" in check_official(fewer, hdf5=False)
-    assert (check_official(fewer, hdf5=True) is None) == (dataset == "modelnet40")  # only the HDF5 set lacks three
+    with pytest.raises(UserError, match="counts differ.*--any-counts"):
+        check_official(fewer, any_counts=False)
+    assert check_official(fewer, any_counts=True, hdf5=True) == (dataset == "modelnet40")  # only the HDF5 set lacks three
 
 
 def test_splats_end_to_end(tmp_path):
@@ -67,14 +69,9 @@ def test_splats_end_to_end(tmp_path):
     assert not root.exists()
     points[1] = 0  # all in one place
     run("--npz", write_npz(tmp_path / "a.npz", points=points), "--root", root)
-    lists = {}
-    for modality in ("RGBImg", "GrayImg", "PointCloud"):
-        path = default_list_path(root, "modelnet10_splat", modality, "train")
-        lists[modality], labels = read_labelled_list(path, modality=modality, root=root, num_classes=10)
-    check_paired(list(lists.values()))
-    entries = {e["number"]: e for e in map(json.loads, (root / "objects.jsonl").read_text().splitlines()[1:])}
-    kept = [entries[int(number)] for number in lists["RGBImg"].instance_ids]
-    assert len(kept) == 3 and labels.tolist() == [list(MODELNET10).index(e["name"].rsplit("_", 1)[0]) for e in kept]
+    lists, labels = paired_lists(root, "modelnet10_splat", ("RGBImg", "GrayImg", "PointCloud"))
+    kept = [read_journal(root)[1]["train", int(number)] for number in lists["RGBImg"].instance_ids]
+    assert len(kept) == 3 and labels == [list(MODELNET10).index(e["name"].rsplit("_", 1)[0]) for e in kept]
     assert not any(name.split("_")[0] in " ".join(lists["RGBImg"].names) for name in MODELNET10)
     with np.load(tmp_path / "a.npz") as archive:
         row = archive["instance_id"].tolist().index(kept[0]["name"])

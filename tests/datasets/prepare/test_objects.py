@@ -16,6 +16,7 @@ import evaluate
 import train_step1
 from datasets.lists import read_labelled_list
 from datasets.prepare import objects
+from datasets.prepare.ownership import read_journal
 from datasets.prepare.readers.collection import Item, make_tasks, read_folder, read_npz
 from datasets.prepare.readers.objects import read_cloud, read_npz_parts, read_parts
 from datasets.prepare.shapes.mesh import MeshError
@@ -112,7 +113,7 @@ def test_every_file_is_right_or_listed(here, trimesh, renderer, monkeypatch, cap
     assert f"{len(reasons)} of {len(reasons) + len(good)} objects skipped" in printed and "1 .txt" in printed
     for name, reason in rows:
         assert re.search(reasons[name], reason), (name, reason)
-    entries = {e["name"]: e for e in map(json.loads, (root / "objects.jsonl").read_text().splitlines()[1:]) if "files" in e}
+    entries = {entry["name"]: entry for entry in read_journal(root)[1].values() if "files" in entry}
     assert entries.keys() == {os.fsencode(name).decode(errors="backslashreplace") for name in good}
     for name, entry in entries.items():
         if name.startswith("box/") and "scene" not in name:
@@ -229,7 +230,7 @@ def test_a_damaged_file_does_not_hide_another_format_of_it(here, trimesh, render
     for name in ("a.glb", "a.obj", "c.obj", "c.stl"):
         put(here / f"m/{name}", "junk")
     objects.main(["--name", "m", "--root", "m", *SMALL])
-    entries = {e["name"]: e for e in map(json.loads, Path("dataset/m/objects.jsonl").read_text().splitlines()[1:]) if "files" in e}
+    entries = {entry["name"]: entry for entry in read_journal(Path("dataset/m"))[1].values() if "files" in entry}
     assert entries.keys() == {"a.glb", "b.obj"} and entries["a.glb"]["read"] == "a.stl" and "read" not in entries["b.obj"]
     np.testing.assert_allclose(extents(Path("dataset/m"), entries["a.glb"]), np.divide(BOX, 4), atol=1e-4)  # its own axis is z
     skipped = dict(csv.reader(Path("dataset/m/skipped.csv").read_text().splitlines()[1:]))

@@ -10,6 +10,7 @@ import pytest
 from test_modelnet import run
 
 from datasets.prepare import modelnet as prepare_modelnet
+from datasets.prepare.ownership import read_journal
 from datasets.prepare.readers.modelnet import MODELNET10, MODELNET40
 from datasets.prepare.readers.pcd import read_pcd, read_pcd_folder
 from datasets.prepare.shapes.mesh import MeshError
@@ -151,7 +152,7 @@ def write_folder(root: Path, classes=("bathtub", "bed", "night_stand")) -> dict[
 
 def prepared(root: Path) -> tuple[dict, dict[str, dict], dict[str, np.ndarray]]:
     """The manifest, and the journal and the clouds by name."""
-    entries = {entry["name"]: entry for entry in map(json.loads, (root / "objects.jsonl").read_text().splitlines()[1:])}
+    entries = {entry["name"]: entry for entry in read_journal(root)[1].values()}
     files = {name: next((file for file in entry.get("files", ()) if file.endswith(".npy")), None) for name, entry in entries.items()}
     return json.loads((root / "manifest.json").read_text()), entries, {name: np.load(root / file) for name, file in files.items() if file}
 

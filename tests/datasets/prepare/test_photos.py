@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_modelnet import write_npz
+from test_writer import snapshot
 
 from datasets.lists import default_list_path, read_labelled_list
 from datasets.prepare import inspect, photos
@@ -34,6 +35,11 @@ def run(folder, *more):
                  "--workers", "1", *more])
 
 
+def inspected(folder):
+    small = ("data.num_points=8", "data.eval_subsets=4", "model.num_neighbors=4")
+    return ["--set", f"data.root={folder / 'made'}", *small, "--output", str(folder / "sheet.png")]
+
+
 def rows(folder, modality, split, dataset=photos.DATASET, **more):
     path = default_list_path(folder / "made", dataset, modality, split)
     return read_labelled_list(path, modality=modality, root=folder / "made", instance_id="(.+)", **more)
@@ -51,29 +57,27 @@ def test_lists_of_photographs_and_shapes_of_the_shared_classes(source, capsys):
         tasks = [numbers[split, int(Path(path).stem[-6:])] for path in shapes.files]  # the numbers of modelnet40_splat
         assert [task.name.rsplit("_", 1)[0] for task in tasks] == [("bathtub", "table")[k] for k in labels]
         assert all((np.load(path) == task.cloud).all() for path, task in zip(shapes.files, tasks))
-    before = {path: path.read_bytes() for path in (source / "made").rglob("*") if path.is_file()}
+    before = snapshot(source / "made")
     run(source)
-    assert "already prepared" in capsys.readouterr().out
-    assert before == {path: path.read_bytes() for path in (source / "made").rglob("*") if path.is_file()}
-    inspect.main([CONFIG, "--set", f"data.root={source / 'made'}", "data.num_points=8", "data.eval_subsets=4", "model.num_neighbors=4", "--output", str(source / "sheet.png")])
+    assert "already prepared" in capsys.readouterr().out and snapshot(source / "made") == before
+    inspect.main([CONFIG, *inspected(source)])
     assert "FAILED" not in capsys.readouterr().out and (source / "sheet.png").stat().st_size > 1000
 
 
 def test_class_pairs_have_one_label_in_a_row_and_say_that_they_read_it(source, capsys):
     run(source)
-    before = {path: path.read_bytes() for path in (source / "made").rglob("*") if path.is_file()}
+    before = snapshot(source / "made")
     for _ in range(2):
         run(source, "--pairing", "class")
         assert "not unsupervised" in capsys.readouterr().out
-    assert before.items() <= {path: path.read_bytes() for path in (source / "made").rglob("*") if path.is_file()}.items()
+    assert before.items() <= snapshot(source / "made").items()
     found = {name: rows(source, name, "train", "photos_modelnet40_class", unique=()) for name in ("RGBImg", "GrayImg", "PointCloud")}
     shapes, labels = rows(source, "PointCloud", "train")
     assert found["PointCloud"][0].names == shapes.names and all((other == labels).all() for _, other in found.values())
     assert set(found["RGBImg"][0].names) <= set(rows(source, "RGBImg", "train")[0].names)
     manifest = json.loads((source / "made/photos_modelnet40_class_pairs.json").read_text())
     assert manifest["uses_labels_for_training_pairs"] and manifest["counts"]["train"] == dict.fromkeys(found, len(labels))
-    inspect.main([CONFIG.replace("40", "40_class"), "--set", f"data.root={source / 'made'}", "data.num_points=8", "data.eval_subsets=4",
-                  "model.num_neighbors=4", "--output", str(source / "sheet.png")])
+    inspect.main([CONFIG.replace("40", "40_class"), *inspected(source)])
     assert "FAILED" not in capsys.readouterr().out
 
 

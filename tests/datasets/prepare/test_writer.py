@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.lists import check_paired, default_list_path, read_labelled_list
+from datasets.lists import SampleList, check_paired, default_list_path, read_labelled_list
 from datasets.prepare import parallel, writer
 from datasets.prepare.shapes.mesh import MeshError
-from datasets.prepare.writer import ObjectTask, report, write_dataset
+from datasets.prepare.writer import ObjectTask, write_dataset
 from utils.engine.session import run_command
 from utils.errors import UserError
 
 SETTINGS = {"dataset": "own", "modalities": ["RGBImg", "PointCloud"], "size": 4, "packages": {"vtk": "1"}}
 TASKS = [ObjectTask(n // 2, f"thing {n}", ("train", "test")[n % 2], n % 3) for n in range(10)]
 FILES = 3 * len(TASKS)  # two views and a cloud of each
+CUTS = {  # step -> calls of it at which a run is cut off
+    "produce": (1, 2, 10), "_write_journal": (1, 2, 3), "atomic_write_json": (1,), "atomic_write_text": (1, 2, 3, 5, 7),
+    "os.replace": (1, 2, 3, 20), "_discard": (1,),
+}
 
 
 def make(size: int, made: list | None, stop: int, task: ObjectTask) -> tuple[dict[str, np.ndarray], dict]:
@@ -58,6 +63,14 @@ def snapshot(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
+def paired_lists(root: Path, dataset: str, modalities: Sequence[str]) -> tuple[dict[str, SampleList], list[int]]:
+    """The training lists of a prepared data set, which pair their rows, and the labels that all of them give."""
+    read = {name: read_labelled_list(default_list_path(root, dataset, name, "train"), modality=name, root=root) for name in modalities}
+    check_paired([rows for rows, _ in read.values()])
+    (labels,) = {tuple(values.tolist()) for _, values in read.values()}
+    return {name: rows for name, (rows, _) in read.items()}, list(labels)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, bytes]:
     root = tmp_path_factory.mktemp("writer") / "whole"
@@ -67,11 +80,8 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 
 def test_what_is_written(tmp_path, whole):
     assert write(tmp_path)
-    lists = {}
-    for name in SETTINGS["modalities"]:
-        lists[name], labels = read_labelled_list(default_list_path(tmp_path, "own", name, "train"), modality=name, root=tmp_path)
-        assert labels.tolist() == [task.label for task in TASKS if task.split == "train"]
-    check_paired(list(lists.values()))
+    lists, labels = paired_lists(tmp_path, "own", SETTINGS["modalities"])
+    assert labels == [task.label for task in TASKS if task.split == "train"]
     picture = Path(lists["RGBImg"].files[3])
     assert lists["RGBImg"].names[3] == "train/rgb_imgs/RGBImg_train_000003.png" and (np.asarray(Image.open(picture)) == 30).all()
     assert (picture.parent / "view_01" / picture.name).is_file() and np.load(lists["PointCloud"].files[3]).dtype == np.float32
@@ -83,8 +93,7 @@ def test_what_is_written(tmp_path, whole):
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["new", "replacing"])
-@pytest.mark.parametrize("call", [1, 2, 3, 20])
-@pytest.mark.parametrize("step", ["produce", "_write_journal", "atomic_write_json", "atomic_write_text", "os.replace", "_discard"])
+@pytest.mark.parametrize("step,call", [(step, call) for step, calls in CUTS.items() for call in calls])
 def test_cut_off_anywhere_nothing_is_lost_and_the_next_run_ends_the_same(tmp_path, monkeypatch, whole, step, call, before):
     if before:
         write(tmp_path, size=6)
@@ -100,11 +109,10 @@ def test_cut_off_anywhere_nothing_is_lost_and_the_next_run_ends_the_same(tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(f"datasets.prepare.writer.{step}", dies)
-        try:
+        with pytest.raises(KeyboardInterrupt):
             write(tmp_path, overwrite=before)
-        except KeyboardInterrupt:
-            if step != "_discard" and not (tmp_path / ".preparing/manifest.json").is_file():  # nothing has been moved yet
-                assert old.items() <= snapshot(tmp_path).items() and (tmp_path / "manifest.json").is_file() == before
+    if step != "_discard" and not (tmp_path / ".preparing/manifest.json").is_file():  # nothing has been moved yet
+        assert old.items() <= snapshot(tmp_path).items() and (tmp_path / "manifest.json").is_file() == before
     write(tmp_path, overwrite=before)
     found = snapshot(tmp_path)
     assert (found.pop("train/rgb_imgs/notes.txt", None) == b"mine") == before and found == whole
@@ -273,8 +281,7 @@ def test_unusable_objects_are_left_out_of_everything(tmp_path, capsys):
             raise MeshError("no good")
         return make(4, None, -1, task)
 
-    made, manifest = write_dataset(tmp_path, SETTINGS, TASKS, broken)
-    report(tmp_path, made, manifest)
+    _, manifest = write_dataset(tmp_path, SETTINGS, TASKS, broken)
     assert "left out of every modality: train thing 4: no good" in capsys.readouterr().out
     assert manifest["counts"] == {"train": 4, "test": 5} and manifest["left_out"][0]["name"] == "thing 4"
     assert not list(tmp_path.rglob("*_000002.*"))[3:] and not write_dataset(tmp_path, SETTINGS, TASKS, broken)[0]
