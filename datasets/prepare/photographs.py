@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import io
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,7 +94,7 @@ def _check_photograph(root: str, image: Item) -> tuple[str, str, str | None]:
             picture.verify()  # checksums of PNG
         read_image(io.BytesIO(data))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
-        error = str(failure)
+        error = re.sub(r" <_io\.BytesIO object at \w+>", "", str(failure))
     return image.name, hashlib.sha256(data).hexdigest(), error
 
 

@@ -72,6 +72,14 @@ def test_what_changes_the_array_makes_another_and_what_does_not_makes_none(root)
     assert not [name for name in kept(root) if name.endswith(".tmp")]
 
 
+def test_arrays_of_an_older_format_go(root, monkeypatch):
+    smoke_samples(root)
+    before = kept(root)
+    monkeypatch.setattr(stored, "FORMAT", stored.FORMAT + 1)
+    smoke_samples(root)
+    assert len(kept(root)) == len(before) and not set(kept(root)) & set(before)
+
+
 def test_a_damaged_or_unwritable_store_gives_the_same_arrays(root, monkeypatch):
     _, first = smoke_samples(root)
     arrays = {name: values.clone() for name, values in first.arrays.items()}  # the file itself is what the test damages
