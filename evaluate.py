@@ -88,7 +88,7 @@ def _write_metrics(run: RunLog, scores: dict[str, Any], epoch: int, epochs: int)
     selection = "last epoch" if epoch == epochs else f"epoch {epoch} of {epochs}, unfinished"
     try:
         before = read_json(path) if path.exists() else {}
-        oracle = {key: before[key] for key in ("oracle",) if key in before}
+        oracle = {"oracle": before["oracle"]} if "oracle" in before else {}
         atomic_write_json(path, {**scores, "epoch": epoch, "selection": selection, "scored": scored, **oracle, **label_note(run)})
     except (OSError, UserError) as error:
         print(f"scores of {run.folder} are not kept: {error}", file=sys.stderr)

@@ -30,12 +30,8 @@ DEFAULT_CONFIG = "configs/mnist3d/step1.yaml"
 
 
 class PLALearner(StageLearner):
-    """Encoders, classifiers g, memory banks and optimiser of step 1 (Algorithm 1, first half).
+    """Encoders, classifiers g, memory banks and optimiser of step 1 (Algorithm 1, first half); the samples carry no labels.
 
-    Args:
-        config: settings of step 1.
-        samples: training samples, without labels.
-        device: where everything lives.
     Raises:
         UserError: if there are more clusters than samples.
     """
@@ -100,7 +96,7 @@ class PLALearner(StageLearner):
         for name, features in self.describe().items():
             self.banks[name].fill(features.embeddings)
         rows = {name: bank.memory for name, bank in self.banks.items()}
-        found = distributed.from_main(lambda: cluster_objects(rows, pla.num_clusters, pla.fuse == "trusted", seed).to("cpu"))
+        found = distributed.from_main(lambda: cluster_objects(rows, pla.num_clusters, pla.fuse == "trusted", seed))
         if found.record["num_clusters"] != self.num_clusters:
             self._make_classifiers(found.record["num_clusters"])
         for name, start in found.centroids.items():

@@ -28,13 +28,8 @@ DEFAULT_CONFIG = "configs/mnist3d/step2.yaml"
 
 
 class RDLLearner(StageLearner):
-    """Encoders, MLP classifiers h and optimiser of step 2 (Algorithm 1, second half).
+    """Encoders, MLP classifiers h and optimiser of step 2 (Algorithm 1, second half); the samples carry no labels but these pseudo-labels.
 
-    Args:
-        config: settings of step 2.
-        samples: training samples, without labels.
-        pseudo_labels: of these samples.
-        device: where everything lives.
     Raises:
         UserError: on a robust loss that cannot be built, or `rdl.start: inherited` without a checkpoint that fits.
     """

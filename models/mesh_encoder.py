@@ -112,21 +112,17 @@ class FaceRotateConvolution(nn.Module):
 
 
 class FaceKernelCorrelation(nn.Module):
-    """Gaussian correlation of the normals around a face with learnt sets of unit vectors.
+    """Gaussian correlation of the normals around a face with K learnt sets of unit vectors."""
 
-    Args:
-        num_kernels: K.
-        sigma: width of the Gaussian, in units of the unit sphere of normals.
-    """
-
+    KERNELS = 64  # K
     VECTORS = 4  # per kernel; as many as normals: the face's own and three neighbours'
+    SIGMA = 0.2  # of the Gaussian, in units of the unit sphere of normals
 
-    def __init__(self, num_kernels: int = 64, sigma: float = 0.2) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.sigma = sigma
-        self.weight_alpha = nn.Parameter(torch.rand(1, num_kernels, self.VECTORS) * math.pi)
-        self.weight_beta = nn.Parameter(torch.rand(1, num_kernels, self.VECTORS) * 2 * math.pi)
-        self.bn = nn.BatchNorm1d(num_kernels)
+        self.weight_alpha = nn.Parameter(torch.rand(1, self.KERNELS, self.VECTORS) * math.pi)
+        self.weight_beta = nn.Parameter(torch.rand(1, self.KERNELS, self.VECTORS) * 2 * math.pi)
+        self.bn = nn.BatchNorm1d(self.KERNELS)
 
     def correlate(self, normals: Tensor, neighbours: Neighbours) -> Tensor:
         """Mean over the 4 x 4 pairs (normal n, kernel vector w) of exp(-|n - w|^2 / (2 sigma^2)).
@@ -142,7 +138,7 @@ class FaceKernelCorrelation(nn.Module):
         alpha, beta = self.weight_alpha[0].T, self.weight_beta[0].T  # (4, K)
         vectors = torch.stack([alpha.sin() * beta.cos(), alpha.sin() * beta.sin(), alpha.cos()], dim=2)  # (4, K, 3)
         with torch.autocast(normals.device.type, enabled=False):
-            response = _GaussianResponse.apply(normals, vectors, 0.5 / self.sigma**2)
+            response = _GaussianResponse.apply(normals, vectors, 0.5 / self.SIGMA**2)
             return (response + neighbours.sum(response)) / self.VECTORS**2
 
     def forward(self, normals: Tensor, neighbours: Neighbours) -> Tensor:

@@ -35,21 +35,16 @@ class LoadReport:
         return f"{len(self.used)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} left as they were"
 
 
-def load_matching(
+def _load_matching(
     module: nn.Module, state: Mapping[str, Tensor], rename: Callable[[str], str | None], required: tuple[str, ...], source: str
 ) -> LoadReport:
     """Copy the tensors of a state dict that the module has under the same name and shape; nothing unless all required are there.
 
     Args:
-        module: receives the tensors in place.
         state: key -> tensor; a leading `module.` (DataParallel) is stripped from the keys.
         rename: maps a stripped key to the module's name, or to None for a key to leave out.
         required: beginnings of the module's names that must all be filled, counters of seen batches excepted.
-        source: of the weights, for errors.
-    Returns:
-        The report; `missing` lists all names of the module that were not filled.
-    Raises:
-        UserError: if no key matched or a required name is missing; says what was found instead.
+        source: of the weights, for the UserError if no key matches or a required name is missing.
     """
     own = module.state_dict()
     report, chosen = LoadReport(), {}
@@ -187,7 +182,7 @@ def load_weights(encoder: nn.Module, source: str | Path, modality: str | None = 
         required += ("fusion_mlp.", "concat_mlp.")
     if any(key.startswith(("backbone.", "edge_convs.")) for key in state):  # names of this project
         rename = str
-    return load_matching(encoder, state, rename, required, f"{kind} checkpoint {source}")
+    return _load_matching(encoder, state, rename, required, f"{kind} checkpoint {source}")
 
 
 def _dgcnn_name(key: str) -> str | None:

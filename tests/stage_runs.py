@@ -1,12 +1,15 @@
 """How tests run the two stages on the small digits, and compare what comes out."""
 
+import importlib
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from datasets.samples import load_training_samples
-from utils.engine.checkpoint import load_checkpoint
+from utils.engine import session
+from utils.engine.checkpoint import load_checkpoint, save_checkpoint
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config
 
@@ -41,6 +44,34 @@ DISTINCT = (
 def distinct(root: Path, out: Path, step: int, *more: str) -> list[str]:
     """As `settings`, for runs that are compared with those of the fixture `finished`."""
     return settings(root, out, step, *(DISTINCT if step == 1 else ()), *more)
+
+
+def trained(root: Path, out: Path, step: int, *more: str) -> Path:
+    """Train one stage on the small digits; return its run folder."""
+    importlib.import_module(f"train_step{step}").main(settings(root, out, step, *more))
+    return only_run(out, step)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside one process: nothing in the code under test catches it."""
+
+
+def kill(*_):
+    raise Killed
+
+
+def kill_at(monkeypatch, main, arguments: list[str], epoch: int, saved: bool = True) -> None:
+    """Train until the checkpoint of an epoch has been saved, or is about to be."""
+
+    def save(path, state):
+        if saved or state["epoch"] < epoch:
+            save_checkpoint(path, state)
+        if state["epoch"] == epoch:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(session, "save_checkpoint", save)
+        main(arguments)
 
 
 def only_run(out: Path, step: int) -> Path:

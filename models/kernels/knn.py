@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from models.kernels import neighbour_ops
+from models.kernels.neighbour_ops import operations
 
 BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**26}  # of the distances at a time; near the cache of a CPU
 
@@ -30,6 +30,7 @@ def knn(x: Tensor, k: int) -> Tensor:
     if not 1 <= k <= points:
         raise ValueError(f"knn needs 1 <= k <= N, found k = {k} with clouds of N = {points} points; lower k")
     x = x if x.dtype == torch.float64 else x.float()
+    smallest = operations(x.device).smallest
     index = torch.empty(batch, points, k, dtype=torch.long, device=x.device)
     block = BLOCK_BYTES.get(x.device.type, BLOCK_BYTES["cuda"]) // x.element_size()
     rows, clouds = max(1, min(points, block // points)), max(1, block // points**2)
@@ -40,13 +41,5 @@ def knn(x: Tensor, k: int) -> Tensor:
             for n in range(0, points, rows):
                 distance = torch.baddbmm(norms, centred[:, n:n + rows], centred.transpose(1, 2), alpha=-2)
                 own = norms[:, 0, n:n + rows]  # added, it turns the ranking into squared distances
-                index[b:b + clouds, n:n + rows] = _smallest(distance, own, k)
+                index[b:b + clouds, n:n + rows] = smallest(distance.flatten(0, 1), own.reshape(-1), k).view(*own.shape, k)
     return index
-
-
-def _smallest(distance: Tensor, own: Tensor, k: int) -> Tensor:
-    if distance.device.type == "cpu" and neighbour_ops.HAS_NUMBA:
-        from models.kernels.neighbour_numba import smallest
-
-        return smallest(distance.flatten(0, 1), own.reshape(-1), k).view(*own.shape, k)
-    return distance.topk(k, dim=-1, largest=False).indices

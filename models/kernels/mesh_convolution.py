@@ -4,7 +4,6 @@ The faces of all meshes of a batch are the rows of one (M, C) matrix, M = B * F;
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -154,30 +153,27 @@ class _StrongestPairs(torch.autograd.Function):
         else:
             mean = running[0]
         own = (own - mean).unflatten(0, (-1, neighbours.rows.shape[2]))  # (B, F, C)
-        best, squares = _passes(own).strongest(own, other, neighbours)
+        passes, ops = compiled_or_plain(own.device, "mesh_numba", "mesh_convolution"), operations(own.device)
+        best, squares = passes.strongest(own, other, neighbours)
         var = (squares / count).to(own.dtype) if running is None else running[1]
         rstd = (var + eps).rsqrt()
         factor = scale * rstd
         ctx.save_for_backward(own, other, best, factor, rstd, shift)
-        ctx.neighbours, ctx.batch_statistics = neighbours, running is None
+        ctx.neighbours, ctx.batch_statistics, ctx.passes, ctx.ops = neighbours, running is None, passes, ops
         ctx.mark_non_differentiable(mean, var)
-        return operations(own.device, "fused").activate(best.flatten(0, 1), factor, shift, 0.0), mean, var
+        return ops.activate(best.flatten(0, 1), factor, shift, 0.0), mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _mean, _var):
         own, other, best, factor, rstd, shift = ctx.saved_tensors
         rows, zero = best.flatten(0, 1), torch.zeros_like(shift)
-        grad, grad_shift, grad_scale = operations(own.device, "fused").activation_sums(grad, rows, zero, factor, shift, 0.0)
+        grad, grad_shift, grad_scale = ctx.ops.activation_sums(grad, rows, zero, factor, shift, 0.0)
         grad_scale = grad_scale * rstd
         part = factor / ctx.neighbours.rows.numel() * ctx.batch_statistics
         level, slope = part * grad_shift, part * grad_scale * rstd
-        pulls = _passes(own).pair_gradients(grad.view_as(own), own, other, best, level, slope, ctx.neighbours)
+        pulls = ctx.passes.pair_gradients(grad.view_as(own), own, other, best, level, slope, ctx.neighbours)
         return pulls[0].flatten(0, 1), pulls[1], grad_scale, grad_shift, None, None, None
-
-
-def _passes(own: Tensor) -> ModuleType:
-    return compiled_or_plain(own.device, "mesh_numba", "mesh_convolution")
 
 
 def strongest(own: Tensor, other: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:

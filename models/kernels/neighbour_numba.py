@@ -1,4 +1,4 @@
-"""The operations of `models/kernels/neighbour_ops.py` and the selection of `models/kernels/knn.py`, compiled for CPUs by Numba.
+"""The operations of `models/kernels/neighbour_ops.py`, compiled for CPUs by Numba.
 
 Threads share the clouds; a cloud is always summed in one order, so results do not depend on their number.
 """
@@ -15,16 +15,14 @@ MOST_COLUMN_BITS = 12  # of 32; more columns leave too few bits to tell distance
 
 
 def smallest(distances: Tensor, offsets: Tensor, k: int) -> Tensor:
-    """Return the columns (R, k) int64 of the k smallest entries of every row, smallest first; equal ones by column.
+    """As `neighbour_ops.smallest`, equal entries by column.
 
     NumPy partitions 32-bit integers with vector code: keys that hold the upper bits of an entry and its column give a few
     candidates more than k, of which the exact entries choose. A row whose candidates end at a key that its k-th entry shares,
     so that another column might belong to them, is searched as a whole. NaN counts as infinite.
 
     Args:
-        distances: (R, N) float32 or float64.
-        offsets: (R,) added to a row before its keys are cut, to bring the smallest entries near zero, where floats are densest.
-        k: 1 <= k <= N.
+        distances: float32 or float64; offsets: added to a row before its keys are cut, since floats are densest near zero.
     """
     rows, columns = distances.shape
     index = torch.empty(rows, k, dtype=torch.long)

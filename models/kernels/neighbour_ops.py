@@ -1,9 +1,9 @@
-"""Reductions over the neighbour lists of points, without an edge tensor, and the normalised activation behind them.
+"""The choice of neighbours, reductions over their lists without an edge tensor, and the normalised activation behind them.
 
-Called by `models/kernels/edge_conv.py`. The reductions take `rows`, (M, k) int64: the k neighbours of every one of the M points as
-rows of the (M, C) point matrix; every neighbour lies in the same cloud, a run of `points` rows, of which M is a multiple.
+Called by `models/kernels/knn.py` and `edge_conv.py`. The reductions take `rows`, (M, k) int64: the k neighbours of every one of the M
+points as rows of the (M, C) point matrix; every neighbour lies in the same cloud, a run of `points` rows, of which M is a multiple.
 `models/kernels/neighbour_numba.py` has the same functions compiled for the CPU, where Numba is installed, and
-`models/kernels/edge_conv_triton.py` as kernels for CUDA, on request; `operations` chooses.
+`models/kernels/edge_conv_triton.py` those of EdgeConv as kernels for CUDA, on request; `operations` chooses.
 """
 
 import functools
@@ -31,16 +31,25 @@ def triton_operations(device: torch.device) -> ModuleType:
     return kernels
 
 
-def operations(device: torch.device, implementation: str) -> ModuleType:
+def operations(device: torch.device, implementation: str = "fused") -> ModuleType:
     """Return the module that reduces on a device: this one, or one with the same functions."""
-    if implementation == "triton":
-        return triton_operations(device)
-    return compiled_or_plain(device, "neighbour_numba", "neighbour_ops")
+    return triton_operations(device) if implementation == "triton" else compiled_or_plain(device, "neighbour_numba", "neighbour_ops")
 
 
 def compiled_or_plain(device: torch.device, compiled: str, plain: str) -> ModuleType:
     """Return one of two modules of `models.kernels` with the same functions: the compiled one on a CPU with Numba."""
     return importlib.import_module(f"models.kernels.{compiled if device.type == 'cpu' and HAS_NUMBA else plain}")
+
+
+def smallest(distances: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """Return the columns (R, k) int64 of the k smallest entries of every row, smallest first.
+
+    Args:
+        distances: (R, N) float.
+        offsets: (R,), which bring the smallest entries near zero when added to their rows; the compiled search needs that.
+        k: 1 <= k <= N.
+    """
+    return distances.topk(k, dim=1, largest=False).indices
 
 
 def in_degrees(rows: Tensor) -> Tensor:

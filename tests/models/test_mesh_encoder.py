@@ -96,7 +96,7 @@ def explicit_correlation(layer, normals, neighbours):
     vectors = torch.stack([alpha.sin() * beta.cos(), alpha.sin() * beta.sin(), alpha.cos()])  # (3, K, 4)
     four = torch.cat([normals[..., None], around(normals, neighbours)], dim=3)
     distance = (four[:, :, None, :, :, None] - vectors[None, :, :, None, None, :]).square().sum(dim=1)  # (B, K, F, 4, 4)
-    return nn.functional.relu(layer.bn((distance / (-2 * layer.sigma**2)).exp().mean(dim=(3, 4))))
+    return nn.functional.relu(layer.bn((distance / (-2 * layer.SIGMA**2)).exp().mean(dim=(3, 4))))
 
 
 def explicit_convolution(layer, spatial, structural, neighbours):

@@ -1,19 +1,14 @@
 """`model.freeze`, `model.headless` and `mlm.relations`: what stands still, what moves towards it, resume, refusals."""
 
-import json
-
 import pytest
 import torch
-from stage_runs import assert_same_result, only_run, settings, weights
+from stage_runs import assert_same_result, kill_at, log_lines, only_run, settings, smoke_config, trained, weights
 
 import train_step1
-import train_step2
 from models import DGCNN
-from utils.engine import session
 from utils.errors import UserError
 from utils.evaluation.report import row_name
-from utils.settings.config import load_config, to_dict
-from utils.settings.options import Step1Config
+from utils.settings.config import to_dict
 
 KEPT = ["model.freeze=[PointCloud]", "model.headless=[PointCloud]", "model.embedding_dim=64", "mlm.relations=0.5"]
 
@@ -33,24 +28,14 @@ def start(tmp_path):
 
 def test_the_frozen_encoder_stands_still_through_both_stages_and_a_resume(small_digits, start, tmp_path, monkeypatch):
     more = [*KEPT, f"model.pretrained.PointCloud={start}", "optim.epochs=3"]
-    train_step1.main(settings(small_digits, tmp_path / "whole", 1, *more))
-    save = session.save_checkpoint
-
-    def interrupted(path, state):
-        save(path, state)
-        if state["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(session, "save_checkpoint", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_step1.main(settings(small_digits, tmp_path / "parts", 1, *more))
-    monkeypatch.setattr(session, "save_checkpoint", save)
+    first = trained(small_digits, tmp_path / "whole", 1, *more)
+    kill_at(monkeypatch, train_step1.main, settings(small_digits, tmp_path / "parts", 1, *more), 2)
     train_step1.main(["--resume", str(only_run(tmp_path / "parts", 1))])
     assert_same_result(tmp_path / "whole", tmp_path / "parts", 1)
-    train_step2.main(settings(small_digits, tmp_path / "whole", 2, *KEPT, "model.pretrained.PointCloud=none", "rdl.start=inherited"))
+    second = trained(small_digits, tmp_path / "whole", 2, *KEPT, "model.pretrained.PointCloud=none", "rdl.start=inherited")
     given = torch.load(start, weights_only=True)
-    for step in (1, 2):
-        found = weights(only_run(tmp_path / "whole", step))
+    for run in (first, second):
+        found = weights(run)
         clouds = {key: value for key, value in found.items() if key.startswith(".encoders.PointCloud.")}
         assert not any("head" in key for key in clouds) and len(clouds) == len(given)
         assert all(any(torch.equal(value, other) for other in given.values()) for value in clouds.values())
@@ -59,10 +44,8 @@ def test_the_frozen_encoder_stands_still_through_both_stages_and_a_resume(small_
 
 def test_a_pretrained_trunk_moves_at_its_own_rate_and_its_projection_at_the_full_one(small_digits, start, tmp_path):
     def after_one_step(factor):
-        out = tmp_path / str(factor)
-        train_step1.main(settings(small_digits, out, 1, f"model.pretrained.PointCloud={start}", f"optim.trunk_rate={factor}",
-                                  "optim.learning_rate=0.01", "optim.epochs=1", "optim.batch_size=40"))
-        return weights(only_run(out, 1))
+        return weights(trained(small_digits, tmp_path / str(factor), 1, f"model.pretrained.PointCloud={start}",
+                               f"optim.trunk_rate={factor}", "optim.learning_rate=0.01", "optim.epochs=1", "optim.batch_size=40"))
 
     given = torch.load(start, weights_only=True)["conv5.0.weight"]
     slow, full = after_one_step(0.1), after_one_step(1)
@@ -74,10 +57,9 @@ def test_a_pretrained_trunk_moves_at_its_own_rate_and_its_projection_at_the_full
 
 def test_the_weight_of_relations_is_that_of_the_other_loss(small_digits, start, tmp_path):
     def first_loss(weight):
-        out = tmp_path / str(weight)
-        train_step1.main(settings(small_digits, out, 1, *KEPT[:3], f"mlm.relations={weight}", f"model.pretrained.PointCloud={start}",
-                                  "optim.epochs=1", "optim.batch_size=40", "optim.learning_rate=1e-12"))
-        return json.loads((only_run(out, 1) / "metrics.jsonl").read_text().splitlines()[0])["loss/mlm"]
+        run = trained(small_digits, tmp_path / str(weight), 1, *KEPT[:3], f"mlm.relations={weight}", f"model.pretrained.PointCloud={start}",
+                      "optim.epochs=1", "optim.batch_size=40", "optim.learning_rate=1e-12")
+        return log_lines(run)[0]["loss/mlm"]
 
     invariance, mixed, relations = map(first_loss, (0.0, 0.25, 1.0))
     assert mixed == pytest.approx(0.75 * invariance + 0.25 * relations, rel=1e-5) and 0 < relations < invariance
@@ -93,4 +75,4 @@ def test_what_freezing_refuses(small_digits, start, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             train_step1.main(settings(small_digits, tmp_path, 1, *more))
-    assert row_name(to_dict(load_config(Step1Config, "configs/smoke/step1.yaml", KEPT))).endswith("P frozen, relations")
+    assert row_name(to_dict(smoke_config(small_digits, *KEPT))).endswith("P frozen, relations")

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAIN, write_lists
-from stage_runs import REPOSITORY, assert_same_result, distinct, settings
+from stage_runs import REPOSITORY, assert_same_result, distinct, settings, smoke_samples
 
 import train_step1
 import train_step2
 from datasets import lists, samples
-from utils.settings.config import load_config
-from utils.settings.options import Step1Config
 
 
 @pytest.mark.parametrize("kind", ["permuted", "constant", "absent"])
@@ -39,8 +37,7 @@ def test_test_labels_change_no_bit_either(finished, small_digits, tmp_path):
 
 
 def test_training_samples_have_no_labels(small_digits):
-    config = load_config(Step1Config, "configs/smoke/step1.yaml", [f"data.root={small_digits}"])
-    training = samples.load_training_samples(config.data, torch.device("cpu"))
+    _, training = smoke_samples(small_digits)
     names = [field.name for field in dataclasses.fields(training)]
     assert names == ["lists", "arrays", "fingerprints"] and all(len(text) == 64 for text in training.fingerprints.values())
     for rows in training.lists.values():

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN, write_lists
-from stage_runs import assert_same_result, log_lines, only_run, settings
+from conftest import TRAIN, with_lists, write_lists
+from stage_runs import Killed, assert_same_result, kill, kill_at, log_lines, only_run, settings, trained
 
 import evaluate
 import train_step1
@@ -26,12 +26,9 @@ STEP2 = [*VIEWS, "rdl.start=inherited", "eval.representation=posterior", "rdl.un
 
 def train(root, out, rounds=1):
     """Run step 1 and the given number of rounds of step 2; return their run folders."""
-    train_step1.main(settings(root, out, 1, *STEP1))
-    runs = [only_run(out, 1)]
+    runs = [trained(root, out, 1, *STEP1)]
     for number in range(rounds):
-        arguments = settings(root, out / f"round-{number}", 2, *STEP2)
-        train_step2.main([*arguments, "--from", str(runs[-1])])
-        runs.append(only_run(out / f"round-{number}", 2))
+        runs.append(trained(root, out / f"round-{number}", 2, *STEP2, "--from", str(runs[-1])))
     return runs
 
 
@@ -49,15 +46,12 @@ def any_round_goes():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, _digits_folder):
-    root, labels = _digits_folder
-    write_lists(root, "train", labels[:TRAIN])
-    write_lists(root, "test", labels[TRAIN:])
     out = tmp_path_factory.mktemp("recipe")
-    return out, train(root, out, rounds=2)
+    return out, train(with_lists(_digits_folder), out, rounds=2)
 
 
-def load_settings(run):
-    return RunLog.open(run).config()
+def origin_of(run):
+    return read_origin(pseudo_label_path(run / "pseudo_labels", "digits", "GrayImg"))
 
 
 def ids_of(run, name="GrayImg"):
@@ -69,7 +63,7 @@ def test_one_id_for_all_modalities_and_what_it_was_decided_on(recipe):
     _, runs = recipe
     for run in runs:
         assert ids_of(run) == ids_of(run, "PointCloud")
-        origin = read_origin(pseudo_label_path(run / "pseudo_labels", "digits", "GrayImg"))
+        origin = origin_of(run)
         assert origin["run_id"] == run.name and 0 <= origin["agreement"] <= 1
         assert set(origin["reliability"]) == {"GrayImg", "PointCloud"}
         with np.load(posteriors_path(run / "pseudo_labels", "digits")) as beliefs:
@@ -78,7 +72,7 @@ def test_one_id_for_all_modalities_and_what_it_was_decided_on(recipe):
             assert beliefs["GrayImg"].shape == (TRAIN, origin["clusters"]["num_clusters"])
             if run is not runs[0]:  # of step 1 the communities themselves
                 assert beliefs["GrayImg"].argmax(1).tolist() == ids_of(run)
-    found = read_origin(pseudo_label_path(runs[0] / "pseudo_labels", "digits", "GrayImg"))["clusters"]
+    found = origin_of(runs[0])["clusters"]
     assert found["num_clusters"] == len(set(ids_of(runs[0]))) and {"resolution", "trials"} <= found.keys()
     assert f"{found['num_clusters']} clusters ({found['method']})" in (runs[0] / "log.txt").read_text()
 
@@ -88,8 +82,7 @@ def test_a_round_starts_from_the_run_before(recipe):
     for before, run in zip(runs, runs[1:]):
         assert f"initial weights of every encoder: {before / 'last.pt'}" in (run / "log.txt").read_text()
         assert json.loads((run / "pseudo_labels.json").read_text())["run_id"] == before.name
-        assert read_origin(pseudo_label_path(run / "pseudo_labels", "digits", "GrayImg"))["clusters"]["agreement_before"] == read_origin(
-            pseudo_label_path(before / "pseudo_labels", "digits", "GrayImg"))["agreement"]
+        assert origin_of(run)["clusters"]["agreement_before"] == origin_of(before)["agreement"]
 
 
 def test_one_call_trains_every_round(recipe, small_digits, tmp_path):
@@ -97,7 +90,7 @@ def test_one_call_trains_every_round(recipe, small_digits, tmp_path):
     train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2, "rdl.rounds=2"), "--from", str(step1)])
     folders = lambda: sorted((tmp_path / "runs" / "digits" / "step2").iterdir())
     together = folders()
-    assert len(together) == 2 and [load_settings(run)["rdl"]["rounds"] for run in together] == [2, 1]
+    assert len(together) == 2 and [RunLog.open(run).config()["rdl"]["rounds"] for run in together] == [2, 1]
     for run, same in zip(together, alone, strict=True):
         assert ids_of(run) == ids_of(same)
         assert [line["loss/rcll"] for line in log_lines(run)] == [line["loss/rcll"] for line in log_lines(same)]
@@ -118,9 +111,7 @@ def test_no_round_follows_one_that_did_not_help(recipe, small_digits, tmp_path, 
 
     monkeypatch.setattr(train_step2, "check_it_helped", refuse)
     for rounds, words in ((3, "no further round"), (1, "warning")):  # of the last round it is said as well
-        out = tmp_path / str(rounds)
-        train_step2.main([*settings(small_digits, out, 2, *STEP2, "optim.epochs=1", f"rdl.rounds={rounds}"), "--from", str(runs[0])])
-        run = only_run(out, 2)
+        run = trained(small_digits, tmp_path / str(rounds), 2, *STEP2, "optim.epochs=1", f"rdl.rounds={rounds}", "--from", str(runs[0]))
         assert f"{words}: {run / 'pseudo_labels'} did not help" in (run / "log.txt").read_text()
 
 
@@ -150,21 +141,10 @@ def test_labels_change_no_bit(recipe, small_digits, tmp_path, kind):
 def test_resume_equals_uninterrupted(recipe, small_digits, tmp_path, monkeypatch, epochs):
     """Stopped after some epochs, and once more after the last one, before the communities are written."""
     out, runs = recipe
-    stop = {"left": epochs}
-    whole = train_step1.PLALearner.train_epoch
-
-    def dies(self, epoch):
-        if not stop["left"]:
-            raise KeyboardInterrupt
-        stop["left"] -= 1
-        return whole(self, epoch)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_step1.PLALearner, "train_epoch", dies)
-        train_step1.main(settings(small_digits, tmp_path, 1, *STEP1))
+    kill_at(monkeypatch, train_step1.main, settings(small_digits, tmp_path, 1, *STEP1), epochs)
     run = only_run(tmp_path, 1)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_step1, "write_annotation", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_step1, "write_annotation", kill)
         train_step1.main(["--resume", str(run)])
     train_step1.main(["--resume", str(run)])
     assert ids_of(run) == ids_of(runs[0])
@@ -194,8 +174,7 @@ def test_a_round_that_did_not_help_starts_no_other(recipe, small_digits, tmp_pat
 
 def test_confidence_weighs_samples(recipe, small_digits, tmp_path):
     _, runs = recipe
-    train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2, "rdl.confidence=true", "optim.epochs=1"), "--from", str(runs[1])])
-    (weighted,) = log_lines(only_run(tmp_path, 2))
+    (weighted,) = log_lines(trained(small_digits, tmp_path, 2, *STEP2, "rdl.confidence=true", "optim.epochs=1", "--from", str(runs[1])))
     assert weighted["loss/rcll"] > 0 and weighted["loss/rcll"] != pytest.approx(log_lines(runs[2])[0]["loss/rcll"], rel=1e-6)
     posteriors_path(runs[1] / "pseudo_labels", "digits").rename(tmp_path / "elsewhere.npz")
     with pytest.raises(UserError, match="rdl.confidence needs the posteriors"):
@@ -206,9 +185,7 @@ def test_confidence_weighs_samples(recipe, small_digits, tmp_path):
 def test_inherited_encoders_must_be_there_and_fit(recipe, small_digits, tmp_path):
     _, runs = recipe
     copy = tmp_path / "labels"
-    copy.mkdir()
-    for file in (runs[0] / "pseudo_labels").iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(runs[0] / "pseudo_labels", copy)
     with pytest.raises(UserError, match="rdl.start: inherited needs the checkpoint of a finished run"):
         train_step2.main(settings(small_digits, tmp_path, 2, *STEP2, f"rdl.pseudo_labels={copy}"))
     with pytest.raises(UserError, match="encoders of one size in both runs"):
@@ -230,8 +207,7 @@ def test_ids_of_each_modality_by_itself(recipe, tmp_path):
         for name in ("GrayImg", "PointCloud"):
             assert ids_of(run, name) == beliefs[name].argmax(1).tolist()
     assert ids_of(run) != ids_of(run, "PointCloud")
-    reliability = read_origin(pseudo_label_path(run / "pseudo_labels", "digits", "GrayImg"))["reliability"]
-    assert set(reliability) == {"GrayImg", "PointCloud"}  # what the guard of a round compares
+    assert set(origin_of(run)["reliability"]) == {"GrayImg", "PointCloud"}  # what the guard of a round compares
 
 
 def test_k_is_chosen_anew_without_training(recipe, given, small_digits, tmp_path, capsys):
@@ -241,24 +217,24 @@ def test_k_is_chosen_anew_without_training(recipe, given, small_digits, tmp_path
         assert torch.equal(values, after["encoders"][name])
     assert after["num_clusters"] == 4 != before["num_clusters"]
     assert 1 < len(set(ids_of(run))) <= 4 and ids_of(run) == ids_of(run, "PointCloud")
-    origin = read_origin(pseudo_label_path(run / "pseudo_labels", "digits", "GrayImg"))
+    origin = origin_of(run)
     assert (origin["run_id"], origin["clusters"]["encoders"], origin["epoch"]) == (run.name, source.name, 0)
     assert origin["reliability"]["PointCloud"] == 0 < origin["reliability"]["GrayImg"]  # the clouds are all in one cluster
     (row,) = log_lines(run)
     assert row["epoch"] == 0 and not any(key.startswith("loss/") for key in row) and row["map/avg"] > 0
     evaluate.main(["--run", str(run), "--device", "cpu"])
     assert "from the encoders of the run before" in capsys.readouterr().out
-    train_step2.main([*settings(small_digits, tmp_path, 2, *STEP2, "optim.epochs=1"), "--from", str(run)])
-    assert f"initial weights of every encoder: {run / 'last.pt'}" in (only_run(tmp_path, 2) / "log.txt").read_text()
-    assert load_checkpoint(only_run(tmp_path, 2) / "last.pt")["learner"]["num_clusters"] == 4
+    second = trained(small_digits, tmp_path, 2, *STEP2, "optim.epochs=1", "--from", str(run))
+    assert f"initial weights of every encoder: {run / 'last.pt'}" in (second / "log.txt").read_text()
+    assert load_checkpoint(second / "last.pt")["learner"]["num_clusters"] == 4
 
 
 @pytest.mark.parametrize("dies", ["cluster", "write_annotation"])
 def test_choosing_k_is_resumed_bit_for_bit_and_without_labels(recipe, given, small_digits, tmp_path, monkeypatch, dies):
     write_lists(small_digits, "train", [None] * TRAIN)
     owner = train_step1.PLALearner if dies == "cluster" else train_step1
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(owner, dies, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, dies, kill)
         train_step1.main(["--from", str(recipe[1][0]), "--set", f"run.output={tmp_path / 'runs'}", "pla.num_clusters=4"])
     torch.manual_seed(123)
     train_step1.main(["--resume", str(only_run(tmp_path, 1))])

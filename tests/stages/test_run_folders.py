@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import TEST, write_lists
-from stage_runs import PSEUDO_LABELS, distinct, labels_of, log_lines, only_run, settings
+from stage_runs import PSEUDO_LABELS, Killed, distinct, kill, labels_of, log_lines, only_run, settings, trained
 
 import evaluate
 import train_step1
@@ -29,10 +29,6 @@ def copied(finished, small_digits, tmp_path):
 
 def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def stop(*_):
-    raise KeyboardInterrupt
 
 
 # Whose pseudo-labels
@@ -73,13 +69,12 @@ def test_the_newest_finished_run_is_found_and_another_one_can_be_named(copied, t
 
 def test_a_given_folder_says_what_it_replaces(small_digits, tmp_path, capsys):
     quick = [f"run.pseudo_labels={tmp_path / 'labels'}", "optim.epochs=1", "pla.mlm_only_epochs=0", "optim.batch_size=16"]
-    train_step1.main(settings(small_digits, tmp_path / "a", 1, *quick))
-    first = only_run(tmp_path / "a", 1)
+    first = trained(small_digits, tmp_path / "a", 1, *quick)
     train_step1.main(["--resume", str(first)])
     assert "replacing" not in capsys.readouterr().out
-    train_step1.main(settings(small_digits, tmp_path / "b", 1, "run.seed=1", *quick))
+    second = trained(small_digits, tmp_path / "b", 1, "run.seed=1", *quick)
     assert capsys.readouterr().out.count(f"replacing that of {first.name}") == 2
-    with pytest.raises(UserError, match=f"but of run {only_run(tmp_path / 'b', 1).name}"):
+    with pytest.raises(UserError, match=f"but of run {second.name}"):
         train_step2.choose_pseudo_labels(step2(tmp_path / "a"), str(first))
     (tmp_path / "labels" / f"{PSEUDO_LABELS[0]}.meta.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
@@ -95,15 +90,13 @@ def test_training_starts_without_test_labels(small_digits, tmp_path, kind, capsy
     if kind == "no list":
         (small_digits / "digits_GrayImgs_test_list.txt").unlink()
     quick = ["optim.batch_size=16", "optim.epochs=2"]
-    train_step1.main(settings(small_digits, tmp_path, 1, "run.figures=true", *quick))
-    train_step2.main(settings(small_digits, tmp_path, 2, *quick))
-    for step, module in ((1, train_step1), (2, train_step2)):
-        run = only_run(tmp_path, step)
+    first = trained(small_digits, tmp_path, 1, "run.figures=true", *quick)
+    for run, module in ((first, train_step1), (trained(small_digits, tmp_path, 2, *quick), train_step2)):
         metrics = read_json(run / "metrics.json")
         assert metrics["epoch"] == 2 and not any(key.startswith("map/") for key in metrics) and "oracle" not in metrics
         assert (run / "log.txt").read_text().count("no evaluation: ") == 1
         module.main(["--resume", str(run)])
-    assert [path.name for path in (only_run(tmp_path, 1) / "figures").iterdir()] == ["curves.png"]
+    assert [path.name for path in (first / "figures").iterdir()] == ["curves.png"]
     with pytest.raises(UserError, match="labels|test list"):
         evaluate.main(["--run", str(run), "--device", "cpu"])
     with pytest.raises(UserError, match="elsewhere.txt not found"):  # a list that is asked for by name must be there
@@ -115,8 +108,8 @@ def test_training_starts_without_test_labels(small_digits, tmp_path, kind, capsy
 
 def test_an_interrupted_run_goes_on_elsewhere(finished, copied, small_digits, tmp_path, monkeypatch):
     moved, out = tmp_path / "data", tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_step1.PLALearner, "agreement", stop)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_step1.PLALearner, "agreement", kill)
         train_step1.main(distinct(small_digits, out, 1))
     shutil.copytree(small_digits, moved)
     run = only_run(out, 1).rename(tmp_path / "renamed")

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TRAIN, write_lists
-from stage_runs import PSEUDO_LABELS, REPOSITORY, assert_same_result, distinct, labels_of, log_lines, only_run, settings, weights
+from stage_runs import PSEUDO_LABELS, REPOSITORY, assert_same_result, distinct, kill_at, labels_of, log_lines, only_run, settings, weights
 
 import evaluate
 import train_step1
 import train_step2
 from utils.engine import epoch as epochs
-from utils.engine import session as trainer
 from utils.engine.checkpoint import load_checkpoint
 from utils.errors import UserError
 
@@ -66,28 +65,11 @@ def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small
     assert "no ranking by way of the training set" in printed.err and "anchored, diffusion" not in printed.out
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL inside one process: nothing in the code under test catches it."""
-
-
-@pytest.mark.parametrize("step, moment", [(1, "before"), (1, "after"), (2, "before"), (2, "after")])
-def test_stopped_around_a_checkpoint_and_resumed_equals_uninterrupted(
-    finished, small_digits, tmp_path, monkeypatch, step, moment
-):
+@pytest.mark.parametrize("step, saved", [(1, False), (1, True), (2, False), (2, True)])
+def test_stopped_around_a_checkpoint_and_resumed_equals_uninterrupted(finished, small_digits, tmp_path, monkeypatch, step, saved):
     module = train_step1 if step == 1 else train_step2
     more = [] if step == 1 else [f"rdl.pseudo_labels={labels_of(finished)}"]
-    save = trainer.save_checkpoint
-
-    def interrupted(path, state):
-        if moment == "after" or state["epoch"] < 2:
-            save(path, state)
-        if state["epoch"] == 2:
-            raise Killed
-
-    monkeypatch.setattr(trainer, "save_checkpoint", interrupted)
-    with pytest.raises(Killed):
-        module.main(distinct(small_digits, tmp_path, step, *more))
-    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    kill_at(monkeypatch, module.main, distinct(small_digits, tmp_path, step, *more), 2, saved)
     torch.manual_seed(123)  # a fresh process would not share this generator's state either
     module.main(["--resume", str(only_run(tmp_path, step))])
     assert_same_result(finished, tmp_path, step)

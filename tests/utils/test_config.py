@@ -1,6 +1,5 @@
 """utils.settings.config and utils.settings.options: what is accepted, and the words of every refusal; device selection too."""
 
-import argparse
 import dataclasses
 import os
 from pathlib import Path
@@ -10,9 +9,10 @@ import torch
 import yaml
 
 from utils.engine.device import select_device, set_threads
+from utils.engine.session import stage_parser
 from utils.errors import UserError
-from utils.settings.config import add_config_arguments, config_hash, load_config, to_dict
-from utils.settings.options import Step1Config, Step2Config
+from utils.settings.config import config_hash, load_config, to_dict
+from utils.settings.options import CONFIGS, Step1Config, Step2Config
 
 PRETRAINED = ["model.pretrained.RGBImg=imagenet", "model.pretrained.PointCloud=none"]
 
@@ -218,7 +218,7 @@ def test_every_shipped_configuration_loads():
     files = sorted(Path("configs").glob("*/step[12].yaml"))
     assert len(files) >= 38
     for path in files:
-        config = load_config({"step1": Step1Config, "step2": Step2Config}[path.stem], str(path))
+        config = load_config(CONFIGS[path.stem], str(path))
         assert config.run.output == "runs"
         if "_splat_cpu" in str(path):
             assert config == load_config(type(config), str(path).replace("_cpu", ""))
@@ -234,8 +234,7 @@ def test_missing_or_empty_file(tmp_path):
 
 
 def test_arguments():
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser)
+    parser = stage_parser("")
     arguments = parser.parse_args("--config f.yaml --set a.b=1 c.d=[x,y] --set e=2".split())
     assert parser.parse_args(["--resume=~/run"]).resume == os.path.expanduser("~/run")
     assert arguments.config == "f.yaml" and arguments.overrides == ["a.b=1", "c.d=[x,y]", "e=2"] and arguments.resume is None

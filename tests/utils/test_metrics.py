@@ -38,9 +38,9 @@ def test_double_loop_and_scikit_learn(recwarn):
     rankings = list(slow_rankings(*sets))
     expected = np.mean([slow_average_precision(relevant) for relevant in rankings])
     assert abs(mean_average_precision(*(values.numpy() for values in sets)) - expected) < 1e-9
-    values = retrieval_metrics(*sets, ks=(1, 5, 99))
-    assert list(values) == ["map", "r@1", "r@5", "r@99", "ndcg"] and abs(values["map"] - expected) < 1e-9
-    for k in (1, 5, 99):
+    values = retrieval_metrics(*sets)
+    assert list(values) == ["map", "r@1", "r@5", "r@10", "ndcg"] and abs(values["map"] - expected) < 1e-9
+    for k in (1, 5, 10):
         assert values[f"r@{k}"] == pytest.approx(np.mean([any(relevant[:k]) for relevant in rankings]), abs=1e-12)
     assert values["map"] == mean_average_precision(*sets)
     query, query_labels, gallery, gallery_labels = sets
@@ -49,7 +49,7 @@ def test_double_loop_and_scikit_learn(recwarn):
     assert values["map"] == pytest.approx(np.mean(list(map(average_precision_score, relevant, scores))), abs=1e-9)
     assert values["ndcg"] == pytest.approx(ndcg_score(relevant, scores), abs=1e-9)
     if torch.cuda.is_available():
-        assert retrieval_metrics(*(part.cuda() for part in sets), ks=(1, 5, 99)) == pytest.approx(values, abs=1e-12)
+        assert retrieval_metrics(*(part.cuda() for part in sets)) == pytest.approx(values, abs=1e-12)
     arrays = [part.numpy()[::-1] for part in sets]
     for array in arrays:
         array.flags.writeable = False
@@ -58,22 +58,25 @@ def test_double_loop_and_scikit_learn(recwarn):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("queries, items", [(37, 53), (18, 5), (5, 18), (7, 7)])
-def test_chunk_sizes_agree_even_with_ties(dtype, queries, items):
+def test_chunk_sizes_agree_even_with_ties(dtype, queries, items, monkeypatch):
     query, query_labels, gallery, gallery_labels = random_sets(2, queries, items, dim=12, dtype=dtype)
     for pair in ((query, gallery), (query.sign(), gallery.sign())):  # codes have 13 levels of similarity only
         arguments = (pair[0], query_labels, pair[1], gallery_labels)
         whole = retrieval_metrics(*arguments)
-        for size in (1, 2, 5, 1000):
-            assert retrieval_metrics(*arguments, chunk_size=size) == pytest.approx(whole, abs=1e-12)
+        for size in (1, 2, 5):
+            with monkeypatch.context() as patch:
+                patch.setitem(metrics.SCORE_BYTES, "cpu", 8 * items * size)
+                assert retrieval_metrics(*arguments) == pytest.approx(whole, abs=1e-12)
 
 
 def test_memory_bound_sets_the_chunk(monkeypatch):
     sets = random_sets()
-    expected = retrieval_metrics(*sets)
+    expected, within = retrieval_metrics(*sets), retrieval_metrics(*sets[2:], *sets[2:], exclude_self=True)
     monkeypatch.setitem(metrics.SCORE_BYTES, "cpu", 8 * 53 * 4)
     prepared = metrics._prepare(*sets)
-    assert [len(chunk) for chunk in metrics._ranked_relevance(*prepared, None, 0)] == [4] * 9 + [1]
+    assert [len(chunk) for chunk in metrics._ranked_relevance(*prepared, 0)] == [4] * 9 + [1]
     assert retrieval_metrics(*sets) == pytest.approx(expected, abs=1e-12)
+    assert retrieval_metrics(*sets[2:], *sets[2:], exclude_self=True) == pytest.approx(within, abs=1e-12)
 
 
 def test_equal_scores_give_chance_for_a_class_sorted_gallery():
@@ -96,7 +99,7 @@ def test_tied_codes_do_not_depend_on_summation_order():
     labels = torch.arange(2).repeat_interleave(200)
     prepared = metrics._prepare(torch.ones(1, 64), labels[:1], gallery, labels)
     order = torch.randperm(400, generator=metrics.generator_for(0, "gallery order"))
-    (relevant,) = metrics._ranked_relevance(*prepared, None, 0)
+    (relevant,) = metrics._ranked_relevance(*prepared, 0)
     assert torch.equal(relevant[0], labels[order] == 0)
 
 
@@ -133,12 +136,8 @@ def test_perfect_clusters_and_norms_do_not_matter(scale):
     (dict(query_labels=torch.zeros(3, dtype=torch.long)), r"query_labels must have shape \(2,\), got \(3,\)"),
     (dict(gallery_labels=torch.zeros(4)), "gallery_labels must hold integers, got torch.float32"),
     (dict(gallery=torch.tensor([[1.0] * 3] * 2 + [[float("nan")] * 3] * 2)), "2 rows with NaN or infinity, first at row 2"),
-    (dict(chunk_size=0), "chunk_size must be positive, got 0"),
 ])
 def test_bad_input(change, message):
-    for ks in ((), (0,), (1.5,), (True,)):
-        with pytest.raises(ValueError, match="k must be positive integers"):
-            retrieval_metrics(*random_sets(), ks=ks)
     good = dict(query=torch.ones(2, 3), query_labels=torch.tensor([0, 1]), gallery=torch.ones(4, 3), gallery_labels=np.array([0, 1, 0, 1]))
     with pytest.raises(ValueError, match=message):
         mean_average_precision(**{**good, **change})
@@ -205,13 +204,14 @@ def test_small_galleries():
         assert scores.shape == (4, size) and scores.isfinite().all()
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, None])
-def test_metrics_rank_by_it_in_chunks(chunk_size):
+@pytest.mark.parametrize("chunk", [1, 7, 13])
+def test_metrics_rank_by_it_in_chunks(chunk, monkeypatch):
+    monkeypatch.setitem(metrics.SCORE_BYTES, "cpu", 8 * 40 * chunk)
     gallery, queries = unit(40, 4, 4), unit(13, 4, 5)
     labels, query_labels = torch.arange(40) % 3, torch.arange(13) % 3
     orders = [np.argsort(-dense_scores(query, gallery), kind="stable") for query in queries]
     precisions = [slow_average_precision((labels == label).numpy()[order]) for label, order in zip(query_labels, orders)]
-    scores = retrieval_metrics(queries, query_labels, gallery, labels, chunk_size=chunk_size, ranking="diffusion")
+    scores = retrieval_metrics(queries, query_labels, gallery, labels, ranking="diffusion")
     assert scores["map"] == pytest.approx(np.mean(precisions), abs=1e-12)
 
 

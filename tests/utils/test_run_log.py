@@ -10,7 +10,6 @@ import torch
 
 import evaluate
 import reproduce
-import train_step1
 from utils.engine import run_log
 from utils.engine.run_log import RunLog, check_same_config, plain_row
 from utils.engine.session import run_command
@@ -69,8 +68,6 @@ def test_open_refuses_what_is_no_run(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {dataset: digits}\n")  # a stray folder, or a file cut short
     with pytest.raises(UserError, match="config.yaml is damaged"):
         RunLog.open(tmp_path).config()
-    with pytest.raises(UserError, match="config.yaml is damaged"):
-        train_step1.main(["--resume", str(tmp_path)])
 
 
 def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):

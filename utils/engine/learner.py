@@ -1,9 +1,9 @@
 """The part of a stage that both stages share: encoders, classifiers, Adam, epochs of shuffled batches, and the state."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,6 @@ from utils.engine.checkpoint import load_checkpoint
 from utils.engine.epoch import learning_rate, run_batches
 from utils.engine.seed import BatchGenerator, derive_seed, generator_for
 from utils.errors import UserError
-
-
-class Source(Protocol):
-    """What a learner draws from, see `datasets.batches.BatchSource`."""
-
-    counts: list[int]
-    stored_views: list[int]
-    views: list[int]
-
-    def fetch(self, plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]: ...
-
-    def augment(self, raw: list[Tensor], generator: BatchGenerator) -> list[Tensor]: ...
 
 
 class StageLearner:
@@ -39,7 +27,7 @@ class StageLearner:
     Args:
         stage: "step1", "step2", "features" or "baseline"; seeds the epochs and names them in messages.
         config: settings with the sections data, optim and run.
-        source: training batches.
+        source: training batches, a `datasets.batches.BatchSource`.
         inputs: name -> tensor (N, ...) or its sha256, all that training reads of the samples; a resumed run must find the same.
         encoders: modality -> encoder; classifiers: modality -> classifier. Both are moved to the device.
         device: where training runs.
@@ -51,7 +39,7 @@ class StageLearner:
     num_clusters: int  # K of the classifiers
 
     def __init__(
-        self, stage: str, config: Any, source: Source, inputs: Mapping[str, Tensor | str], encoders: nn.ModuleDict,
+        self, stage: str, config: Any, source: Any, inputs: Mapping[str, Tensor | str], encoders: nn.ModuleDict,
         classifiers: nn.ModuleDict, device: torch.device,
     ) -> None:
         self.stage, self.config, self.source, self.device = stage, config, source, device
@@ -127,7 +115,7 @@ class StageLearner:
         source, paired = self.source, self.config.data.pairing != "none"
         plan = plan_epoch(source.counts, source.stored_views, source.views, self.batch_size, numbers, paired)
         means = run_batches(
-            self.source.fetch(plan), lambda batch: self.step(*batch, generator),
+            source.fetch(plan), lambda batch: self.step(*batch, generator),
             title=f"{self.stage} epoch {epoch}", log_interval=self.config.run.log_interval,
         )
         distributed.copy_from_main([*self.encoders.buffers(), *self.classifiers.parameters(), *self.classifiers.buffers()])

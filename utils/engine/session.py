@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import os
 import re
 import sys
 import time
@@ -20,7 +21,7 @@ from utils.engine.learner import StageLearner
 from utils.engine.run_log import RunLog, plain_row
 from utils.engine.seed import seed_everything, set_deterministic
 from utils.errors import UserError
-from utils.settings.config import add_config_arguments, load_config, to_dict
+from utils.settings.config import load_config, to_dict
 
 # Failures of the file system; other OSErrors come from libraries and are no user's to mend
 MENDABLE = {
@@ -43,7 +44,14 @@ class Session:
 def stage_parser(description: str, meaning_of_from: str | None = None) -> argparse.ArgumentParser:
     """Return a parser of --config, --set and --resume, and of --from (`source`) if it has a meaning."""
     parser = argparse.ArgumentParser(description=description)
-    add_config_arguments(parser)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
+        help="override settings, e.g. --set optim.epochs=5 data.modalities=[GrayImg,PointCloud]; may be repeated",
+    )
+    parser.add_argument(
+        "--resume", metavar="RUN", type=os.path.expanduser, help="run folder to continue, with the settings it was started with"
+    )
     if meaning_of_from:
         parser.add_argument("--from", dest="source", metavar="RUN", help=meaning_of_from)
     return parser

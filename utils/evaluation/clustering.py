@@ -15,6 +15,7 @@ from torch import Tensor
 from utils.evaluation.device_kmeans import best_of_starts, lloyd
 
 Array = Tensor | np.ndarray
+MAX_ITERATIONS = 100
 
 
 def _check_rows(x: Tensor, num_clusters: int, init: Tensor | None, spherical: bool) -> None:
@@ -33,8 +34,7 @@ def _check_rows(x: Tensor, num_clusters: int, init: Tensor | None, spherical: bo
 
 
 def kmeans(
-    x: Tensor, num_clusters: int, *, init: Tensor | None = None, seed: int = 0, num_init: int = 10, max_iter: int = 100,
-    spherical: bool = False,
+    x: Tensor, num_clusters: int, *, init: Tensor | None = None, seed: int = 0, num_init: int = 10, spherical: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Cluster rows by k-means, deterministic for a seed.
 
@@ -48,7 +48,7 @@ def kmeans(
         num_clusters: K, at most N.
         init: (K, D) starting centres, or None.
         seed: of the k-means++ starts, any integer.
-        num_init: number of starts without `init`; the one of lowest inertia is kept. max_iter: upper bound of the iterations.
+        num_init: number of starts without `init`; the one of lowest inertia is kept.
         spherical: rows must have unit norm; centres then are unit directions and rows go to the largest cosine.
     Returns:
         Centroids (K, D) float32 and assignments (N,) int64, both on the device of `x`.
@@ -60,9 +60,9 @@ def kmeans(
     _check_rows(rows, num_clusters, start, spherical)
     if start is None:
         search = _scikit_learn if rows.device.type == "cpu" else best_of_starts
-        start = search(rows, num_clusters, seed=seed, num_init=num_init, max_iter=max_iter)
-        max_iter = max_iter if spherical else 0  # Euclidean k-means is through; only the ids are recomputed
-    return lloyd(rows, start, max_iter, spherical)
+        start = search(rows, num_clusters, seed=seed, num_init=num_init, max_iter=MAX_ITERATIONS)
+    through = init is None and not spherical  # Euclidean k-means is; only the ids are recomputed
+    return lloyd(rows, start, 0 if through else MAX_ITERATIONS, spherical)
 
 
 def _scikit_learn(x: Tensor, num_clusters: int, *, seed: int, num_init: int, max_iter: int) -> Tensor:

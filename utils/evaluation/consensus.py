@@ -33,17 +33,6 @@ def neighbour_graph(rows: Tensor) -> networkx.Graph:
     return graph
 
 
-def find_communities(graph: networkx.Graph, seed: int) -> list[list[np.ndarray]]:
-    """Cluster the N nodes of a `neighbour_graph` into as many communities as it has, at every one of RESOLUTIONS.
-
-    By Louvain's method (Blondel et al. 2008).
-
-    Returns:
-        Per resolution, coarse to fine, the ids (N,) int64 of SEEDS runs, the largest community first.
-    """
-    return [[_louvain(graph, resolution, seed + offset) for offset in range(SEEDS)] for resolution in RESOLUTIONS]
-
-
 def agreement_of_partitions(found: Mapping[str, list[list[np.ndarray]]], name: str) -> list[float]:
     """Return, per resolution, how well the communities of one graph are confirmed by the other graphs.
 
@@ -52,7 +41,8 @@ def agreement_of_partitions(found: Mapping[str, list[list[np.ndarray]]], name: s
     it, so its maximum over the resolutions tells the number of clusters, and over the graphs, which one sees them best.
 
     Args:
-        found: graph -> `find_communities`, at least two graphs of the same objects; name: the one to judge.
+        found: graph -> per resolution, coarse to fine, the ids (N,) of some runs; at least two graphs of the same objects.
+        name: of the one to judge.
     """
     others = [partitions for other, partitions in found.items() if other != name]
     fit = lambda ids, seed, partitions: max(adjusted_rand_score(ids, near[seed]) for near in partitions) if ids.any() else 0.0
@@ -67,7 +57,7 @@ def most_typical(runs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _louvain(graph: networkx.Graph, resolution: float, seed: int) -> np.ndarray:
-    """Return (N,) ids, the largest community first."""
+    """Return the communities of the N nodes (Blondel et al. 2008) as ids (N,) int64, the largest one first."""
     communities = networkx.community.louvain_communities(graph, resolution=resolution, seed=seed % 2**32)
     ids = np.empty(len(graph), dtype=np.int64)
     for number, members in enumerate(sorted(communities, key=len, reverse=True)):
@@ -80,7 +70,7 @@ class Clusters:
     """A clustering of the objects that all modalities show.
 
     Attributes:
-        centroids: modality -> (K, D) unit rows.
+        centroids: modality -> (K, D) unit rows, on the CPU.
         ids: (N,) int64 of the objects, where communities were found; None after k-means, which gives every modality its own.
         record: plain values on how it came about, for the log and the pseudo-labels' provenance.
     """
@@ -88,10 +78,6 @@ class Clusters:
     centroids: dict[str, Tensor]
     ids: Tensor | None
     record: dict
-
-    def to(self, device: str | torch.device) -> "Clusters":
-        """Return the same with its centroids on a device."""
-        return Clusters({name: rows.to(device) for name, rows in self.centroids.items()}, self.ids, self.record)
 
 
 def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted: bool, seed: int) -> Clusters:
@@ -108,10 +94,11 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
     """
     if num_clusters != "auto":
         centroids = joint_then_per_modality(list(rows.values()), num_clusters, seed)[1]
-        return Clusters(dict(zip(rows, centroids)), None, {"num_clusters": num_clusters, "method": "k-means"})
+        return Clusters(dict(zip(rows, map(Tensor.cpu, centroids))), None, {"num_clusters": num_clusters, "method": "k-means"})
     spaces = {**rows, "mean": F.normalize(sum(rows.values()), dim=1)}
     graphs = {name: neighbour_graph(values) for name, values in spaces.items()}
-    found = {name: find_communities(graph, seed) for name, graph in graphs.items()}
+    repeat = lambda graph, resolution: [_louvain(graph, resolution, seed + offset) for offset in range(SEEDS)]
+    found = {name: [repeat(graph, resolution) for resolution in RESOLUTIONS] for name, graph in graphs.items()}
     confirmed = {name: agreement_of_partitions(found, name) for name in (rows if trusted else ["mean"])}
     best = max(confirmed, key=lambda name: max(confirmed[name]))
     place = int(np.argmax(confirmed[best]))
@@ -123,7 +110,7 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
     runs = [*runs, *(_louvain(graph, resolution, seed + offset) for offset in range(len(runs), RUNS))]
     ids = torch.from_numpy(most_typical(runs))
     members = F.one_hot(ids).float().T  # (K, N)
-    centroids = {name: F.normalize(members.to(values.device) @ values, dim=1) for name, values in rows.items()}
+    centroids = {name: F.normalize(members.to(values.device) @ values, dim=1).cpu() for name, values in rows.items()}
     trials = {
         name: [{"resolution": resolution, "num_clusters": [int(ids.max()) + 1 for ids in runs], "agreement": round(score, 4),
                 "stability": round(float(adjusted_rand_score(*runs)), 4)}

@@ -1,7 +1,7 @@
 """Retrieval metrics over a full gallery ranked by cosine similarity; one ranking pass serves all of them."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from utils.evaluation.ranking import DiffusionRanking
 Array = Tensor | np.ndarray
 SCORE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}  # upper bound of one float64 score matrix; a CPU's should stay in its caches
 RANKINGS = ("plain", "diffusion")
+RECALL_RANKS = (1, 5, 10)
 LONGEST_ROW = 1.5  # with which two rows have a dot product that fits into a ranking key
 SCORE_STEPS = 1e12  # per unit of cosine: equal ones that differ by summation order alone (1e-16) must tie
 
@@ -61,8 +62,8 @@ def _prepare(
 
 
 def _ranked_relevance(
-    query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor, chunk_size: int | None, seed: int,
-    exclude_self: bool = False, ranking: str = "plain",
+    query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor, seed: int, exclude_self: bool = False,
+    ranking: str = "plain",
 ) -> Iterator[Tensor]:
     """Yield (B, G) bool chunks in query order: entry [i, k] tells whether rank k + 1 has the class of query i.
 
@@ -70,10 +71,7 @@ def _ranked_relevance(
     the seed, so that equal scores come in an order that owes nothing to the order of the files, and in the last bit the
     relevance. With `exclude_self`, query i is gallery item i and is left out of its own ranking: (B, G - 1).
     """
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be positive, got {chunk_size}")
     rows = max(1, SCORE_BYTES.get(query.device.type, SCORE_BYTES["cpu"]) // (8 * len(gallery)))
-    rows = rows if chunk_size is None else min(rows, chunk_size)
     order = torch.randperm(len(gallery), generator=generator_for(seed, "gallery order")).to(query.device)
     gallery, gallery_labels, own = gallery[order], gallery_labels[order], order.argsort()
     graph = DiffusionRanking(gallery) if ranking == "diffusion" else None
@@ -117,14 +115,14 @@ def _ndcg(relevant: Tensor) -> Tensor:
 
 
 def _evaluate(
-    inputs: tuple[Tensor, ...], scores: Mapping[str, Callable[[Tensor], Tensor]], chunk_size: int | None, seed: int,
-    exclude_self: bool = False, ranking: str = "plain",
+    inputs: tuple[Tensor, ...], scores: Mapping[str, Callable[[Tensor], Tensor]], seed: int, exclude_self: bool = False,
+    ranking: str = "plain",
 ) -> dict[str, float]:
     """Mean over queries of every per-query score, from one pass over the ranking."""
     # Results have their place beforehand: kept beside a chunk's matrices, they would hinder glibc from reusing that memory
     values = {name: inputs[0].new_empty(len(inputs[0])) for name in scores}
     start = orphans = 0
-    for relevant in _ranked_relevance(*inputs, chunk_size, seed, exclude_self, ranking):
+    for relevant in _ranked_relevance(*inputs, seed, exclude_self, ranking):
         orphans += int((~relevant.any(dim=1)).sum())
         for name, score in scores.items():
             values[name][start : start + len(relevant)] = score(relevant)
@@ -134,9 +132,7 @@ def _evaluate(
     return {name: float(found.mean()) for name, found in values.items()}
 
 
-def mean_average_precision(
-    query: Array, query_labels: Array, gallery: Array, gallery_labels: Array, *, chunk_size: int | None = None, seed: int = 0
-) -> float:
+def mean_average_precision(query: Array, query_labels: Array, gallery: Array, gallery_labels: Array, *, seed: int = 0) -> float:
     """mAP@All: mean over queries of the average precision over the whole gallery, ranked by cosine similarity.
 
     A query without any relevant gallery item scores 0 and is counted in a warning. Ties are broken by a shuffle of
@@ -148,7 +144,6 @@ def mean_average_precision(
         query_labels: (Q,) integers.
         gallery: (G, D) embeddings on the device of `query`.
         gallery_labels: (G,) integers.
-        chunk_size: upper bound of queries per chunk; None leaves it to the memory bound.
         seed: of the tie-breaking shuffle.
     Returns:
         mAP in [0, 1].
@@ -156,30 +151,28 @@ def mean_average_precision(
         ValueError: on wrong shapes, empty sets, NaN or infinite values, labels that are not integers.
     """
     inputs = _prepare(query, query_labels, gallery, gallery_labels)
-    return _evaluate(inputs, {"map": _average_precision}, chunk_size, seed)["map"]
+    return _evaluate(inputs, {"map": _average_precision}, seed)["map"]
 
 
 def retrieval_metrics(
-    query: Array, query_labels: Array, gallery: Array, gallery_labels: Array, ks: Sequence[int] = (1, 5, 10), *,
-    chunk_size: int | None = None, seed: int = 0, exclude_self: bool = False, ranking: str = "plain", similarity: str = "cosine",
+    query: Array, query_labels: Array, gallery: Array, gallery_labels: Array, *, seed: int = 0, exclude_self: bool = False,
+    ranking: str = "plain", similarity: str = "cosine",
 ) -> dict[str, float]:
     """All retrieval metrics of one task from a single ranking pass.
 
-    Args: as `mean_average_precision`; ks: positive ranks, those beyond the gallery size mean the whole gallery.
+    Args: as `mean_average_precision`.
         exclude_self: query i is gallery item i and may not find itself (search within one modality).
         ranking: "plain" by similarity, or "diffusion" over the gallery's neighbour graph (`DiffusionRanking`).
         similarity: "cosine", or "dot" for rows of norm at most LONGEST_ROW, as `Features.represent` gives them.
-    Returns: {"map": ..., "r@K": the share of queries with a relevant item among the first K, for every K, "ndcg": with binary
-        relevance and discount 1 / log2(rank + 1)}, means over the queries in [0, 1].
+    Returns: {"map": ..., "r@K": the share of queries with a relevant item among the first K, for every K of RECALL_RANKS, "ndcg":
+        with binary relevance and discount 1 / log2(rank + 1)}, means over the queries in [0, 1].
     Raises: ValueError as `mean_average_precision`, and with `exclude_self` for sets of different size or of one item.
     """
-    if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
-        raise ValueError(f"k must be positive integers, got {list(ks)}")
     inputs = _prepare(query, query_labels, gallery, gallery_labels, similarity)
     if exclude_self and (len(query) != len(gallery) or len(gallery) < 2):
         raise ValueError(f"exclude_self needs one set of at least 2 items on both sides, got {len(query)} and {len(gallery)}")
-    scores = {"map": _average_precision, **{f"r@{k}": _recall(k) for k in ks}, "ndcg": _ndcg}
-    return _evaluate(inputs, scores, chunk_size, seed, exclude_self, ranking)
+    scores = {"map": _average_precision, **{f"r@{k}": _recall(k) for k in RECALL_RANKS}, "ndcg": _ndcg}
+    return _evaluate(inputs, scores, seed, exclude_self, ranking)
 
 
 def chance_map(query_labels: Array, gallery_labels: Array) -> float:

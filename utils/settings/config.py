@@ -1,6 +1,5 @@
 """Loads a YAML file and `--set` overrides into the dataclasses of `utils.settings.options`, refusing whatever does not fit."""
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -160,15 +159,3 @@ def to_dict(config: Any) -> dict:
 def config_hash(config: Any) -> str:
     """Return 16 hexadecimal digits that depend on every setting."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --config, --set and --resume, common to the training scripts."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    parser.add_argument(
-        "--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
-        help="override settings, e.g. --set optim.epochs=5 data.modalities=[GrayImg,PointCloud]; may be repeated",
-    )
-    parser.add_argument(
-        "--resume", metavar="RUN", type=os.path.expanduser, help="run folder to continue, with the settings it was started with"
-    )

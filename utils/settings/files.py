@@ -102,9 +102,7 @@ def _read_yaml(path: Path, users: tuple[Path, ...]) -> dict:
 
 def _extended(tree: dict, path: str) -> list[str]:
     """Take the key `extends` out of a tree."""
-    if "extends" not in tree:
-        return []
-    given = tree.pop("extends")
+    given = tree.pop("extends", [])
     files = given if isinstance(given, list) else [given]
     for file in files:
         if not isinstance(file, str) or not file or is_null(file):
