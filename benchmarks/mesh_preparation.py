@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--meshes", type=Path, required=True, help="folder with CLASS_0001.off ... of ModelNet10 classes")
     parser.add_argument("--workers", type=int, default=2, help="processes assumed by the extrapolation")
-    args, report = start("mesh_preparation", parser, argv, ("workers",))
+    args, report = start("mesh_preparation", parser, argv)
     files = sorted(args.meshes.glob("*.off"))
     if not files:
         raise UserError(f"{args.meshes} holds no .off file; give a folder of ModelNet meshes")
