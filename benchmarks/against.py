@@ -7,12 +7,18 @@ checkout, see `benchmarks.floors`.
 
 import argparse
 import importlib
-import json
+import itertools
+import math
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +41,9 @@ STEP_OLD = ["pla.warmup_epochs=0"]
 
 def moved(*names: str) -> Any:
     """Return the first of these modules that this checkout has."""
-    for name in names[:-1]:
-        try:
+    for name in names:
+        with suppress(ModuleNotFoundError):
             return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-    return importlib.import_module(names[-1])
 
 
 def knn_case(points: int, k: int, channels: int) -> Callable[[], Tensor]:
@@ -86,46 +89,30 @@ def encoder_case(encoder: torch.nn.Module, inputs: Tensor) -> Callable[[], Tenso
     return run
 
 
-def step_case() -> Callable[[], Tensor]:
-    """A step of step 1 as `configs/mnist3d_cpu` had it: fetch, augment, both encoders, losses, Adam, bank; returns its loss."""
-    samples_module, options = moved("datasets.samples"), moved("utils.settings.options", "utils.options")
-    seeds, learner_module = moved("utils.engine.seed", "utils.seed"), moved("utils.engine.learner", "utils.learner")
+def step_case() -> Callable[[], float]:
+    """Step 1 as `configs/mnist3d_cpu` had it, epochs of one step: fetch, augment, both encoders, losses, Adam, bank; returns its loss."""
+    samples, options = moved("datasets.samples"), moved("utils.settings.options", "utils.options")
     from train_step1 import PLALearner
 
     new = "mlm_only_epochs" in options.PLAConfig.__dataclass_fields__
     config = moved("utils.settings.config", "utils.config").load_config(
         options.Step1Config, "configs/mnist3d_cpu/step1.yaml", STEP + (STEP_NEW if new else STEP_OLD)
     )
-    arrays = {"GrayImg": torch.randint(256, (512, 1, 3, 36, 36), dtype=torch.uint8), "PointCloud": torch.randn(512, 1, 2048, 3)}
-    torch.manual_seed(0)
-    learner = PLALearner(config, samples_module.PairedSamples({}, arrays), torch.device("cpu"))
-    learner.cluster(1)
-    learner.annotating = True
-    numbers = iter(range(1, 10_000))
-
-    def run() -> Tensor:
-        generator = seeds.generator_for(0, "against", next(numbers), device=torch.device("cpu"))
-        plan = learner_module.plan_epoch(learner.source.counts, *plan_views(learner), BATCH, generator)
-        (batch,) = learner.source.fetch([next(plan)])
-        return sum(value for name, value in learner.step(*batch, seeds.BatchGenerator(generator)).items() if "loss" in name)
-
-    return run
+    arrays = {"GrayImg": torch.randint(256, (BATCH, 1, 3, 36, 36), dtype=torch.uint8), "PointCloud": torch.randn(BATCH, 1, 2048, 3)}
+    learner = PLALearner(config, samples.PairedSamples({}, arrays), torch.device("cpu"))
+    learner.train_epoch(1)  # it begins with k-means
+    epochs = itertools.count(2)
+    return lambda: sum(value for name, value in learner.train_epoch(next(epochs)).items() if "loss" in name)
 
 
-def plan_views(learner: Any) -> list[list[int]]:
-    """Return what `plan_epoch` of this checkout wants to know of the views."""
-    source = learner.source
-    return [source.stored_views, source.views] if hasattr(source, "stored_views") else [source.views]
-
-
-def evaluation_case() -> Callable[[], Tensor]:
+def evaluation_case() -> Callable[[], float]:
     """mAP@All of 10,000 queries in a gallery of 10,000."""
     metrics = moved("utils.evaluation.metrics", "utils.metrics")
     rows, labels = torch.randn(2, 10_000, 128), torch.randint(10, (2, 10_000))
-    return lambda: torch.tensor(metrics.mean_average_precision(rows[0], labels[0], rows[1], labels[1]))
+    return lambda: metrics.mean_average_precision(rows[0], labels[0], rows[1], labels[1])
 
 
-CASES: dict[str, tuple[Callable[[], Callable[[], Tensor]], int]] = {  # name -> what makes it, runs per timing
+CASES: dict[str, tuple[Callable[[], Callable[[], Any]], int]] = {  # name -> what makes it, runs per timing
     "k-NN, 128 points, k 8": (lambda: knn_case(128, 8, 64), 5),
     "k-NN, 256 points, k 10": (lambda: knn_case(256, 10, 64), 3),
     "k-NN, 1,024 points, k 20": (lambda: knn_case(1024, 20, 64), 2),
@@ -137,74 +124,54 @@ CASES: dict[str, tuple[Callable[[], Callable[[], Tensor]], int]] = {  # name -> 
 }
 
 
-def serve(threads: int) -> None:
-    """Be the process of one checkout: for every line "CASE<tab>ACTION" print JSON; ACTION is value, seconds or floors."""
-    import time
-
-    sys.path.insert(0, os.getcwd())
+def enter(folder: str, threads: int) -> None:
+    """Make this process one of a checkout."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
     torch.set_num_threads(threads)
     getattr(moved("utils.engine.device", "utils.device"), "keep_freed_memory", int)()  # as a session of this checkout does, if it does
-    ready: dict[str, Callable[[], Tensor]] = {}
-    for line in sys.stdin:
-        name, action = line.rstrip("\n").split("\t")
-        make, runs = CASES[name]
-        if name not in ready:
-            ready.clear()
-            torch.manual_seed(0)
-            ready[name] = make()
-        run = ready[name]
-        timed = getattr(run, "timed", run)
-        if action == "value":
-            answer = float(run())
-        elif action == "floors":
-            from benchmarks.floors import count_work, measure_rates
-
-            answer = measure_rates(torch.device("cpu")).beside(1.0, count_work(timed))
-        else:
-            begin = time.perf_counter()
-            for _ in range(runs):
-                timed()
-            answer = (time.perf_counter() - begin) / runs
-        print(json.dumps(answer), flush=True)
 
 
-class Checkout:
-    """A process that works in the folder of a checkout."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(threads)]
-        variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(folder)}
-        self.process = subprocess.Popen(command, cwd=folder, env=variables, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def ask(self, case: str, action: str) -> Any:
-        """Let it do a case once."""
-        self.process.stdin.write(f"{case}\t{action}\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the process in {self.process.args} ended during {case}, see its messages above")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """End it."""
-        self.process.stdin.close()
-        self.process.wait()
+@lru_cache(maxsize=1)
+def made(case: str) -> Callable[[], Any]:
+    """Make what a case runs."""
+    torch.manual_seed(0)
+    return CASES[case][0]()
 
 
-def compare(case: str, old: Checkout, new: Checkout, repeats: int) -> dict[str, Any]:
-    """Compare what both return for a case, then time it in turns."""
-    values = [side.ask(case, "value") for side in (old, new)]
-    equal = abs(values[0] - values[1]) <= TOLERANCE * abs(values[0])
-    times: tuple[list, list] = ([], [])
+def value(case: str) -> float:
+    """Return what a run of a case gives."""
+    return float(made(case)())
+
+
+def seconds(case: str) -> float:
+    """Return the seconds of a run of a case."""
+    run, runs = made(case), CASES[case][1]
+    timed, begin = getattr(run, "timed", run), time.perf_counter()
+    for _ in range(runs):
+        timed()
+    return (time.perf_counter() - begin) / runs
+
+
+def beside(case: str, taken: float) -> dict[str, float]:
+    """Return the seconds of a case with the two floors, see `Rates.beside`."""
+    from benchmarks.floors import count_work, measure_rates
+
+    run = made(case)
+    return measure_rates(torch.device("cpu")).beside(taken, count_work(getattr(run, "timed", run)))
+
+
+def compare(case: str, old: Executor, new: Executor, repeats: int) -> dict[str, Any]:
+    """Compare what both processes return for a case, then time it in turns."""
+    values = [side.submit(value, case).result() for side in (old, new)]
+    times: dict[Executor, list[float]] = {old: [], new: []}
     for _ in range(repeats):
-        for side, taken in zip((old, new), times):
-            taken.append(side.ask(case, "seconds"))
-    before, after = map(statistics.median, times)
-    floors = new.ask(case, "floors")
+        for side, taken in times.items():
+            taken.append(side.submit(seconds, case).result())
+    before, after = map(statistics.median, times.values())
     return {
-        "old_value": values[0], "new_value": values[1], "equal": equal, "old_seconds": times[0], "new_seconds": times[1],
-        "ratio": before / after, "seconds": after, "share_of_matmul_rate": floors["flop_floor_seconds"] / after,
-        **{key: floors[key] for key in ("flops", "bytes", "flop_floor_seconds", "byte_floor_seconds")},
+        "old_value": values[0], "new_value": values[1], "equal": math.isclose(*values, rel_tol=TOLERANCE),
+        "old_seconds": times[old], "new_seconds": times[new], "ratio": before / after, **new.submit(beside, case, after).result(),
     }
 
 
@@ -217,17 +184,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of CPU threads")
     parser.add_argument("--repeats", type=int, default=7, help="timings of each side, of which the median counts")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
-    args, report = start("against", parser, argv, ("repeats",))
-    found = {}
+    args, report = start("against", parser, argv)
+    found, context = {}, multiprocessing.get_context("spawn")
     for threads in args.counts:
-        old, new = Checkout(args.old.resolve(), threads), Checkout(HERE, threads)
-        for case in args.cases:
-            row = found[f"{case}, {threads} thread{'s' * (threads > 1)}"] = compare(case, old, new, args.repeats)
-            print(f"{case:34s} {threads} threads: {statistics.median(row['old_seconds']):8.4f} -> "
-                  f"{statistics.median(row['new_seconds']):8.4f} s, {row['ratio']:.2f}x, floors {row['flop_floor_seconds']:.4f} s (FLOP) "
-                  f"{row['byte_floor_seconds']:.4f} s (bytes), results {'equal' if row['equal'] else 'DIFFER'}", flush=True)
-        old.close()
-        new.close()
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes
+        old, new = (ProcessPoolExecutor(1, context, enter, (str(folder), threads)) for folder in (args.old.resolve(), HERE))
+        with old, new:
+            for case in args.cases:
+                row = found[f"{case}, {threads} thread{'s' * (threads > 1)}"] = compare(case, old, new, args.repeats)
+                print(f"{case:34s} {threads} threads: {statistics.median(row['old_seconds']):8.4f} -> {row['seconds']:8.4f} s, "
+                      f"{row['ratio']:.2f}x, floors {row['flop_floor_seconds']:.4f} s (FLOP) {row['byte_floor_seconds']:.4f} s (bytes), "
+                      f"results {'equal' if row['equal'] else 'DIFFER'}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=args.old, capture_output=True, text=True, check=True).stdout.strip()
     write_report("against", {**report, "command": report["command"].replace(str(args.old), "OLD"), "old_commit": commit, "cases": found,
                              "old_over_new": {case: row["ratio"] for case, row in found.items()}}, args.output)
@@ -235,9 +202,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--serve"]:
-        serve(int(sys.argv[2]))
-    else:
-        from utils.engine.session import run_command
+    from utils.engine.session import run_command
 
-        sys.exit(run_command(main))
+    sys.exit(run_command(main))

@@ -1,24 +1,21 @@
 """EdgeConv, fused (on CUDA also with Triton kernels) against reference: `python -m benchmarks.edge_conv [--points 1024]`.
 
-Each implementation lives in its own process, for its peak memory, and they run in turn, so that what else the machine does
-meets all. Forward and backward of the four DGCNN layers, neighbours given; k-NN is timed apart.
+Forward and backward of the four DGCNN layers, neighbours given, and k-NN alone. All are timed in turn, so that what else the
+machine does meets all; the peak memory of an implementation is that of a process of its own.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import multiprocessing
-import re
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.floors import Rates, Work, count_work, measure_rates, print_table, seconds_of, start, timed, write_report
+from benchmarks.floors import alone, count_work, in_turn, measure_rates, memory_bytes, print_table, start, write_report
 from models.kernels.edge_conv import IMPLEMENTATIONS, EdgeConv
 from models.kernels.knn import knn
 from utils.engine.session import run_command
@@ -36,46 +33,40 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=20, help="neighbours")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds after one for warming up")
     args, report = start("edge_conv", parser, argv)
-    args.implementations = [name for name in IMPLEMENTATIONS if name != "triton" or args.device.type == "cuda"]
-    report |= {"batch": args.batch, "points": args.points, "k": args.k, "repeats": args.repeats}
-    rates = measure_rates(args.device)
-    runs, difference = _run_in_turn(args, rates)
+    names = [name for name in IMPLEMENTATIONS if name != "triton" or args.device.type == "cuda"]
+    rates, features = measure_rates(args.device), torch.randn(args.batch, args.points, max(KNN_CHANNELS), device=args.device)
+    actions = {name: partial(_step, *_make_problem(args, name)) for name in names}
+    actions |= {f"k-NN, C = {channels}": partial(knn, features[..., :channels], args.k) for channels in KNN_CHANNELS}
+    results = {name: action() for name, action in actions.items()}  # warms up
+    layers, x, weights, index = _make_problem(args, "fused")
+    results["float64"] = _step(layers.double(), x.double(), weights.double(), index)
+    rows = {}
+    for name, taken in in_turn(actions, args.device, args.repeats).items():
+        rows[name] = rates.beside(statistics.median(taken), count_work(actions[name]))
+        rows[name] |= {"min_seconds": min(taken), "all_seconds": taken, "peak_bytes": None}
+    for name in names:
+        rows[name]["peak_bytes"] = alone(_peak_bytes, args, name, torch.get_num_threads())
+    pairs = [(name, true) for name in names for true in ("reference", "float64") if name != true]
+    fused, reference = rows["fused"], rows["reference"]
     report |= {
-        "rates": dataclasses.asdict(rates), "largest_relative_difference": difference, **runs, "knn": _measure_knn(args, rates),
-        "speedup": runs["reference"]["seconds"] / runs["fused"]["seconds"],
+        "rates": dataclasses.asdict(rates), **rows, "speedup": reference["seconds"] / fused["seconds"],
         # none where the problem is too small to raise the process's peak
-        "memory_ratio": runs["reference"]["peak_bytes"] / runs["fused"]["peak_bytes"] if runs["fused"]["peak_bytes"] else None,
+        "memory_ratio": reference["peak_bytes"] / fused["peak_bytes"] if fused["peak_bytes"] else None,
+        "largest_relative_difference": {f"{found} from {true}": _difference(results[found], results[true]) for found, true in pairs},
     }
-    _print_report(report, rates)
+    print_table(report, rates, rows, (("min s", "min_seconds", ".4g"), ("peak bytes", "peak_bytes", ".3g")))
+    print("\n".join(f"{key}: {report[key]}" for key in ("speedup", "memory_ratio", "largest_relative_difference")))
     write_report(f"edge_conv-n{args.points}", report, args.output)
 
 
-def _run_in_turn(args: argparse.Namespace, rates: Rates) -> tuple[dict, dict]:
-    """Time the implementations alternately; return their figures and the differences of their results."""
-    context, names = multiprocessing.get_context("spawn"), args.implementations
-    runs, results = {}, {}
-    with contextlib.ExitStack() as stack:
-        given = {name: (name, args, torch.get_num_threads()) for name in names}
-        workers = {name: stack.enter_context(ProcessPoolExecutor(1, context, _Worker.begin, given[name])) for name in names}
-        rounds = [{name: workers[name].submit(_Worker.timed_step).result() for name in names} for _ in range(args.repeats + 1)]
-        for name in names:
-            taken = [seconds[name] for seconds in rounds[1:]]
-            peak, work, results[name] = workers[name].submit(_Worker.finish).result()
-            runs[name] = rates.beside(statistics.median(taken), work)
-            runs[name] |= {"min_seconds": min(taken), "all_seconds": taken, "peak_bytes": peak}
-    layers, inputs = _make_problem(args, "fused")
-    results["float64"] = _step(layers.double(), *(tensor.double() for tensor in inputs[:2]), inputs[2])
-    pairs = [(name, true) for name in names for true in ("reference", "float64") if name != true]
-    return runs, {f"{found} from {true}": _difference(results[found], results[true]) for found, true in pairs}
-
-
-def _make_problem(args: argparse.Namespace, implementation: str) -> tuple[nn.ModuleList, tuple[Tensor, ...]]:
-    """The layers and (x, weights of the output in the loss, neighbours), the same in every process."""
+def _make_problem(args: argparse.Namespace, implementation: str) -> tuple[nn.ModuleList, Tensor, Tensor, Tensor]:
+    """The layers, x, the weights of the output in the loss, and the neighbours; the same for every implementation."""
+    torch.backends.cudnn.allow_tf32 = False  # the reference's convolution; matrix products are in float32 by default
     torch.manual_seed(SEED)
     layers = nn.ModuleList(EdgeConv(c_in, c_out, args.k, implementation) for c_in, c_out in LAYERS).to(args.device)
     x = torch.randn(args.batch, args.points, 3, device=args.device)
     weights = torch.randn(args.batch, args.points, LAYERS[-1][1], device=args.device)
-    return layers, (x, weights, knn(x, args.k))
+    return layers, x, weights, knn(x, args.k)
 
 
 def _step(layers: nn.ModuleList, x: Tensor, weights: Tensor, index: Tensor) -> dict[str, Tensor]:
@@ -89,80 +80,34 @@ def _step(layers: nn.ModuleList, x: Tensor, weights: Tensor, index: Tensor) -> d
     return {"output": features.detach()} | gradients
 
 
-class _Worker:
-    """One implementation in a process of its own."""
-
-    @classmethod
-    def begin(cls, implementation: str, args: argparse.Namespace, threads: int) -> None:
-        torch.set_num_threads(threads)
-        torch.backends.cudnn.allow_tf32 = False  # the reference's convolution; matrix products are in float32 by default
-        cls.device, (cls.layers, cls.inputs) = args.device, _make_problem(args, implementation)
-        _step(cls.layers, *(tensor[:1] for tensor in cls.inputs))  # what the libraries allocate once does not count
-        cls.before = _reset_peak(args.device)
-
-    @classmethod
-    def timed_step(cls) -> float:
-        cls.results, seconds = timed(lambda: _step(cls.layers, *cls.inputs), cls.device)
-        return seconds
-
-    @classmethod
-    def finish(cls) -> tuple[int, Work, dict[str, np.ndarray]]:
-        """Return the bytes that the steps needed at most, the work of one, and the results of the last."""
-        peak, results = _peak_bytes(cls.device) - cls.before, {name: tensor.cpu() for name, tensor in cls.results.items()}
-        return peak, count_work(lambda: _step(cls.layers, *cls.inputs)), {name: value.numpy() for name, value in results.items()}
-
-
-def _reset_peak(device: torch.device) -> int:
-    """Forget the peak of what came before, where that is possible, and return the bytes in use."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
+def _peak_bytes(args: argparse.Namespace, implementation: str, threads: int) -> int:
+    """Return the bytes that a step needs at most in this process: of the GPU's memory, or of the process's on Linux."""
+    torch.set_num_threads(threads)
+    layers, *inputs = _make_problem(args, implementation)
+    _step(layers, *(tensor[:1] for tensor in inputs))  # what the libraries allocate once does not count
+    cuda = args.device.type == "cuda"
+    peak = lambda: torch.cuda.max_memory_allocated(args.device) if cuda else memory_bytes("VmHWM")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(args.device)
+    with contextlib.suppress(OSError):  # forgets the peak of what came before, where that is possible
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _peak_bytes(device)
+    before = peak()
+    _step(layers, *inputs)
+    return peak() - before
 
 
-def _peak_bytes(device: torch.device) -> int:
-    """Peak of GPU memory, or of the process's on Linux, which unlike getrusage's does not start at the parent's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))[1]) * 1024
-
-
-def _difference(found: dict, true: dict) -> dict[str, float]:
+def _difference(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
     """Largest |found - true| / largest |true|, of the output and over the gradients, and of the latter in L2 norm.
 
     Single gradients jump where rounding changes which of two nearly equal neighbours wins the maximum.
     """
     largest, norms = {}, {}
     for name, value in true.items():
-        value = torch.as_tensor(value).cpu().double()
-        error = torch.as_tensor(found[name]).double() - value
-        largest[name], norms[name] = (error.abs().max() / value.abs().max()).item(), (error.norm() / value.norm()).item()
+        error = found[name].double() - value.double()
+        largest[name], norms[name] = (error.abs().max() / value.abs().max()).item(), (error.norm() / value.double().norm()).item()
     output = largest.pop("output")
     norms.pop("output")
     return {"output": output, "gradients": max(largest.values()), "gradients_l2": max(norms.values())}
-
-
-def _measure_knn(args: argparse.Namespace, rates: Rates) -> dict[str, dict[str, float]]:
-    x = torch.randn(args.batch, args.points, max(KNN_CHANNELS), device=args.device)
-    figures = {}
-    for channels in KNN_CHANNELS:
-        search = lambda points=x[..., :channels]: knn(points, args.k)
-        figures[f"k-NN, C = {channels}"] = rates.beside(min(seconds_of(search, args.device, args.repeats)), count_work(search))
-    return figures
-
-
-def _print_report(report: dict, rates: Rates) -> None:
-    print(f"B {report['batch']}, N {report['points']}, k {report['k']}; forward and backward of four layers, median; k-NN, best")
-    rows = {name: report[name] for name in IMPLEMENTATIONS if name in report}
-    rows = {name: figures | {"peak_megabytes": figures["peak_bytes"] / 1e6} for name, figures in rows.items()}
-    rows |= {name: figures | {"min_seconds": None, "peak_megabytes": None} for name, figures in report["knn"].items()}
-    print_table(report, rates, rows, (("min s", "min_seconds", ".4g"), ("peak MB", "peak_megabytes", ".0f")))
-    memory = "memory too small to measure" if report["memory_ratio"] is None else f"1/{report['memory_ratio']:.1f} of the memory"
-    print(f"fused is {report['speedup']:.1f} times faster, {memory}")
-    for pair, found in report["largest_relative_difference"].items():
-        print(f"largest relative difference, {pair}: output {found['output']:.1e}, gradients {found['gradients']:.1e} "
-              f"(L2 {found['gradients_l2']:.1e})")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ The two floors of a time are FLOPs / measured matrix-product rate and bytes / me
 
 import argparse
 import math
+import multiprocessing
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,12 @@ def seconds_of(action: Callable[[], object], device: torch.device, repeats: int)
     return [timed(action, device)[1] for _ in range(repeats + 1)][1:]
 
 
+def in_turn(actions: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Time actions `repeats` times, one after the other, so that what else the machine does meets all."""
+    rounds = [{name: timed(action, device)[1] for name, action in actions.items()} for _ in range(repeats)]
+    return {name: [seconds[name] for seconds in rounds] for name in actions}
+
+
 def timed(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     """Run an action once; return what it returns, and the seconds until the device is idle."""
     wait = lambda: torch.cuda.synchronize(device) if device.type == "cuda" else None
@@ -98,6 +106,18 @@ def timed(action: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     result = action()
     wait()
     return result, time.perf_counter() - start
+
+
+def alone(function: Callable[..., Any], *given: Any) -> Any:
+    """Call a function in a new process, for its memory and its first start; return what it returns."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *given).result()
+
+
+def memory_bytes(line: str) -> int:
+    """Return a size of this process that Linux tells in /proc/self/status: VmHWM, its largest resident set, or RssAnon."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"{line}:\s+(\d+) kB", status)[1]) * 1024
 
 
 def count_work(action: Callable[[], object]) -> Work:
@@ -154,22 +174,21 @@ def _size(tensor: Tensor) -> int:
 
 
 def start(
-    module: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None, at_least_one: Iterable[str] = (),
+    module: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Parse the command line of `python -m benchmarks.MODULE` and set its threads; before the work, as it notes the tree's state.
 
     Args:
-        parser: without --threads, --device and --output, which all benchmarks share.
-        at_least_one: names of numbers below which the call is refused.
+        parser: without --threads, --device and --output, which all benchmarks share; a whole number below 1 is refused.
     Returns:
-        The arguments, `device` as a torch.device, and what every report begins with.
+        The arguments, `device` as a torch.device, and what every report begins with: the whole numbers among them and its origin.
     """
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: results/benchmarks/BENCHMARK-DEVICE.json")
     args = parser.parse_args(argv)
-    small = [f"--{name.replace('_', '-')}" for name in at_least_one if getattr(args, name) < 1]
-    if small:
+    numbers = {name: value for name, value in vars(args).items() if type(value) is int}
+    if small := [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value < 1]:
         parser.error(f"{', '.join(small)} must be at least 1")
     set_threads(args.threads)
     args.device = select_device(args.device)
@@ -180,7 +199,7 @@ def start(
         del command[place : place + 2]
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else found["cpu"]
     return args, {
-        "command": " ".join(command), **origin(found), "device": name,
+        "command": " ".join(command), **numbers, **origin(found), "device": name,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # shows a busy machine
     }
 

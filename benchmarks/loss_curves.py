@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib
 
@@ -28,7 +29,6 @@ VARIANTS = {
     "bfloat16 autocast": ["run.amp=true"],
 }
 DRAWN = {"step1": "loss/mlm", "step2": "loss/rcll"}
-SCRIPTS = {"step1": train_step1, "step2": train_step2}
 Curves = dict[str, dict[str, list[dict]]]
 
 
@@ -37,19 +37,18 @@ def compare(config_dir: Path, variants: dict[str, list[str]], common: list[str])
     found: Curves = {stage: {} for stage in DRAWN}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, settings) in enumerate(variants.items()):
-            for stage in DRAWN:
-                labels = Path(folder) / ("labels-0" if stage == "step2" else f"labels-{number}")
-                mlm_only = ["pla.mlm_only_epochs=1"] if stage == "step1" else []
-                settings_of_run = [*common, *mlm_only, *settings]
-                found[stage][name] = train(stage, config_dir, Path(folder) / str(number), labels, settings_of_run)
+            out = Path(folder) / str(number)
+            first = [*common, f"run.pseudo_labels={out}/labels", "pla.mlm_only_epochs=1", *settings]
+            found["step1"][name] = train(train_step1, config_dir, out, first)
+            second = [*common, f"rdl.pseudo_labels={folder}/0/labels", "rdl.start=fresh", *settings]
+            found["step2"][name] = train(train_step2, config_dir, out, second)
     return found
 
 
-def train(stage: str, config_dir: Path, out: Path, labels: Path, settings: list[str]) -> list[dict]:
-    """Train a stage with pseudo-labels in `labels`; return its epochs."""
-    own = [f"run.pseudo_labels={labels}"] if stage == "step1" else [f"rdl.pseudo_labels={labels}", "rdl.start=fresh"]
-    settings = [f"run.output={out}", "run.figures=false", *own, *settings]
-    SCRIPTS[stage].main(["--config", str(config_dir / f"{stage}.yaml"), "--set", *settings])
+def train(script: ModuleType, config_dir: Path, out: Path, settings: list[str]) -> list[dict]:
+    """Train a stage; return its epochs."""
+    stage = script.__name__.removeprefix("train_")
+    script.main(["--config", str(config_dir / f"{stage}.yaml"), "--set", f"run.output={out}", "run.figures=false", *settings])
     (metrics,) = out.glob(f"*/{stage}/*/metrics.jsonl")
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", type=int, nargs="+", choices=range(1, len(VARIANTS)), default=list(range(1, len(VARIANTS))),
                         help=f"which to run beside the plain one: {names}")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="settings of all variants")
-    args, report = start("loss_curves", parser, argv, ("epochs",))
+    args, report = start("loss_curves", parser, argv)
     chosen = {name: settings for number, (name, settings) in enumerate(VARIANTS.items()) if number in {0, *args.variants}}
     common = [f"optim.epochs={args.epochs}", f"run.device={args.device}", "run.eval_every=0", *args.settings]
     common += [f"run.threads={args.threads}"] if args.threads else []

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--points", type=int, default=99, help="values of p inside (0, 1)")
     args, report = start("loss_shapes", parser, argv)
     found = curves(args.num_clusters, args.alpha, args.points)
-    write_report("loss_shapes", report | {"num_clusters": args.num_clusters, "alpha": args.alpha, **found}, args.output)
+    write_report("loss_shapes", report | {"alpha": args.alpha, **found}, args.output)
 
 
 if __name__ == "__main__":

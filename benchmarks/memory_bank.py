@@ -18,40 +18,30 @@ from utils.engine.session import run_command
 MOMENTUM = 0.9
 
 
-def measure(samples: int, dim: int, batch_size: int, device: torch.device, repeats: int) -> dict[str, float]:
-    """Measure a bank of N random unit rows of width D; the last batch of updates may be smaller.
-
-    Returns:
-        bytes and mib of the rows, update_seconds of one epoch of updates, fill_seconds of one copy: medians over the repeats.
-    """
-    bank = MemoryBank(samples, dim, MOMENTUM).to(device)
-    embeddings = F.normalize(torch.randn(samples, dim, device=device), dim=1)
-    batches = torch.randperm(samples, device=device).split(batch_size)
+def main(argv: list[str] | None = None) -> None:
+    """Measure a bank of N random unit rows of width D, print medians over the repeats and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, required=True, help="N, rows of the bank")
+    parser.add_argument("--dim", type=int, default=1024, help="D, width of a row")
+    parser.add_argument("--batch-size", type=int, default=50, help="rows per update; the last batch may be smaller")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
+    args, report = start("memory_bank", parser, argv)
+    bank = MemoryBank(args.samples, args.dim, MOMENTUM).to(args.device)
+    embeddings = F.normalize(torch.randn(args.samples, args.dim, device=args.device), dim=1)
+    batches = torch.randperm(args.samples, device=args.device).split(args.batch_size)
 
     def update() -> None:
         for index in batches:
             bank.update(index, embeddings[index])
 
     size = bank.memory.numel() * bank.memory.element_size()
-    return {
+    report |= {
         "bytes": size, "mib": size / 2**20,
-        "update_seconds": statistics.median(seconds_of(update, device, repeats)),
-        "fill_seconds": statistics.median(seconds_of(lambda: bank.fill(embeddings), device, repeats)),
+        "update_seconds": statistics.median(seconds_of(update, args.device, args.repeats)),
+        "fill_seconds": statistics.median(seconds_of(lambda: bank.fill(embeddings), args.device, args.repeats)),
     }
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, required=True, help="N, rows of the bank")
-    parser.add_argument("--dim", type=int, default=1024, help="D, width of a row")
-    parser.add_argument("--batch-size", type=int, default=50, help="rows per update")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement")
-    args, report = start("memory_bank", parser, argv, ("samples", "dim", "batch_size", "repeats"))
-    found = measure(args.samples, args.dim, args.batch_size, args.device, args.repeats)
-    print(f"{args.samples} x {args.dim}: {found['mib']:.3f} MiB; one epoch of updates in batches of {args.batch_size}: "
-          f"{found['update_seconds']:.2e} s, one copy: {found['fill_seconds']:.2e} s")
-    report |= {"samples": args.samples, "dim": args.dim, "batch_size": args.batch_size, **found}
+    print(f"{args.samples} x {args.dim}: {report['mib']:.3f} MiB; one epoch of updates in batches of {args.batch_size}: "
+          f"{report['update_seconds']:.2e} s, one copy: {report['fill_seconds']:.2e} s")
     write_report("memory_bank", report, args.output)
 
 

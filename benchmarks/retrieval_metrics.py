@@ -7,10 +7,11 @@ from `utils.evaluation.metrics` by 1e-6 or more. "diffusion": the gallery's grap
 
 import argparse
 import dataclasses
-import math
 import operator
 import statistics
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,33 +40,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=256, help="width of the embeddings")
     parser.add_argument("--repeats", type=int, default=5, help="timed vectorised passes, of which the median counts")
     args, report = start("retrieval_metrics", parser, argv)
-    device = args.device
-    rates = measure_rates(device, torch.float64)  # mAP ranks in double precision
-    rows, found = {}, {}
-    problem = make_problem(args.loop_size, args.dim, device)
-    small = f"metrics, {args.loop_size} x {args.loop_size}"
-    seconds = statistics.median(seconds_of(lambda: mean_average_precision(*problem), device, args.repeats))
-    work = count_work(lambda: mean_average_precision(*problem))
-    found[small] = mean_average_precision(*problem)
-    rows[small] = rates.beside(seconds, work) | {"times_slower": 1.0}
-    for name, loop in LOOPS.items():
-        found[name], taken = timed(lambda: loop(*problem), device)  # noqa: B023
-        rows[name] = rates.beside(taken, work) | {"times_slower": taken / seconds}
+    device, rates = args.device, measure_rates(args.device, torch.float64)  # mAP ranks in double precision
+
+    def once(action: Callable[[], object]) -> dict[str, float]:
+        """Time and count at once: the counters take microseconds per operator, a pass up to many minutes."""
+        work, taken = timed(lambda: count_work(action), device)
+        return rates.beside(taken, work)
+
+    problem, small = make_problem(args.loop_size, args.dim, device), f"metrics, {args.loop_size} x {args.loop_size}"
+    rank = partial(mean_average_precision, *problem)
+    found, work = {small: rank()}, count_work(rank)
+    rows = {small: rates.beside(statistics.median(seconds_of(rank, device, args.repeats)), work)}
+    for name in LOOPS:
+        found[name], taken = timed(partial(loop_map, name, *problem), device)
+        rows[name] = rates.beside(taken, work)
     for size in sorted(set(args.sizes + [LARGE] * args.large)):
         name, problem, values = f"metrics, {size} x {size}", make_problem(size, args.dim, device), []
-        # timed and counted at once: the counters take microseconds per operator, the pass up to many minutes
-        work, taken = timed(lambda: count_work(lambda: values.append(mean_average_precision(*problem))), device)  # noqa: B023
-        rows[name], found[name] = rates.beside(taken, work) | {"times_slower": None}, values[0]
+        rows[name] = once(lambda: values.append(mean_average_precision(*problem)))  # noqa: B023
+        found[name] = values[0]
         if size < LARGE:
-            work, taken = timed(lambda: count_work(lambda: diffuse(*problem[::2])), device)  # noqa: B023
-            rows[f"diffusion, {size} x {size}"] = rates.beside(taken, work) | {"times_slower": None}
-    print_table(report, rates, rows, (("times slower", "times_slower", ".1f"),))
+            rows[f"diffusion, {size} x {size}"] = once(lambda: diffuse(*problem[::2]))  # noqa: B023
     difference = max(abs(found[small] - found[name]) for name in LOOPS)
     equal = difference < LIMIT
+    speedup = {name: rows[name]["seconds"] / rows[small]["seconds"] for name in LOOPS}
+    print_table(report, rates, rows)
+    print(", ".join(f"{factor:.1f} times faster than the {name}" for name, factor in speedup.items()))
     print(f"largest difference from the loops: {difference:.1e}, {'below' if equal else 'NOT below'} {LIMIT:.0e}")
     report |= {
-        "dim": args.dim, "rates": dataclasses.asdict(rates), "times": rows, "map": found, "difference": difference,
-        "speedup": {name: rows[name]["times_slower"] for name in LOOPS}, "equal": equal,
+        "rates": dataclasses.asdict(rates), "times": rows, "map": found, "difference": difference, "speedup": speedup, "equal": equal,
     }
     write_report("retrieval_metrics", report, args.output)
     return 0 if equal else 1
@@ -91,28 +93,27 @@ def diffuse(queries: Tensor, gallery: Tensor) -> None:
         ranking.scores(block)
 
 
-def double_loop_map(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
-    """mAP@All in plain Python; arguments as `make_problem` returns them."""
-    queries, items = ([_unit(row) for row in values.tolist()] for values in (query, gallery))
-    labels, precisions = gallery_labels.tolist(), []
-    for row, label in zip(queries, query_labels.tolist()):
+def python_ranking(queries: Tensor, gallery: Tensor) -> Iterator[list[int]]:
+    """Yield the ranking of the gallery (G, D) for every query (N, D) by its products, nothing vectorised."""
+    items = gallery.tolist()
+    for row in queries.tolist():
         scores = [sum(map(operator.mul, row, item)) for item in items]
-        order = sorted(range(len(items)), key=scores.__getitem__, reverse=True)
-        precisions.append(_average_precision(order, labels, label))
-    return statistics.fmean(precisions)
+        yield sorted(range(len(items)), key=scores.__getitem__, reverse=True)
 
 
-def rank_loop_map(query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
-    """mAP@All with scores and order from NumPy and a Python loop over the ranks of every query."""
-    rows, items = (values.cpu().double().numpy() for values in (query, gallery))
-    rows, items = (values / np.linalg.norm(values, axis=1, keepdims=True) for values in (rows, items))
-    orders, labels = np.argsort(-(rows @ items.T), axis=1).tolist(), gallery_labels.tolist()
+def numpy_ranking(queries: Tensor, gallery: Tensor) -> list[list[int]]:
+    """As `python_ranking`; scores and order come from NumPy."""
+    return np.argsort(-(queries.numpy() @ gallery.numpy().T), axis=1).tolist()
+
+
+LOOPS = {"double loop": python_ranking, "loop over ranks": numpy_ranking}
+
+
+def loop_map(loop: str, query: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
+    """mAP@All by a Python loop over the ranks of every query; arguments as `make_problem` returns them."""
+    orders = LOOPS[loop](*(F.normalize(rows.cpu().double(), dim=1) for rows in (query, gallery)))
+    labels = gallery_labels.tolist()
     return statistics.fmean(_average_precision(order, labels, label) for order, label in zip(orders, query_labels.tolist()))
-
-
-def _unit(row: list[float]) -> list[float]:
-    norm = math.sqrt(sum(value * value for value in row))
-    return [value / norm for value in row]
 
 
 def _average_precision(order: list[int], labels: list[int], label: int) -> float:
@@ -123,8 +124,6 @@ def _average_precision(order: list[int], labels: list[int], label: int) -> float
             total += hits / rank
     return total / hits if hits else 0.0
 
-
-LOOPS = {"double loop": double_loop_map, "loop over ranks": rank_loop_map}
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

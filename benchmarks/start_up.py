@@ -6,11 +6,9 @@ fingerprints) and the batches after it: the first start, which reads every file,
 
 import argparse
 import hashlib
-import multiprocessing
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.floors import start, write_report
+from benchmarks.floors import alone, memory_bytes, start, write_report
 from datasets.batches import BatchSource
 from datasets.lists import default_list_path
 from datasets.samples import load_training_samples
@@ -62,11 +60,10 @@ def measure(data: DataConfig, batches: int) -> dict[str, float]:
     plan = islice(plan_epoch(source.counts, source.stored_views, source.views, BATCH, numbers), batches)
     count = sum(1 for _, raw in source.fetch(plan) if source.augment(raw, BatchGenerator(numbers)))
     (seconds, cpu), (running, running_cpu) = started - began, clock() - started
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    mib = lambda key: int(status[key].split()[0]) / 1024
     return {
         "start_seconds": seconds, "start_cpu_seconds": cpu, "batches_per_second": count / running,
-        "batches_per_cpu_second": count / running_cpu, "peak_mib": mib("VmHWM"), "private_mib": mib("RssAnon"),
+        "batches_per_cpu_second": count / running_cpu,
+        "peak_mib": memory_bytes("VmHWM") / 2**20, "private_mib": memory_bytes("RssAnon") / 2**20,
     }
 
 
@@ -76,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     options = {"objects": (20000, "N"), "points": (2048, "per cloud"), "size": (64, "pixels"), "batches": (100, f"of {BATCH}")}
     for name, (default, text) in options.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    args, report = start("start_up", parser, argv, options)
+    args, report = start("start_up", parser, argv)
     with tempfile.TemporaryDirectory() as folder:
         fabricate(Path(folder), args.objects, args.points, args.size)
         data = DataConfig(
@@ -84,10 +81,9 @@ def main(argv: list[str] | None = None) -> None:
             num_points=min(128, args.points), workers=0,
         )
         for title in ("first start", "later start"):
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                report[title] = found = pool.submit(measure, data, args.batches).result()
+            report[title] = found = alone(measure, data, args.batches)
             print(f"{title}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
-    write_report("start_up", report | {name: getattr(args, name) for name in options}, args.output)
+    write_report("start_up", report, args.output)
 
 
 if __name__ == "__main__":

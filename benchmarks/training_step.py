@@ -1,7 +1,7 @@
 """Pairs per second of both stages: `python -m benchmarks.training_step [--config-dir configs/mnist3d_cpu] [--steps 8]`.
 
 Random samples of the shapes that the configuration names, so no data is needed. Whole epochs are timed after one for
-warming up, which holds the k-means of step 1; the shares spent on fetching and augmenting data come from another epoch.
+warming up, which holds the k-means of step 1; the share spent on fetching and augmenting data comes from another epoch.
 """
 
 import argparse
@@ -24,16 +24,15 @@ from datasets.label_runs import PseudoLabels
 from datasets.samples import PairedSamples
 from train_step1 import PLALearner
 from train_step2 import RDLLearner
-from utils.engine.learner import StageLearner, plan_epoch
-from utils.engine.seed import BatchGenerator, generator_for, seed_everything, set_deterministic
+from utils.engine.learner import StageLearner
+from utils.engine.seed import seed_everything, set_deterministic
 from utils.engine.session import run_command
 from utils.modalities import FACE_CHANNELS, MODALITIES
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config, Step2Config
 
 SEED, CLUSTERS = 0, 20  # random samples have no clusters to be found
-COLUMNS = (("pairs/s", "pairs_per_second", ".1f"), ("waiting for data", "share_waiting_for_data", ".1%"),
-           ("of it fetching", "share_fetching", ".1%"))
+COLUMNS = (("pairs/s", "pairs_per_second", ".1f"), ("waiting for data", "share_waiting_for_data", ".1%"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,33 +44,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps of an epoch; with data.placement=host, enough to "
                         "outweigh the start of the workers")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs, of which the median counts")
-    args, report = start("training_step", parser, argv, ("steps", "epochs"))
-    first = load_config(Step1Config, str(args.config_dir / "step1.yaml"), args.overrides)
-    if first.pla.num_clusters == "auto":
-        first = dataclasses.replace(first, pla=dataclasses.replace(first.pla, num_clusters=CLUSTERS))
+    args, report = start("training_step", parser, argv)
+    own = [f"pla.num_clusters={CLUSTERS}", "pla.mlm_only_epochs=0", "pla.recluster_every=0"]
+    first = load_config(Step1Config, str(args.config_dir / "step1.yaml"), [*args.overrides, *own])
     second = load_config(Step2Config, str(args.config_dir / "step2.yaml"), args.overrides)
     set_deterministic(first.run.deterministic)
     rates = measure_rates(args.device, torch.bfloat16 if first.run.amp else torch.float32)
     stages = {
-        "step1": measure_stage(make_step1(first, args), args.epochs, rates),
-        "step2": measure_stage(make_step2(second, first.pla.num_clusters, args), args.epochs, rates),
+        "step1": measure_stage(PLALearner(first, random_samples(first, args), args.device), args.epochs, rates),
+        "step2": measure_stage(make_step2(second, args), args.epochs, rates),
     }
     print_table(report, rates, {f"{stage}, one step": figures for stage, figures in stages.items()}, COLUMNS)
     report |= {"config_dir": str(args.config_dir), "rates": dataclasses.asdict(rates), "stages": stages}
     write_report(f"training_step-{args.config_dir.name}", report, args.output)
 
 
-def make_step1(config: Step1Config, args: argparse.Namespace) -> PLALearner:
-    """Return the learner of step 1, without MLM-only epochs, on `args.steps` batches of random samples."""
-    config = dataclasses.replace(config, pla=dataclasses.replace(config.pla, mlm_only_epochs=0, recluster_every=0))
-    return PLALearner(config, random_samples(config, args), args.device)
-
-
-def make_step2(config: Step2Config, num_clusters: int, args: argparse.Namespace) -> RDLLearner:
-    """Return the learner of step 2 on random samples and pseudo-labels, `num_clusters` of them unless configured."""
-    samples, clusters = random_samples(config, args), config.rdl.num_clusters or num_clusters
-    labels = {name: torch.randint(clusters, (len(array),)) for name, array in samples.arrays.items()}
-    return RDLLearner(config, samples, PseudoLabels(labels, None, clusters, {}, {}), args.device)
+def make_step2(config: Step2Config, args: argparse.Namespace) -> RDLLearner:
+    """Return the learner of step 2 on random samples and pseudo-labels."""
+    samples = random_samples(config, args)
+    labels = {name: torch.randint(CLUSTERS, (len(array),)) for name, array in samples.arrays.items()}
+    return RDLLearner(config, samples, PseudoLabels(labels, None, CLUSTERS, {}, {}), args.device)
 
 
 def random_samples(config: Step1Config | Step2Config, args: argparse.Namespace) -> PairedSamples:
@@ -97,50 +89,41 @@ def _random_faces(count: int, faces: int) -> Tensor:
 
 
 def measure_stage(learner: StageLearner, epochs: int, rates: Rates) -> dict[str, Any]:
-    """Time whole epochs of a learner, then count one step.
+    """Time whole epochs of a learner, then count the work of one, with the encoders not compiled.
 
     Returns:
-        `Rates.beside` of one step, pairs_per_second, the shares of waiting for data, batch_size, steps_per_epoch, epoch_seconds.
+        `Rates.beside` of one step, pairs_per_second, share_waiting_for_data, batch_size, steps_per_epoch, epoch_seconds.
     """
+    train, batch, device = learner.train_epoch, learner.batch_size, learner.device
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*joint clusters hold none")  # random samples have no clusters
-        learner.train_epoch(1)
-    times = [timed(partial(learner.train_epoch, epoch), learner.device)[1] for epoch in range(2, 2 + epochs)]
-    batch, seconds = learner.batch_size, statistics.median(times)
-    steps = max(learner.source.counts) // batch
-    return rates.beside(seconds / steps, count_step(learner)) | _data_shares(learner, 2 + epochs) | {
-        "pairs_per_second": steps * batch / seconds, "batch_size": batch, "steps_per_epoch": steps, "epoch_seconds": times,
+        train(1)
+    times = [timed(partial(train, epoch), device)[1] for epoch in range(2, 2 + epochs)]
+    steps, seconds = max(learner.source.counts) // batch, statistics.median(times)
+    with mock.patch.object(learner, "forwards", list(learner.encoders.values())):
+        work = count_work(partial(train, 2 + epochs))
+    return rates.beside(seconds / steps, Work(work.flops // steps, work.bytes // steps)) | {
+        "pairs_per_second": steps * batch / seconds, "share_waiting_for_data": _share_of_data(learner, 3 + epochs),
+        "batch_size": batch, "steps_per_epoch": steps, "epoch_seconds": times,
     }
 
 
-def count_step(learner: StageLearner) -> Work:
-    """Train on one more batch, with the encoders not compiled, and return its work."""
-    config, source = learner.config, learner.source
-    numbers = generator_for(config.run.seed, "benchmark", device=learner.device)
-    plan = plan_epoch(
-        source.counts, source.stored_views, source.views, learner.batch_size, numbers, paired=config.data.pairing != "none"
-    )
-    (batch,) = source.fetch([next(plan)])
-    with mock.patch.object(learner, "forwards", list(learner.encoders.values())):
-        return count_work(lambda: learner.step(*batch, BatchGenerator(numbers)))
+def _share_of_data(learner: StageLearner, epoch: int) -> float:
+    """Train one epoch; return the share of its time until batches are fetched and augmented."""
+    spent, fetch, augment = [], learner.source.fetch, learner.source.augment
 
-
-def _data_shares(learner: StageLearner, epoch: int) -> dict[str, float]:
-    """Train one epoch; return the shares of its time until batches are fetched, and until they are augmented as well."""
-    spent, fetch, augment = dict.fromkeys(("fetching", "augmenting"), 0.0), learner.source.fetch, learner.source.augment
-
-    def spend(part: str, action: Callable[..., Any], *given: Any) -> Any:
+    def spend(action: Callable[..., Any], *given: Any) -> Any:
         result, seconds = timed(lambda: action(*given), learner.device)
-        spent[part] += seconds
+        spent.append(seconds)
         return result
 
     def timed_fetch(plan: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         batches = iter(fetch(plan))
-        return iter(lambda: spend("fetching", next, batches, None), None)
+        return iter(lambda: spend(next, batches, None), None)
 
-    with mock.patch.multiple(learner.source, fetch=timed_fetch, augment=partial(spend, "augmenting", augment)):
+    with mock.patch.multiple(learner.source, fetch=timed_fetch, augment=partial(spend, augment)):
         _, seconds = timed(lambda: learner.train_epoch(epoch), learner.device)
-    return {"share_waiting_for_data": sum(spent.values()) / seconds, "share_fetching": spent["fetching"] / seconds}
+    return sum(spent) / seconds
 
 
 if __name__ == "__main__":

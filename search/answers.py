@@ -4,7 +4,6 @@ import base64
 import csv
 import html
 import io
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,19 +57,19 @@ def search(
             raise UserError(f"{path} is no query: {error}") from error
         features, meaning = model.describe({seen: torch.from_numpy(sample[None])})[seen], index.info["calibration"][seen]
         ids, scores = index.nearest(features.represent(index.info["representation"])[0].cpu().numpy(), count, ranking, ann)
-        picked = index.pick(ids.tolist(), "path", "thumbnail", "embedding")
-        kept = np.array([number in picked for number in ids.tolist()], dtype=bool)  # the others have been removed meanwhile
-        rows, embedding = [picked[number] for number in ids[kept].tolist()], features.embeddings[0].cpu().numpy()
-        cosines = np.array([row["embedding"] for row in rows], dtype=np.float64).reshape(-1, len(embedding)) @ embedding.astype(np.float64)
-        farther = np.interp(cosines, meaning["quantiles"], np.linspace(0, 1, len(meaning["quantiles"])))
-        values = zip(itertools.count(1), scores[kept].tolist(), cosines.tolist(), farther.tolist(), (row["path"] for row in rows))
+        picked = index.pick(ids.tolist(), "path", "thumbnail", "embedding")  # without those that have been removed meanwhile
+        rows = [{**picked[number], "score": score} for number, score in zip(ids.tolist(), scores.tolist()) if number in picked]
+        embedding, quantiles = features.embeddings[0].cpu().numpy(), meaning["quantiles"]
+        for rank, row in enumerate(rows, start=1):
+            cosine = float(row["embedding"] @ embedding.astype(np.float64))
+            row |= {"rank": rank, "cosine": cosine, "farther": float(np.interp(cosine, quantiles, np.linspace(0, 1, len(quantiles))))}
         shown_first = index.info["representation"] == "embedding" and ranking == "plain" and not ann
-        nearest = cosines[:1] if shown_first else index.nearest(embedding, 1, column="embedding")[1]
-        best, level = max(nearest.tolist(), default=-1.0), meaning["level"]
+        nearest = [row["cosine"] for row in rows[:1]] if shown_first else index.nearest(embedding, 1, column="embedding")[1].tolist()
+        best, level = max(nearest, default=-1.0), meaning["level"]
         verdict = f"{'nothing like this in the collection: ' * (best < level)}best cosine {best:.3f}, unrelated queries reach {level:.3f}"
         found.append({
             "query": path, "modality": seen, "nothing_like_this": best < level, "level": level, "verdict": verdict,
-            "reads_labels": index.info.get("reads_labels"), "results": [dict(zip(FIELDS, row)) for row in values],
+            "reads_labels": index.info.get("reads_labels"), "results": [{name: row[name] for name in FIELDS} for row in rows],
             "pictures": [picture, *(row["thumbnail"] for row in rows)],
         })
     return found

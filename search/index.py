@@ -118,7 +118,8 @@ class Index:
         if ranking == "diffusion":
             ids, graph = diffusion(self, self.table.version)
             scores = graph.scores(torch.from_numpy(query[None]).double())[0].numpy()
-            return ids[best(ids, scores)], scores[best(ids, scores)]
+            order = best(ids, scores)
+            return ids[order], scores[order]
         fetch = min(count, len(self)) + SPARE
         while True:
             search = self.table.search(query, vector_column_name=column).distance_type("dot").limit(fetch)

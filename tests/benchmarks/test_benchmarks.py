@@ -106,15 +106,15 @@ def test_a_wrong_call_is_refused(capsys, argv, message):
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=1)
     with pytest.raises((SystemExit, UserError)) as caught:
-        floors.start("memory_bank", parser, argv, ("repeats",))
+        floors.start("memory_bank", parser, argv)
     assert re.search(message, str(caught.value) + capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("loop", [retrieval_metrics.double_loop_map, retrieval_metrics.rank_loop_map])
+@pytest.mark.parametrize("loop", retrieval_metrics.LOOPS)
 def test_the_loops_on_a_hand_worked_ranking(loop):
     query, gallery = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.1], [1.0, 1.0], [0.1, 9.0]])
     labels, items = torch.tensor([0, 5]), torch.tensor([1, 0, 0])  # first: hits at ranks 2 and 3; second: none
-    assert loop(query, labels, gallery, items) == pytest.approx(((1 / 2 + 2 / 3) / 2 + 0) / 2, abs=1e-15)
+    assert retrieval_metrics.loop_map(loop, query, labels, gallery, items) == pytest.approx(((1 / 2 + 2 / 3) / 2 + 0) / 2, abs=1e-15)
 
 
 def test_retrieval_metrics(tmp_path, capsys):
@@ -135,13 +135,14 @@ def test_a_wrong_metric_gives_exit_code_1(monkeypatch, tmp_path, error):
 
 
 @pytest.mark.parametrize("modalities,placement", [("[GrayImg,PointCloud]", "auto"), ("[RGBImg,Mesh]", "host")])
-def test_training_step(tmp_path, capsys, modalities, placement):
+def test_training_step(monkeypatch, tmp_path, capsys, modalities, placement):
+    monkeypatch.setattr(training_step, "CLUSTERS", 6)  # of 8 samples
     settings = [f"data.modalities={modalities}", "optim.batch_size=4", "data.max_faces=8", f"data.placement={placement}", "data.workers=0"]
     argv = ["--config-dir", str(SMOKE), "--steps", "2", "--epochs", "1", "--set", *settings]
     for row in run(training_step, tmp_path / "a.json", *argv)["stages"].values():
         assert row["pairs_per_second"] == pytest.approx(8 / row["epoch_seconds"][0])
         assert row["seconds"] == pytest.approx(row["epoch_seconds"][0] / 2)
-        assert 0 < row["share_fetching"] < row["share_waiting_for_data"] < 1
+        assert 0 < row["share_waiting_for_data"] < 1
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("step1, one step", "step2, one step", "waiting for data"))
 
@@ -149,13 +150,13 @@ def test_training_step(tmp_path, capsys, modalities, placement):
 def test_edge_conv(monkeypatch, tmp_path, capsys):
     if not torch.cuda.is_initialized():  # forked processes start faster, but cannot follow autograd's threads for a GPU
         fork = multiprocessing.get_context("fork")
-        monkeypatch.setattr(edge_conv.multiprocessing, "get_context", lambda method: fork)
+        monkeypatch.setattr(floors.multiprocessing, "get_context", lambda method: fork)
     report = run(edge_conv, tmp_path / "a.json", "--batch", "4", "--points", "64", "--k", "4", "--repeats", "1")
     assert report["reference"]["flops"] > report["fused"]["flops"]
     assert report["speedup"] == pytest.approx(report["reference"]["seconds"] / report["fused"]["seconds"])
     assert report["largest_relative_difference"]["fused from reference"]["output"] < 1e-4
-    assert {"k-NN, C = 3", "k-NN, C = 64", "k-NN, C = 128"} == report["knn"].keys()
-    assert "times faster" in capsys.readouterr().out
+    assert {"k-NN, C = 3", "k-NN, C = 64", "k-NN, C = 128"} < report.keys()
+    assert "speedup: " in capsys.readouterr().out
 
 
 def test_loss_curves_of_two_variants(small_digits, tmp_path, capsys):
