@@ -29,6 +29,7 @@ from utils.settings.config import to_dict
 from utils.settings.options import Step1Config
 
 QUALITY = ("acc", "purity", "nmi", "reliability", "own_acc")
+KEPT = ("oracle", "peak_mib", "row")  # of metrics.json, that no evaluation can know
 
 
 def evaluate_checkpoint(checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
@@ -82,14 +83,14 @@ def training_anchors(trained: TrainedRun, test: PairedSamples, device: torch.dev
 
 
 def _write_metrics(run: RunLog, scores: dict[str, Any], epoch: int, epochs: int) -> None:
-    """Write metrics.json, keeping the oracle entry that the training script may have put there; a folder may be read-only."""
+    """Write metrics.json, keeping what the training script alone knows; a folder may be read-only."""
     path = run.folder / "metrics.json"
     scored = {key: value for key, value in environment(seed=0).items() if key.startswith("git_")}
     selection = "last epoch" if epoch == epochs else f"epoch {epoch} of {epochs}, unfinished"
     try:
         before = read_json(path) if path.exists() else {}
-        oracle = {"oracle": before["oracle"]} if "oracle" in before else {}
-        atomic_write_json(path, {**scores, "epoch": epoch, "selection": selection, "scored": scored, **oracle, **label_note(run)})
+        kept = {key: before[key] for key in KEPT if key in before}
+        atomic_write_json(path, {**scores, "epoch": epoch, "selection": selection, "scored": scored, **kept, **label_note(run)})
     except (OSError, UserError) as error:
         print(f"scores of {run.folder} are not kept: {error}", file=sys.stderr)
 
@@ -101,7 +102,7 @@ def pseudo_label_quality(config: Step1Config, run: RunLog) -> dict[str, float]:
         config: settings of the run.
         run: only files that this very run wrote are compared.
     Returns:
-        "acc/<modality>" (Hungarian), "purity/<modality>" and "nmi/<modality>"; where ids were fused by trust, also
+        "acc/<modality>" (Hungarian), "purity/<modality>" and "nmi/<modality>"; where the export has them, also
         "reliability/<modality>", measured without labels, and "own_acc/<modality>" of the ids that it would have given by itself. Or
         nothing. A diagnostic: it never reaches training, and no table waits for it.
     """

@@ -43,11 +43,13 @@ def test_files_of_both_stages(finished, small_digits):
 
 def test_evaluate_prints_the_tasks_and_repeats_the_logged_scores(finished, small_digits, capsys):
     runs = [str(only_run(finished, step)) for step in (1, 2)]
+    before = [json.loads((Path(run) / "metrics.json").read_text()) for run in runs]
     evaluate.main(["--run", *runs, "--device", "cpu"])
     table = capsys.readouterr().out
     assert all(word in table for word in ("GP", "PG", "avg", "chance", "step 1, PLA", "step 2, RDL"))
-    for run in runs:
+    for run, trained in zip(runs, before):
         scores = json.loads((Path(run) / "metrics.json").read_text())
+        assert scores["peak_mib"] > 0 and all(scores[key] == trained[key] for key in ("peak_mib", "row", "oracle"))
         assert scores["map/avg"] == pytest.approx((scores["map/GP"] + scores["map/PG"]) / 2)
         assert scores["map/GP"] == pytest.approx(log_lines(Path(run))[-1]["map/GP"], abs=1e-12)
         assert {"anchored", "anchored, diffusion"} <= scores["variants"].keys() and len(scores["scored"]["git_sha"]) == 40
