@@ -98,6 +98,8 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
     scale = scale_of(arguments, table.get("mode"), protocol["datasets"].get(arguments.dataset, {}))
     setup = find_setup(protocol, arguments.dataset, scale, arguments.tasks)
     rows = expand(table, setup, range(arguments.seeds))
+    if not rows:
+        raise UserError(f"every row of {arguments.table} is of frozen features: use --mode head")
     root, cells = arguments.runs / f"{setup.dataset}-{setup.scale}", all_cells(rows)
     if arguments.list:
         found = [state["status"] for state in states(cells, root).values()]

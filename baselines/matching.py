@@ -138,4 +138,3 @@ def agreement(consensus: tuple[Codes, Codes], first: np.ndarray, second: np.ndar
     found = [codes.train for codes in consensus]
     scores = [(mine[chosen[0]] @ other[chosen[1]].T).ravel() for mine, other in (found, (first, second))]
     return float(np.corrcoef(*scores)[0, 1])
-

@@ -41,9 +41,10 @@ STEP_OLD = ["pla.warmup_epochs=0"]
 
 def moved(*names: str) -> Any:
     """Return the first of these modules that this checkout has."""
-    for name in names:
+    for name in names[:-1]:
         with suppress(ModuleNotFoundError):
             return importlib.import_module(name)
+    return importlib.import_module(names[-1])
 
 
 def knn_case(points: int, k: int, channels: int) -> Callable[[], Tensor]:
