@@ -41,7 +41,7 @@ def test_a_finished_run_is_recorded(tmp_path, finished):
     assert record["command"] == "python train_step1.py --config configs/smoke/step1.yaml" and record["commit"] == "c" * 40
     assert (record["row"], record["pair"], record["seed"], record["device"]) == ("step 1, PLA (class estimator), K 6 given", "GP", 0, "a CPU")
     text = (tmp_path / "mine.md").read_text()
-    assert "| step 1, PLA (class estimator), K 6 given | 40.0 | 60.0 | 50.0 | 0 | 1.0 min | a CPU, 1 thread | `ccccccc` |" in text
+    assert "| step 1, PLA (class estimator), K 6 given | 40.0 | 60.0 | 50.0 | 0 | 1.0 min | `ccccccc` |" in text
     (folder / "env.json").write_text(json.dumps({**environment, "command": [*environment["command"], "--set", "optim.epochs=2"]}))
     with pytest.raises(UserError, match="holds a run of another command in its place"):
         record_run(tmp_path / "mine.jsonl", folder)
