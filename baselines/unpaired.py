@@ -143,9 +143,9 @@ def rows_of(sets: Sets, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     features = [standardise(side["train"], side["train"]) for side in (sets.photos, sets.pictures)]
     one = agree(*_clusterings(sets, (CLASSES,), 1, seed), [tuple(features)], "hungarian")
     yield f"{CLASSES} clusters each, hungarian", _scores(sets, *(codes.test for codes in one))
-    again = dict(_matchings(sets, features, derive_seed(seed, "again")))
-    for name, found in _matchings(sets, features, seed):
-        stability = agreement(found, *(codes.train for codes in again[name]))
+    both = (_matchings(sets, features, number) for number in (seed, derive_seed(seed, "again")))
+    for (name, found), (_, again) in zip(*both):
+        stability = agreement(found, *(codes.train for codes in again))
         yield name, {**_scores(sets, *(codes.test for codes in found)), "stability": stability}
     if sets.classes is not None:
         yield "prototypes of the true classes, READS LABELS", _scores(sets, *_prototypes(sets))
