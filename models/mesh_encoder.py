@@ -67,7 +67,7 @@ class MeshNet(nn.Module):
         spatial2, structural = self.mesh_conv2(spatial1, structural, neighbours)
         fused = self.fusion_mlp(spatial2, structural)
         features = self.concat_mlp(spatial1, spatial2, fused)  # (B * F, width)
-        return self.head(self._visible(features.unflatten(0, faces.shape[:2])).amax(dim=1))
+        return self.head(self._visible(features.unflatten(0, faces.shape[:2])).max(dim=1).values)
 
     def _visible(self, features: Tensor) -> Tensor:
         if not self.training or self.mask_ratio == 0:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from models.kernels import neighbour_ops
 from models.kernels.knn import knn
+from models.kernels.linear import linear, weight_gradient
 from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
 
@@ -110,8 +111,8 @@ class _FusedEdgeConv(torch.autograd.Function):
         split = torch.cat((weight[:, :channels], weight[:, channels:] - weight[:, :channels]), 1)  # (C_out, 2C)
         shift = weight[:, channels:] @ centre
         sign = torch.where(gamma < 0, -1.0, 1.0).to(x.dtype)
-        best, winner = ops.neighbour_max(x @ (split[:, :channels] * sign[:, None]).T, rows, points, gamma == 0)
-        edge = best.mul_(sign).addmm_(x, split[:, channels:].T)  # (B*N, C_out), winners, without shift
+        best, winner = ops.neighbour_max(linear(x, split[:, :channels] * sign[:, None]), rows, points, gamma == 0)
+        edge = best.mul_(sign).add_(linear(x, split[:, channels:]))  # (B*N, C_out), winners, without shift
 
         moments = edge_mean = sums = degree = None
         if running is None:
@@ -167,7 +168,7 @@ def _fused_backward(ctx, grad):
     dense_x = x if moments is not None and ctx.needs_input_grad[0] else None
     near, incoming = ctx.ops.transposed_sums(own, winner, dense_x, rows, ctx.points)
 
-    grad_split = torch.cat((near.T @ x, own.T @ x), 1)
+    grad_split = torch.cat((weight_gradient(near, x), weight_gradient(own, x)), 1)
     total = scale * every_beta  # sum of the edge gradients; BatchNorm in training mode makes it zero
     slope = None
     if moments is not None:
@@ -181,7 +182,7 @@ def _fused_backward(ctx, grad):
 
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = (near @ split[:, :channels]).addmm_(own, split[:, channels:])
+        grad_x = linear(near, split[:, :channels].T).add_(linear(own, split[:, channels:].T))
         if slope is not None:
             offset = (scale * every_beta).double() / edges
             _subtract_batch_terms(grad_x, x, split, slope, offset, sums, incoming, degree, edge_mean, rows.shape[1])

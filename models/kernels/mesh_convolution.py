@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.kernels.batch_norm import is_compiled, normalise_and_activate
-from models.kernels.linear import linear_of_parts
+from models.kernels.linear import linear, linear_of_parts
 from models.kernels.neighbour_ops import compiled_or_plain, in_degrees, operations
 from models.sync_batchnorm import SyncBatchNorm, update_running_statistics
 from utils.engine import distributed
@@ -119,82 +119,80 @@ class MeshConvolution(nn.Module):
         conv, bn, relu = self.concat_mlp
         weight, bias, scale = conv.weight.flatten(1), conv.bias, bn.weight
         if isinstance(bn, SyncBatchNorm) and distributed.world() > 1:
-            own, other = _own_and_other(structural, weight, bias)
-            pairs = own.unflatten(0, (-1, 1, neighbours.rows.shape[2])) + other[neighbours.rows]  # (B, 3, F, C)
+            pairs = _pairs(_both_terms(structural, weight, bias), 0, neighbours)
             return relu(bn(pairs.flatten(0, 2)[..., None, None])).view_as(pairs).amax(dim=1).flatten(0, 1)
         sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
-        own, other = _own_and_other(structural, weight * sign[:, None], None if bn.training else bias * sign)
+        both = _both_terms(structural, weight * sign[:, None], None if bn.training else bias * sign)
         running = None if bn.training else (bn.running_mean * sign, bn.running_var)
-        with torch.autocast(own.device.type, enabled=False):
-            own, other = own.to(scale.dtype), other.to(scale.dtype)
-            out, mean, var = _StrongestPairs.apply(own, other, scale * sign, bn.bias + 0 * bias, running, bn.eps, neighbours)
+        with torch.autocast(both.device.type, enabled=False):
+            both = both.to(scale.dtype)
+            out, mean, var = _StrongestPairs.apply(both, scale * sign, bn.bias + 0 * bias, running, bn.eps, neighbours)
         if bn.training:
             update_running_statistics(bn, mean * sign + bias, var, neighbours.rows.numel())
         return out
 
 
-def _own_and_other(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    own_weight, other_weight = weight.chunk(2, dim=1)  # (C, C) each
-    return F.linear(rows, own_weight, bias), F.linear(rows, other_weight)
+def _both_terms(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a face gives to its own pairs, with the bias, and to those of its neighbours, side by side: (M, 2C) of rows (M, C)."""
+    return linear(rows, torch.cat(weight.chunk(2, dim=1)), None if bias is None else torch.cat((bias, torch.zeros_like(bias))))
 
 
 class _StrongestPairs(torch.autograd.Function):
-    """relu(scale * normalised(max over the neighbours j of own_i + other_j) + shift) with scale >= 0.
+    """relu(scale * normalised(max over the neighbours j of own_i + other_j) + shift) with scale >= 0, (own, other) = both.
 
     Mean and variance are those of all pairs, or given (`running`). With y a centred pair, the gradient through the batch statistics
     takes level + slope * y from every pair.
     """
 
     @staticmethod
-    def forward(ctx, own, other, scale, shift, running, eps, neighbours):
+    def forward(ctx, both, scale, shift, running, eps, neighbours):
+        own, other = both.chunk(2, dim=1)
         count = neighbours.rows.numel()
-        if running is None:
-            mean = own.mean(0) + (neighbours.degree.to(other.dtype) @ other) / count
-        else:
-            mean = running[0]
-        own = (own - mean).unflatten(0, (-1, neighbours.rows.shape[2]))  # (B, F, C)
-        passes, ops = compiled_or_plain(own.device, "mesh_numba", "mesh_convolution"), operations(own.device)
-        best, squares = passes.strongest(own, other, neighbours)
-        var = (squares / count).to(own.dtype) if running is None else running[1]
+        mean = own.mean(0) + (neighbours.degree.to(other.dtype) @ other) / count if running is None else running[0]
+        passes, ops = compiled_or_plain(both.device, "mesh_numba", "mesh_convolution"), operations(both.device)
+        best, squares = passes.strongest(both, mean, neighbours)
+        var = (squares / count).to(both.dtype) if running is None else running[1]
         rstd = (var + eps).rsqrt()
         factor = scale * rstd
-        ctx.save_for_backward(own, other, best, factor, rstd, shift)
+        ctx.save_for_backward(both, mean, best, factor, rstd, shift)
         ctx.neighbours, ctx.batch_statistics, ctx.passes, ctx.ops = neighbours, running is None, passes, ops
         ctx.mark_non_differentiable(mean, var)
-        return ops.activate(best.flatten(0, 1), factor, shift, 0.0), mean, var
+        return ops.activate(best, factor, shift, 0.0), mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _mean, _var):
-        own, other, best, factor, rstd, shift = ctx.saved_tensors
-        rows, zero = best.flatten(0, 1), torch.zeros_like(shift)
-        grad, grad_shift, grad_scale = ctx.ops.activation_sums(grad, rows, zero, factor, shift, 0.0)
+        both, mean, best, factor, rstd, shift = ctx.saved_tensors
+        grad, grad_shift, grad_scale = ctx.ops.activation_sums(grad, best, torch.zeros_like(shift), factor, shift, 0.0)
         grad_scale = grad_scale * rstd
         part = factor / ctx.neighbours.rows.numel() * ctx.batch_statistics
         level, slope = part * grad_shift, part * grad_scale * rstd
-        pulls = ctx.passes.pair_gradients(grad.view_as(own), own, other, best, level, slope, ctx.neighbours)
-        return pulls[0].flatten(0, 1), pulls[1], grad_scale, grad_shift, None, None, None
+        return ctx.passes.pair_gradients(grad, both, mean, best, level, slope, ctx.neighbours), grad_scale, grad_shift, None, None, None
 
 
-def strongest(own: Tensor, other: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
-    """Return the largest own_i + other_j over the neighbours j of every face, (B, F, C), and the sum of squares over all pairs, (C,).
+def _pairs(both: Tensor, mean: Tensor | float, neighbours: Neighbours) -> Tensor:
+    """own_i - mean + other_j of every pair, (B, 3, F, C), of (own, other) = both (B * F, 2C)."""
+    own, other = both.chunk(2, dim=1)
+    return (own - mean).unflatten(0, (-1, 1, neighbours.rows.shape[2])) + other[neighbours.rows]
 
-    Args:
-        own: (B, F, C); other: (B * F, C).
-    """
-    pairs = own[:, None] + other[neighbours.rows]  # (B, 3, F, C)
-    return pairs.amax(dim=1), pairs.square_().sum((0, 1, 2), dtype=torch.float64)
+
+def strongest(both: Tensor, mean: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
+    """Return the largest pair of every face, (B * F, C), and the sum of squares over all pairs, (C,); pairs as by `_pairs`."""
+    pairs = _pairs(both, mean, neighbours)
+    return pairs.amax(dim=1).flatten(0, 1), pairs.square_().sum((0, 1, 2), dtype=torch.float64)
 
 
 def pair_gradients(
-    grad: Tensor, own: Tensor, other: Tensor, best: Tensor, level: Tensor, slope: Tensor, neighbours: Neighbours
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients at own and other: `grad` (B, F, C) goes to the pairs that are `best`, level + slope * pair is taken from all.
+    grad: Tensor, both: Tensor, mean: Tensor, best: Tensor, level: Tensor, slope: Tensor, neighbours: Neighbours
+) -> Tensor:
+    """Return the gradient at both: `grad` (B * F, C) goes to the pairs that are `best`, level + slope * pair is taken from all.
 
     Args:
         level, slope: (C,); the others as for `strongest`, whose result is `best`.
     """
-    pairs = own[:, None] + other[neighbours.rows]
-    won = (pairs == best[:, None]).to(pairs.dtype)
-    pull = won.mul_((grad / won.sum(1))[:, None]).sub_(torch.addcmul(level, pairs, slope))
-    return pull.sum(1), F.embedding_bag(neighbours.order, pull.flatten(0, 2), neighbours.starts, mode="sum")
+    pairs = _pairs(both, mean, neighbours)
+    grad, best = (values.unflatten(0, (-1, 1, pairs.shape[2])) for values in (grad, best))
+    won = (pairs == best).to(pairs.dtype)
+    pull = won.mul_(grad / won.sum(1, keepdim=True)).sub_(torch.addcmul(level, pairs, slope))
+    other = F.embedding_bag(neighbours.order, pull.flatten(0, 2), neighbours.starts, mode="sum")
+    return torch.cat((pull.sum(1).flatten(0, 1), other), dim=1)

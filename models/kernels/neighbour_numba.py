@@ -60,16 +60,15 @@ def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[T
 
 def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor, points: int) -> tuple[Tensor, Tensor | None]:
     """As `neighbour_ops.transposed_sums`."""
-    own, near = own.contiguous(), torch.zeros_like(own, memory_format=torch.contiguous_format)
+    own, near = own.contiguous(), torch.empty_like(own, memory_format=torch.contiguous_format)
     clouds = len(own) // points
-    arrays = [own.view(-1).numpy(), winner.view(-1).numpy(), near.view(-1).numpy()]
-    size = points * own.shape[1]
-    share(clouds, lambda start, stop: _scatter(*arrays, start * size, stop * size))
+    arrays = [values.view(clouds, -1).numpy() for values in (own, winner, near)]
+    share(clouds, lambda start, stop: _scatter(*arrays, start, stop))
     if x is None:
         return near, None
-    x, incoming = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
+    x, incoming = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     arrays = [values.numpy() for values in (x, rows, incoming)]
-    share(clouds, lambda start, stop: _transposed_sum(*arrays, start * points, stop * points))
+    share(clouds, lambda start, stop: _transposed_sum(*arrays, points, start, stop))
     return near, incoming
 
 
@@ -161,14 +160,20 @@ def _neighbour_max(u, rows, best, winner, start, stop):
 
 @compiled
 def _scatter(own, winner, near, start, stop):
-    for place in range(start, stop):
-        near[winner[place]] += own[place]
+    places = near.reshape(-1)
+    for cloud in range(start, stop):
+        near[cloud] = 0
+        for place in range(own.shape[1]):
+            places[winner[cloud, place]] += own[cloud, place]
 
 
 @compiled
-def _transposed_sum(x, rows, out, start, stop):
-    for point in range(start, stop):
-        for slot in range(rows.shape[1]):
-            target = rows[point, slot]
-            for channel in range(x.shape[1]):
-                out[target, channel] += x[point, channel]
+def _transposed_sum(x, rows, out, points, start, stop):
+    for cloud in range(start, stop):
+        first, last = cloud * points, (cloud + 1) * points
+        out[first:last] = 0
+        for point in range(first, last):
+            for slot in range(rows.shape[1]):
+                target = rows[point, slot]
+                for channel in range(x.shape[1]):
+                    out[target, channel] += x[point, channel]

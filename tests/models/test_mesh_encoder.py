@@ -167,12 +167,12 @@ def test_compiled_passes_equal_the_plain_ones_on_hostile_rows(factor):
     mesh_numba = pytest.importorskip("models.kernels.mesh_numba", reason="needs Numba")
     torch.manual_seed(0)
     neighbours = Neighbours.of(torch.randint(6, (2, 6, 3)))
-    own, other, grad, level, slope = torch.randn(2, 6, 4), torch.randn(12, 4), torch.randn(2, 6, 4), torch.randn(4), torch.randn(4)
-    own[0] *= factor
-    other[6:] = other[6]  # ties
-    found, expected = (passes.strongest(own, other, neighbours) for passes in (mesh_numba, mesh_convolution))
+    both, grad, mean, level, slope = torch.randn(12, 8), torch.randn(12, 4), *torch.randn(3, 4)
+    both[:6, :4] *= factor
+    both[6:, 4:] = both[6, 4:]  # ties
+    found, expected = (passes.strongest(both, mean, neighbours) for passes in (mesh_numba, mesh_convolution))
     torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
-    slopes = [passes.pair_gradients(grad, own, other, expected[0], level, slope, neighbours) for passes in (mesh_numba, mesh_convolution)]
+    slopes = [passes.pair_gradients(grad, both, mean, expected[0], level, slope, neighbours) for passes in (mesh_numba, mesh_convolution)]
     torch.testing.assert_close(*slopes, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
