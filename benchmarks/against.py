@@ -113,6 +113,14 @@ def evaluation_case() -> Callable[[], float]:
     return lambda: metrics.mean_average_precision(rows[0], labels[0], rows[1], labels[1])
 
 
+def splat_case() -> Callable[[], float]:
+    """Six pictures of 112 pixels of a cloud of 2,048 points, as preparation draws them; returns a sum that any byte changes."""
+    render = moved("datasets.prepare.shapes.render", "datasets.rendering")
+    points = (torch.nn.functional.normalize(torch.randn(2048, 3), dim=1) * torch.tensor([1.0, 0.7, 0.5])).double().numpy()
+    cameras, weights = render.ring_of_cameras(6, 30.0), torch.rand(6 * 112 * 112 * 3, dtype=torch.float64)
+    return lambda: weights @ torch.from_numpy(render.splat_views(points, cameras, 112)).flatten().double()
+
+
 CASES: dict[str, tuple[Callable[[], Callable[[], Any]], int]] = {  # name -> what makes it, runs per timing
     "k-NN, 128 points, k 8": (lambda: knn_case(128, 8, 64), 5),
     "k-NN, 256 points, k 10": (lambda: knn_case(256, 10, 64), 3),
@@ -122,6 +130,7 @@ CASES: dict[str, tuple[Callable[[], Callable[[], Any]], int]] = {  # name -> wha
     "MeshNet, 64 meshes of 500 faces": (lambda: meshnet_case(500), 3),
     "training step, both encoders": (step_case, 3),
     "evaluation, 10,000 x 10,000": (evaluation_case, 1),
+    "six splat pictures of 112 px": (splat_case, 3),
 }
 
 

@@ -29,15 +29,14 @@ def normalise_and_activate(rows: Tensor, bn: nn.modules.batchnorm._BatchNorm, sl
 
 
 class _NormalisedActivation(torch.autograd.Function):
-    """Two passes for the statistics, one for the output; backwards one for the sums over the batch, one for the gradient at the rows."""
+    """One pass for the statistics, one for the output; backwards one for the sums over the batch, one for the gradient at the rows."""
 
     @staticmethod
     def forward(ctx, rows, gamma, beta, eps, slope):
         from models.kernels import rows_numba
 
         rows = rows.contiguous()
-        mean = rows.mean(0)
-        var = rows_numba.squares(rows, mean) / len(rows)
+        mean, var = rows_numba.mean_and_variance(rows)
         rstd = (var + eps).rsqrt()
         scale = gamma * rstd
         offset = beta - mean * scale
@@ -50,8 +49,10 @@ class _NormalisedActivation(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _mean, _var):
         rows, mean, rstd, scale, offset = ctx.saved_tensors
-        grad_rows, grad_beta, grad_gamma = ctx.kernels.activation_sums(grad, rows, mean, scale, offset, ctx.slope)
+        grad = grad.contiguous()
+        grad_beta, grad_gamma = ctx.kernels.gradient_sums(grad, rows, mean, scale, offset, ctx.slope)
         grad_gamma *= rstd
         tilt = scale * rstd * grad_gamma / len(rows)  # of the gradient through the variance, along rows - mean
-        ctx.kernels.subtract_affine(grad_rows, rows, tilt, scale * grad_beta / len(rows) - tilt * mean)
+        shift = scale * grad_beta / len(rows) - tilt * mean
+        grad_rows = ctx.kernels.gradient_at_rows(grad, rows, scale, offset, tilt, shift, ctx.slope)
         return grad_rows, grad_gamma, grad_beta, None, None

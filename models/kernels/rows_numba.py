@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
@@ -74,20 +75,34 @@ def activation_sums(grad: Tensor, rows: Tensor, mean: Tensor, scale: Tensor, off
     return own, *sums.sum(1)
 
 
-def squares(rows: Tensor, mean: Tensor) -> Tensor:
-    """Sum of (rows - mean)^2 over the rows (M, C), (C,)."""
+def mean_and_variance(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows (M, C), (C,) each, the variance biased; those of blocks, which stay in the cache, are put together."""
     blocks = -(-len(rows) // BLOCK)
-    sums = rows.new_zeros(blocks, rows.shape[1])
-    arrays = [values.numpy() for values in (rows, mean, sums)]
-    share(blocks, lambda start, stop: _squares(*arrays, start, stop))
-    return sums.sum(0)
+    sums, squares = rows.new_zeros(2, blocks, rows.shape[1])
+    arrays = [values.numpy() for values in (rows, sums, squares)]
+    share(blocks, lambda start, stop: _block_moments(*arrays, start, stop))
+    counts = (len(rows) - BLOCK * torch.arange(blocks)).clamp(max=BLOCK).to(rows.dtype)[:, None]
+    mean = sums.sum(0) / len(rows)
+    return mean, (squares + counts * (sums / counts - mean).square()).sum(0) / len(rows)
 
 
-def subtract_affine(values: Tensor, rows: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """Subtract scale rows + offset from values (M, C) in place, and return them."""
-    arrays = [each.numpy() for each in (values, rows, scale, offset)]
-    share(len(values), lambda start, stop: _subtract_affine(*arrays, start, stop))
-    return values
+def gradient_sums(grad: Tensor, rows: Tensor, mean: Tensor, scale: Tensor, offset: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """The two sums of `neighbour_ops.activation_sums`."""
+    blocks = -(-len(rows) // BLOCK)
+    sums = rows.new_zeros(2, blocks, rows.shape[1])
+    arrays = [values.numpy() for values in (grad, rows, mean, scale, offset, *sums)]
+    share(blocks, lambda start, stop: _gradient_sums(*arrays, arrays[0].dtype.type(slope), start, stop))
+    return tuple(sums.sum(1))
+
+
+def gradient_at_rows(
+    grad: Tensor, rows: Tensor, scale: Tensor, offset: Tensor, tilt: Tensor, shift: Tensor, slope: float
+) -> Tensor:
+    """The gradient at rows (M, C) of `neighbour_ops.activate` less tilt rows + shift, (M, C)."""
+    out = torch.empty_like(rows)
+    arrays = [values.numpy() for values in (grad, rows, scale, offset, tilt, shift, out)]
+    share(len(rows), lambda start, stop: _gradient_at_rows(*arrays, arrays[0].dtype.type(slope), start, stop))
+    return out
 
 
 @compiled
@@ -114,16 +129,38 @@ def _activation_sums(grad, rows, mean, scale, offset, own, first, second, slope,
 
 
 @compiled
-def _squares(rows, mean, sums, start, stop):
+def _block_moments(rows, sums, squares, start, stop):
+    mean = np.empty_like(sums[0])
     for block in range(start, stop):
-        for row in range(block * BLOCK, min(len(rows), (block + 1) * BLOCK)):
-            for channel in range(rows.shape[1]):
+        first, last = block * BLOCK, min(len(rows), (block + 1) * BLOCK)
+        for row in range(first, last):
+            for channel in range(len(mean)):
+                sums[block, channel] += rows[row, channel]
+        for channel in range(len(mean)):
+            mean[channel] = sums[block, channel] / (last - first)
+        for row in range(first, last):
+            for channel in range(len(mean)):
                 difference = rows[row, channel] - mean[channel]
-                sums[block, channel] += difference * difference
+                squares[block, channel] += difference * difference
 
 
 @compiled
-def _subtract_affine(values, rows, scale, offset, start, stop):
+def _gradient_sums(grad, rows, mean, scale, offset, first, second, slope, start, stop):
+    for block in range(start, stop):
+        for row in range(block * BLOCK, min(len(rows), (block + 1) * BLOCK)):
+            for channel in range(rows.shape[1]):
+                value = rows[row, channel] * scale[channel] + offset[channel]
+                first[block, channel] += grad[row, channel] if value > 0 else grad[row, channel] * slope
+            for channel in range(rows.shape[1]):
+                value = rows[row, channel] * scale[channel] + offset[channel]
+                pull = grad[row, channel] if value > 0 else grad[row, channel] * slope
+                second[block, channel] += pull * (rows[row, channel] - mean[channel])
+
+
+@compiled
+def _gradient_at_rows(grad, rows, scale, offset, tilt, shift, out, slope, start, stop):
     for row in range(start, stop):
         for channel in range(rows.shape[1]):
-            values[row, channel] -= rows[row, channel] * scale[channel] + offset[channel]
+            value = rows[row, channel] * scale[channel] + offset[channel]
+            pull = grad[row, channel] if value > 0 else grad[row, channel] * slope
+            out[row, channel] = pull * scale[channel] - (rows[row, channel] * tilt[channel] + shift[channel])
