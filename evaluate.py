@@ -25,7 +25,7 @@ from utils.evaluation.clustering import clustering_accuracy, nmi, purity
 from utils.evaluation.report import label_note, row_name
 from utils.evaluation.tables import format_matrix, format_table, retrieval_table, score_variants
 from utils.modalities import MODALITIES, task_name
-from utils.settings.config import to_dict
+from utils.settings.config import SET, to_dict
 from utils.settings.options import Step1Config
 
 QUALITY = ("acc", "purity", "nmi", "reliability", "own_acc")
@@ -134,10 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", nargs="+", default=[], metavar="RUN", help="run folders; their last.pt is evaluated")
     parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE", help="checkpoints inside run folders")
-    parser.add_argument(
-        "--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
-        help="where things lie now, e.g. --set data.root=DIR",
-    )
+    parser.add_argument("--set", **SET, help="where things lie now, e.g. --set data.root=DIR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     arguments = parser.parse_args(argv)
     given = [os.path.join(run, LAST) for run in arguments.run] + arguments.checkpoint

@@ -22,7 +22,7 @@ from utils.engine.seed import seed_everything
 from utils.engine.session import run_command
 from utils.evaluation.tables import align, retrieval_table
 from utils.modalities import MODALITIES
-from utils.settings.config import load_config, to_dict
+from utils.settings.config import SET, load_config, to_dict
 from utils.settings.options import Step2Config
 
 SUPERVISED = ("rdl.loss=ce", "rdl.lambda_2=1", "rdl.start=fresh")
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", required=True, help="a step2.yaml")
     parser.add_argument("--points", type=int, nargs="+", required=True, help="points per cloud, one training each")
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="further settings")
+    parser.add_argument("--set", **SET, help="further settings")
     parser.add_argument("--output", type=Path, default=Path("runs/ceiling.json"), help="where the record goes")
     arguments = parser.parse_args(argv)
     load = lambda points: load_config(Step2Config, arguments.config, [*arguments.overrides, *SUPERVISED, f"data.num_points={points}"])

@@ -30,7 +30,7 @@ from utils.engine.seed import BatchGenerator
 from utils.engine.session import fit, open_session, run_command
 from utils.errors import UserError
 from utils.modalities import MODALITIES
-from utils.settings.config import config_hash, load_config, to_dict
+from utils.settings.config import SET, config_hash, load_config, to_dict
 from utils.settings.data_options import DataConfig
 from utils.settings.options import Step1Config
 
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m baselines.features", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="settings of step 1 on the samples, e.g. configs/digits/step1.yaml")
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
+    parser.add_argument("--set", **SET, help="override settings")
     parser.add_argument("--kind", choices=SUFFIXES, default="learned",
                         help="trained without labels or pairs, plain samples, untrained, or of the weights in model.pretrained")
     parser.add_argument("--seed", type=int, default=0)

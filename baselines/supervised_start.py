@@ -27,7 +27,7 @@ from utils.engine.learner import StageLearner
 from utils.engine.run_log import environment
 from utils.engine.seed import BatchGenerator, seed_everything
 from utils.engine.session import run_command
-from utils.settings.config import load_config, to_dict
+from utils.settings.config import SET, load_config, to_dict
 from utils.settings.data_options import DataConfig
 from utils.settings.options import Step1Config
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train by the settings of a step 1 (`data`, `model` and `optim` count) and write the weight file."""
     parser = argparse.ArgumentParser(prog="python -m baselines.supervised_start", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default=CONFIG, metavar="FILE", help=f"YAML file of settings of a step 1; default {CONFIG}")
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings")
+    parser.add_argument("--set", **SET, help="override settings")
     parser.add_argument("--output", type=user_path, default=OUTPUT, metavar="FILE", help=f"weight file to write; default {OUTPUT}")
     arguments = parser.parse_args(argv)
     config = load_config(Step1Config, arguments.config, [*arguments.overrides, "model.freeze=[]", "mlm.relations=0", "optim.trunk_rate=1"])

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from benchmarks.floors import REPOSITORY, in_turn, start, write_report
 from utils.engine.session import run_command
 from utils.errors import UserError
+from utils.settings.config import SET
 
 
 def main(argv: list[str] | None = None) -> None:
     """Time both ways in turn, print the medians and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/digits/step1.yaml", metavar="FILE", help="a step1.yaml whose data are prepared")
-    parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="further settings")
+    parser.add_argument("--set", **SET, help="further settings")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="timings of each way, of which the median counts")
     args, report = start("cells", parser, argv)

@@ -28,7 +28,7 @@ from utils.engine.learner import StageLearner
 from utils.engine.seed import seed_everything, set_deterministic
 from utils.engine.session import run_command
 from utils.modalities import FACE_CHANNELS, MODALITIES
-from utils.settings.config import load_config
+from utils.settings.config import SET, load_config
 from utils.settings.options import Step1Config, Step2Config
 
 SEED, CLUSTERS = 0, 20  # random samples have no clusters to be found
@@ -39,8 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     """Time both stages, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-dir", type=Path, default=Path("configs/mnist3d_cpu"), help="folder of step1.yaml, step2.yaml")
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
-                        help="override settings that both stages know, e.g. --set run.amp=true")
+    parser.add_argument("--set", **SET, help="override settings that both stages know, e.g. --set run.amp=true")
     parser.add_argument("--steps", type=int, default=8, help="steps of an epoch; with data.placement=host, enough to "
                         "outweigh the start of the workers")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs, of which the median counts")

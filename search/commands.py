@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.evaluation.features import REPRESENTATIONS
 from utils.evaluation.metrics import RANKINGS
 from utils.modalities import MODALITIES
+from utils.settings.config import SET
 
 BATCH = 256  # files described and stored at once, as many as the encoders of evaluation see
 CHECKED = ("modality", "representation", "graph", "up")  # options that an index remembers
@@ -42,8 +43,7 @@ ARGUMENTS = (  # the commands that take it, its name, how it is parsed
     ("build", "--representation", {"choices": REPRESENTATIONS, "help": "what is compared; default: the run's eval.representation"}),
     ("build add update query", "--up", {"choices": tuple("xyz"), "help": "vertical axis of shapes; default: see docs/search.md"}),
     ("build", "--no-graph", {"dest": "graph", "action": "store_false", "help": "no neighbour graph, which --ranking diffusion needs"}),
-    ("build", "--set", {"dest": "overrides", "nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE",
-                        "help": "where the training data lie now, e.g. data.root=DIR"}),
+    ("build", "--set", {**SET, "help": "where the training data lie now, e.g. data.root=DIR"}),
     (WRITERS, "--dry-run", {**FLAG, "help": "say what would be done, and do nothing"}),
     ("build update query", "--ann", {**FLAG, "help": "make LanceDB's ANN index too; of a query: approximate, through that index"}),
     ("add update query serve", "--run", {"help": "run folder, if it has moved"}),

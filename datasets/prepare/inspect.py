@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.evaluation.tables import align
 from utils.figures.contact_sheet import Block, Tile, draw_contact_sheet
 from utils.figures.thumbnails import thumbnail
-from utils.settings.config import load_config
+from utils.settings.config import SET, load_config
 from utils.settings.files import Sources, read_files
 from utils.settings.options import DataConfig, Step1Config, Step2Config
 
@@ -127,9 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` default to those of the process. Ends with exit code 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG", help="YAML file of step 1 or step 2")
-    parser.add_argument(
-        "--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override settings"
-    )
+    parser.add_argument("--set", **SET, help="override settings")
     parser.add_argument("--output", metavar="FILE.png", type=user_path, help="contact sheet; default {dataset}_contact_sheet.png here")
     parser.add_argument("--samples", type=int, default=8, help="objects per split on the contact sheet")
     options = parser.parse_args(arguments)

@@ -21,7 +21,7 @@ from utils.engine.learner import StageLearner
 from utils.engine.run_log import RunLog, plain_row
 from utils.engine.seed import seed_everything, set_deterministic
 from utils.errors import UserError
-from utils.settings.config import load_config, to_dict
+from utils.settings.config import SET, load_config, to_dict
 
 # Failures of the file system; other OSErrors come from libraries and are no user's to mend
 MENDABLE = {
@@ -45,10 +45,8 @@ def stage_parser(description: str, meaning_of_from: str | None = None) -> argpar
     """Return a parser of --config, --set and --resume, and of --from (`source`) if it has a meaning."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    parser.add_argument(
-        "--set", dest="overrides", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
-        help="override settings, e.g. --set optim.epochs=5 data.modalities=[GrayImg,PointCloud]; may be repeated",
-    )
+    example = "--set optim.epochs=5 data.modalities=[GrayImg,PointCloud]"
+    parser.add_argument("--set", **SET, help=f"override settings, e.g. {example}; may be repeated")
     parser.add_argument(
         "--resume", metavar="RUN", type=os.path.expanduser, help="run folder to continue, with the settings it was started with"
     )

@@ -22,6 +22,7 @@ _LIMITS = {
     "above": (lambda value, limit: value > limit, "above"),
     "below": (lambda value, limit: value < limit, "below"),
 }
+SET = {"dest": "overrides", "nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}  # of a command's --set
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
