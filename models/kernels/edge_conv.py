@@ -17,7 +17,7 @@ from utils.engine import distributed
 
 IMPLEMENTATIONS = ("fused", "triton", "reference")
 SLOPE = 0.2  # of the LeakyReLU below zero
-MOMENT_ROWS = 1024  # points whose second moments are one product
+SUMMED_ROWS = 1024  # points that are added up in the working precision
 
 
 class EdgeConv(nn.Module):
@@ -87,51 +87,51 @@ class EdgeConv(nn.Module):
 
 
 class _FusedEdgeConv(torch.autograd.Function):
-    """EdgeConv on flattened points; every dense term is worked out per point, none per edge.
+    """EdgeConv on flattened points; every product is worked out per point, none per edge.
 
     With W = (W1, W2) and the points centred, an edge is y_ij = W1 x_j + Wd x_i + shift, Wd = W2 - W1: one row per point
     of u = X W1^T and v = X Wd^T. The shift, W2 times the centre, is kept out of y, where it would cost digits.
-    BatchNorm is affine and LeakyReLU monotone, so the maximum over the neighbours is that of sign(gamma) u. Mean and
-    variance over all edges are quadratic forms of `moments`, the second moments of (x_j, x_i), which need in-degrees
-    and neighbourhood sums only. In the backward pass BatchNorm's dense terms are linear in (x_j, x_i), so that they
-    too reduce to degrees, neighbourhood sums and transposed neighbourhood sums; the rest touches one edge per point
-    and channel, the one that won the maximum. With several processes of equal batches (world > 1) the moments, and
-    in the backward pass the sums over edges behind BatchNorm's terms, are added up over all of them.
+    BatchNorm is affine and LeakyReLU monotone, so the maximum over the neighbours is that of u, once channels of negative
+    gamma are turned round. The mean over all edges needs in-degrees only, the variance one pass over the edges. In the
+    backward pass the gradient of one edge per point and channel, the one that won the maximum, and the terms of BatchNorm,
+    which every edge pulls, are added up at u_j and v_i; the products follow. With several processes of equal batches
+    (world > 1) the sums over edges, those of the backward pass too, are added up over all of them.
     """
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, rows, points, running, eps, world, ops):
-        channels, edges = x.shape[1], rows.numel() * world
+        edges = rows.numel() * world
         # Any nearby point will do, and this one keeps integer coordinates, so true ties, exact. In eval mode no cloud may
         # depend on another one of the batch, not even by rounding.
         centre = x[0].clone() if running is None else torch.zeros_like(x[0])
         if world > 1:
             distributed.add_over_processes(centre.div_(world))
         x = x - centre
-        split = torch.cat((weight[:, :channels], weight[:, channels:] - weight[:, :channels]), 1)  # (C_out, 2C)
-        shift = weight[:, channels:] @ centre
         sign = torch.where(gamma < 0, -1.0, 1.0).to(x.dtype)
-        best, winner = ops.neighbour_max(linear(x, split[:, :channels] * sign[:, None]), rows, points, gamma == 0)
-        edge = best.mul_(sign).add_(linear(x, split[:, channels:]))  # (B*N, C_out), winners, without shift
-
-        moments = edge_mean = sums = degree = None
+        first, second = weight.chunk(2, 1)
+        split = torch.cat((first, second - first), 1) * sign[:, None]  # (C_out, 2C)
+        u, v = (linear(x, part) for part in split.chunk(2, 1))
+        edge, winner = ops.neighbour_max(u, rows, points, gamma == 0)
+        shift = second @ centre
         if running is None:
-            degree = ops.in_degrees(rows).to(x.dtype)
-            sums = ops.neighbour_sum(x, rows)
-            edge_mean, moments = _edge_moments(x, sums, degree, rows.shape[1], points, world)
-            wide = split.double()
-            mean = (wide @ edge_mean).to(x.dtype)
-            var = ((wide @ moments) * wide).sum(1).clamp_(min=0).div_(edges).to(x.dtype)
+            mean = _edge_sums(x, rows, points)  # (2C,) float64, of x_j and of x_i
+            mean = (split.double() @ (distributed.add_over_processes(mean) if world > 1 else mean) / edges).to(x.dtype)
         else:
-            mean, var = running[0].to(x.dtype) - shift, running[1].to(x.dtype)
+            mean = (running[0].to(x.dtype) - shift) * sign
+        v -= mean
+        edge.add_(v)  # (B*N, C_out), winners, centred
+        if running is None:
+            squares = ops.edge_squares(u, v, rows)
+            var = ((distributed.add_over_processes(squares) if world > 1 else squares) / edges).to(x.dtype)
+        else:
+            var = running[1].to(x.dtype)
         rstd = (var + eps).rsqrt()
-        scale = gamma * rstd
-        offset = beta - mean * scale
-        ctx.save_for_backward(x, split, scale, offset, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean, moments)
-        ctx.points, ctx.ops, ctx.world = points, ops, world
-        batch_mean = mean + shift
+        scale = gamma * sign * rstd
+        ctx.save_for_backward(x, split, sign, scale, beta, u, v, edge, winner, rstd, rows)
+        ctx.batch_statistics, ctx.points, ctx.ops, ctx.world = running is None, points, ops, world
+        batch_mean = mean * sign + shift
         ctx.mark_non_differentiable(batch_mean, var)
-        return ops.activate(edge, scale, offset, SLOPE), batch_mean, var
+        return ops.activate(edge, scale, beta, SLOPE), batch_mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -140,64 +140,28 @@ class _FusedEdgeConv(torch.autograd.Function):
             return _fused_backward(ctx, grad)
 
 
-def _edge_moments(x: Tensor, sums: Tensor, degree: Tensor, k: int, points: int, world: int) -> tuple[Tensor, Tensor]:
-    """Mean (2C,) and centred second moments (2C, 2C), summed over all edges of all processes, of (x_j, x_i); float64."""
-    edges = k * len(x) * world
-    weighted = x * degree[:, None]
-    clouds = len(x) // points
-    together = points * math.gcd(clouds, max(1, MOMENT_ROWS // points))
-    x, weighted, sums = (values.view(-1, together, x.shape[1]) for values in (x, weighted, sums))
-    # Sums over a thousand points in the working precision, added up in float64.
-    near, cross, own = (torch.bmm(x.transpose(1, 2), values).sum(0, dtype=torch.float64) for values in (weighted, sums, x))
-    mean = torch.cat([values.sum(1).sum(0, dtype=torch.float64) for values in (weighted, k * x)]) / edges
-    moments = torch.cat((torch.cat((near, cross.T), 1), torch.cat((cross, k * own), 1)))
-    if world > 1:
-        distributed.add_over_processes(mean)
-        distributed.add_over_processes(moments)
-    return mean, moments - edges * mean[:, None] * mean
+def _edge_sums(x: Tensor, rows: Tensor, points: int) -> Tensor:
+    """Sums over all edges of x_j and of x_i, (2C,) float64; those over about a thousand points in the working precision."""
+    together = points * math.gcd(len(x) // points, max(1, SUMMED_ROWS // points))
+    degree = neighbour_ops.in_degrees(rows).to(x.dtype)
+    counts = torch.stack((degree, torch.full_like(degree, rows.shape[1])))  # (2, B*N)
+    sums = torch.bmm(counts.view(2, -1, together).transpose(0, 1), x.view(-1, together, x.shape[1]))
+    return sums.sum(0, dtype=torch.float64).flatten()
 
 
 def _fused_backward(ctx, grad):
-    x, split, scale, offset, centre, edge, winner, mean, rstd, rows, sums, degree, edge_mean, moments = ctx.saved_tensors
-    channels, edges = x.shape[1], rows.numel() * ctx.world
-    own, grad_beta, grad_gamma = ctx.ops.activation_sums(grad, edge, mean, scale, offset, SLOPE)
+    x, split, sign, scale, beta, u, v, edge, winner, rstd, rows = ctx.saved_tensors
+    own, grad_beta, grad_gamma = ctx.ops.activation_sums(grad, edge, torch.zeros_like(beta), scale, beta, SLOPE)
     grad_gamma *= rstd
-    every_beta, every_gamma = grad_beta, grad_gamma  # over all processes
-    if ctx.world > 1 and moments is not None:
-        every_beta, every_gamma = distributed.add_over_processes(torch.stack((grad_beta, grad_gamma)))
-    dense_x = x if moments is not None and ctx.needs_input_grad[0] else None
-    near, incoming = ctx.ops.transposed_sums(own, winner, dense_x, rows, ctx.points)
-
-    grad_split = torch.cat((weight_gradient(near, x), weight_gradient(own, x)), 1)
-    total = scale * every_beta  # sum of the edge gradients; BatchNorm in training mode makes it zero
-    slope = None
-    if moments is not None:
-        slope = (scale * rstd * every_gamma).double() / edges
-        dense = slope[:, None] * (split.double() @ moments) + total.double()[:, None] * edge_mean
-        grad_split -= (dense / ctx.world).to(x.dtype)  # of all processes, which will be added up
-        total = None
-    grad_first, grad_second = grad_split.chunk(2, dim=1)
-    second = grad_second if total is None else torch.addr(grad_second, total, centre)
-    grad_weight = torch.cat((grad_first - grad_second, second), 1)
-
+    level = slope = None
+    if ctx.batch_statistics:
+        every = torch.stack((grad_beta, grad_gamma))  # of all processes
+        every = distributed.add_over_processes(every) if ctx.world > 1 else every
+        level, slope = every * torch.stack((scale, scale * rstd)) / (rows.numel() * ctx.world)
+    near, own = ctx.ops.edge_gradients(own, winner, u, v, level, slope, rows, ctx.points)  # at u and at v
+    grad_first, grad_second = (weight_gradient(part, x) * sign[:, None] for part in (near, own))
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = linear(near, split[:, :channels].T).add_(linear(own, split[:, channels:].T))
-        if slope is not None:
-            offset = (scale * every_beta).double() / edges
-            _subtract_batch_terms(grad_x, x, split, slope, offset, sums, incoming, degree, edge_mean, rows.shape[1])
-    return grad_x, grad_weight, grad_gamma, grad_beta, *[None] * 6
-
-
-def _subtract_batch_terms(grad_x, x, split, slope, offset, sums, incoming, degree, edge_mean, k) -> None:
-    """Subtract from grad_x what flows through the batch statistics: sum over edges of offset + slope W (e - mean)."""
-    channels = x.shape[1]
-    wide = split.double()
-    quadratic = wide.T @ (slope[:, None] * wide)  # (2C, 2C)
-    constant = (wide.T @ offset - quadratic @ edge_mean).to(x.dtype)
-    quadratic = quadratic.to(x.dtype)
-    grad_x.addmm_(x * degree[:, None], quadratic[:channels, :channels], alpha=-1)
-    grad_x.addmm_(incoming, quadratic[channels:, :channels], alpha=-1)
-    grad_x.addmm_(sums, quadratic[:channels, channels:], alpha=-1)
-    grad_x.addmm_(x, quadratic[channels:, channels:], alpha=-k)
-    grad_x.addr_(degree, constant[:channels], alpha=-1).sub_(k * constant[channels:])
+        first, second = split.chunk(2, 1)
+        grad_x = linear(near, first.T).add_(linear(own, second.T))
+    return grad_x, torch.cat((grad_first - grad_second, grad_second), 1), grad_gamma * sign, grad_beta, *[None] * 6

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.kernels import neighbour_ops
-from models.kernels.rows_numba import activate, activation_sums, compiled, share  # noqa: F401  # the first two are operations too
+from models.kernels.rows_numba import BLOCK, activate, activation_sums, compiled, share  # noqa: F401  # activation is operations too
 
 SPARE_CANDIDATES = 4
 MOST_COLUMN_BITS = 12  # of 32; more columns leave too few bits to tell distances apart
@@ -41,9 +40,6 @@ def smallest(distances: Tensor, offsets: Tensor, k: int) -> Tensor:
     return index
 
 
-in_degrees, neighbour_sum = neighbour_ops.in_degrees, neighbour_ops.neighbour_sum  # as fast as compiled loops
-
-
 def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[Tensor, Tensor]:
     """As `neighbour_ops.neighbour_max`."""
     u, best = u.contiguous(), torch.empty_like(u, memory_format=torch.contiguous_format)
@@ -58,18 +54,27 @@ def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[T
     return best, winner
 
 
-def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor, points: int) -> tuple[Tensor, Tensor | None]:
-    """As `neighbour_ops.transposed_sums`."""
+def edge_squares(u: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """As `neighbour_ops.edge_squares`."""
+    blocks = -(-len(u) // BLOCK)
+    sums = u.new_zeros(blocks, u.shape[1])
+    arrays = [values.numpy() for values in (u.contiguous(), v.contiguous(), rows, sums)]
+    share(blocks, lambda start, stop: _edge_squares(*arrays, start, stop))
+    return sums.sum(0, dtype=torch.float64)
+
+
+def edge_gradients(
+    own: Tensor, winner: Tensor, u: Tensor, v: Tensor, level: Tensor | None, slope: Tensor | None, rows: Tensor, points: int
+) -> tuple[Tensor, Tensor]:
+    """As `neighbour_ops.edge_gradients`."""
     own, near = own.contiguous(), torch.empty_like(own, memory_format=torch.contiguous_format)
     clouds = len(own) // points
     arrays = [values.view(clouds, -1).numpy() for values in (own, winner, near)]
     share(clouds, lambda start, stop: _scatter(*arrays, start, stop))
-    if x is None:
-        return near, None
-    x, incoming = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    arrays = [values.numpy() for values in (x, rows, incoming)]
-    share(clouds, lambda start, stop: _transposed_sum(*arrays, points, start, stop))
-    return near, incoming
+    if level is not None:
+        arrays = [values.numpy() for values in (u.contiguous(), v.contiguous(), level, slope, rows, near, own)]
+        share(clouds, lambda start, stop: _pull_all(*arrays, start * points, stop * points))
+    return near, own
 
 
 @compiled
@@ -168,12 +173,29 @@ def _scatter(own, winner, near, start, stop):
 
 
 @compiled
-def _transposed_sum(x, rows, out, points, start, stop):
-    for cloud in range(start, stop):
-        first, last = cloud * points, (cloud + 1) * points
-        out[first:last] = 0
-        for point in range(first, last):
+def _edge_squares(u, v, rows, sums, start, stop):
+    for block in range(start, stop):
+        for point in range(block * BLOCK, min(len(u), (block + 1) * BLOCK)):
             for slot in range(rows.shape[1]):
-                target = rows[point, slot]
-                for channel in range(x.shape[1]):
-                    out[target, channel] += x[point, channel]
+                row = rows[point, slot]
+                for channel in range(u.shape[1]):
+                    edge = u[row, channel] + v[point, channel]
+                    sums[block, channel] += edge * edge
+
+
+@compiled
+def _pull_all(u, v, level, slope, rows, near, own, start, stop):
+    k = u.dtype.type(rows.shape[1])
+    base, total = np.empty_like(level), np.empty_like(level)
+    for point in range(start, stop):
+        for channel in range(len(level)):  # several loops: with one array to write to, each is vector code
+            base[channel] = level[channel] + slope[channel] * v[point, channel]
+        total[:] = 0
+        for slot in range(rows.shape[1]):
+            row = rows[point, slot]
+            for channel in range(len(level)):
+                near[row, channel] -= base[channel] + slope[channel] * u[row, channel]
+            for channel in range(len(level)):
+                total[channel] += u[row, channel]
+        for channel in range(len(level)):
+            own[point, channel] -= k * base[channel] + slope[channel] * total[channel]

@@ -8,6 +8,7 @@ points as rows of the (M, C) point matrix; every neighbour lies in the same clou
 
 import functools
 import importlib.util
+import sys
 from types import ModuleType
 
 import torch
@@ -63,6 +64,31 @@ def in_degrees(rows: Tensor) -> Tensor:
 def neighbour_sum(x: Tensor, rows: Tensor) -> Tensor:
     """Sum the rows of x (M, C) over the neighbours of every point, (M, C)."""
     return F.embedding_bag(rows, x, mode="sum")
+
+
+def edge_squares(u: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """Sum over all edges, from point i to its neighbour j, of (u_j + v_i)^2, (C,) float64, of u and v (M, C)."""
+    return sum((u[slot] + v).square_().sum(0, dtype=torch.float64) for slot in rows.unbind(1))
+
+
+def edge_gradients(
+    own: Tensor, winner: Tensor, u: Tensor, v: Tensor, level: Tensor | None, slope: Tensor | None, rows: Tensor, points: int,
+    reductions: ModuleType | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add up at u_j and at v_i, (M, C) each, what reaches the edges y_ij = u_j + v_i: own_i where j won, less level + slope y_ij.
+
+    Args:
+        own: (M, C), may be overwritten; winner: (M, C) from `neighbour_max`.
+        level, slope: (C,), or None for nothing less.
+        reductions: the module of `in_degrees`, `neighbour_sum` and `transposed_sums`; default this one.
+    """
+    ops = reductions or sys.modules[__name__]
+    near, incoming = ops.transposed_sums(own, winner, None if level is None else v, rows, points)
+    if level is None:
+        return near, own
+    degree, k = ops.in_degrees(rows).to(u.dtype)[:, None], rows.shape[1]
+    near -= degree * torch.addcmul(level, slope, u) + slope * incoming
+    return near, own - k * torch.addcmul(level, slope, v) - slope * ops.neighbour_sum(u, rows)
 
 
 def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor, points: int) -> tuple[Tensor, Tensor | None]:

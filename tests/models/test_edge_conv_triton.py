@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_edge_conv import assert_same, make_pair
 
+from models.kernels import neighbour_ops
 from models.kernels.knn import knn
 from utils.errors import UserError
 
@@ -98,6 +99,10 @@ def test_operations_equal_loops(kernels, device, shape, dtype):
     for (name, value), tensor in zip(expected.items(), (*found, kernels.neighbour_sum(on[4], on[1]))):
         assert tensor.dtype == dtype, name
         torch.testing.assert_close(tensor.cpu().double(), value, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=name)
+    terms, flat = torch.randn(2, c_max, dtype=dtype), row * c_max + torch.arange(c_max)
+    gradients = kernels.edge_gradients(on[3].clone(), winner, on[0], on[3], *terms.to(device), on[1], points)
+    plain = neighbour_ops.edge_gradients(own.clone(), flat, u, own, *terms, rows, points)
+    torch.testing.assert_close([values.cpu() for values in gradients], list(plain), rtol=1e-4, atol=1e-4)
     assert kernels.transposed_sums(on[3], winner, None, on[1], points)[1] is None
     assert torch.equal(kernels.in_degrees(on[1]).cpu(), torch.bincount(rows.flatten(), minlength=len(rows)))
 

@@ -41,10 +41,40 @@ def test_reductions_equal_the_plain_ones(threads, dtype):
     best, winner = compiled.neighbour_max(u, rows, POINTS, tied)
     plain_best, plain_winner = neighbour_ops.neighbour_max(u, rows, POINTS, tied)
     assert torch.equal(best, plain_best) and torch.equal(winner.long(), plain_winner)
-    own, x = torch.randn(u.shape, dtype=dtype), torch.randn(len(u), 5, dtype=dtype)
-    for sums, plain in zip(compiled.transposed_sums(own, winner, x, rows, POINTS), neighbour_ops.transposed_sums(own, winner, x, rows, POINTS)):
-        torch.testing.assert_close(sums, plain)
-    assert compiled.transposed_sums(own, winner, None, rows, POINTS)[1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("statistics", [True, False])
+def test_sums_over_edges_equal_those_of_autograd(threads, dtype, statistics):
+    torch.manual_seed(0)
+    u, v, own = (torch.randn(CLOUDS * POINTS, CHANNELS, dtype=dtype, requires_grad=True) for _ in range(3))
+    rows, (level, slope) = neighbours(), torch.randn(2, CHANNELS, dtype=dtype) * statistics
+    edges = u[rows] + v[:, None]  # (M, k, C)
+    _, winner = neighbour_ops.neighbour_max(u.detach(), rows, POINTS, torch.zeros(CHANNELS, dtype=torch.bool))
+    won = rows[:, :, None] == winner.div(CHANNELS, rounding_mode="floor")[:, None]
+    won &= won.cumsum(1) == 1  # a neighbour may be there twice
+    pulls = won * own[:, None] - level - slope * edges
+    expected = torch.autograd.grad(edges, (u, v), pulls.detach())
+    given = [values.detach() for values in (u, v)]
+    for module in (compiled, neighbour_ops):
+        torch.testing.assert_close(module.edge_squares(*given, rows), edges.detach().square().sum((0, 1), dtype=torch.float64), rtol=1e-5, atol=0)
+        terms = (level, slope) if statistics else (None, None)
+        found = module.edge_gradients(own.detach().clone(), winner, *given, *terms, rows, POINTS)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e-20, 1e6])
+def test_hostile_edges_stay_in_their_channel_and_cloud(value):
+    torch.manual_seed(0)
+    u, v, own = torch.randn(3, CLOUDS * POINTS, CHANNELS)
+    u[3, 2] = v[5, 2] = value
+    rows, (level, slope) = neighbours(), torch.randn(2, CHANNELS)
+    _, winner = neighbour_ops.neighbour_max(u, rows, POINTS, torch.zeros(CHANNELS, dtype=torch.bool))
+    results = [module.edge_gradients(own.clone(), winner, u, v, level, slope, rows, POINTS) for module in (compiled, neighbour_ops)]
+    for found, plain in zip(*results):
+        torch.testing.assert_close(found[POINTS:], plain[POINTS:])
+        torch.testing.assert_close(found[:POINTS, 3:], plain[:POINTS, 3:])
+        assert torch.equal(found.isfinite(), plain.isfinite())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
