@@ -7,7 +7,7 @@ repeat bit for bit, with or without `torch.use_deterministic_algorithms`. Offset
 points is never read: it makes the maximum NaN and adds nothing to a sum.
 """
 
-import sys
+from functools import partial
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import language as tl
 
 from models.kernels import neighbour_ops
-from models.kernels.neighbour_ops import activate, activation_sums, edge_squares, in_degrees  # noqa: F401  # also operations
+from models.kernels.neighbour_ops import activate, activation_sums, edge_squares  # noqa: F401  # also operations
 
 TILE = 1024  # elements of one program of the maximum
 MAX_CHANNELS = 128  # of one program
@@ -50,9 +50,7 @@ def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor,
     return near, None if x is None else _list_sum(x, edges, starts, rows.shape[1])
 
 
-def edge_gradients(*args) -> tuple[Tensor, Tensor]:
-    """As `neighbour_ops.edge_gradients`, with the reductions of this module."""
-    return neighbour_ops.edge_gradients(*args, reductions=sys.modules[__name__])
+edge_gradients = partial(neighbour_ops.edge_gradients, transposed=transposed_sums, total=neighbour_sum)
 
 
 def check(device: torch.device) -> None:

@@ -8,7 +8,7 @@ points as rows of the (M, C) point matrix; every neighbour lies in the same clou
 
 import functools
 import importlib.util
-import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -71,26 +71,6 @@ def edge_squares(u: Tensor, v: Tensor, rows: Tensor) -> Tensor:
     return sum((u[slot] + v).square_().sum(0, dtype=torch.float64) for slot in rows.unbind(1))
 
 
-def edge_gradients(
-    own: Tensor, winner: Tensor, u: Tensor, v: Tensor, level: Tensor | None, slope: Tensor | None, rows: Tensor, points: int,
-    reductions: ModuleType | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Add up at u_j and at v_i, (M, C) each, what reaches the edges y_ij = u_j + v_i: own_i where j won, less level + slope y_ij.
-
-    Args:
-        own: (M, C), may be overwritten; winner: (M, C) from `neighbour_max`.
-        level, slope: (C,), or None for nothing less.
-        reductions: the module of `in_degrees`, `neighbour_sum` and `transposed_sums`; default this one.
-    """
-    ops = reductions or sys.modules[__name__]
-    near, incoming = ops.transposed_sums(own, winner, None if level is None else v, rows, points)
-    if level is None:
-        return near, own
-    degree, k = ops.in_degrees(rows).to(u.dtype)[:, None], rows.shape[1]
-    near -= degree * torch.addcmul(level, slope, u) + slope * incoming
-    return near, own - k * torch.addcmul(level, slope, v) - slope * ops.neighbour_sum(u, rows)
-
-
 def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor, points: int) -> tuple[Tensor, Tensor | None]:
     """Sums over the points that list a given point as neighbour, the adjoints of `neighbour_max` and `neighbour_sum`.
 
@@ -108,6 +88,25 @@ def transposed_sums(own: Tensor, winner: Tensor, x: Tensor | None, rows: Tensor,
     for slot in rows.unbind(1):
         incoming.index_add_(0, slot, x)
     return near, incoming
+
+
+def edge_gradients(
+    own: Tensor, winner: Tensor, u: Tensor, v: Tensor, level: Tensor | None, slope: Tensor | None, rows: Tensor, points: int,
+    transposed: Callable = transposed_sums, total: Callable = neighbour_sum,
+) -> tuple[Tensor, Tensor]:
+    """Add up at u_j and at v_i, (M, C) each, what reaches the edges y_ij = u_j + v_i: own_i where j won, less level + slope y_ij.
+
+    Args:
+        own: (M, C), may be overwritten; winner: (M, C) from `neighbour_max`.
+        level, slope: (C,), or None for nothing less.
+        transposed, total: `transposed_sums` and `neighbour_sum`, or functions that do the same.
+    """
+    near, incoming = transposed(own, winner, None if level is None else v, rows, points)
+    if level is None:
+        return near, own
+    degree, k = in_degrees(rows).to(u.dtype)[:, None], rows.shape[1]
+    near -= degree * torch.addcmul(level, slope, u) + slope * incoming
+    return near, own - k * torch.addcmul(level, slope, v) - slope * total(u, rows)
 
 
 def neighbour_max(u: Tensor, rows: Tensor, points: int, tied: Tensor) -> tuple[Tensor, Tensor]:

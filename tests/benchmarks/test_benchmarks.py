@@ -162,7 +162,9 @@ def test_loss_curves_of_two_variants(small_digits, tmp_path, capsys):
     report = run(loss_curves, tmp_path / "curves.json", *argv)
     for stage, key in (("step1", "loss/mlm"), ("step2", "loss/rcll")):
         differences, plain = report["differences"][stage], report["epochs"][stage][loss_curves.PLAIN]
-        assert differences[loss_curves.PLAIN] == 0 and 0 < differences["fused EdgeConv"] < 0.1  # rounding grows
+        first = [report["epochs"][stage]["fused EdgeConv"][0]], plain[:1]
+        assert differences[loss_curves.PLAIN] == 0 and loss_curves.largest_difference(*first) < 5e-3
+        assert 0 < differences["fused EdgeConv"] < 0.1  # Adam's steps let rounding grow
         assert [row["epoch"] for row in plain] == [1, 2] and key in plain[1]
     assert (tmp_path / "curves.png").stat().st_size > 5000 and "largest relative difference" in capsys.readouterr().out
     plain = [{"loss/mlm": 2.0}, {"loss/mlm": 4.0, "loss/ssm": -1.0}]
