@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -78,6 +79,20 @@ def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
     for option in ("--run=~/gone", "--checkpoint=~/gone/last.pt"):
         with pytest.raises(UserError, match=f"{tmp_path}/gone does not exist"):
             evaluate.main(["--device", "cpu", option])
+
+
+@pytest.mark.parametrize("action, status, shown", [
+    ("print('line')", 141, b""), ("print('line' * 100_000)", 141, b""),  # within and beyond what is buffered
+    ("pipe.send(1)", 1, b"BrokenPipeError"),  # another pipe: a bug keeps its traceback
+])
+def test_a_command_whose_reader_leaves_ends_quietly(action, status, shown):
+    code = ("import multiprocessing, sys; from utils.engine.session import run_command; pipe, other = multiprocessing.Pipe(); other.close(); "
+            f"sys.exit(run_command(lambda: {action}))")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        if status == 141:
+            process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == status and (shown in errors if shown else not errors)
 
 
 def test_log_and_epochs_round_trip(tmp_path, capsys):

@@ -179,11 +179,17 @@ def run_command(main: Callable[[], int | None]) -> int:
     """Run a script's main function; turn failures that a user can mend into one message, and leave bugs their traceback.
 
     The exit status is what it returns, None being 0; 2 after such a message, 3 where another process of several has failed, 130
-    when interrupted.
+    when interrupted, 141 where its output's reader has left.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of our source
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        return 141  # as a shell says it
     except (UserError, MemoryError, torch.OutOfMemoryError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in MENDABLE:
             raise
@@ -203,6 +209,16 @@ def run_command(main: Callable[[], int | None]) -> int:
         return 3
     finally:
         distributed.stop()
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads what this process prints any more, as after `| head`; the rest of it then goes nowhere."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _message(error: Exception) -> str:
