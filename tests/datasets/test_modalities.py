@@ -172,7 +172,7 @@ def test_row_names_tell_what_a_reader_must_know(small_digits):
     def name(*overrides, step=1):
         return row_name(to_dict(load_config({1: Step1Config, 2: Step2Config}[step], f"configs/smoke/step{step}.yaml", overrides)))
 
-    assert name() == "step 1, PLA (class estimator), K 6 given" and "K found" in name("pla.num_clusters=auto")
+    assert name() == "step 1, PLA (class estimator), K 6 given" and "K found" in name("pla.num_clusters=auto") and "K found, fine" in name("pla.num_clusters=fine")
     assert name("data.pairing=class").endswith("class pairs (USES LABELS)")
     assert name("data.pairing=none", "data.positives=views").endswith("no pairs") and name("data.positives=views").endswith("views as positives")
     assert name("data.dataset=modelnet10_splat").endswith("splat pictures") and name(FOUR).endswith("R+G+P+M at once")

@@ -66,6 +66,13 @@ def test_small_groups_that_the_graphs_merge_are_split_rather():
     assert agreement_of_partitions({"A": [one], "B": [one]}, "A") == [0]  # a single community says nothing
 
 
+def test_fine_communities_split_confirmed_groups_and_merge_none():
+    rows, labels = modalities((120, 120, 120), 0.1, 0.05)
+    found = cluster_objects(rows, "fine", True, seed=0)
+    assert found.record["resolution"] == 6 and found.record["num_clusters"] == len(found.ids.unique()) > 6
+    assert all(len(labels[found.ids == k].unique()) == 1 for k in range(found.record["num_clusters"]))
+
+
 def test_the_most_typical_run_is_not_the_one_that_merges():
     usual = np.repeat([0, 1, 2], 20)
     merged = np.where(np.arange(60) < 28, 0, usual)

@@ -84,15 +84,15 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
     """Cluster the embeddings of all modalities, to start the classifiers from (Sec. III-C).
 
     Args:
-        rows: modality -> (N, D) unit rows; for "auto", row i of all of them is one object.
+        rows: modality -> (N, D) unit rows; for "auto" and "fine", row i of all of them is one object.
         num_clusters: K of the paper's joint k-means, then one per modality from its centres; or "auto": the communities of the
             neighbour graph of the mean embeddings. Where the other graphs confirm them at no resolution, many small ones are
             taken: modularity merges groups that are small beside the whole (Fortunato and Barthelemy 2007), and kinds that are
-            split cost step 2 less than kinds that are merged.
-        trusted: with "auto", take those of one modality's own graph instead: the one that the other graphs confirm best.
+            split cost step 2 less than kinds that are merged. "fine" takes these in any case.
+        trusted: of these, take those of one modality's own graph instead: the one that the other graphs confirm best.
         seed: of the starts.
     """
-    if num_clusters != "auto":
+    if not isinstance(num_clusters, str):
         centroids = joint_then_per_modality(list(rows.values()), num_clusters, seed)[1]
         return Clusters(dict(zip(rows, map(Tensor.cpu, centroids))), None, {"num_clusters": num_clusters, "method": "k-means"})
     spaces = {**rows, "mean": F.normalize(sum(rows.values()), dim=1)}
@@ -103,7 +103,7 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
     best = max(confirmed, key=lambda name: max(confirmed[name]))
     place = int(np.argmax(confirmed[best]))
     resolution, runs, graph = RESOLUTIONS[place], found[best][place], graphs[best]
-    if max(confirmed[best]) < CONFIRMED:
+    if num_clusters == "fine" or max(confirmed[best]) < CONFIRMED:
         finer = _louvain(graph, FINE, seed)
         if len(finer) >= MEMBERS * (finer.max() + 1):
             resolution, runs = FINE, [finer]

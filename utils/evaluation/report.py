@@ -81,7 +81,7 @@ def _remarks(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
 
 def clusters_of(number: int | str) -> str:
     """Say how `pla.num_clusters` came about."""
-    return "K found" if number == "auto" else f"K {number} given"
+    return {"auto": "K found", "fine": "K found, fine"}.get(number, f"K {number} given")
 
 
 def _start_name(source: str) -> str:

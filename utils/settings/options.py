@@ -69,8 +69,8 @@ class MLMConfig:
 class PLAConfig:
     """Step 1, pseudo-label annotation (Eq. 3, 5-9, 13-14)."""
 
-    num_clusters: int | Literal["auto"] = option(
-        "auto", "K, independent of the number of classes, more is over-clustering; auto: the communities of the neighbour graph", min=2
+    num_clusters: int | Literal["auto", "fine"] = option(
+        "auto", "K, independent of the number of classes; auto: the communities of the neighbour graph; fine: many small ones", min=2
     )
     fuse: Literal["none", "mean", "trusted"] = option(
         "trusted", "pseudo-labels of each modality by itself (paper), or one for all from the mean of their beliefs, weighted by trust"
@@ -203,8 +203,8 @@ class Step1Config(StageConfig):
             raise UserError("optim.epochs: 0 needs the encoders of a finished run: python train_step1.py --from RUN")
         if self.mlm_only_epochs > self.optim.epochs:
             raise UserError(f"pla.mlm_only_epochs ({self.mlm_only_epochs}) must not exceed optim.epochs, {self.optim.epochs}")
-        if self.data.pairing == "none" and (self.pla.num_clusters == "auto" or self.pla.fuse != "none"):
-            raise UserError("pla.num_clusters: auto and pla.fuse need rows that are pairs, found data.pairing: none")
+        if self.data.pairing == "none" and (isinstance(self.pla.num_clusters, str) or self.pla.fuse != "none"):
+            raise UserError("pla.num_clusters: auto or fine and pla.fuse need rows that are pairs, found data.pairing: none")
 
     @property
     def mlm_only_epochs(self) -> int:
