@@ -13,7 +13,7 @@ import torch
 from datasets.label_runs import exported_folder
 from datasets.lists import check_disjoint, read_labelled_list
 from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin, read_own_ids, read_pseudo_labels
-from datasets.samples import UNIQUE, PairedSamples, describe_samples, list_path, load_test_samples, load_training_samples
+from datasets.samples import PairedSamples, describe_samples, list_options, load_test_samples, load_training_samples
 from models.trained import TrainedRun, open_trained
 from utils.engine.checkpoint import LAST, atomic_write_json, read_json
 from utils.engine.device import select_device
@@ -113,10 +113,7 @@ def pseudo_label_quality(config: Step1Config, run: RunLog) -> dict[str, float]:
         try:
             if config.run.pseudo_labels and read_origin(path).get("run_id") != run.run_id:
                 return {}
-            rows, labels = read_labelled_list(
-                list_path(data, name, "train"), modality=name, root=data.root, instance_id=data.instance_id,
-                unique=UNIQUE["train"][data.pairing],
-            )
+            rows, labels = read_labelled_list(**list_options(data, name, "train"))
             pseudo_labels, _ = read_pseudo_labels(path, rows, dataset=data.dataset)
         except UserError as reason:
             print(f"no comparison of the pseudo-labels of {run.folder} with labels: {reason}", file=sys.stderr)

@@ -11,13 +11,11 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-import matplotlib
-
 import train_step1
 import train_step2
 from benchmarks.floors import start, write_report
+from experiments.plots import panels
 from utils.engine.session import run_command
-from utils.figures.plots import new_figure, save_figure
 
 PLAIN = "plain: explicit EdgeConv, per-parameter Adam"
 VARIANTS = {
@@ -62,17 +60,12 @@ def largest_difference(epochs: list[dict], plain: list[dict]) -> float:
 
 def draw(found: Curves, path: Path) -> None:
     """Draw one panel per stage, one line per variant."""
-    with matplotlib.rc_context({"font.size": 10}):
-        figure = new_figure(11, 4.5)
-        for axis, (stage, variants) in zip(figure.subplots(1, 2), found.items()):
-            key = DRAWN[stage]
+    with panels(path, 2, 11, 4.5) as axes:
+        for axis, (stage, variants) in zip(axes, found.items()):
             for width, (name, epochs) in zip(range(3 * len(variants), 0, -2), variants.items()):
-                numbers, values = [row["epoch"] for row in epochs], [row[key] for row in epochs]
+                numbers, values = [row["epoch"] for row in epochs], [row[DRAWN[stage]] for row in epochs]
                 axis.plot(numbers, values, linewidth=max(1, width / 2), alpha=0.7, label=name)
-            axis.set(title=f"{stage}: {key}", xlabel="epoch")
-            axis.grid(alpha=0.25)
-            axis.legend(frameon=False, fontsize=8)
-        save_figure(figure, path)
+            axis.set(title=f"{stage}: {DRAWN[stage]}", xlabel="epoch")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from utils.figures.plots import STYLE, new_figure, save_figure
 
 
 @contextlib.contextmanager
-def _panels(path: Path, count: int, width: float, height: float, **options: object) -> Iterator[np.ndarray]:
+def panels(path: Path, count: int, width: float, height: float, **options: object) -> Iterator[np.ndarray]:
     """Axes side by side, with grid and legend; saved at the end."""
     import matplotlib
 
@@ -30,7 +30,7 @@ def _panels(path: Path, count: int, width: float, height: float, **options: obje
 def draw_shapes(table: Table, path: Path) -> bool:
     """Draw loss and absolute slope against p (Figure 3), both on a logarithmic scale, since the losses' scales differ."""
     for found in (record["measured"] for record in table.trusted()[-1:]):
-        with _panels(path, 2, 11, 4.5) as axes:
+        with panels(path, 2, 11, 4.5) as axes:
             for axis, key, title in zip(axes, ("loss", "slope"), ("loss L(p)", "|dL / dp|")):
                 for name, curve in found["curves"].items():
                     values = np.abs(curve[key])
@@ -49,7 +49,7 @@ def draw_sensitivity(table: Table, path: Path) -> bool:
             found, lines = estimate(list(seeds.values())), points.setdefault(entry.options["grid"], {})
             lines.setdefault(task, []).append((entry.options["value"], 100 * found.mean, 100 * (found.std or 0)))
     if points:
-        with _panels(path, len(points), 5.5 * len(points), 4.2, sharey=True) as axes:
+        with panels(path, len(points), 5.5 * len(points), 4.2, sharey=True) as axes:
             for axis, (grid, lines) in zip(axes, points.items()):
                 for task, entries in lines.items():
                     x, y, spread = zip(*sorted(entries))
@@ -71,7 +71,7 @@ def draw_curves(table: Table, path: Path) -> bool:
             scores = 100 * np.array([[mean(point) for point in zip(*(curve["map/avg"] for curve in curves))] for curves in seeds])
             lines[row] = seeds[0][0]["epoch"], scores.mean(axis=0), scores.std(axis=0, ddof=1) if len(scores) > 1 else 0
     if lines:
-        with _panels(path, 1, 8, 4.8) as (axis,):
+        with panels(path, 1, 8, 4.8) as (axis,):
             for name, (epochs, center, spread) in lines.items():
                 (line,) = axis.plot(epochs, center, label=name, linestyle="-" if "=" in name else "--", linewidth=1.6)
                 axis.fill_between(epochs, center - spread, center + spread, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 
 TIMEOUT = timedelta(hours=2)  # the others wait while the main process clusters
 
@@ -62,12 +63,16 @@ def from_main(make: Callable[[], Any]) -> Any:
 
 def gather_batch(rows: Tensor) -> Tensor:
     """Join the equal shares (b, D) of all processes to the batch (B, D); differentiable."""
-    return rows if world() == 1 else _Gather.apply(rows)
+    if world() == 1:
+        return rows
+    parts = [torch.zeros_like(rows)] * world()
+    parts[rank()] = rows
+    return sum_over_processes(torch.cat(parts))
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """Sum a tensor over all processes; differentiable."""
-    return values if world() == 1 else _Sum.apply(values)
+    return values if world() == 1 else all_reduce(values)
 
 
 def add_over_processes(values: Tensor) -> Tensor:
@@ -82,13 +87,9 @@ def gather_shares(rows: Tensor, count: int) -> Tensor:
     """Join the shares of `own_share(count)`, (n, D) with n differing by at most one, to (count, D)."""
     if world() == 1:
         return rows
-    edges = [count * other // world() for other in range(world() + 1)]
-    sizes = [stop - start for start, stop in zip(edges, edges[1:])]
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+    whole = rows.new_zeros(count, *rows.shape[1:])
+    whole[own_share(count)] = rows
+    return add_over_processes(whole)
 
 
 @torch.no_grad()
@@ -97,26 +98,3 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
     if world() > 1:
         for values in tensors:
             dist.broadcast(values, src=0)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
-        rows = rows.contiguous()
-        parts = [torch.empty_like(rows) for _ in range(world())]
-        dist.all_gather(parts, rows)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return add_over_processes(grad.clone()).chunk(world())[rank()]
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values: Tensor) -> Tensor:
-        return add_over_processes(values.clone())
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return add_over_processes(grad.clone())

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.prepare.digits import DigitSplit
+from datasets.prepare.ownership import required
 from datasets.prepare.shapes.digit import FRAME_SIZE, digit_to_point_cloud
 from utils.errors import UserError
 
@@ -21,11 +22,7 @@ def read_kaggle(folder: str | Path) -> dict[str, DigitSplit]:
     Raises:
         UserError: on a missing or unreadable file, content that is not 3D MNIST, or without h5py.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError("--kaggle needs h5py: pip install h5py") from error
-    splits = {}
+    h5py, splits = required("h5py", "--kaggle"), {}
     for name, file_name in KAGGLE_FILES.items():
         path = Path(folder) / file_name
         if not path.is_file():
