@@ -88,7 +88,8 @@ def cluster_objects(rows: Mapping[str, Tensor], num_clusters: int | str, trusted
         num_clusters: K of the paper's joint k-means, then one per modality from its centres; or "auto": the communities of the
             neighbour graph of the mean embeddings. Where the other graphs confirm them at no resolution, many small ones are
             taken: modularity merges groups that are small beside the whole (Fortunato and Barthelemy 2007), and kinds that are
-            split cost step 2 less than kinds that are merged. "fine" takes these in any case.
+            split cost step 2 less than kinds that are merged. "fine" takes these whatever is confirmed. Where they would have fewer
+            than MEMBERS members on average, both keep the resolution that is confirmed best.
         trusted: of these, take those of one modality's own graph instead: the one that the other graphs confirm best.
         seed: of the starts.
     """
