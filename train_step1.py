@@ -43,7 +43,8 @@ class PLALearner(StageLearner):
         dim, pla = config.model.embedding_dim, config.pla
         needed = NEIGHBOURS + 1 if isinstance(pla.num_clusters, str) else pla.num_clusters
         if needed > min(samples.counts.values()):
-            raise UserError(f"pla.num_clusters: {pla.num_clusters} needs at least {needed} training samples, found {samples.counts}")
+            hint = "; set pla.num_clusters to a number" if isinstance(pla.num_clusters, str) else ""
+            raise UserError(f"pla.num_clusters: {pla.num_clusters} needs at least {needed} training samples, found {samples.counts}{hint}")
         encoders = build_encoders(config.data, config.model, config.run.sync_batchnorm)
         source = BatchSource(samples, config.data, device)
         super().__init__("step1", config, source, samples.arrays | samples.fingerprints, encoders, nn.ModuleDict(), device)

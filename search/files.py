@@ -56,7 +56,8 @@ def need_packages(paths: Iterable[str], modality: str) -> None:
     """Refuse a collection that packages are missing for, before the first of its files is read."""
     suffixes = {Path(path).suffix.lower() for path in paths}.intersection(SUFFIXES[MODALITIES[modality].is_2d])
     reduced = MESHES if MODALITIES[modality].kind == "mesh" else ()
-    readers = {"trimesh": (".ply", ".stl", *GLTF), "pypcd4": (".pcd",), "pyvista": reduced, "fast_simplification": reduced}
+    readers = {"trimesh": (".ply", ".stl", *GLTF), "plyfile": (".ply",), "pypcd4": (".pcd",)}
+    readers |= dict.fromkeys(("pyvista", "fast_simplification"), reduced)
     missing = [name for name, read in readers.items() if suffixes.intersection(read) and find_spec(name) is None]
     if missing:
         raise UserError(f"the collection needs {' and '.join(missing)}: pip install -r requirements-search.txt -r requirements-data.txt")

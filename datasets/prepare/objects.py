@@ -27,6 +27,7 @@ from datasets.prepare.shapes.render import probe_renderer
 from datasets.prepare.writer import SKIPPED, ObjectTask, write_dataset, write_skipped
 from utils.engine.checkpoint import atomic_write_text
 from utils.errors import UserError
+from utils.evaluation.consensus import NEIGHBOURS
 from utils.settings.options import DataConfig
 
 UNITS = {"mm": 0.001, "cm": 0.01, "in": 0.0254, "m": 1.0}
@@ -123,8 +124,9 @@ def write_configs(folder: Path, settings: Mapping, root: Path, size: int, points
     batch = BATCH if size >= 2 * BATCH else 2 ** max(size.bit_length() - 2, 1)
     epochs = min(max(round(SAMPLES_SEEN / size), 12), MOST_EPOCHS)
     texts = {"data": yaml.safe_dump({"data": data}, sort_keys=False, default_flow_style=None, allow_unicode=True)}
+    few = ", num_clusters: 2" if size <= NEIGHBOURS else ""
     lasts = {
-        1: f"pla: {{mlm_only_epochs: {epochs}}}   # the communities at the end are the pseudo-labels\n",
+        1: f"pla: {{mlm_only_epochs: {epochs}{few}}}   # the communities at the end are the pseudo-labels\n",
         2: "eval: {representation: joint}   # kinds of few objects make unsure clusters, which the embedding makes up for\n",
     }
     for step, last in lasts.items():
@@ -193,6 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
     clouds, least = mostly_clouds(items), options.min_class_size or (NPZ_CLASS_SIZE if options.npz else 1)
     labelled = options.labels == "folder" and any(item.object_class for item in items)
     tasks, classes, reasons = make_tasks(items, options.split, labelled, least)
+    named = f"{len(classes)} classes ({', '.join(classes[:8])}{', ...' * (len(classes) > 8)})" if classes else "no classes"
+    print(f"{len(items)} objects, {named}, split {'as in the folders' if items[0].split else f'by hash, {options.split} for training'}")
     recipe = ObjectRecipe.of(options, meshes=not clouds)
     settings = _settings(options, recipe, items, classes)
     if not clouds:

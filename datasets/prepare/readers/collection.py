@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,32 +41,42 @@ class Item:
 
 
 def read_folder(folder: Path) -> tuple[list[Item], Counter]:
-    """List the models below a folder: FILE, CLASS/FILE, {train,test}/CLASS/FILE or CLASS/{train,test}/FILE; hidden ones are ignored.
+    """List the models below a folder: FILE, CLASS/FILE, {train,test}/CLASS/FILE or CLASS/{train,test}/FILE, in any case.
 
     Returns:
         The objects, and how many files of other kinds there are, by suffix.
     Raises:
-        UserError: when there is none, or train/ and test/ lie among class folders.
+        UserError: when there is none, or train/ and test/ lie among others.
     """
-    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    files = list(_files_below(folder))
     paths = [path for path in files if path.suffix.lower() in FORMATS]
     if not paths:
         raise UserError(f"{folder}: expected files {' '.join(FORMATS)} in it or in class folders, found none")
     names = [os.fsencode(path.relative_to(folder).as_posix()).decode(errors="backslashreplace") for path in paths]  # may be printed
     places = [tuple(name.split("/")[:-1]) for name in names]
-    levels = [{place[depth] if len(place) > depth else None for place in places} for depth in (0, 1)]
-    if set(SPLITS) < levels[0]:
-        others = ", ".join(sorted(f"{name}/" if name else "files" for name in levels[0] - set(SPLITS)))
-        raise UserError(f"{folder} holds train/, test/ and {others}; expected these two alone, or class folders alone")
-    depth = levels.index(set(SPLITS)) if set(SPLITS) in levels else None
+    levels = [{place[depth].lower() if len(place) > depth else "" for place in places} for depth in (0, 1)]
+    depth = next((depth for depth, level in enumerate(levels) if set(SPLITS) <= level), None)
+    if depth is not None and levels[depth] != set(SPLITS):
+        others = ", ".join(sorted(f"{name}/" if name else "files" for name in levels[depth] - set(SPLITS)))
+        where = f"{folder} holds" if depth == 0 else f"the class folders of {folder} hold"
+        raise UserError(f"{where} train/, test/ and {others}; expected these two alone, or none of them")
     items = []
     for path, name, place in zip(paths, names, places, strict=True):
-        split = None if depth is None else place[depth]
+        split = None if depth is None else place[depth].lower()
         classes = place if depth is None else (*place[:depth], *place[depth + 1 :])
         items.append(_examine(Item(name, str(path), "", classes[0] if classes else None, split)))
     others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in FORMATS)
     return _with_originals(_of_one_format(items)), others
+
+
+def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield every file below a folder, also through links to folders, but not to one that holds the link; hidden ones are ignored."""
+    above |= {folder.resolve()}
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:
+            yield from _files_below(path, above)
 
 
 def _examine(item: Item) -> Item:

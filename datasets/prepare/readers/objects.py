@@ -1,6 +1,7 @@
 """Reads one 3D model, from its file or from an archive of meshes. Called by `datasets.prepare.objects` and by search."""
 
 import io
+import json
 import re
 from contextlib import suppress
 from functools import lru_cache
@@ -13,6 +14,7 @@ from datasets.prepare.readers.modelnet import read_arrays
 from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.readers.off import read_off
 from datasets.prepare.readers.pcd import read_pcd
+from datasets.prepare.readers.ply import read_ply
 from datasets.prepare.shapes.looks import Part, look_of
 from datasets.prepare.shapes.mesh import MeshError, triangle_areas
 
@@ -20,7 +22,9 @@ MESHES = (".glb", ".gltf", ".obj", ".ply", ".off", ".stl")
 GLTF = (".glb", ".gltf")  # by their standard in metres and y up
 CLOUDS = (".npz", ".npy", ".pcd")
 FORMATS = (*MESHES, *CLOUDS)  # of files of one name in one folder, the first of these is taken
-COMPRESSIONS = (b"KHR_draco_mesh_compression", b"EXT_meshopt_compression")  # trimesh goes on where it cannot unpack them
+UNREAD = {"KHR_draco_mesh_compression", "EXT_meshopt_compression", "EXT_mesh_gpu_instancing"}  # extensions that trimesh passes over
+READ = ("KHR_materials", "KHR_texture", "EXT_texture", "KHR_lights", "KHR_mesh_quantization")  # those that files may require
+TRIANGLE_FAN = 6  # a mode of GLTF
 NPZ_ARRAYS = ("vertices", "faces", "vertex_offset", "face_offset", "label", "classes", "instance_id")
 NPZ_UNIT = 30000
 MOST_COLUMNS = 12  # of a cloud: place, normal, colour and the like
@@ -29,7 +33,8 @@ MOST_COLUMNS = 12  # of a cloud: place, normal, colour and the like
 def is_cloud(path: Path, data: bytes) -> bool:
     """Whether a file holds points alone, as far as its name and the header of a PLY file tell."""
     suffix = path.suffix.lower()
-    return suffix in CLOUDS or (suffix == ".ply" and _promised(data, "vertex") > 0 == _promised(data, "face"))
+    surface = _promised(data, "face") + _promised(data, "tristrips")
+    return suffix in CLOUDS or (suffix == ".ply" and _promised(data, "vertex") > 0 == surface)
 
 
 def _promised(data: bytes, element: str) -> int:
@@ -56,7 +61,8 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
 def read_parts(path: Path, texture: bool) -> list[Part]:
     """Read the mesh of a file: all parts of a scene, moved to their places.
 
-    OFF and OBJ files have readers of their own; with `texture`, trimesh's reading counts where it finds the same surface.
+    OFF, OBJ and PLY files have readers of their own. Of these trimesh's reading counts, with `texture`, where it finds the same surface,
+    and of binary PLY files, which it notices to be cut short and reads fast, where every face is a triangle.
 
     Returns:
         At least one part; with a look if `texture` and the file has one.
@@ -65,12 +71,18 @@ def read_parts(path: Path, texture: bool) -> list[Part]:
             anything on other damages.
     """
     suffix, data = path.suffix.lower(), path.read_bytes()
-    if suffix not in (".off", ".obj"):
+    reader = {".off": read_off, ".obj": read_obj, ".ply": read_ply}.get(suffix)
+    if reader is None:
         return _scene(path, data, texture)
-    own = [(*(read_off if suffix == ".off" else read_obj)(data), None)]
-    seen = _scene(path, data, texture) if texture else own
+    seen, binary = [], suffix == ".ply" and b"format ascii" not in data.partition(b"end_header")[0]
+    if texture or binary:
+        with suppress(Exception):  # what trimesh cannot read, the own reader may
+            seen = _scene(path, data, texture)
+    if binary and sum(len(triangles) for _, triangles, _ in seen) == _promised(data, "face") > 0:
+        return seen
+    own = _checked([(*reader(data), None)])
     areas = [sum(triangle_areas(vertices, triangles).sum() for vertices, triangles, _ in parts) for parts in (own, seen)]
-    return seen if np.isclose(*areas, rtol=1e-4) else own
+    return seen if seen and np.isclose(*areas, rtol=1e-4) else own
 
 
 def vertical_axis(path: str, up: str | None) -> str:
@@ -86,19 +98,44 @@ def joined(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _load(path: Path, data: bytes) -> list[Any]:
-    """Return the meshes, clouds and paths of a file, moved to their places; a MeshError if they are compressed."""
+    """Return the meshes, clouds and paths of a file, moved to their places; a MeshError if some are of a kind that is not read."""
     import trimesh
-    packed = [name.decode() for name in COMPRESSIONS if path.suffix.lower() in GLTF and name in data]
-    if packed:
-        raise MeshError(f"compressed with {packed[0]}; export it uncompressed")
+    unread = _unread(data) if path.suffix.lower() in GLTF else ()
+    if unread:
+        raise MeshError(f"not read: {', '.join(unread)}; export it without, uncompressed")
     resolver = trimesh.resolvers.FilePathResolver(str(path))  # finds textures and buffers; a path must be UTF-8 to be loaded
     scene = trimesh.load_scene(io.BytesIO(data), file_type=path.suffix[1:].lower(), resolver=resolver, process=False)
     return scene.dump()
 
 
+def _unread(data: bytes) -> list[str]:
+    """Return what of a GLB or GLTF file trimesh would pass over without a word; nothing of a damaged one, where it says so."""
+    found = []
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        content = json.loads(data[20 : 20 + int.from_bytes(data[12:16], "little")] if data[:4] == b"glTF" else data)
+        needed = [name for name in content.get("extensionsRequired", ()) if not name.startswith(READ)]
+        found += sorted({*needed, *UNREAD.intersection(content.get("extensionsUsed", ()))})
+        drawn = [entry for mesh in content["meshes"] for entry in mesh["primitives"]]
+        found += ["a triangle fan"] * any(entry.get("mode") == TRIANGLE_FAN for entry in drawn)
+        places = [content["accessors"][entry["attributes"]["POSITION"]] for entry in drawn]
+        corners = [content["accessors"][entry["indices"]] for entry in drawn if "indices" in entry]
+        found += ["normalised integer positions"] * any(entry.get("normalized") for entry in places)
+        found += ["a sparse accessor"] * any("sparse" in entry for entry in places + corners)
+    return found
+
+
+def _stl(data: bytes) -> tuple[bytes, int]:
+    """Return the content of an STL file, without what follows a binary one, and how many triangles it promises."""
+    count = int.from_bytes(data[80:84], "little")
+    if 84 <= 84 + 50 * count <= len(data):
+        return data[: 84 + 50 * count], count
+    return data, len(re.findall(rb"(?m)^\s*facet\b", data.lower()))
+
+
 def _scene(path: Path, data: bytes, texture: bool) -> list[Part]:
+    data, promised = _stl(data) if path.suffix.lower() == ".stl" else (data, _promised(data, "face"))
     meshes = [mesh for mesh in _load(path, data) if len(getattr(mesh, "faces", ()))]
-    found, promised = sum(len(mesh.faces) for mesh in meshes), _promised(data, "face") if path.suffix.lower() == ".ply" else 1
+    found, promised = sum(len(mesh.faces) for mesh in meshes), max(promised, 1)
     if found < promised:
         raise MeshError(f"empty or cut short: {found} triangles, of at least {promised}")
     return _checked([(np.asarray(mesh.vertices), np.asarray(mesh.faces), look_of(mesh) if texture else None) for mesh in meshes])
@@ -134,7 +171,7 @@ def read_cloud(path: Path) -> tuple[np.ndarray, int]:
         turned = "; it looks transposed" if points.ndim == 2 and len(points) <= MOST_COLUMNS < points.shape[1] else ""
         expected = f"expected numbers of shape (n, 3) to (n, {MOST_COLUMNS}) with n >= {least}"
         raise MeshError(f"{expected}, found {points.dtype} {points.shape}{turned}")
-    return points[:, :3], 0
+    return points[:, :3].astype(np.float64), 0  # integers would not all bear a change of sign
 
 
 def _has_points(array: np.ndarray) -> bool:

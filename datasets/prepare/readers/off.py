@@ -4,10 +4,10 @@ Our own, since trimesh 5.2 reads a file that is cut short inside its face list a
 """
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
+from datasets.prepare.readers.polygons import triangulate
 from datasets.prepare.shapes.mesh import MeshError
 
 
@@ -15,7 +15,7 @@ def read_off(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Parse the content of an OFF file.
 
     Understood: counts on the line of the magic word, with or without a space (`OFF8 12 0`), COFF, comments, blank lines,
-    CRLF, any or no edge count, polygons (cut into a fan of triangles), colours after a vertex or a face.
+    CRLF, any or no edge count, polygons (cut into triangles), colours after a vertex or a face.
 
     Returns:
         vertices (V, 3) float64 and triangles (T, 3) int64 into them, in file order.
@@ -33,19 +33,15 @@ def read_off(data: bytes) -> tuple[np.ndarray, np.ndarray]:
         raise MeshError(f"the header promises {num_vertices} vertices and {num_faces} faces, only {len(body)} lines follow")
     try:
         vertices = _vertices(body[:num_vertices])
-        triangles = _triangles(body[num_vertices : num_vertices + num_faces])
+        polygons = _polygons(body[num_vertices : num_vertices + num_faces])
     except (ValueError, OverflowError) as error:
         raise MeshError(f"not a readable vertex or face list: {error}") from error
     if not np.isfinite(vertices).all():
         raise MeshError(f"vertex {np.flatnonzero(~np.isfinite(vertices).all(axis=1))[0]} is not finite")
-    if triangles.min() < 0 or triangles.max() >= num_vertices:
-        raise MeshError(f"faces name vertices {triangles.min()} to {triangles.max()}, there are 0 to {num_vertices - 1}")
-    return vertices, triangles
-
-
-def fan(corners: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Cut a polygon of k corners into k - 2 triangles around its first corner; none below three corners."""
-    return [(corners[0], second, third) for second, third in zip(corners[1:], corners[2:], strict=False)]
+    least, most = min(map(min, polygons)), max(map(max, polygons))
+    if least < 0 or most >= num_vertices:
+        raise MeshError(f"faces name vertices {least} to {most}, there are 0 to {num_vertices - 1}")
+    return vertices, triangulate(polygons, vertices)
 
 
 def _content_lines(data: bytes) -> list[str]:
@@ -67,14 +63,14 @@ def _vertices(lines: list[str]) -> np.ndarray:
     return np.array([row[:3] for row in table], dtype=np.float64)
 
 
-def _triangles(lines: list[str]) -> np.ndarray:
-    triangles = []
+def _polygons(lines: list[str]) -> list[list[int]]:
+    polygons = []
     for line in lines:
         size, *indices = line.split()
         corners = [int(index) for index in indices[: int(size)]]
         if int(size) < 1 or len(corners) != int(size):
             raise ValueError(f"expected `k i1 ... ik`, found {line[:40]!r}")
-        triangles += fan(corners)
-    if not triangles:
-        raise ValueError("no face has three corners")  # faces of one or two corners have no area and are passed over
-    return np.array(triangles, dtype=np.int64)
+        polygons += [corners] if len(corners) > 2 else []  # faces of one or two corners have no area and are passed over
+    if not polygons:
+        raise ValueError("no face has three corners")
+    return polygons

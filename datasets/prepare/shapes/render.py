@@ -189,6 +189,8 @@ def _splat(points: np.ndarray, normals: np.ndarray, radii: np.ndarray, axes: np.
         for part in (rows[start : start + step] for start in range(0, len(rows), step)):
             places, depth, weight, disc = _cut(discs[part], first[part], int(width), scale, size)
             fragments.append((places, depth, weight, part[disc]))
+    if not fragments:
+        raise MeshError("its points cover no pixel: nearly all lie in one place, and some far from it")
     places, depth, weight, disc = map(np.concatenate, zip(*fragments, strict=True))
     light = np.full((len(normals), 3), AMBIENT)
     for direction, colour in LIGHTS:

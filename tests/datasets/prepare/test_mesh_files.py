@@ -71,6 +71,26 @@ def test_as_an_independent_reader(trimesh):
         np.testing.assert_array_equal(triangles, other.faces)
 
 
+SHAPES = {  # corners in order, area
+    "U": ([(0, 0), (3, 0), (3, 3), (2, 3), (2, 1), (1, 1), (1, 3), (0, 3)], 7.0), "arrow": ([(0, 0), (2, 2), (4, 0), (2, 5)], 6.0),
+    "comb": ([(0, 0), (5, 0), (5, 2), (4, 1), (3, 2), (2, 1), (1, 2), (0, 1)], 7.5), "square": ([(0, 0), (1, 0), (1, 1), (0, 1)], 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("turn", [1, -1])
+def test_concave_polygons_are_not_filled_in(name, first, turn):
+    corners, area = SHAPES[name]
+    places = np.array([(x, 2 * x - y, y) for x, y in np.roll(corners, first, axis=0)[::turn]])  # in a slanting plane
+    rows, order = "\n".join("%g %g %g" % tuple(place) for place in places), range(len(places))
+    off = read_off(f"OFF\n{len(places)} 1 0\n{rows}\n{len(places)} {' '.join(map(str, order))}\n".encode())
+    obj = read_obj("".join(["v " + row + "\n" for row in rows.splitlines()] + ["f"] + [f" {corner + 1}" for corner in order]).encode())
+    flat = lambda points: np.abs(np.cross(points[:, 1] - points[:, 0], points[:, 2] - points[:, 0])[:, 1]) / 2  # of its x, z shadow
+    for vertices, triangles in (off, obj):
+        assert len(triangles) == len(places) - 2 and flat(vertices[triangles]).sum() == pytest.approx(area)
+
+
 CORNERS = "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 0 0 1\n"
 
 

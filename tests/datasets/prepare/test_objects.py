@@ -18,8 +18,8 @@ from datasets.lists import read_labelled_list
 from datasets.prepare import objects
 from datasets.prepare.ownership import read_journal
 from datasets.prepare.readers.collection import Item, make_tasks, read_folder, read_npz
-from datasets.prepare.readers.objects import read_cloud, read_npz_parts, read_parts
-from datasets.prepare.shapes.mesh import MeshError
+from datasets.prepare.readers.objects import joined, read_cloud, read_npz_parts, read_parts
+from datasets.prepare.shapes.mesh import MeshError, triangle_areas
 from datasets.samples import load_test_samples, load_training_samples
 from utils.errors import UserError
 from utils.settings.config import load_config
@@ -78,7 +78,7 @@ def hostile(source: Path, trimesh) -> dict[str, str]:
             put(source / f"ball/{kind}-{name}", content)
     loaded = {"noise.glb": os.urandom(999), "noise.stl.stl": os.urandom(999), "text.ply": "hello", "lines.obj": "v 0 0 0\nv 1 1 1\nl 1 2\n",
               "packed.gltf": '{"extensionsRequired": ["KHR_draco_mesh_compression"]}', "dot.off": "OFF\n3 1 0\n1 1 1\n1 1 1\n1 1 1\n3 0 1 2\n"}
-    said = ("cannot be read", "cannot be read|cut short|finite|place", "cannot be read", "no face", "KHR_draco", "one place")
+    said = ("cannot be read", "cannot be read|cut short|finite|place", "not a readable PLY", "no face", "KHR_draco", "one place")
     for (name, data), reason in zip(loaded.items(), said, strict=True):
         put(source / "ball" / name, data)
         reasons[f"ball/{name}"] = reason
@@ -145,6 +145,64 @@ def test_no_cut_file_passes_for_a_smaller_mesh(tmp_path, trimesh, name):
             continue
 
 
+PLY = "ply\nformat {kind} 1.0\nelement vertex 8\nproperty float x\nproperty float y\nproperty float z\n" \
+      "element face {count}\nproperty list uchar int vertex_indices\nend_header\n"
+
+
+@pytest.mark.parametrize("kind,order", [("ascii", ""), ("binary_little_endian", "<"), ("binary_big_endian", ">")])
+@pytest.mark.parametrize("split", range(7))
+def test_ply_files_of_polygons(tmp_path, trimesh, kind, order, split):
+    corners = trimesh.creation.box(BOX).vertices
+    quads = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+    faces = [part for row, quad in enumerate(quads) for part in ([quad] if row >= split else [quad[:3], [quad[0], *quad[2:]]])]
+    if order:
+        body = corners.astype(order + "f4").tobytes() + b"".join(bytes([len(face)]) + np.array(face, order + "i4").tobytes() for face in faces)
+    else:
+        body = "".join("%g %g %g\n" % tuple(row) for row in corners) + "".join(f"{len(face)} {' '.join(map(str, face))}\n" for face in faces)
+        body = body.encode()
+    data, path = PLY.format(kind=kind, count=len(faces)).encode() + body, tmp_path / "a.ply"
+    for texture in (False, True):
+        vertices, triangles = joined(read_parts(put(path, data), texture))
+        assert len(triangles) == 12 and triangle_areas(vertices, triangles).sum() == pytest.approx(2 * (2 + 4 + 8))
+    for end in range(len(data) - len(body), len(data) - 2, 1 if split in (0, 3) else 13):
+        with pytest.raises(MeshError):
+            read_parts(put(path, data[:end]), False)
+
+
+def test_stl_files_of_several_solids_and_with_more_behind_them(tmp_path, trimesh):
+    text, path = trimesh.creation.box(BOX).export(file_type="stl_ascii"), tmp_path / "a.stl"
+    both = f"{text}\n{text}\n"
+    assert len(joined(read_parts(put(path, both), False))[1]) == 24
+    for share in (0.55, 0.7, 0.9, 0.97):
+        with pytest.raises(Exception, match="cut short|cannot|incorrect|."):
+            read_parts(put(path, both[: int(share * len(both))]), False)
+    assert len(read_parts(put(path, trimesh.creation.box(BOX).export(file_type="stl") + b"made by hand"), False)[0][1]) == 12
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda content: content.update(extensionsRequired=["EXT_of_mine"]), "EXT_of_mine"),
+    (lambda content: content.update(extensionsUsed=["EXT_mesh_gpu_instancing"]), "instancing"),
+    (lambda content: content["meshes"][0]["primitives"][0].update(mode=6), "a triangle fan"),
+    (lambda content: [accessor.update(normalized=True) for accessor in content["accessors"]], "normalised integer"),
+    (lambda content: [accessor.update(sparse={"count": 1}) for accessor in content["accessors"]], "sparse"),
+    (lambda content: content.update(extensionsUsed=["KHR_lights_punctual"], extensionsRequired=["KHR_materials_unlit"]), None),
+])
+def test_what_trimesh_passes_over_in_gltf_files_is_refused(tmp_path, trimesh, change, words):
+    data = trimesh.creation.box(BOX).export(file_type="glb")
+    size = int.from_bytes(data[12:16], "little")
+    content = json.loads(data[20 : 20 + size])
+    change(content)
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % 4)
+    header = b"glTF" + (2).to_bytes(4, "little") + (len(data) - size + len(text)).to_bytes(4, "little") + len(text).to_bytes(4, "little")
+    path = put(tmp_path / "a.glb", header + data[16:20] + text + data[20 + size :])
+    if words is None:
+        assert len(read_parts(path, False)[0][1]) == 12
+    else:
+        with pytest.raises(MeshError, match=f"not read: .*{words}"):
+            read_parts(path, False)
+
+
 def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, monkeypatch):
     monkeypatch.setattr(objects, "probe_renderer", lambda: None)
     box = textured_box(trimesh)
@@ -166,12 +224,13 @@ def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
         points = rng.normal(size=(40, 3)) * [1, 1 + number % 3, 1] + 1e6
         put(here / "scans/x", "")
         np.save(here / f"scans/{number}.npy", points) if number % 2 else np.savez(here / f"scans/{number}.npz", points=points)
-    np.save(here / "scans/nan.npy", np.full((40, 3), np.nan)), np.save(here / "scans/few.npy", np.eye(3)), np.save(here / "scans/flat.npy", np.ones(40))
+    np.save(here / "scans/far.npy", np.concatenate([points, points[:1] + 1e3])), np.save(here / "scans/nan.npy", np.full((40, 3), np.nan)), np.save(here / "scans/few.npy", np.eye(3)), np.save(here / "scans/flat.npy", np.ones(40))
     mixed = np.array([{}], dtype=object)
     np.savez(here / "scans/mixed.npz", meta=mixed, points=points), np.savez(here / "scans/none.npz", meta=mixed)
     objects.main(["--name", "scans", "--root", "scans", *SMALL])
     said = capsys.readouterr().out
-    assert "4 of 29 objects skipped" in said and "none.npz: expected an array points, or one other of floats of shape (n, 3), found meta" in said
+    assert "5 of 30 objects skipped" in said and "30 objects, no classes, split by hash, 0.8 for training" in said
+    assert "far.npy: its points cover no pixel" in said and "none.npz: expected an array points, or one other of floats of shape (n, 3), found meta" in said
     rows = Path("dataset/scans/scans_PointCloud_train_list.txt").read_text().splitlines()
     assert all(row.endswith(".npy") for row in rows) and np.load(Path("dataset/scans") / rows[0]).shape == (32, 3)
     assert not Path("dataset/scans/scans_Mesh_train_list.txt").exists()
@@ -202,8 +261,10 @@ def test_clouds_in_the_forms_that_people_have(tmp_path):
     for arrays in ({"xyz": points, "labels": np.zeros((9, 3), int), "id": np.zeros(3)}, {"points": points, "faces": np.zeros((3, 3), int)}):
         np.savez(path, **arrays)
         assert (read_cloud(path)[0] == points[:, :3]).all()
-    np.save(tmp_path / "a.npy", (points * 9).astype(int))
-    assert read_cloud(tmp_path / "a.npy")[0].shape == (9, 3)
+    for kind in ("uint8", "int16", "uint16", "float16", int):
+        np.save(tmp_path / "a.npy", np.abs(points * 9).astype(kind))
+        read = read_cloud(tmp_path / "a.npy")[0]
+        assert read.shape == (9, 3) and read.dtype == np.float64  # which a change of sign, as of an axis, does not wrap
 
 
 @pytest.mark.parametrize("broken", range(5))
@@ -268,6 +329,12 @@ def test_layouts(tmp_path):
     assert layout(tmp_path / "d", "train/1.obj", "bus/1.obj") == {"bus/1.obj": ("bus", None), "train/1.obj": ("train", None)}
     with pytest.raises(UserError, match="train/, test/ and files, val/"):
         layout(tmp_path / "e", "train/1.obj", "test/1.obj", "val/1.obj", "1.obj")
+    assert layout(tmp_path / "g", "Train/x/1.obj", "TEST/x/1.obj")["TEST/x/1.obj"] == ("x", "test")
+    with pytest.raises(UserError, match="class folders of .* train/, test/ and files, val/"):
+        layout(tmp_path / "h", "x/train/1.obj", "x/test/1.obj", "y/val/1.obj", "y/1.obj")
+    put(tmp_path / "far/1.obj", "x"), (tmp_path / "i/y").mkdir(parents=True)
+    (tmp_path / "i/x").symlink_to(tmp_path / "far"), (tmp_path / "i/y/again").symlink_to(tmp_path / "i")
+    assert layout(tmp_path / "i", "y/2.obj")["x/1.obj"] == ("x", None)
     with pytest.raises(UserError, match="found none"):
         layout(tmp_path / "f", "1.fbx")
 
