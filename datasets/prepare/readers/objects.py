@@ -116,6 +116,7 @@ def _unread(data: bytes) -> list[str]:
         needed = [name for name in content.get("extensionsRequired", ()) if not name.startswith(READ)]
         found += sorted({*needed, *UNREAD.intersection(content.get("extensionsUsed", ()))})
         drawn = [entry for mesh in content["meshes"] for entry in mesh["primitives"]]
+        found += ["geometry below a camera"] * any("camera" in node and "children" in node for node in content.get("nodes", ()))
         found += ["a triangle fan"] * any(entry.get("mode") == TRIANGLE_FAN for entry in drawn)
         places = [content["accessors"][entry["attributes"]["POSITION"]] for entry in drawn]
         corners = [content["accessors"][entry["indices"]] for entry in drawn if "indices" in entry]
@@ -137,7 +138,7 @@ def _scene(path: Path, data: bytes, texture: bool) -> list[Part]:
     meshes = [mesh for mesh in _load(path, data) if len(getattr(mesh, "faces", ()))]
     found, promised = sum(len(mesh.faces) for mesh in meshes), max(promised, 1)
     if found < promised:
-        raise MeshError(f"empty or cut short: {found} triangles, of at least {promised}")
+        raise MeshError(f"empty, cut short or of points alone: {found} triangles, of at least {promised}")
     return _checked([(np.asarray(mesh.vertices), np.asarray(mesh.faces), look_of(mesh) if texture else None) for mesh in meshes])
 
 

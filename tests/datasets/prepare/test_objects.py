@@ -185,6 +185,7 @@ def test_stl_files_of_several_solids_and_with_more_behind_them(tmp_path, trimesh
     (lambda content: content["meshes"][0]["primitives"][0].update(mode=6), "a triangle fan"),
     (lambda content: [accessor.update(normalized=True) for accessor in content["accessors"]], "normalised integer"),
     (lambda content: [accessor.update(sparse={"count": 1}) for accessor in content["accessors"]], "sparse"),
+    (lambda content: content["nodes"][0].update(camera=0, children=[1]), "below a camera"),
     (lambda content: content.update(extensionsUsed=["KHR_lights_punctual"], extensionsRequired=["KHR_materials_unlit"]), None),
 ])
 def test_what_trimesh_passes_over_in_gltf_files_is_refused(tmp_path, trimesh, change, words):
