@@ -8,8 +8,8 @@ the generalised eigenproblem of the blocks off and on the diagonal, solved by cc
 
 Left open by RoMo: which views were fitted; as its rows of CCA and MCCA differ, not two. Ours: one joint fit on all modalities that the
 context names, every one of a data set, from which each task is served. Preparation and `ridge` as in `baselines.cca`; the ridge of
-each block keeps pictures that differ in colour alone from ruling the joint spectrum. Fitted on the two modalities of each task alone
-(`data.modalities` of a run names two), it is CCA with another ridge.
+each block keeps pictures that differ in colour alone from ruling the joint spectrum. Fitted on two modalities alone
+(`data.modalities` of a run names two), it is `baselines.cca` with the same ridge, and has its scores.
 """
 
 from baselines.cca import CCA

@@ -93,11 +93,16 @@ def collect(cell: Cell, folder: Path) -> dict[str, Any]:
         case "baseline":
             found = read_json(run / "metrics.json")
             details = {key: found[key] for key in ("reads", "peak_mib", "mode")}
-            return record | {"scores": _scores(found), "train_seconds": found["seconds"], "details": details}
+            return record | {"scores": _scores(found), "train_seconds": found["seconds"], "details": details, **_label_mark(found)}
         case "release_protocol":
             found = read_json(place / "metrics.json")
             return record | {"scores": _scores(found), "train_seconds": found["train_seconds"], "details": found["details"]}
     return record | {"measured": read_json(place / "metrics.json")}
+
+
+def _label_mark(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Whose labels a run has read, by which tables mark its row; nothing of a run that read none."""
+    return {"reads_labels": metrics["reads_labels"]} if "reads_labels" in metrics else {}
 
 
 def _scores(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -124,5 +129,5 @@ def training_scores(folder: Path, variant: str | None = None) -> dict[str, Any]:
     return {
         "epochs": planned, "scores": scores | logged, "train_seconds": round(sum(row["seconds/train"] for row in epochs), 1),
         "curve": {key: [row[key] for row in scored] for key in curves},
-        **{key: found[key] for key in ("reads_labels",) if key in found},
+        **_label_mark(found),
     }

@@ -64,6 +64,19 @@ class Summary:
     records: list[dict] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
+    @property
+    def title(self) -> str:
+        """The row's name, marked if one of its runs, or one that they rest on, has read labels and the name does not say so."""
+        silent = "reads labels" not in self.name.lower()
+        return self.name + ", READS LABELS" * (silent and any(map(reads_labels, self.records)))
+
+
+def reads_labels(record: Mapping[str, Any]) -> bool:
+    """Whether a run, its start or its features read labels; older records of compared methods say what they read in "details" alone."""
+    details = record.get("details") or {}
+    said = record.get("reads_labels") or details.get("reads_labels")
+    return bool(said) or str(details.get("reads", "")).startswith(("labels", "source labels", "noisy labels"))
+
 
 def summarize(table: Table) -> list[Summary]:
     """Return the rows of a table: those of the protocol in its order, then others in the order of their records."""

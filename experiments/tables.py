@@ -50,6 +50,7 @@ def markdown(rows: Sequence[Sequence[object]]) -> list[str]:
 def _settings_lines(table: Table) -> list[str]:
     """Say which settings the rows start from, one line per configuration."""
     used = [entry for shown in table.shown.values() for entry in table.chain(shown) if entry]
+    head = "Settings of RoMo" if any(entry["stage"] == "baseline" for entry in used) else "Settings"  # compared methods have their own
     lines = []
     for config, setup in {record["setup"]["config"]: record["setup"] for record in used}.items():
         lengths = [sorted({record["epochs"] for record in used if record["stage"] == stage and record["setup"] == setup})
@@ -59,7 +60,7 @@ def _settings_lines(table: Table) -> list[str]:
             size = ", inputs and encoders in CPU size" if config.endswith("_cpu") else ""
             clusters = [clusters_of(setup["num_clusters"])] if "num_clusters" in setup else []  # older records do not say
             facts = [f"{key.replace('_size', '').replace('_rate', ' rate')} {setup[key]:g}" for key in FACTS]
-            lines.append(f"- Settings: {whose}{size} (`{config}`): {', '.join([f'{epochs} epochs', *facts, *clusters])}")
+            lines.append(f"- {head}: {whose}{size} (`{config}`): {', '.join([f'{epochs} epochs', *facts, *clusters])}")
     return lines
 
 
@@ -84,8 +85,7 @@ def score_lines(table: Table) -> list[str]:
         level = [f"{100 * mean(chances):.1f}" if head in columns else "" for head in heads]
         rows.append(["chance", *level, *[""] * (len(rows[0]) - 1 - len(heads))])
     for entry in summaries:
-        marked = "reads labels" not in entry.name.lower() and any("reads_labels" in record for record in entry.records)
-        cells = [entry.name + ", READS LABELS" * marked]
+        cells = [entry.title]
         for task in columns:
             printed = _printed(table, entry, task, tasks)
             cells += [printed * ("paper" in entry.options)] * (task in known)
@@ -98,14 +98,19 @@ def score_lines(table: Table) -> list[str]:
 
 
 def _printed(table: Table, entry: Summary, task: str, tasks: Sequence[str]) -> str:
-    """The paper's number of a row."""
-    number = paper_score(table, entry.options, task, tasks)
+    """The paper's number of a row; its average is over the tasks that can be run, as ours is, or over all where none can."""
+    number = paper_score(table, entry.options, task, _with_data(table, tasks) or tasks)
     return "" if number is None else f"{100 * number:.1f}"
 
 
 def _no_data(table: Table, task: str) -> bool:
     """Whether a task's samples cannot be had; of the average, whether those of all tasks cannot."""
     return bool({task, task[::-1]} & set(table.absent)) or (task == "avg" and bool(table.absent) and not table.pairs)
+
+
+def _with_data(table: Table, tasks: Sequence[str]) -> list[str]:
+    """The tasks whose samples can be had."""
+    return [task for task in tasks if not _no_data(table, task)]
 
 
 def _score(entry: Summary, task: str) -> str:
@@ -142,17 +147,17 @@ def memory_lines(table: Table) -> list[str]:
 
 def _ranking(table: Table, summaries: Sequence[Summary], tasks: Sequence[str]) -> list[str]:
     """Our order of the rows beside the paper's, and what of it is more than noise."""
-    ours = {entry.name: mean(entry.scores["avg"].values()) for entry in summaries if entry.scores.get("avg")}
+    ours = {entry.title: mean(entry.scores["avg"].values()) for entry in summaries if entry.scores.get("avg")}
     first = {entry.options.get("paper"): entry for entry in reversed(summaries)}  # several rows may stand for one of the paper's
-    tasks = [task for task in tasks if not _no_data(table, task)]  # the paper's order, too, is that on what can be run
-    printed = {entry.name: paper_score(table, entry.options, "avg", tasks) for entry in summaries if entry in first.values()}
+    tasks = _with_data(table, tasks)  # the paper's order, too, is that on what can be run
+    printed = {entry.title: paper_score(table, entry.options, "avg", tasks) for entry in summaries if entry in first.values()}
     paper = {name: score for name, score in printed.items() if score is not None}
     order = lambda scores: " > ".join(sorted(scores, key=lambda name: -scores[name])) or NOT_RUN
     verdicts: dict[str, list[str]] = {}
     for entry in summaries:
         found = comparison(entry, summaries, table)
-        if found and entry.name in ours:
-            verdicts.setdefault(found.verdict, []).append(entry.name)
+        if found and entry.title in ours:
+            verdicts.setdefault(found.verdict, []).append(entry.title)
     fewer = verdicts.pop("n/a", [])
     parts = [*verdicts.items(), *[("fewer than 3 seeds", fewer if verdicts else ["every row"])] * bool(fewer)]
     said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in parts)
