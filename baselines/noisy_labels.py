@@ -1,6 +1,6 @@
 """The door through which training labels reach the supervised relatives and the rows with true source labels; no other way in.
 
-Only `baselines.run` may import this module (pyproject.toml, tests/baselines/test_noisy_labels.py).
+Only `baselines.run` may import this module (pyproject.toml, tests/stages/test_leakage.py).
 """
 
 import numpy as np

@@ -81,6 +81,11 @@ def test_where_revgrad_takes_its_labels_from():
         assert losses[transfer] == pytest.approx((scores[0] + scores[1] * transfer).item())
     paired = RevGrad(context_of("revgrad", FEATURES, dim=8, settings={"source": "pairs"}))
     assert paired.labels is None and paired(index, embeddings, 3).isfinite()
+    given = [rows.requires_grad_() for rows in embeddings.values()]
+    for epoch in (1, 3):  # lambda 0, and of two twelfths
+        found, wanted = method(index, embeddings, epoch), method.source_loss(index, *given) + method.domain_loss(*given, strength(epoch, 12))
+        assert found.item() == pytest.approx(wanted.item())
+        assert all(torch.allclose(*slopes) for slopes in zip(torch.autograd.grad(found, given), torch.autograd.grad(wanted, given)))
     with pytest.raises(UserError, match="'labels' or 'pairs', found 'label'"):
         RevGrad(context_of("revgrad", FEATURES, settings={"source": "label"}))
 
@@ -159,10 +164,15 @@ def test_meda_ranks_map_and_belief_and_fits_a_part_of_the_pairs(monkeypatch):
     needs_cca_zoo()
     seen = []
     original = AlignedClassifier.fit
-    monkeypatch.setattr(meda.AlignedClassifier, "fit", lambda self, s, y, t: (seen.append((len(s), len(t))), original(self, s, y, t))[1])
-    method = MEDA()
-    method.fit(FEATURES, context_of("meda", FEATURES, dim=12, settings={"rounds": 1, "pairs": 40, "tau": 2.0}))
-    assert seen == [(40, 40)]
+    monkeypatch.setattr(meda.AlignedClassifier, "fit", lambda self, *given: (seen.extend(given), original(self, *given))[1])
+    method, context = MEDA(), context_of("meda", FEATURES, dim=12, settings={"rounds": 1, "pairs": 40, "tau": 2.0, "subspace": 3})
+    method.fit(FEATURES, context)
+    chosen = np.linspace(0, 119, 40).astype(int)
+    mapped = [method.cca.transform(name, FEATURES[name])[chosen] for name in NAMES]
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in mapped]
+    root = flow_kernel_root(*unit, 3)
+    wanted = [unit[0] @ root, source_labels(context).numpy()[chosen], unit[1] @ root]
+    assert len(seen) == 3 and all(np.allclose(*both) for both in zip(seen, wanted))
     codes = method.transform("PointCloud", FEATURES["PointCloud"][:7])
     assert codes.shape == (7, 12 + CLASSES)
     assert np.allclose(np.linalg.norm(codes[:, :12], axis=1), 1) and np.allclose(np.linalg.norm(codes[:, 12:], axis=1), 2)

@@ -82,6 +82,10 @@ def test_scl_survives_rows_of_zeros():
         loss.backward()
         assert torch.isfinite(loss) and all(torch.isfinite(rows.grad).all() for rows in embeddings.values())
     assert method.represent("GrayImg", embeddings["GrayImg"]).eq(0).all(dim=1).any()  # the case was there
+    read = []
+    method.shared.register_forward_pre_hook(lambda layer, given: read.append(given[0]))
+    method.represent("GrayImg", torch.ones(40, 6))
+    assert read[0].unique().tolist() == pytest.approx([0, 10])  # dropout before the shared layer, too
 
 
 def rono(epochs=50, **settings):
@@ -124,6 +128,7 @@ def test_rono_pulls_clean_samples_and_pushes_noisy_ones():
         towards = -torch.autograd.grad(loss, z)[0] @ (own - own @ z.detach() * z.detach())  # along the sphere, to the centre
         clean = bool((own @ z).exp() > (mean @ z).exp() + 0.3)
         assert (towards > 0) == clean
+        assert method.logged["clean"] == clean
         flips.append(clean)
     assert flips[0] and not flips[-1] and sum(a != b for a, b in zip(flips, flips[1:])) == 1
 

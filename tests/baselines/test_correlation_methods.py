@@ -139,6 +139,12 @@ def test_kcca_chooses_a_ridge_where_pairs_differ_most_from_shuffled_ones():
     shared = draw.normal(size=(60, 2))
     wide = [np.concatenate([shared @ draw.normal(size=(2, 3)), 0.3 * draw.normal(size=(60, 50))], 1) for _ in range(2)]
     assert widest_gap(wide, 10, seed=0) >= 0.1  # with almost as many columns as rows, small ridges let noise correlate fully
+    assert widest_gap([view[:, :3] for view in wide], 3, seed=0) == 0.001
+    maps = fitted(KCCA, "kcca", dim=5, settings={"landmarks": 20}).maps
+    assert np.array_equal(*(maps[name].component_indices_ for name in NAMES)) and len(set(maps["GrayImg"].component_indices_)) == 20
+    rows = draw.normal(size=(9, 3))
+    between = [np.linalg.norm(rows[i] - rows[j]) for i in range(9) for j in range(i)]
+    assert bandwidth(rows) == pytest.approx(1 / (2 * np.median(between) ** 2))
 
 
 def test_total_correlation_and_its_gradient():
@@ -162,10 +168,12 @@ def test_noise_saturates_the_correlation_of_a_small_batch():
     assert TotalCorrelation.apply(*noise, 1e-9).item() == pytest.approx(49, abs=1e-3)
 
 
-def test_dcca_ends_with_a_linear_cca_of_all_training_outputs():
+def test_dcca_ends_with_a_linear_cca_of_all_training_outputs(recwarn):
     needs_cca_zoo()
-    with pytest.warns(UserWarning, match="batches of 50 pairs and 64 dimensions"):
-        DCCA(context_of("dcca", FEATURES, batch_size=50))
+    with pytest.warns(UserWarning, match="batches of 255 pairs and 64 dimensions"):
+        DCCA(context_of("dcca", FEATURES, batch_size=255))
+    DCCA(context_of("dcca", FEATURES, batch_size=256))
+    assert not recwarn.list
     method = DCCA(context_of("dcca", FEATURES, dim=6))
     outputs = {name: torch.as_tensor(FEATURES[name][:, :6], dtype=torch.float32) for name in NAMES}
     assert torch.equal(method.represent("GrayImg", outputs["GrayImg"]), outputs["GrayImg"])  # untrained: as they are

@@ -151,6 +151,11 @@ def test_dgcpn_loss():
     embeddings, x, y = codes_of(method, 1)
     wanted = loss(x, y) + loss(x, np.sign(y)) + loss(np.sign(x), y)
     assert method(INDEX, embeddings, 1).item() == pytest.approx(wanted, rel=1e-9)
+    x, y = inputs = [rows.requires_grad_() for rows in embeddings.values()]
+    x, y, sx, sy = x.tanh(), y.tanh(), x.detach().sign(), y.detach().sign()
+    plain = sum(method.loss(*codes, torch.as_tensor(target)) for codes in ((x, y), (x, sy), (sx, y)))
+    slopes = [torch.autograd.grad(loss, inputs) for loss in (method(INDEX, embeddings, 1), plain)]
+    assert all(torch.allclose(*both) for both in zip(*slopes))  # none through signs
     # codes that say the target exactly, alike in both modalities, leave the pairs' term alone: kappa = 1 removes it
     same = torch.randn(6, 8, dtype=torch.float64)
     assert built("dgcpn", kappa=1.0).loss(same, same, cosine(same, same)).item() < 1e-12

@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from compared import NAMES, context_of, cos, cosines, mse, pairs, unit_codes
+from compared import CLASSES, NAMES, context_of, cos, cosines, mse, pairs, unit_codes
 from torch import nn
 from torch.nn import functional as F
 
-from baselines.pt_fuch import PTFUCH, Client, average, batches, distillation, prototype_loss, split
+from baselines.pt_fuch import PTFUCH, Client, Networks, average, batches, distillation, prototype_loss, split
 from baselines.ucch import DEFAULTS, UCCH, UnifiedContrast, random_memory, signs
 from models.build import build_encoders
 from utils.errors import UserError
@@ -28,7 +28,8 @@ def contrast(rows=9, dim=5, **settings):
 def test_ucch_contrast_against_a_slow_loop(monkeypatch):
     loss, codes, index = contrast(), unit_codes(3, 5, seed=1), torch.tensor([4, 0, 7])
     drawn = torch.tensor([1, 4, 4, 8, 0, 2, 2, 6])  # own rows of samples 0 and 1 among them, some drawn twice
-    monkeypatch.setattr(torch, "randint", lambda *a, **k: drawn)
+    asked = []
+    monkeypatch.setattr(torch, "randint", lambda rows, size, **k: asked.append((rows, *size)) or drawn)
     keys = np.where(loss.memory.numpy() < 0, -1, 1) / np.sqrt(5)
     wanted = 0.0
     for code in codes:
@@ -36,6 +37,8 @@ def test_ucch_contrast_against_a_slow_loop(monkeypatch):
             positive = np.exp(row @ keys[i] / 0.9)
             wanted -= np.log(positive / (positive + sum(np.exp(row @ keys[j] / 0.9) for j in drawn.tolist() if j != i))) / 3
     assert loss.contrastive(index, codes, warm_up=False).item() == pytest.approx(wanted, rel=1e-9)
+    contrast(negatives=4).contrastive(index, codes, warm_up=False)
+    assert asked == [(9, 8), (9, 4)]  # at most all but the own one
 
 
 def test_ucch_warm_up_uses_the_keys_of_the_batch():
@@ -76,6 +79,7 @@ def test_ucch_memory():
     assert torch.allclose(method.memory.norm(dim=1), torch.ones(60))
     both = [method(INDEX, embeddings, 2).item() for _ in range(2)]
     assert np.isfinite(both).all() and both[0] != both[1]  # 59 negatives drawn anew
+    assert method(INDEX, embeddings, 1).item() == method(INDEX, embeddings, 1).item()  # none in the warm-up
 
 
 def test_both_terms_of_ucch_count():
@@ -138,6 +142,35 @@ def test_rounds_share_global_weights_and_keep_private_ones():
     assert all(torch.equal(client.private.encoders.state_dict()[key], value) for key, value in private.items())
 
 
+def test_networks_train_on_both_terms_and_remember():
+    rows, terms, seen = [torch.randn(12, 6), torch.randn(12, 7)], [torch.zeros((), requires_grad=True) for _ in range(2)], []
+    networks = Networks(nn.ModuleList([nn.Linear(6, 4), nn.Linear(7, 4)]), torch.zeros(12, 4), PTFUCH.defaults)
+    networks.contrast.loss = lambda index, codes, warm_up: seen.append(warm_up) or terms[0]
+    networks.contrast.update = lambda index, codes: seen.append((index, codes))
+    for _ in range(2):
+        networks.train_epoch(rows, lambda index, outputs: terms[1])
+    assert seen[::2] == [True, False] and [term.grad for term in terms] == [2, 2]
+    for index, codes in seen[1::2]:
+        wanted = [F.normalize(encoder(part[index]).tanh(), dim=1) for encoder, part in zip(networks.encoders, rows)]
+        assert len(index) == 12 and all(torch.equal(*both) for both in zip(codes, wanted))
+    assert networks.optimizer.defaults["lr"] == 1e-4 and networks.optimizer.defaults["weight_decay"] == 1e-6
+
+
+def test_what_a_client_trains_on(monkeypatch):
+    rows, trained = [torch.randn(12, 6), torch.randn(12, 7)], []
+    first, server = (nn.ModuleList([nn.Linear(6, 4), nn.Linear(7, 4)]) for _ in range(2))
+    monkeypatch.setattr(Networks, "train_epoch", lambda self, rows, further: trained.append((self, further)))
+    client = Client(first, rows, 3, {**PTFUCH.defaults, "private_epochs": 1, "global_epochs": 1}, [torch.zeros(12, 4)] * 2)
+    outputs, centres = [torch.randn(5, 4) for _ in rows], torch.randn(3, 4)
+    for known in (None, centres):
+        client.train_round(server, known, seed=0)
+        (private, private_loss), (shared, shared_loss) = trained[-2:]
+        assert private is client.private and private_loss == client.private_loss and shared is client.shared
+        wanted = sum(prototype_loss(outputs, c) for c in (client.prototypes, client.prototypes if known is None else known))
+        assert shared_loss(torch.arange(5), outputs).item() == pytest.approx(wanted.item())
+        assert all(torch.equal(codes, encoder(part).tanh()) for codes, encoder, part in zip(client.teacher, server, rows))
+
+
 def test_the_server_weighs_clients_by_their_rows():
     states = [{"w": torch.tensor([1.0, 5.0]), "n": torch.tensor(3)}, {"w": torch.tensor([4.0, 2.0]), "n": torch.tensor(9)}]
     mean = average(states, [10, 20])
@@ -154,9 +187,11 @@ def test_clients_get_skewed_shares_of_every_sample_once():
     assert all(len(a) == len(b) and (a == b).all() for a, b in zip(parts, split(labels, 10, 0.1, seed=0)))
 
 
-def test_several_clients_learn_one_pair_of_networks():
+def test_several_clients_learn_one_pair_of_networks(monkeypatch):
     features, _ = pairs(200)
-    settings = {"rounds": 1, "private_epochs": 1, "global_epochs": 1, "clients": 3, "batch_size": 32}
+    told, train = [], Client.train_round
+    monkeypatch.setattr(Client, "train_round", lambda self, server, known, seed: told.append(known) or train(self, server, known, seed))
+    settings = {"rounds": 2, "private_epochs": 1, "global_epochs": 1, "clients": 3, "batch_size": 32}
     found = []
     for _ in range(2):
         method = PTFUCH()
@@ -164,7 +199,9 @@ def test_several_clients_learn_one_pair_of_networks():
         found.append(method.transform("PointCloud", features["PointCloud"][:9]))
     built = build_encoders(DataConfig(modalities=NAMES, features={name: rows.shape[1] for name, rows in features.items()}), ModelConfig(embedding_dim=8))
     assert [str(encoder) for encoder in method.server] == [str(encoder) for encoder in built.values()]  # of all other methods
-    assert found[0].shape == (9, 8) and np.abs(found[0]).max() <= 1 and np.array_equal(*found)
+    assert found[0].shape == (9, 8) and np.array_equal(*found)
+    assert np.allclose(found[0], method.server[1](torch.as_tensor(features["PointCloud"][:9], dtype=torch.float32)).tanh().detach(), atol=1e-6)
+    assert told[0] is None and told[-1].shape == (CLASSES, 8)
     few, _ = pairs(20)
     with pytest.raises(UserError, match="none of 3 clients has 32 of the 20 pairs"):
         PTFUCH().fit(few, context_of("pt_fuch", few, dim=8, settings=settings))

@@ -194,7 +194,7 @@ def test_options_that_do_not_fit(given, problem):
         method_options(Toy, given)
 
 
-def test_sign_codes_owe_nothing_to_the_order_of_the_gallery():
+def test_sign_codes_owe_nothing_to_the_order_of_the_gallery(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     labels = {name: torch.arange(10).repeat_interleave(30) for name in ("GrayImg", "PointCloud")}
     equal = {name: torch.ones(300, 4) for name in labels}
@@ -206,6 +206,8 @@ def test_sign_codes_owe_nothing_to_the_order_of_the_gallery():
     table = score_codes(codes, labels, signs=True)
     assert moved["map/GP"] == pytest.approx(table["map/GP"]) and abs(moved["sign/GP"] - table["sign/GP"]) < 0.005
     assert "sign/avg" not in score_codes(codes, labels, signs=False)
+    monkeypatch.setattr(run, "mean_average_precision", lambda *given, seed: 2**seed)
+    assert score_codes(codes, labels, signs=True)["sign/GP"] == 1023 / 10  # seeds 0 to 9
 
 
 def test_the_table_of_methods_has_what_was_published(capsys):
