@@ -316,6 +316,24 @@ def test_mesh_archives(tmp_path):
             read_npz(write_meshes(tmp_path / f"{number}.npz", **{key: np.array(value)}))
 
 
+@pytest.mark.parametrize("key,value,found", [
+    ("label", np.array([1.0, 0.0]), "float64 (2,)"), ("label", np.array([[1], [0]]), "int64 (2, 1)"), ("label", np.array([True, False]), "bool (2,)"),
+    ("faces", np.zeros((3, 3)), "float64 (3, 3)"), ("faces", np.zeros((3, 3), np.uint64), "uint64 (3, 3)"),
+    ("face_offset", np.array([0.0, 1.0, 3.0]), "float64 (3,)"), ("instance_id", np.array("m1"), "<U2 ()"), ("classes", np.ones(2), "float64 (2,)"),
+])
+def test_mesh_archives_of_other_types_are_refused(tmp_path, key, value, found):
+    with pytest.raises(UserError, match=f"expected {key} of .* in [12] dimensions?, found {re.escape(found)}$"):
+        read_npz(write_meshes(tmp_path / "a.npz", **{key: value}))
+
+
+def test_mesh_archives_with_names_of_bytes_and_integers(tmp_path):
+    path = write_meshes(tmp_path / "a.npz", classes=np.array([b"caf\xe9", "é".encode()]), instance_id=np.array([7, 12]), label=np.array([1, 0], np.uint8))
+    assert [(item.name, item.object_class) for item in read_npz(path)] == [("7", "é"), ("12", r"caf\xe9")]
+    for key, value in (("label", [0]), ("vertex_offset", np.array([0, 9, 7], np.uint32)), ("face_offset", np.array([0, 5, 3], np.uint64))):
+        with pytest.raises(UserError, match=key):
+            read_npz(write_meshes(tmp_path / f"{key}.npz", **{key: np.array(value)}))
+
+
 def test_refusals(here):
     put(here / "m/1.obj", "x"), put(here / "configs/theirs/step1.yaml", "optim: {epochs: 1}")
     for arguments, words in (
