@@ -19,6 +19,7 @@ from datasets.prepare import objects
 from datasets.prepare.ownership import read_journal
 from datasets.prepare.readers.collection import Item, make_tasks, read_folder, read_npz
 from datasets.prepare.readers.objects import read_cloud, read_npz_parts, read_parts
+from datasets.prepare.shapes.looks import look_of
 from datasets.prepare.shapes.mesh import MeshError
 from datasets.samples import load_test_samples, load_training_samples
 from utils.errors import UserError
@@ -158,6 +159,18 @@ def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, mo
             rows = [np.nonzero(excess > 100)[0] for excess in (blue - red, red - blue)]
             assert [len(found) > 5 for found in rows] == [kind == "painted"] * 2
             assert kind == "neutral" or rows[0].mean() < rows[1].mean() - 2  # the upper half of the texture is blue
+
+
+def test_textures_take_the_factor_of_their_material_and_no_quantised_coordinates(trimesh):
+    box = textured_box(trimesh)
+    box.visual.material = trimesh.visual.material.PBRMaterial(baseColorTexture=box.visual.material.image)
+    assert (look_of(box)[1] == np.asarray(box.visual.material.baseColorTexture)).all()
+    box.visual.material.baseColorFactor = (0, 255, 51, 255)
+    assert look_of(box)[1][0, 0].tolist() == [0, 0, 51] and look_of(box)[1][7, 7].tolist() == [0, 0, 0]
+    box.visual.uv = np.rint(box.visual.uv * 255)
+    assert look_of(box) is None
+    box.visual.uv = np.rint(box.visual.uv / 255)  # repeats
+    assert look_of(box) is not None
 
 
 def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
