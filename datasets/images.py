@@ -41,7 +41,7 @@ def _opened(source: str | Path | BinaryIO) -> Iterator[Image.Image]:
             yield image
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # libraries raise anything on a damaged file
         raise UserError(str(error) or repr(error)) from error
 
 

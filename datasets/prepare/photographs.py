@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +30,8 @@ class Item:
     """A photograph or a model; paths are below the folder of its source.
 
     Attributes:
-        name: unique path of the photograph, of the model's OBJ file or, in MI3DOR's track release, of the folder of its views.
+        name: unique path of the photograph, of the model's OBJ file or, in MI3DOR's track release, of the folder of its views; may be
+            printed.
         file: path of the photograph or OBJ file; None for a model without any.
     """
 
@@ -39,9 +41,16 @@ class Item:
     file: str | None
 
 
-def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Return the files anywhere below a folder with one of the suffixes, in any case, but for hidden ones; sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
+def files_below(folder: Path, suffixes: Sequence[str] | None = None) -> list[Path]:
+    """Return the files anywhere below a folder, with one of the suffixes in any case if given, but for hidden ones; sorted."""
+    files = [path for path in sorted(folder.rglob("*")) if suffixes is None or path.suffix.lower() in suffixes]
+    shown = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return [path for path in shown if not os.path.isdir(path)]
+
+
+def printable(name: str) -> str:
+    """Return the name of a file with its bytes that are not UTF-8 written as backslash sequences."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def find_photographs(root: Path, known: Sequence[str]) -> tuple[list[Item], list[str], list[str]]:
@@ -54,7 +63,7 @@ def find_photographs(root: Path, known: Sequence[str]) -> tuple[list[Item], list
     Raises:
         UserError: without a folder of a known class, or if one of them is empty.
     """
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if root.is_dir() else []
+    folders = sorted(printable(path.name) for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if root.is_dir() else []
     classes = [name for name in known if name in folders]
     if not classes:
         found = ", ".join(folders[:4]) or "none"
@@ -64,7 +73,7 @@ def find_photographs(root: Path, known: Sequence[str]) -> tuple[list[Item], list
     if empty:
         raise UserError(f"--photos {root}: no photograph ({' '.join(IMAGE_SUFFIXES)}) in {', '.join(empty)}; fill or remove the folder")
     names = [path.relative_to(root).as_posix() for _, path in files]
-    items = by_name_hash(Item(name, "train", label, name) for name, (label, _) in zip(names, files))
+    items = by_name_hash(Item(printable(name), "train", label, name) for name, (label, _) in zip(names, files))
     first_test = round(TRAINING_SHARE * len(items))
     items[first_test:] = [replace(item, split="test") for item in items[first_test:]]
     return items, classes, [name for name in folders if name not in classes]
@@ -72,30 +81,43 @@ def find_photographs(root: Path, known: Sequence[str]) -> tuple[list[Item], list
 
 def by_name_hash(items: Iterable[Item]) -> list[Item]:
     """Sort by the sha256 of the name: an order that tells nothing about the class."""
-    return sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())
+    return sorted(items, key=lambda item: hashlib.sha256(os.fsencode(item.name)).digest())
 
 
 def examine_photographs(root: str | Path, images: Sequence[Item], workers: int) -> tuple[dict[str, str], dict[str, str]]:
     """Read every photograph below `root` to its end; return name -> sha256 of the file, and name -> why it cannot be used."""
     hashes, broken = {}, {}
     lost = lambda image: (image.name, "", DIED)
-    for name, digest, error in run_tasks(partial(_check_photograph, str(root)), images, workers, lost, "photographs"):
+    for name, digest, error in run_tasks(partial(_check_photograph, Path(root).resolve()), images, workers, lost, "photographs"):
         hashes[name] = digest
         broken |= {name: error} if error else {}
     return hashes, broken
 
 
-def _check_photograph(root: str, image: Item) -> tuple[str, str, str | None]:
+def _check_photograph(root: Path, image: Item) -> tuple[str, str, str | None]:
     """Return name, sha256, and what is wrong with it, if anything."""
-    data = (Path(root) / image.file).read_bytes()
-    error = None
+    path, data, error = root / image.file, b"", None
     try:
+        _check_path(path)
+        data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as picture:
             picture.verify()  # checksums of PNG
         read_image(io.BytesIO(data))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
-        error = re.sub(r" <_io\.BytesIO object at \w+>", "", str(failure))
+    except Exception as failure:  # libraries raise anything on a damaged file
+        reason = getattr(failure, "strerror", None) or str(failure) or repr(failure)
+        error = re.sub(r" <_io\.BytesIO object at \w+>", "", reason)
     return image.name, hashlib.sha256(data).hexdigest(), error
+
+
+def _check_path(path: Path) -> None:
+    """Raise a UserError for what list files, rows of UTF-8 text, cannot name, and for what is no file."""
+    name = os.fsencode(path)
+    if b"\n" in name or b"\r" in name:
+        raise UserError("its name holds a line break")
+    if name.decode(errors="replace") != str(path):
+        raise UserError("its name is not UTF-8")
+    if not path.is_file():
+        raise UserError("no regular file, or a link to nothing")
 
 
 def draw_of_same_class(images: Sequence[Item], labels: Sequence[int], seed: int) -> list[Item]:

@@ -4,6 +4,7 @@ python -m datasets.prepare_photos --photos DIR --npz modelnet40_points.npz [--ro
 """
 
 import argparse
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,16 @@ import numpy as np
 from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import check_root, publish_lists
 from datasets.prepare.parallel import user_path
-from datasets.prepare.photographs import add_pairing_options, examine_photographs, find_photographs, joint_lists, paths_of_pairings
+from datasets.prepare.photographs import (
+    IMAGE_SUFFIXES,
+    add_pairing_options,
+    examine_photographs,
+    files_below,
+    find_photographs,
+    joint_lists,
+    paths_of_pairings,
+    printable,
+)
 from datasets.prepare.readers.modelnet import OFFICIAL, check_official, make_tasks, read_npz
 from datasets.prepare.writer import SKIPPED, ObjectTask, write_dataset, write_skipped
 from utils.errors import UserError
@@ -68,5 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
     store_arrays(options.root, dataset)
     write_skipped(options.root / SKIPPED, dict(sorted(broken.items())))
     print(f"{len(kept)} photographs of {len(classes)} classes, {len(broken)} skipped, with their reasons in {options.root / SKIPPED}")
-    if others:
-        print(f"folders without shapes, passed over: {', '.join(others)}")
+    _report_passed_over(options.photos, classes, others)
+
+
+def _report_passed_over(root: Path, classes: list[str], folders: list[str]) -> None:
+    if folders:
+        print(f"folders without shapes, passed over: {', '.join(folders)}")
+    suffixes = Counter(printable(path.suffix.lower()) for name in classes for path in files_below(root / name))
+    kinds = sorted(suffix for suffix in suffixes if suffix not in IMAGE_SUFFIXES)
+    if kinds:
+        print("files of other kinds, passed over:", ", ".join(f"{suffixes[suffix]} {suffix or 'without suffix'}" for suffix in kinds))

@@ -1,6 +1,7 @@
 """Loading images and clouds into arrays: every kind of picture, any storage order, and refusal of broken files by name and row."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -139,6 +140,7 @@ HUGE = PIXEL[:18] + (60_000).to_bytes(4, "little") * 2 + PIXEL[26:]  # its heade
     (b"no image", "cannot identify"), (b"", "cannot identify"), (HUGE, "exceeds limit"),
     (encode(Image.fromarray(np.zeros((8, 8), np.uint16))), "pixel mode I;16.*scale it"),
     (encode(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"), "pixel mode F"),
+    (noise_bytes("PNG").replace(b"IEND", b"iCCP" + zlib.crc32(b"iCCP").to_bytes(4, "big") + bytes(4) + b"IEND"), "index out of range"),
 ])
 def test_broken_images_are_named(tmp_path, content, words):
     images = save(tmp_path, *np.zeros((2, 64, 64, 3), np.uint8))

@@ -136,21 +136,36 @@ def read_npz(path: Path) -> list[Item]:
     """List the meshes of an archive, with the arrays `NPZ_ARRAYS`.
 
     `vertices` (V, 3) int16 in units of 1 / 30000, `faces` (F, 3) into those of their mesh, `vertex_offset` and `face_offset`
-    (N + 1,), `label` (N,) into `classes`, `instance_id` (N,).
+    (N + 1,), `label` (N,) into `classes`, `instance_id` (N,); the last two of text, bytes or integers.
 
     Raises:
-        UserError: when it is missing, damaged, or its arrays do not fit together.
+        UserError: when it is missing, damaged, or its arrays are of other types or do not fit together.
     """
     arrays, digest = read_archive(path), hashlib.sha256(path.read_bytes()).hexdigest()
-    ids = arrays["instance_id"].tolist()
+    for name, array in arrays.items():
+        _check_array(path, name, array)
+    ids, names = _texts(arrays["instance_id"]).tolist(), _texts(arrays["classes"])
     for offsets, rows in (("vertex_offset", "vertices"), ("face_offset", "faces")):
         found, shape = arrays[offsets], arrays[rows].shape
-        if len(found) != len(ids) + 1 or (np.diff(found) < 0).any() or (found[0], found[-1], 3) != (0, *shape):
+        if len(found) != len(ids) + 1 or (found[1:] < found[:-1]).any() or (found[0], found[-1], 3) != (0, *shape):
             raise UserError(f"{path}: expected {offsets} of {len(ids)} meshes over {rows} (n, 3), found {found.shape} over {shape}")
-    if len(set(ids)) < len(ids) or not set(arrays["label"].tolist()) <= set(range(len(arrays["classes"]))):
-        raise UserError(f"{path}: expected different instance_id, and label that are positions in classes")
-    classes = arrays["classes"][arrays["label"]].tolist()
-    return [Item(name, str(row), digest, kind) for row, (name, kind) in enumerate(zip(ids, classes, strict=True))]
+    labels = arrays["label"].tolist()
+    if len(set(ids)) < len(ids) or len(labels) != len(ids) or not set(labels) <= set(range(len(names))):
+        raise UserError(f"{path}: expected different instance_id, and for each a label that is a position in classes")
+    return [Item(name, str(row), digest, str(names[label])) for row, (name, label) in enumerate(zip(ids, labels, strict=True))]
+
+
+def _check_array(path: Path, name: str, array: np.ndarray) -> None:
+    expected, kinds = "integers of at most 63 bits", "iu"
+    if name in ("vertices", "classes", "instance_id"):
+        expected, kinds = ("numbers", "iuf") if name == "vertices" else ("text, bytes or integers", "USiu")
+    ndim, wide = 2 if name in ("vertices", "faces") else 1, kinds == "iu" and not np.can_cast(array.dtype, np.int64)
+    if array.dtype.kind not in kinds or array.ndim != ndim or wide:
+        raise UserError(f"{path}: expected {name} of {expected} in {ndim} dimension{'s'[: ndim - 1]}, found {array.dtype} {array.shape}")
+
+
+def _texts(array: np.ndarray) -> np.ndarray:
+    return np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array.astype(str)
 
 
 def make_tasks(items: Sequence[Item], share: float, labelled: bool, least: int) -> tuple[list[ObjectTask], list[str], dict[str, str]]:

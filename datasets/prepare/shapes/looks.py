@@ -6,21 +6,30 @@ import numpy as np
 
 # Colours (T, 3) uint8 of the triangles; or coordinates (V, 2) of the vertices in a picture (H, W, 3) uint8; or None, neutral
 Look = np.ndarray | tuple[np.ndarray, np.ndarray] | None
+MOST_REPEATS = 50  # of a texture; larger coordinates that are all whole numbers are quantised ones, which trimesh does not scale
 Part = tuple[np.ndarray, np.ndarray, Look]  # vertices (V, 3), triangles (T, 3)
 
 
 def look_of(mesh: Any) -> Look:
-    """Return the look of a trimesh.Trimesh: its texture, else the colours given to its material, faces or vertices, else None."""
+    """Return the look of a trimesh.Trimesh: its texture, else the colours given to its material, faces or vertices, else None.
+
+    The colour of a material of glTF multiplies its texture. Quantised texture coordinates give None.
+    """
     visual = mesh.visual
     if visual.kind != "texture":
         return np.asarray(visual.face_colors)[:, :3] if visual.kind else None
     material = visual.material
     picture = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
+    colour, unset = (np.asarray(made.main_color)[:3] for made in (material, type(material)()))
+    is_set = not np.array_equal(colour, unset)
     if picture is not None and visual.uv is not None:
-        return np.asarray(visual.uv, dtype=np.float32), np.asarray(picture.convert("RGB"))
-    colour = np.asarray(material.main_color)[:3]
-    unset = np.asarray(type(material)().main_color)[:3]
-    return None if np.array_equal(colour, unset) else np.tile(colour, (len(mesh.faces), 1))
+        if np.abs(visual.uv).max(initial=0) > MOST_REPEATS and (visual.uv % 1 == 0).all():
+            return None
+        pixels = np.asarray(picture.convert("RGB"))
+        if is_set and hasattr(material, "baseColorFactor"):
+            pixels = (pixels * (colour / 255)).round().astype(np.uint8)
+        return np.asarray(visual.uv, dtype=np.float32), pixels
+    return np.tile(colour, (len(mesh.faces), 1)) if is_set else None
 
 
 def put_on(surface: Any, look: Look) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from datasets.prepare import objects
 from datasets.prepare.ownership import read_journal
 from datasets.prepare.readers.collection import Item, make_tasks, read_folder, read_npz
 from datasets.prepare.readers.objects import joined, read_cloud, read_npz_parts, read_parts
+from datasets.prepare.shapes.looks import look_of
 from datasets.prepare.shapes.mesh import MeshError, triangle_areas
 from datasets.samples import load_test_samples, load_training_samples
 from utils.errors import UserError
@@ -219,6 +220,18 @@ def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, mo
             assert kind == "neutral" or rows[0].mean() < rows[1].mean() - 2  # the upper half of the texture is blue
 
 
+def test_textures_take_the_factor_of_their_material_and_no_quantised_coordinates(trimesh):
+    box = textured_box(trimesh)
+    box.visual.material = trimesh.visual.material.PBRMaterial(baseColorTexture=box.visual.material.image)
+    assert (look_of(box)[1] == np.asarray(box.visual.material.baseColorTexture)).all()
+    box.visual.material.baseColorFactor = (0, 255, 51, 255)
+    assert look_of(box)[1][0, 0].tolist() == [0, 0, 51] and look_of(box)[1][7, 7].tolist() == [0, 0, 0]
+    box.visual.uv = np.rint(box.visual.uv * 255)
+    assert look_of(box) is None
+    box.visual.uv = np.rint(box.visual.uv / 255)  # repeats
+    assert look_of(box) is not None
+
+
 def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
     rng = np.random.default_rng(0)
     for number in range(24):
@@ -382,6 +395,24 @@ def test_mesh_archives(tmp_path):
     for number, (key, value) in enumerate({"vertex_offset": [0, 3], "face_offset": [0, 2, 1], "label": [0, 2], "instance_id": ["m", "m"]}.items()):
         with pytest.raises(UserError, match=key):
             read_npz(write_meshes(tmp_path / f"{number}.npz", **{key: np.array(value)}))
+
+
+@pytest.mark.parametrize("key,value,found", [
+    ("label", np.array([1.0, 0.0]), "float64 (2,)"), ("label", np.array([[1], [0]]), "int64 (2, 1)"), ("label", np.array([True, False]), "bool (2,)"),
+    ("faces", np.zeros((3, 3)), "float64 (3, 3)"), ("faces", np.zeros((3, 3), np.uint64), "uint64 (3, 3)"),
+    ("face_offset", np.array([0.0, 1.0, 3.0]), "float64 (3,)"), ("instance_id", np.array("m1"), "<U2 ()"), ("classes", np.ones(2), "float64 (2,)"),
+])
+def test_mesh_archives_of_other_types_are_refused(tmp_path, key, value, found):
+    with pytest.raises(UserError, match=f"expected {key} of .* in [12] dimensions?, found {re.escape(found)}$"):
+        read_npz(write_meshes(tmp_path / "a.npz", **{key: value}))
+
+
+def test_mesh_archives_with_names_of_bytes_and_integers(tmp_path):
+    path = write_meshes(tmp_path / "a.npz", classes=np.array([b"caf\xe9", "é".encode()]), instance_id=np.array([7, 12]), label=np.array([1, 0], np.uint8))
+    assert [(item.name, item.object_class) for item in read_npz(path)] == [("7", "é"), ("12", r"caf\xe9")]
+    for key, value in (("label", [0]), ("vertex_offset", np.array([0, 9, 7], np.uint32)), ("face_offset", np.array([0, 5, 3], np.uint64))):
+        with pytest.raises(UserError, match=key):
+            read_npz(write_meshes(tmp_path / f"{key}.npz", **{key: np.array(value)}))
 
 
 def test_refusals(here):

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +93,29 @@ def test_the_half_of_a_photograph_depends_on_its_name_alone(source):
         run(source)
     run(source, "--overwrite")
     assert {Path(path).name for path in rows(source, "RGBImg", "test")[0].files} == chosen
+
+
+def chunk(name, data):
+    return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+
+def test_names_links_folders_and_damages_of_any_kind_are_listed_or_passed_over(source, capsys):
+    tables = source / "photos/table"
+    whole, end = (tables / "table 0.png").read_bytes(), chunk(b"IEND", b"")
+    (tables / "profile.png").write_bytes(whole.removesuffix(end) + chunk(b"iCCP", b"") + end)  # Pillow raises an IndexError
+    for name in ("x\n1.png", "x\r1.png", os.fsdecode(b"caf\xe9.png"), "album.jpg/inside.png", ".hidden/a.png", "a.gif", "b.GIF", "notes"):
+        (tables / name).parent.mkdir(exist_ok=True), (tables / name).write_bytes(whole)
+    (tables / "link.jpg").symlink_to("/nowhere"), os.mkfifo(tables / "pipe.jpg")
+    (source / "photos" / os.fsdecode(b"caf\xe9")).mkdir()
+    run(source)
+    said = capsys.readouterr().out
+    assert "21 photographs of 2 classes, 6 skipped" in said and r"passed over: caf\xe9, zebra" in said
+    assert "files of other kinds, passed over: 1 without suffix, 2 .gif" in said
+    listed = dict(list(csv.reader((source / "made/skipped.csv").open(newline="")))[1:])
+    for name, words in (("x\n1", "line break"), ("x\r1", "line break"), (r"caf\xe9", "not UTF-8"), ("profile", "index out of range")):
+        assert re.search(words, listed.pop(f"table/{name}.png"))
+    assert listed == dict.fromkeys(("table/link.jpg", "table/pipe.jpg"), "no regular file, or a link to nothing")
+    assert sum(len(rows(source, "RGBImg", split)[0]) for split in ("train", "test")) == 21
 
 
 def test_unreadable_photographs_are_listed_with_their_reason(source, capsys):
