@@ -73,7 +73,7 @@ def read_parts(path: Path, texture: bool) -> list[Part]:
     suffix, data = path.suffix.lower(), path.read_bytes()
     reader = {".off": read_off, ".obj": read_obj, ".ply": read_ply}.get(suffix)
     if reader is None:
-        return _scene(path, data, texture)
+        return _painted(path, data) if texture else _scene(path, data, texture=False)
     seen, binary = [], suffix == ".ply" and b"format ascii" not in data.partition(b"end_header")[0]
     if texture or binary:
         with suppress(Exception):  # what trimesh cannot read, the own reader may
@@ -97,14 +97,16 @@ def joined(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([vertices for vertices, *_ in parts]), triangles
 
 
-def _load(path: Path, data: bytes) -> list[Any]:
+def _load(path: Path, data: bytes, texture: bool = False) -> list[Any]:
     """Return the meshes, clouds and paths of a file, moved to their places; a MeshError if some are of a kind that is not read."""
     import trimesh
-    unread = _unread(data) if path.suffix.lower() in GLTF else ()
+    gltf = path.suffix.lower() in GLTF
+    unread = _unread(data) if gltf else ()
     if unread:
         raise MeshError(f"not read: {', '.join(unread)}; export it without, uncompressed")
     resolver = trimesh.resolvers.FilePathResolver(str(path))  # finds textures and buffers; a path must be UTF-8 to be loaded
-    scene = trimesh.load_scene(io.BytesIO(data), file_type=path.suffix[1:].lower(), resolver=resolver, process=False)
+    plain = {"skip_materials": True} if gltf and not texture else {}
+    scene = trimesh.load_scene(io.BytesIO(data), file_type=path.suffix[1:].lower(), resolver=resolver, process=False, **plain)
     return scene.dump()
 
 
@@ -135,11 +137,18 @@ def _stl(data: bytes) -> tuple[bytes, int]:
 
 def _scene(path: Path, data: bytes, texture: bool) -> list[Part]:
     data, promised = _stl(data) if path.suffix.lower() == ".stl" else (data, _promised(data, "face"))
-    meshes = [mesh for mesh in _load(path, data) if len(getattr(mesh, "faces", ()))]
+    meshes = [mesh for mesh in _load(path, data, texture) if len(getattr(mesh, "faces", ()))]
     found, promised = sum(len(mesh.faces) for mesh in meshes), max(promised, 1)
     if found < promised:
         raise MeshError(f"empty, cut short or of points alone: {found} triangles, of at least {promised}")
     return _checked([(np.asarray(mesh.vertices), np.asarray(mesh.faces), look_of(mesh) if texture else None) for mesh in meshes])
+
+
+def _painted(path: Path, data: bytes) -> list[Part]:
+    """As `_scene` with textures, or without if one of them is damaged."""
+    with suppress(Exception):
+        return _scene(path, data, texture=True)
+    return _scene(path, data, texture=False)
 
 
 def _checked(parts: list[Part]) -> list[Part]:

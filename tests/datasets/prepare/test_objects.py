@@ -205,6 +205,16 @@ def test_what_trimesh_passes_over_in_gltf_files_is_refused(tmp_path, trimesh, ch
             read_parts(path, False)
 
 
+def test_a_damaged_texture_does_not_cost_its_object(tmp_path, trimesh):
+    data = textured_box(trimesh).export(file_type="glb")
+    start = data.index(b"IDAT") + 6
+    path = put(tmp_path / "a.glb", data[:start] + bytes(6) + data[start + 6 :])
+    for texture in (False, True):
+        ((_, triangles, look),) = read_parts(path, texture)
+        assert len(triangles) == 12 and look is None
+    assert read_parts(put(path, data), True)[0][2] is not None
+
+
 def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, monkeypatch):
     monkeypatch.setattr(objects, "probe_renderer", lambda: None)
     box = textured_box(trimesh)
