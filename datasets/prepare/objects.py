@@ -27,7 +27,6 @@ from datasets.prepare.shapes.render import probe_renderer
 from datasets.prepare.writer import SKIPPED, ObjectTask, write_dataset, write_skipped
 from utils.engine.checkpoint import atomic_write_text
 from utils.errors import UserError
-from utils.evaluation.consensus import NEIGHBOURS
 from utils.settings.options import DataConfig
 
 UNITS = {"mm": 0.001, "cm": 0.01, "in": 0.0254, "m": 1.0}
@@ -124,6 +123,7 @@ def write_configs(folder: Path, settings: Mapping, root: Path, size: int, points
     batch = BATCH if size >= 2 * BATCH else 2 ** max(size.bit_length() - 2, 1)
     epochs = min(max(round(SAMPLES_SEEN / size), 12), MOST_EPOCHS)
     texts = {"data": yaml.safe_dump({"data": data}, sort_keys=False, default_flow_style=None, allow_unicode=True)}
+    from utils.evaluation.consensus import NEIGHBOURS  # with what clusters; the processes that read files do without
     few = ", num_clusters: 2" if size <= NEIGHBOURS else ""
     lasts = {
         1: f"pla: {{mlm_only_epochs: {epochs}{few}}}   # the communities at the end are the pseudo-labels\n",
