@@ -41,15 +41,16 @@ class PLALearner(StageLearner):
     def __init__(self, config: Step1Config, samples: PairedSamples, device: torch.device) -> None:
         self.samples = samples
         dim, pla = config.model.embedding_dim, config.pla
-        needed = NEIGHBOURS + 1 if isinstance(pla.num_clusters, str) else pla.num_clusters
+        searched = isinstance(pla.num_clusters, str)
+        needed = NEIGHBOURS + 1 if searched else pla.num_clusters
         if needed > min(samples.counts.values()):
-            hint = "; set pla.num_clusters to a number" if isinstance(pla.num_clusters, str) else ""
+            hint = "; set pla.num_clusters to a number" if searched else ""
             raise UserError(f"pla.num_clusters: {pla.num_clusters} needs at least {needed} training samples, found {samples.counts}{hint}")
         encoders = build_encoders(config.data, config.model, config.run.sync_batchnorm)
         source = BatchSource(samples, config.data, device)
         super().__init__("step1", config, source, samples.arrays | samples.fingerprints, encoders, nn.ModuleDict(), device)
         self.clusters: dict = {}
-        self._make_classifiers(2 if isinstance(pla.num_clusters, str) else pla.num_clusters)
+        self._make_classifiers(2 if searched else pla.num_clusters)
         banks = {name: MemoryBank(count, dim, pla.momentum, pla.renormalise) for name, count in samples.counts.items()}
         self.banks = nn.ModuleDict(banks).to(device)
         self.bankless = [name for name in encoders if pla.banks is not None and name not in pla.banks]

@@ -21,9 +21,9 @@ from datasets.prepare.photographs import (
     find_photographs,
     joint_lists,
     paths_of_pairings,
-    printable,
 )
 from datasets.prepare.readers.modelnet import OFFICIAL, check_official, make_tasks, read_npz
+from datasets.prepare.tasks import printable
 from datasets.prepare.writer import SKIPPED, ObjectTask, write_dataset, write_skipped
 from utils.errors import UserError
 

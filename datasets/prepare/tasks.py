@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,11 @@ class ObjectTask:
 
 Make = Callable[[ObjectTask], tuple[dict[str, np.ndarray], dict]]
 Records = dict[tuple[str, int], dict]
+
+
+def printable(name: str) -> str:
+    """Return the name of a file with its bytes that are not UTF-8 written as backslash sequences."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def object_file(modality: str, split: str, number: int, view: int = 0) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets.prepare.ownership import SPLITS
 from datasets.prepare.readers.objects import FORMATS, is_cloud, read_archive
-from datasets.prepare.tasks import ObjectTask
+from datasets.prepare.tasks import ObjectTask, printable
 from utils.errors import UserError
 
 
@@ -52,7 +52,7 @@ def read_folder(folder: Path) -> tuple[list[Item], Counter]:
     paths = [path for path in files if path.suffix.lower() in FORMATS]
     if not paths:
         raise UserError(f"{folder}: expected files {' '.join(FORMATS)} in it or in class folders, found none")
-    names = [os.fsencode(path.relative_to(folder).as_posix()).decode(errors="backslashreplace") for path in paths]  # may be printed
+    names = [printable(path.relative_to(folder).as_posix()) for path in paths]
     places = [tuple(name.split("/")[:-1]) for name in names]
     levels = [{place[depth].lower() if len(place) > depth else "" for place in places} for depth in (0, 1)]
     depth = next((depth for depth, level in enumerate(levels) if set(SPLITS) <= level), None)
