@@ -10,6 +10,7 @@ import numpy as np
 from utils.figures.plots import STYLE, new_figure, save_figure
 
 TILE_INCHES, MARGIN_INCHES = 1.0, 1.1
+SIDE = 0.86  # of a picture in its tile
 RIGHT, WRONG = "#1a9850", "#d73027"
 
 
@@ -39,15 +40,8 @@ def draw_contact_sheet(title: str, columns: Sequence[str], blocks: Sequence[Bloc
         height = TILE_INCHES * max(len(block.rows) for block in blocks)
         figure = new_figure(len(blocks) * (TILE_INCHES * len(columns) + MARGIN_INCHES), height + MARGIN_INCHES)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        for part, block in zip(figure.subfigures(1, len(blocks), squeeze=False)[0], blocks):
-            part.suptitle(block.title, fontsize=11)
-            axes = part.subplots(len(block.rows), len(columns), squeeze=False)
-            for axis, name in zip(axes[0], columns):
-                axis.set_title(name, fontsize=9, fontweight="normal", pad=4)
-            for line, (text, tiles) in zip(axes, block.rows):
-                line[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8)
-                for axis, tile in zip(line, tiles, strict=True):
-                    _draw_tile(axis, tile)
+        for axis, block in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks):
+            _draw_block(axis, columns, block)
         save_figure(figure, path)
 
 
@@ -69,10 +63,28 @@ def draw_retrieval(
     draw_contact_sheet(title, ["query", *(f"rank {place}" for place in range(1, ranks.shape[1] + 1))], [Block("", rows)], path)
 
 
-def _draw_tile(axis: Any, tile: Tile) -> None:
+def _draw_block(axis: Any, columns: Sequence[str], block: Block) -> None:
+    """Draw all tiles into one axis, whose unit is a tile with its margins: hundreds of axes would take seconds."""
+    axis.set_title(block.title, fontweight="normal", pad=22)
+    for place, name in enumerate(columns):
+        axis.text(place + 0.5, -0.04, name, ha="center", va="bottom", fontsize=9)
+    for line, (text, tiles) in enumerate(block.rows):
+        axis.text(-0.04, line + 0.42, text, ha="right", va="center", fontsize=8)
+        for place, tile in enumerate(tiles):
+            _draw_tile(axis, place + 0.5, line + 0.42, tile)
+    axis.set(xlim=(0, len(columns)), ylim=(len(block.rows), 0), aspect="equal", anchor="N")
+    axis.set_axis_off()
+
+
+def _draw_tile(axis: Any, x: float, y: float, tile: Tile) -> None:
+    """Draw a tile around a centre, its longer side SIDE wide, and its caption below."""
+    from matplotlib.patches import Rectangle
+
+    image = np.full((1, 1, 3), 235, np.uint8) if tile.image is None else tile.image
+    height, width = (SIDE * length / max(image.shape[:2]) for length in image.shape[:2])
+    left, top = x - width / 2, y - height / 2
+    axis.imshow(image, extent=(left, left + width, top + height, top), interpolation="nearest")
     frame = WRONG if tile.wrong else RIGHT if tile.right else None
-    axis.imshow(np.full((1, 1, 3), 235, np.uint8) if tile.image is None else tile.image, interpolation="nearest")
-    axis.set(xticks=[], yticks=[])
-    axis.set_xlabel(tile.caption, fontsize=7, labelpad=2, color=WRONG if tile.wrong else "0.3")
-    for spine in axis.spines.values():
-        spine.set(visible=True, color=frame or "0.8", linewidth=2.5 if frame else 0.8)
+    line = {"edgecolor": frame or "0.8", "linewidth": 2.5 if frame else 0.8}
+    axis.add_patch(Rectangle((left, top), width, height, fill=False, clip_on=False, **line))
+    axis.text(x, top + height + 0.03, tile.caption, ha="center", va="top", fontsize=7, color=WRONG if tile.wrong else "0.3")
