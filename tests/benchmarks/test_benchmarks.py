@@ -4,6 +4,8 @@ import argparse
 import json
 import multiprocessing
 import re
+import sys
+import time
 
 import pytest
 import torch
@@ -171,13 +173,21 @@ def test_loss_curves_of_two_variants(small_digits, tmp_path, capsys):
     assert loss_curves.largest_difference([plain[0], {"loss/mlm": 4.0, "loss/ssm": -1.5}], plain) == pytest.approx(0.5)
 
 
-def test_two_cells_side_by_side_and_in_turn(small_digits, tmp_path):
-    argv = ["--config", str(SMOKE / "step1.yaml"), "--epochs", "1", "--repeats", "1", "--set", f"data.root={small_digits}"]
+def test_two_cells_side_by_side_and_in_turn(small_digits, tmp_path, monkeypatch):
+    argv = ["--config", str(SMOKE / "step1.yaml"), "--epochs", "1", "--repeats", "2", "--set", f"data.root={small_digits}"]
+    train, calls = cells._train, []
+
+    def first_alone(command, seeds, threads):
+        calls.append((seeds, threads))
+        return train(command, seeds, threads) if len(calls) == 1 else time.sleep(0.01)
+
+    monkeypatch.setattr(cells, "_train", first_alone)
     report = run(cells, tmp_path / "cells.json", *argv)
+    assert calls == [((0, 1), 1), ((0,), 2), ((1,), 2)] * 2
     together, in_turn = (report["seconds_of_both"][way] for way in ("side by side", "in turn"))
-    assert report["speedup"] == {"side by side": pytest.approx(in_turn / together)} and min(together, in_turn) > 0
+    assert report["speedup"] == {"side by side": pytest.approx(in_turn / together)} and together > in_turn > 0.02
     with pytest.raises(UserError, match="failed: .*optim.nothing"):
-        cells.main([*argv, "optim.nothing=1"])
+        train([sys.executable, "train_step1.py", *argv[:2], "--set", "optim.nothing=1"], (0,), 1)
 
 
 def test_mesh_preparation_times_every_mesh(tmp_path):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,16 +23,20 @@ from utils.evaluation import tables
 WORLD = 2
 
 
-def run_in_processes(function, folder, *arguments):
-    """Run function(rank, *arguments) in WORLD processes with a gloo group; return their results."""
-    mp.spawn(_process, (function, str(folder), arguments), nprocs=WORLD)
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What the functions below return in WORLD processes with a gloo group: name -> one result per process."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(_process, (folder,), nprocs=WORLD)
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return {name: [result[name] for result in results] for name in results[0]} | {"log": (folder / "log.txt").read_text()}
 
 
-def _process(rank, function, folder, arguments):
+def _process(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=WORLD)
-    torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
+    results = {kind: trained_share(kind) for kind in ("batchnorm", "edge_conv")}
+    torch.save({**results, "collected": collected(rank), "ranked": ranked(rank, folder)}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -61,7 +64,7 @@ def loss_of(out):
     return (rows @ rows.T).exp().mean() / 100 + rows.sin().sum()
 
 
-def trained_share(rank, kind):
+def trained_share(kind):
     """What one process gets: gradients averaged over the processes, input gradients of its share, running statistics."""
     layer = synchronise(make_layer(kind))
     values = inputs(kind)[distributed.own_share(6)].clone().requires_grad_()
@@ -72,12 +75,11 @@ def trained_share(rank, kind):
 
 
 @pytest.mark.parametrize("kind", ["batchnorm", "edge_conv"])
-def test_two_processes_give_the_gradients_of_one(tmp_path, kind):
+def test_two_processes_give_the_gradients_of_one(made, kind):
     layer, values = make_layer(kind), inputs(kind).requires_grad_()
     loss = loss_of(layer(values))
     loss.backward()
-    results = run_in_processes(trained_share, tmp_path, kind)
-    for rank, result in enumerate(results):
+    for rank, result in enumerate(made[kind]):
         torch.testing.assert_close(result["loss"], loss.detach())
         for name, parameter in layer.named_parameters():
             torch.testing.assert_close(result["grads"][name], parameter.grad, rtol=1e-6, atol=1e-9)
@@ -91,22 +93,22 @@ def collected(rank):
     module = nn.BatchNorm1d(2)
     module.running_mean.fill_(rank + 1)
     distributed.copy_from_main(module.buffers())
-    made = distributed.from_main(lambda: {"rank": distributed.rank()})
-    return {"rows": distributed.gather_shares(rows, 5), "mean": module.running_mean, "made": made, "main": distributed.is_main()}
+    sent = distributed.from_main(lambda: {"rank": distributed.rank()})
+    return {"rows": distributed.gather_shares(rows, 5), "mean": module.running_mean, "sent": sent, "main": distributed.is_main()}
 
 
-def test_shares_buffers_and_objects(tmp_path):
-    for rank, result in enumerate(run_in_processes(collected, tmp_path)):
+def test_shares_buffers_and_objects(made):
+    for rank, result in enumerate(made["collected"]):
         assert result["rows"].flatten().tolist() == [0, 1, 2, 3, 4]
-        assert result["mean"].tolist() == [1, 1] and result["made"] == {"rank": 0} and result["main"] == (rank == 0)
+        assert result["mean"].tolist() == [1, 1] and result["sent"] == {"rank": 0} and result["main"] == (rank == 0)
 
 
-def ranked(rank):
+def ranked(rank, folder):
     calls = []
     tables.retrieval_table = lambda *_, **__: calls.append(rank) or {"map/avg": 0.5}
     scores = tables.Evaluator(lambda: {}, {})()
     try:
-        with RunLog(os.environ["RUN_FOLDER"]).failures_logged():
+        with RunLog(folder).failures_logged():
             if rank == 1:
                 raise KeyError("a bug of one process")
     except KeyError:
@@ -114,12 +116,10 @@ def ranked(rank):
     return {"calls": calls, "scores": scores}
 
 
-def test_the_main_process_alone_ranks_and_any_process_logs_its_failure(tmp_path, monkeypatch):
-    monkeypatch.setenv("RUN_FOLDER", str(tmp_path))
-    results = run_in_processes(ranked, tmp_path)
-    assert [result["calls"] for result in results] == [[0], []]
-    assert all(result["scores"] == {"map/avg": 0.5} for result in results)
-    log = (tmp_path / "log.txt").read_text()
+def test_the_main_process_alone_ranks_and_any_process_logs_its_failure(made):
+    assert [result["calls"] for result in made["ranked"]] == [[0], []]
+    assert all(result["scores"] == {"map/avg": 0.5} for result in made["ranked"])
+    log = made["log"]
     assert "process 1: Traceback" in log and "KeyError: 'a bug of one process'" in log and "process 0" not in log
 
 
