@@ -15,7 +15,7 @@ from datasets.lists import check_disjoint, read_labelled_list
 from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_origin, read_own_ids, read_pseudo_labels
 from datasets.samples import PairedSamples, describe_samples, list_options, load_test_samples, load_training_samples
 from models.trained import TrainedRun, open_trained
-from utils.engine.checkpoint import LAST, atomic_write_json, read_json
+from utils.engine.checkpoint import LAST
 from utils.engine.device import select_device
 from utils.engine.run_log import RunLog, environment
 from utils.engine.session import run_command
@@ -24,6 +24,7 @@ from utils.evaluation.anchors import Anchors
 from utils.evaluation.clustering import clustering_accuracy, nmi, purity
 from utils.evaluation.report import label_note, row_name
 from utils.evaluation.tables import format_matrix, format_table, retrieval_table, score_variants
+from utils.files import atomic_write_json, read_json
 from utils.modalities import MODALITIES, task_name
 from utils.settings.config import SET, to_dict
 from utils.settings.options import Step1Config

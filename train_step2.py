@@ -16,12 +16,13 @@ from datasets.samples import PairedSamples
 from losses import ModalityInvarianceLoss, RelationLoss, RobustConcentratingLoss, build_robust_loss
 from models.build import build_classifiers, build_encoders
 from training import mark_labels, run_stage, write_annotation
-from utils.engine.checkpoint import LAST, atomic_write_json
+from utils.engine.checkpoint import LAST
 from utils.engine.learner import StageLearner
 from utils.engine.seed import BatchGenerator
 from utils.engine.session import Session, open_session, run_command, stage_parser
 from utils.errors import UserError
 from utils.evaluation.report import LABEL_NOTE
+from utils.files import atomic_write_json
 from utils.settings.options import Step2Config
 
 DEFAULT_CONFIG = "configs/mnist3d/step2.yaml"

@@ -14,13 +14,13 @@ from datasets.pseudo_labels import posteriors_path, pseudo_label_path, read_orig
 from datasets.samples import PairedSamples, describe_samples, load_test_samples, load_training_samples
 from models.build import load_pretrained
 from models.pretrained import labels_read_by
-from utils.engine.checkpoint import read_json
 from utils.engine.learner import StageLearner
 from utils.engine.run_log import RunLog
 from utils.engine.session import Session, fit
 from utils.errors import MissingLabelsError
 from utils.evaluation.report import finish, report_pretrained
 from utils.evaluation.tables import Evaluator
+from utils.files import read_json
 from utils.settings.config import config_hash
 
 FEATURES_NOTE = "features.json"  # what `baselines.features` says of the features beside it

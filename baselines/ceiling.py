@@ -16,11 +16,11 @@ from datasets.label_runs import PseudoLabels
 from datasets.samples import load_test_samples, load_training_samples
 from models.build import load_pretrained
 from train_step2 import RDLLearner
-from utils.engine.checkpoint import atomic_write_json
 from utils.engine.run_log import environment
 from utils.engine.seed import seed_everything
 from utils.engine.session import run_command
 from utils.evaluation.tables import align, retrieval_table
+from utils.files import atomic_write_json
 from utils.modalities import MODALITIES
 from utils.settings.config import SET, load_config, to_dict
 from utils.settings.options import Step2Config

@@ -23,12 +23,12 @@ from datasets.samples import PairedSamples, list_path, load_test_samples, load_t
 from losses import ModalityInvarianceLoss
 from models.build import build_encoders, load_pretrained
 from training import FEATURES_NOTE, circumstances, mark_labels
-from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_json
 from utils.engine.learner import StageLearner
 from utils.engine.run_log import environment
 from utils.engine.seed import BatchGenerator
 from utils.engine.session import fit, open_session, run_command
 from utils.errors import UserError
+from utils.files import atomic_write_json, atomic_write_text, read_json
 from utils.modalities import MODALITIES
 from utils.settings.config import SET, config_hash, load_config, to_dict
 from utils.settings.data_options import DataConfig

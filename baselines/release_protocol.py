@@ -14,12 +14,12 @@ from datasets.samples import PairedSamples
 from train_step1 import export
 from train_step2 import choose_pseudo_labels, note_origin
 from training import mark_labels, run_stage
-from utils.engine.checkpoint import atomic_write_json, read_json
 from utils.engine.learner import StageLearner
 from utils.engine.run_log import RunLog, origin
 from utils.engine.session import Session, open_session, run_command
 from utils.errors import UserError
 from utils.evaluation.tables import Evaluator, format_table
+from utils.files import atomic_write_json, read_json
 from utils.settings.options import CONFIGS
 
 VARIANTS = {

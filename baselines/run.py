@@ -20,13 +20,13 @@ from baselines.settings import BaselineConfig, method_overrides
 from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, load_test_samples, load_training_samples
 from training import circumstances, mark_labels
-from utils.engine.checkpoint import atomic_write_json
 from utils.engine.device import peak_mib
 from utils.engine.session import Session, fit, open_session, run_command, stage_parser
 from utils.errors import UserError
 from utils.evaluation.metrics import mean_average_precision
 from utils.evaluation.report import draw_figures, label_note
 from utils.evaluation.tables import format_table, retrieval_table, scored_tasks
+from utils.files import atomic_write_json
 from utils.modalities import task_name
 from utils.settings.config import load_config
 

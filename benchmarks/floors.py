@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.engine.checkpoint import atomic_write_json
 from utils.engine.device import select_device, set_threads
 from utils.engine.run_log import REPOSITORY, environment, origin
 from utils.evaluation.tables import align
+from utils.files import atomic_write_json
 
 SMALLEST_SIDE = 256  # of the matrix product, doubled until one takes PRODUCT_SECONDS
 PRODUCT_SECONDS = 0.02

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from datasets.arrays import MAX_POINTS, Allocate, load_images, load_points, load_vectors
 from datasets.lists import SampleList
-from datasets.mesh_faces import augment_faces, load_faces, prepare_faces
+from datasets.mesh_faces import load_faces
+from datasets.mesh_transforms import augment_faces, prepare_faces
 from datasets.transforms import augment_images, augment_points, prepare_images, prepare_points
 from utils.errors import UserError
 from utils.settings.options import DataConfig

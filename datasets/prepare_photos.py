@@ -1,7 +1,7 @@
 """Command: python -m datasets.prepare_photos; see `datasets.prepare.photos`."""
 
-from datasets.prepare.photos import main
-from utils.engine.session import run_command
+if __name__ == "__main__":  # not in its worker processes, which import this file again
+    from datasets.prepare.photos import main
+    from utils.engine.session import run_command
 
-if __name__ == "__main__":
     raise SystemExit(run_command(main))

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from datasets.lists import SampleList, default_list_path, text_rows
-from utils.engine.checkpoint import atomic_write, atomic_write_json, atomic_write_text, read_json
 from utils.errors import UserError
+from utils.files import atomic_write, atomic_write_json, atomic_write_text, read_json
 
 COMMAND = "python train_step1.py"
 

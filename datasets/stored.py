@@ -20,8 +20,8 @@ from torch import Tensor
 from datasets.kinds import Kind
 from datasets.lists import SampleList
 from utils.engine import distributed
-from utils.engine.checkpoint import atomic_write_json
 from utils.engine.lock import hold_lock
+from utils.files import atomic_write_json
 from utils.settings.options import DataConfig
 
 FOLDER, FORMAT = ".arrays", 2  # FORMAT: raised when the reading of files changes what they give

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.records import load_table
 from experiments.tables import markdown, table_lines
-from utils.engine.checkpoint import atomic_write_text
+from utils.files import atomic_write_text
 
 TIMES = ("seconds", "flop_floor_seconds", "byte_floor_seconds")
 MARKED = re.compile(r"(<!-- (table|benchmark): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

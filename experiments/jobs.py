@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import Cell
-from utils.engine.checkpoint import read_json
 from utils.engine.run_log import REPOSITORY, RunLog
 from utils.errors import UserError
+from utils.files import read_json
 
 SCRIPTS = {
     "step1": ("train_step1.py",), "step2": ("train_step2.py",),

@@ -11,10 +11,10 @@ import yaml
 from experiments.cells import Row, describe_setup
 from experiments.jobs import training_scores
 from experiments.protocol import HERE, SCALES, Setup, find_setup, fitting
-from utils.engine.checkpoint import atomic_write_text, read_json
 from utils.engine.run_log import RunLog, origin
 from utils.errors import UserError
 from utils.evaluation.report import row_name
+from utils.files import atomic_write_text, read_json
 from utils.modalities import MODALITIES
 
 NOT_RUN, DIRTY = "not run", "dirty tree"

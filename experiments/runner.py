@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from experiments.cells import Cell
 from experiments.jobs import MARKER, checkpoint_time, collect, command, epochs_done, is_done
-from utils.engine.checkpoint import atomic_write_json, read_json
 from utils.engine.lock import hold_lock
 from utils.engine.progress import progress
 from utils.engine.run_log import REPOSITORY, environment, origin
 from utils.errors import UserError
+from utils.files import atomic_write_json, read_json
 
 STATE = "state.json"  # how the attempts at an unfinished cell went
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED, SKIPPED = "waiting", "running", "done", "failed", "interrupted", "skipped"

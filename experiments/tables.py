@@ -10,8 +10,8 @@ from scipy import stats
 from experiments import plots
 from experiments.records import DIRTY, NOT_RUN, Table, load_table
 from experiments.summary import Estimate, Summary, comparison, estimate, paper_score, summarize, tasks_of
-from utils.engine.checkpoint import atomic_write_text
 from utils.evaluation.report import clusters_of
+from utils.files import atomic_write_text
 
 FACTS = ("batch_size", "learning_rate", "lambda_1", "lambda_2", "alpha")
 NO_DATA = "not run: data"  # a task of the paper whose samples cannot be had

@@ -17,12 +17,12 @@ from search import answers
 from search.files import Unusable, list_collection, modality_of, need_packages, picture_of, read_sample, reading
 from search.index import ITEMS, SKIPPED, Index, behind, exists, identity, told, writing
 from search.model import Model
-from utils.engine.checkpoint import atomic_write_text
 from utils.engine.device import select_device
 from utils.engine.progress import progress
 from utils.errors import UserError
 from utils.evaluation.features import REPRESENTATIONS
 from utils.evaluation.metrics import RANKINGS
+from utils.files import atomic_write_text
 from utils.modalities import MODALITIES
 from utils.settings.config import SET
 

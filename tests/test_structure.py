@@ -44,6 +44,14 @@ def test_evaluation_needs_no_training_code():
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
 
 
+def test_processes_that_prepare_objects_do_without_torch():
+    commands = [path.stem for path in (ROOT / "datasets").glob("prepare_*.py")]
+    modules = [f"datasets.{name.replace('prepare_', 'prepare.')}" for name in commands] + [f"datasets.{name}" for name in commands]
+    program = f"import sys, {', '.join(modules)}; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout
+    assert said == "False\n" and len(commands) == 6
+
+
 def test_no_large_or_generated_file_is_tracked():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: nothing says which files are tracked")

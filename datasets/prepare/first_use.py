@@ -3,13 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from datasets.kinds import KINDS
 from datasets.lists import read_training_list
 from datasets.prepare.ownership import SPLITS
-from datasets.samples import list_options
-from datasets.stored import FOLDER, store_array
 from utils.errors import UserError
 from utils.settings.config import load_config
 from utils.settings.options import Step1Config
@@ -22,6 +17,12 @@ def store_arrays(root: str | Path, dataset: str) -> None:
 
     Without a GPU it is `configs/{dataset}_cpu/step1.yaml` where there is one, and nothing for pictures that only a GPU would train on.
     """
+    import torch  # here alone, since every process that prepares objects imports this module
+
+    from datasets.kinds import KINDS
+    from datasets.samples import list_options
+    from datasets.stored import FOLDER, store_array
+
     gpu = torch.cuda.is_available()
     names = [dataset] if gpu else [f"{dataset}_cpu", dataset]
     config = next((path for name in names if (path := Path("configs") / name / "step1.yaml").is_file()), None)

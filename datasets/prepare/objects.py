@@ -25,8 +25,8 @@ from datasets.prepare.recipe import Recipe, add_recipe_options, modalities_of_cl
 from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise
 from datasets.prepare.shapes.render import probe_renderer
 from datasets.prepare.writer import SKIPPED, ObjectTask, write_dataset, write_skipped
-from utils.engine.checkpoint import atomic_write_text
 from utils.errors import UserError
+from utils.files import atomic_write_text
 from utils.settings.options import DataConfig
 
 UNITS = {"mm": 0.001, "cm": 0.01, "in": 0.0254, "m": 1.0}

@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any
 
 from datasets.lists import default_list_path
-from utils.engine.checkpoint import atomic_write_text, read_json
 from utils.errors import MissingFileError, UserError
+from utils.files import atomic_write_text, read_json
 
 SPLITS = ("train", "test")
 MANIFEST, JOURNAL, STAGING = "manifest.json", "objects.jsonl", ".preparing"

@@ -18,8 +18,8 @@ from pathlib import Path
 from datasets.prepare.ownership import JOURNAL, MANIFEST, SPLITS, STAGING, check_root, is_same, list_paths, read_journal
 from datasets.prepare.parallel import DIED, run_tasks
 from datasets.prepare.tasks import Make, ObjectTask, Records, as_recorded, lost, object_file, produce, take_for_empty_split
-from utils.engine.checkpoint import atomic_write_json, atomic_write_text, read_json
 from utils.errors import UserError
+from utils.files import atomic_write_json, atomic_write_text, read_json
 
 REPORTED = 20  # objects left out, on the screen
 SKIPPED = "skipped.csv"

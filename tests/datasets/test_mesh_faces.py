@@ -11,7 +11,8 @@ from scipy.spatial import cKDTree
 from sklearn.datasets import load_digits
 
 from datasets.lists import SampleList
-from datasets.mesh_faces import augment_faces, load_faces, mesh_to_faces, prepare_faces
+from datasets.mesh_faces import load_faces, mesh_to_faces
+from datasets.mesh_transforms import augment_faces, prepare_faces
 from datasets.prepare.digits import enlarge_digit
 from datasets.prepare.shapes.digit import digit_to_point_cloud, extrude_digit
 

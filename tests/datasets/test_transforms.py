@@ -7,7 +7,7 @@ import torch
 from augmentation import generator, only
 from torch.nn import functional as F
 
-from datasets.mesh_faces import augment_faces
+from datasets.mesh_transforms import augment_faces
 from datasets.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -13,9 +13,9 @@ import train_step2
 import training
 from datasets.label_runs import newest_labels
 from utils.engine import checkpoint
-from utils.engine.checkpoint import read_json
 from utils.engine.session import run_command
 from utils.errors import UserError
+from utils.files import read_json
 from utils.settings.config import load_config
 from utils.settings.options import Step2Config
 

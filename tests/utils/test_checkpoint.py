@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from utils.engine import checkpoint
-from utils.engine.checkpoint import atomic_write_json, atomic_write_text, load_checkpoint, save_checkpoint
+from utils import files
+from utils.engine.checkpoint import load_checkpoint, save_checkpoint
 from utils.engine.seed import derive_seed, generator_for, seed_everything
 from utils.errors import UserError
+from utils.files import atomic_write_json, atomic_write_text
 
 
 def test_round_trip_over_what_a_killed_process_left(tmp_path):
@@ -69,7 +70,7 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch, call, faul
 
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"epoch": 1})
-    monkeypatch.setattr(checkpoint.os, call, fail)
+    monkeypatch.setattr(files.os, call, fail)
     words = r"could not write .*last.pt.*No space left.*MiB free.*previous file is intact" if call == "fsync" else ""
     with pytest.raises(type(fault), match=words or None) as caught:
         save_checkpoint(path, {"epoch": 2})
@@ -82,7 +83,8 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch, call, faul
 
 LIMITED_WRITER = """
 import resource, sys, torch
-from utils.engine.checkpoint import atomic_write_text, save_checkpoint
+from utils.engine.checkpoint import save_checkpoint
+from utils.files import atomic_write_text
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for write, path, content in ((save_checkpoint, sys.argv[1], {"w": torch.zeros(1_000_000)}), (atomic_write_text, sys.argv[2], "x" * 200_000)):
     try:

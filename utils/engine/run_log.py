@@ -20,8 +20,8 @@ import yaml
 from tqdm import tqdm
 
 from utils.engine import distributed
-from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import UserError
+from utils.files import atomic_write_json, atomic_write_text
 from utils.settings.config import load_config, to_dict
 from utils.settings.files import flatten
 

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from utils.engine.checkpoint import LAST, atomic_write_json, read_json
+from utils.engine.checkpoint import LAST
 from utils.engine.run_log import STARTS, RunLog
 from utils.evaluation.tables import Evaluator, format_table, score_variants, scored_tasks
 from utils.figures.contact_sheet import draw_retrieval
 from utils.figures.plots import plot_curves, plot_tsne
 from utils.figures.thumbnails import thumbnail
+from utils.files import atomic_write_json, read_json
 from utils.modalities import MODALITIES, task_name
 
 PANEL_QUERIES, PANEL_RANKS = 8, 5

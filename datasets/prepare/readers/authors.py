@@ -7,8 +7,8 @@ import numpy as np
 
 from datasets.lists import SampleList, default_list_path, read_labelled_list
 from datasets.prepare.ownership import MANIFEST, SPLITS, check_root
-from utils.engine.checkpoint import atomic_write_json, atomic_write_text
 from utils.errors import MissingFileError, UserError
+from utils.files import atomic_write_json, atomic_write_text
 from utils.modalities import MODALITIES
 
 DATASET = "mnist3d"

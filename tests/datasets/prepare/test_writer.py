@@ -19,7 +19,6 @@ from datasets.lists import SampleList, check_paired, default_list_path, read_lab
 from datasets.prepare import parallel, writer
 from datasets.prepare.shapes.mesh import MeshError
 from datasets.prepare.writer import ObjectTask, write_dataset
-from utils.engine.session import run_command
 from utils.errors import UserError
 
 SETTINGS = {"dataset": "own", "modalities": ["RGBImg", "PointCloud"], "size": 4, "packages": {"vtk": "1"}}
@@ -292,6 +291,8 @@ def test_unusable_objects_are_left_out_of_everything(tmp_path, capsys):
 
 
 def test_bad_calls_and_disks_are_one_message(tmp_path, monkeypatch, capsys):
+    from utils.engine.session import run_command  # here alone: the worker processes of other tests import this file
+
     for tasks, workers in (([], 1), (TASKS[:1] * 2, 1), (TASKS, 0)):
         with pytest.raises(UserError, match="distinct numbers and at least one worker"):
             write(tmp_path, tasks=tasks, workers=workers)
