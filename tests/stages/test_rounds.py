@@ -20,7 +20,7 @@ from utils.errors import UserError
 
 VIEWS = ["data.views={GrayImg: 2}", "data.augment={image_elastic: 0.05, point_warp: 0.05}"]
 STEP1 = [*VIEWS, "pla.num_clusters=auto", "pla.fuse=trusted", "pla.mlm_only_epochs=3", "optim.epochs=3", "optim.batch_size=16"]
-STEP2 = [*VIEWS, "rdl.start=inherited", "eval.representation=posterior", "rdl.unclipped_epochs=40", "rdl.lambda_2=1", "optim.epochs=40",
+STEP2 = [*VIEWS, "rdl.start=inherited", "eval.representation=posterior", "rdl.unclipped_epochs=20", "rdl.lambda_2=1", "optim.epochs=20",
          "optim.learning_rate=0.005", "run.eval_every=0"]
 
 
