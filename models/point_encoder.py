@@ -15,7 +15,7 @@ class DGCNN(nn.Module):
 
     Args:
         embedding_dim: D, dimension of the common space.
-        k: neighbours per point, the point itself included; 20 for 1,024 points in the paper.
+        k: neighbours per point, the point itself included; 20 for 1,024 points in DGCNN's paper.
         width: channels of the point-wise convolution before pooling (conv5); 1024 as published. Smaller widths are for
             CPU configurations and cannot take conv5 of the public checkpoint.
         edge_conv: "fused", "triton" or "reference", see `models.kernels.edge_conv`.

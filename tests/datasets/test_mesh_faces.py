@@ -1,4 +1,4 @@
-"""datasets/mesh_faces.py and datasets/prepare/shapes/digit.py: faces against slow loops, hostile meshes and files, transforms, digits."""
+"""datasets/mesh_faces.py, mesh_transforms.py and datasets/prepare/shapes/digit.py: faces against slow loops, hostile meshes and files, transforms, digits."""
 
 import math
 from pathlib import Path

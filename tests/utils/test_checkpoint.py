@@ -1,4 +1,4 @@
-"""utils.engine.checkpoint and utils.engine.seed: nothing half-written is ever read."""
+"""utils/files.py, utils/engine/checkpoint.py and seed.py: nothing half-written is ever read."""
 
 import errno
 import json

@@ -11,6 +11,7 @@ from utils.figures.plots import STYLE, new_figure, save_figure
 
 TILE_INCHES, MARGIN_INCHES = 1.0, 1.1
 SIDE = 0.86  # of a picture in its tile
+LINE = 0.13  # of a caption, of which the tile has room for one
 RIGHT, WRONG = "#1a9850", "#d73027"
 
 
@@ -37,11 +38,13 @@ def draw_contact_sheet(title: str, columns: Sequence[str], blocks: Sequence[Bloc
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        height = TILE_INCHES * max(len(block.rows) for block in blocks)
+        captions = [tile.caption for block in blocks for _, tiles in block.rows for tile in tiles]
+        pitch = 1 + LINE * max(caption.count("\n") for caption in captions)
+        height = TILE_INCHES * pitch * max(len(block.rows) for block in blocks)
         figure = new_figure(len(blocks) * (TILE_INCHES * len(columns) + MARGIN_INCHES), height + MARGIN_INCHES)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         for axis, block in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks):
-            _draw_block(axis, columns, block)
+            _draw_block(axis, columns, block, pitch)
         save_figure(figure, path)
 
 
@@ -63,16 +66,17 @@ def draw_retrieval(
     draw_contact_sheet(title, ["query", *(f"rank {place}" for place in range(1, ranks.shape[1] + 1))], [Block("", rows)], path)
 
 
-def _draw_block(axis: Any, columns: Sequence[str], block: Block) -> None:
-    """Draw all tiles into one axis, whose unit is a tile with its margins: hundreds of axes would take seconds."""
+def _draw_block(axis: Any, columns: Sequence[str], block: Block, pitch: float) -> None:
+    """Draw all tiles into one axis, whose unit is the width of a tile with its margins: hundreds of axes would take seconds."""
     axis.set_title(block.title, fontweight="normal", pad=22)
     for place, name in enumerate(columns):
         axis.text(place + 0.5, -0.04, name, ha="center", va="bottom", fontsize=9)
     for line, (text, tiles) in enumerate(block.rows):
-        axis.text(-0.04, line + 0.42, text, ha="right", va="center", fontsize=8)
-        for place, tile in enumerate(tiles):
-            _draw_tile(axis, place + 0.5, line + 0.42, tile)
-    axis.set(xlim=(0, len(columns)), ylim=(len(block.rows), 0), aspect="equal", anchor="N")
+        middle = pitch * line + SIDE / 2
+        axis.text(-0.04, middle, text, ha="right", va="center", fontsize=8)
+        for place, (_, tile) in enumerate(zip(columns, tiles, strict=True)):
+            _draw_tile(axis, place + 0.5, middle, tile)
+    axis.set(xlim=(0, len(columns)), ylim=(pitch * len(block.rows), 0), aspect="equal", anchor="N")
     axis.set_axis_off()
 
 
@@ -87,4 +91,5 @@ def _draw_tile(axis: Any, x: float, y: float, tile: Tile) -> None:
     frame = WRONG if tile.wrong else RIGHT if tile.right else None
     line = {"edgecolor": frame or "0.8", "linewidth": 2.5 if frame else 0.8}
     axis.add_patch(Rectangle((left, top), width, height, fill=False, clip_on=False, **line))
-    axis.text(x, top + height + 0.03, tile.caption, ha="center", va="top", fontsize=7, color=WRONG if tile.wrong else "0.3")
+    size = min(7, 105 / max(1, *map(len, tile.caption.split("\n"))))  # points, no wider than the tile
+    axis.text(x, top + height + 0.03, tile.caption, ha="center", va="top", fontsize=size, color=WRONG if tile.wrong else "0.3")

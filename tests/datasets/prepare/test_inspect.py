@@ -256,6 +256,20 @@ def test_the_drawn_sheet_has_a_red_frame_only_where_something_is_wrong(tmp_path)
         assert (np.abs(pixels - [0, 0, 255]).max(axis=2) <= 2).sum() > 4 * 100 * 100  # four tiles
 
 
+def test_captions_of_any_length_stay_off_the_pictures(tmp_path):
+    blue = np.full((8, 8, 3), (0, 0, 255), np.uint8)
+    rows = [("", [Tile(blue, "RGBImg_test_000000_of_a_long_name\nclass 12 a name\nthree")] * 2)] * 3
+    draw_contact_sheet("T", ["One", "Two"], [Block("test", rows)], tmp_path / "a.png")
+    picture = (matplotlib.image.imread(tmp_path / "a.png")[..., :3] * 255).round()
+    seen = (np.abs(picture - [0, 0, 255]).max(axis=2) <= 2)
+    lines, columns = (np.flatnonzero(np.diff(seen.any(axis=axis).astype(int))).reshape(-1, 2) + 1 for axis in (1, 0))
+    assert (len(lines), len(columns)) == (3, 2) and all(seen[a:b, c:d].all() for a, b in lines for c, d in columns)
+    gaps = [picture[b:c, columns[0][1] + 6 : columns[1][0] - 6] for (_, b), (c, _) in zip(lines, lines[1:])]
+    assert all((gap == 255).all() for gap in gaps)  # nor do they reach into each other
+    with pytest.raises(ValueError, match="shorter"):
+        draw_contact_sheet("T", ["One", "Two", "Three"], [Block("test", rows)], tmp_path / "b.png")
+
+
 def test_the_command_ends_with_1_on_a_failed_check_and_2_on_a_bad_call(data, tmp_path, monkeypatch, capsys):
     unloadable(data)
     broken = subprocess.run(
