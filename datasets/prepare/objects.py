@@ -32,6 +32,7 @@ from utils.settings.options import DataConfig
 UNITS = {"mm": 0.001, "cm": 0.01, "in": 0.0254, "m": 1.0}
 NPZ_CLASS_SIZE = 10
 MARK = "# Written by datasets.prepare_objects"
+SHARED = Path("configs/shared")  # of the repository, where the command must run
 BATCH, POINTS, SUBSETS = 128, 128, 4  # of configs/shared/ours_cpu_*
 SAMPLES_SEEN = 48_000  # in training, as in configs/modelnet10_splat
 MOST_EPOCHS = 100
@@ -163,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace, output: Path, configs: Path) -> None:
     DataConfig(dataset=options.name)  # refuses a name that cannot be part of file names
+    if not SHARED.is_dir():
+        raise UserError(f"found no {SHARED} here, which configurations of new data extend: run the command in the folder of the repository")
+    if options.min_class_size is not None and options.min_class_size < 1:
+        raise UserError(f"--min-class-size must be at least 1, found {options.min_class_size}")
     if bool(options.root) == bool(options.npz):
         raise UserError("expected --root DIR or --npz FILE")
     if not 0 < options.split < 1:

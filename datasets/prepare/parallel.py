@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from threadpoolctl import threadpool_limits
@@ -58,7 +59,7 @@ def _run_parallel(produce: Callable[[Any], Any], todo: Sequence, workers: int, l
 def _run_pool(produce: Callable[[Any], Any], waiting: dict[int, Any], workers: int) -> Iterator:
     """Yield produce(task) of the tasks that are finished before a process dies, and take them out of `waiting`."""
     context = multiprocessing.get_context("spawn")  # a fork would share the state of the graphics libraries
-    pool, numbers = ProcessPoolExecutor(workers, mp_context=context, initializer=threadpool_limits, initargs=(1,)), {}
+    pool, numbers = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker), {}
     try:
         with suppress(BrokenProcessPool):
             for number, task in waiting.items():
@@ -70,3 +71,14 @@ def _run_pool(produce: Callable[[Any], Any], waiting: dict[int, Any], workers: i
                 yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Give a worker one thread, and let it end with the command, which may be killed without a word to it."""
+    threadpool_limits(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

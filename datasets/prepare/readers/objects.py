@@ -15,7 +15,7 @@ from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.readers.off import read_off
 from datasets.prepare.readers.pcd import read_pcd
 from datasets.prepare.readers.ply import read_ply
-from datasets.prepare.shapes.looks import Part, look_of
+from datasets.prepare.shapes.looks import Part, keep_vertex_colours, look_of
 from datasets.prepare.shapes.mesh import MeshError, triangle_areas
 
 MESHES = (".glb", ".gltf", ".obj", ".ply", ".off", ".stl")
@@ -39,7 +39,7 @@ def is_cloud(path: Path, data: bytes) -> bool:
 
 def _promised(data: bytes, element: str) -> int:
     """Return how many of a kind of element the header of a PLY file promises."""
-    found = re.search(rb"element\s+%s\s+(\d+)" % element.encode(), data.partition(b"end_header")[0])
+    found = re.search(rb"(?m)^element\s+%s\s+(\d+)" % element.encode(), data.partition(b"end_header")[0])
     return int(found[1]) if found else 0
 
 
@@ -107,6 +107,8 @@ def _load(path: Path, data: bytes, texture: bool = False) -> list[Any]:
     resolver = trimesh.resolvers.FilePathResolver(str(path))  # finds textures and buffers; a path must be UTF-8 to be loaded
     plain = {"skip_materials": True} if gltf and not texture else {}
     scene = trimesh.load_scene(io.BytesIO(data), file_type=path.suffix[1:].lower(), resolver=resolver, process=False, **plain)
+    for mesh in scene.geometry.values() if gltf and texture else ():
+        keep_vertex_colours(mesh)
     return scene.dump()
 
 
@@ -117,8 +119,10 @@ def _unread(data: bytes) -> list[str]:
         content = json.loads(data[20 : 20 + int.from_bytes(data[12:16], "little")] if data[:4] == b"glTF" else data)
         needed = [name for name in content.get("extensionsRequired", ()) if not name.startswith(READ)]
         found += sorted({*needed, *UNREAD.intersection(content.get("extensionsUsed", ()))})
-        drawn = [entry for mesh in content["meshes"] for entry in mesh["primitives"]]
-        found += ["geometry below a camera"] * any("camera" in node and "children" in node for node in content.get("nodes", ()))
+        drawn, nodes = [entry for mesh in content["meshes"] for entry in mesh["primitives"]], content.get("nodes", [])
+        found += ["geometry of or below a camera"] * any("camera" in node and {"children", "mesh"} & node.keys() for node in nodes)
+        found += ["a skin"] * any("skin" in node for node in nodes)
+        found += ["a morph target with a weight"] * any(any(made.get("weights", ())) for made in (*nodes, *content["meshes"]))
         found += ["a triangle fan"] * any(entry.get("mode") == TRIANGLE_FAN for entry in drawn)
         places = [content["accessors"][entry["attributes"]["POSITION"]] for entry in drawn]
         corners = [content["accessors"][entry["indices"]] for entry in drawn if "indices" in entry]

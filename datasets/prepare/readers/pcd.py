@@ -30,8 +30,8 @@ def read_pcd(data: bytes) -> tuple[np.ndarray, int]:
     Other fields (rgb, normals, padding) are skipped; VIEWPOINT, the pose of the sensor, is not applied.
 
     Returns:
-        (n, 3) float32 points in file order, and how many points more were dropped because a coordinate was NaN or infinite,
-        which is how PCD marks a point that was not measured.
+        (n, 3) float64 points in file order, and how many points more were dropped because a coordinate was NaN or infinite, which
+        is how PCD marks a point that was not measured, or beyond what float32 holds.
     Raises:
         MeshError: when it is no PCD file, has no x, y, z, header and body disagree, or no valid point is left.
         UserError: without pypcd4.
@@ -49,11 +49,10 @@ def read_pcd(data: bytes) -> tuple[np.ndarray, int]:
     try:
         body = _sized(body, meta.data.value, meta.points, meta.build_dtype().itemsize)
         table = np.atleast_1d(pypcd4.PointCloud.from_fileobj(io.BytesIO(meta.compose_header().encode() + body)).pc_data)
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-            cloud = np.stack([table[axis].astype(np.float32) for axis in "xyz"], axis=1)
+        cloud = np.stack([table[axis].astype(np.float64) for axis in "xyz"], axis=1)
     except DAMAGES as error:
         raise MeshError(f"not a readable {meta.data.value} body of x, y, z: {error}") from error
-    valid = np.isfinite(cloud).all(axis=1)
+    valid = (np.abs(cloud) <= np.finfo(np.float32).max).all(axis=1)
     if len(cloud) != meta.points:
         raise MeshError(f"{meta.points} points promised, {len(cloud)} found")
     if not valid.any():

@@ -180,6 +180,17 @@ def test_stl_files_of_several_solids_and_with_more_behind_them(tmp_path, trimesh
     assert len(read_parts(put(path, trimesh.creation.box(BOX).export(file_type="stl") + b"made by hand"), False)[0][1]) == 12
 
 
+def changed(data: bytes, change) -> bytes:
+    """A GLB file whose description `change` has changed in place."""
+    size = int.from_bytes(data[12:16], "little")
+    content = json.loads(data[20 : 20 + size])
+    change(content)
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % 4)
+    header = b"glTF" + (2).to_bytes(4, "little") + (len(data) - size + len(text)).to_bytes(4, "little") + len(text).to_bytes(4, "little")
+    return header + data[16:20] + text + data[20 + size :]
+
+
 @pytest.mark.parametrize("change,words", [
     (lambda content: content.update(extensionsRequired=["EXT_of_mine"]), "EXT_of_mine"),
     (lambda content: content.update(extensionsUsed=["EXT_mesh_gpu_instancing"]), "instancing"),
@@ -187,17 +198,14 @@ def test_stl_files_of_several_solids_and_with_more_behind_them(tmp_path, trimesh
     (lambda content: [accessor.update(normalized=True) for accessor in content["accessors"]], "normalised integer"),
     (lambda content: [accessor.update(sparse={"count": 1}) for accessor in content["accessors"]], "sparse"),
     (lambda content: content["nodes"][0].update(camera=0, children=[1]), "below a camera"),
+    (lambda content: [node.update(camera=0) for node in content["nodes"] if "mesh" in node], "of or below a camera"),
+    (lambda content: content["nodes"][0].update(skin=0), "a skin"),
+    (lambda content: content["meshes"][0].update(weights=[0, 0.5]), "a morph target"),
+    (lambda content: content["meshes"][0].update(weights=[0, 0]), None),
     (lambda content: content.update(extensionsUsed=["KHR_lights_punctual"], extensionsRequired=["KHR_materials_unlit"]), None),
 ])
 def test_what_trimesh_passes_over_in_gltf_files_is_refused(tmp_path, trimesh, change, words):
-    data = trimesh.creation.box(BOX).export(file_type="glb")
-    size = int.from_bytes(data[12:16], "little")
-    content = json.loads(data[20 : 20 + size])
-    change(content)
-    text = json.dumps(content).encode()
-    text += b" " * (-len(text) % 4)
-    header = b"glTF" + (2).to_bytes(4, "little") + (len(data) - size + len(text)).to_bytes(4, "little") + len(text).to_bytes(4, "little")
-    path = put(tmp_path / "a.glb", header + data[16:20] + text + data[20 + size :])
+    path = put(tmp_path / "a.glb", changed(trimesh.creation.box(BOX).export(file_type="glb"), change))
     if words is None:
         assert len(read_parts(path, False)[0][1]) == 12
     else:
@@ -240,6 +248,25 @@ def test_textures_take_the_factor_of_their_material_and_no_quantised_coordinates
     assert look_of(box) is None
     box.visual.uv = np.rint(box.visual.uv / 255)  # repeats
     assert look_of(box) is not None
+
+
+def test_no_colour_is_invented_and_none_lost(tmp_path, trimesh):
+    box, red = trimesh.creation.box(BOX), np.tile(np.array([200, 20, 20, 255], np.uint8), (8, 1))
+    plain = box.export(file_type="obj").splitlines()
+    faces = [re.sub(r"(\d+)(//\d+)?", r"\1/1", line) if line.startswith("f ") else line for line in plain]
+    path = put(tmp_path / "a.obj", "\n".join(["mtllib lost.mtl", "usemtl lost", "vt 0.5 0.5", *faces]))
+    ((_, triangles, look),) = read_parts(path, True)
+    assert len(triangles) == 12 and look is None  # where trimesh makes a gray texture
+    box.visual.vertex_colors = red
+    for factor, green in ((None, 20), ([1, 1, 1, 1], 20), ([1, 0.5, 1, 1], 10)):
+
+        def paint(content, factor=factor):
+            if factor:
+                content["materials"] = [{"pbrMetallicRoughness": {"baseColorFactor": factor}}]
+                content["meshes"][0]["primitives"][0]["material"] = 0
+
+        look = read_parts(put(tmp_path / "a.glb", changed(box.export(file_type="glb"), paint)), True)[0][2]
+        assert look.shape == (12, 3) and np.abs(look.astype(int) - [200, green, 20]).max() <= 1
 
 
 def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
@@ -430,8 +457,12 @@ def test_refusals(here):
     for arguments, words in (
         (["--name", "x"], "--root DIR or --npz"), (["--name", "a b", "--root", "m"], "letters"),
         (["--name", "x", "--root", "m", "--split", "1"], "between 0 and 1"), (["--name", "x", "--root", "none"], "not a folder"),
+        (["--name", "x", "--root", "m", "--min-class-size", "-3"], "at least 1, found -3"),
         (["--name", "x", "--root", "m", "--output", "m/out"], "lies in --root"), (["--name", "theirs", "--root", "m"], "another --name"),
     ):
         with pytest.raises(UserError, match=words):
             objects.main([*arguments, *SMALL])
+    shutil.rmtree(here / "configs/shared")
+    with pytest.raises(UserError, match="no configs/shared here.*run the command in the folder of the repository"):
+        objects.main(["--name", "x", "--root", "m", *SMALL])
     assert sorted(path.name for path in here.iterdir()) == ["configs", "m"]

@@ -63,8 +63,8 @@ def encoding(request):
 def test_other_fields_types_and_orders(encoding):
     points = [[0.5, -3, 0.1], [NAN, 4, 0.2], [1.5, 5, 1e-30], [2.5, 6, float("-inf")], [2.5, 6, 1e300]]
     cloud, dropped = read_pcd(write_pcd(points, encoding, MIXED))
-    np.testing.assert_array_equal(cloud, np.array([points[0], points[2]]).astype(np.float32))
-    assert cloud.dtype == np.float32 and cloud.flags.c_contiguous and cloud.flags.writeable and dropped == 3
+    np.testing.assert_allclose(cloud, np.array([points[0], points[2]]), rtol=1e-6)
+    assert cloud.dtype == np.float64 and cloud.flags.c_contiguous and cloud.flags.writeable and dropped == 3
     with pytest.raises(MeshError, match="none of the 2 points is valid"):
         read_pcd(write_pcd([[NAN, 0, 0], [0, float("inf"), 0]], encoding))
 
@@ -117,6 +117,12 @@ def test_every_cut_is_noticed(encoding):
     for length in range(last):
         with pytest.raises(MeshError):
             read_pcd(whole[:length])
+
+
+def test_small_things_far_away_keep_their_shape(encoding):
+    """Scans in coordinates of the world have eight bytes, of which four would be lost before the cloud is centred."""
+    points = np.random.default_rng(0).normal(size=(20, 3)) + [5e5, 5.4e6, 100]
+    np.testing.assert_array_equal(read_pcd(write_pcd(points.tolist(), encoding, [(name, "F", 8, 1) for name in "xyz"]))[0], points)
 
 
 @needs_pypcd4
