@@ -192,6 +192,23 @@ def provenance(folder: Path) -> dict[str, Any]:
     return read_json(folder / FEATURES_NOTE)
 
 
+def noted_facts(folder: Path) -> dict[str, Any]:
+    """Return kind, seed, commit and command of the features in a folder; nothing of one's own, which have no note, so that nobody knows.
+
+    Raises:
+        UserError: on a damaged note.
+    """
+    if not (folder / FEATURES_NOTE).is_file():
+        return {}
+    note, wanted = provenance(folder), ("kind", "seed", "commit", "command")
+    if missing := [key for key in wanted if key not in note]:
+        raise UserError(
+            f"{folder / FEATURES_NOTE} is damaged: expected {', '.join(wanted)}, found no {', '.join(missing)}: make the features anew, "
+            "or remove the file if they are your own"
+        )
+    return {key: note[key] for key in wanted}
+
+
 def load_features(folder: Path, modalities: Sequence[str], device: torch.device) -> PairedSamples:
     """Return the training features in a folder."""
     note = provenance(folder)

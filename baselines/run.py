@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines import Entry, method_entry
-from baselines.features import load_features, original_samples, provenance
+from baselines.features import load_features, noted_facts, original_samples
 from baselines.learner import MethodLearner, make_context
 from baselines.method import ShallowMethod
 from baselines.noisy_labels import noisy_labels
@@ -39,6 +39,7 @@ def run_method(session: Session) -> None:
     config, run, device = session.config, session.run, session.device
     entry = method_entry(config.method.name)
     with run.failures_logged():
+        features_noted = noted_facts(Path(config.data.root)) if config.data.features else {}
         samples = load_training_samples(config.data, device)
         run.log(circumstances(samples, session))
         labels = _labels(entry, config, samples, device)
@@ -53,7 +54,7 @@ def run_method(session: Session) -> None:
             seconds = sum(row["seconds/train"] for row in fit(session, learner, None))
             codes = learner.codes(test)
         metrics = {**score_codes(codes, test_labels, entry.kind == "hash"), **_facts(entry, config, device), **label_note(run)}
-        metrics["seconds"] = round(seconds, 2)
+        metrics |= {"features": features_noted, "seconds": round(seconds, 2)}
         atomic_write_json(run.folder / "metrics.json", metrics)
         run.log(format_table([(metrics["row"], metrics)]))
         if config.run.figures:
@@ -116,11 +117,9 @@ def _facts(entry: Entry, config: BaselineConfig, device: torch.device) -> dict[s
     labels = entry.labels
     if labels == "noisy labels":
         labels = f"labels, {config.method.noise:g} of them wrong ({config.method.noise_kind})"
-    head = bool(config.data.features)
-    noted = provenance(Path(config.data.root)) if head else {}
     return {
         "row": entry.title, "method": config.method.name, "reads": labels, "selection": "last epoch", "peak_mib": peak_mib(device),
-        "mode": "head" if head else "e2e", "features": {key: noted[key] for key in ("kind", "seed", "commit", "command") if head},
+        "mode": "head" if config.data.features else "e2e",
     }
 
 

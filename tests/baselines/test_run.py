@@ -177,6 +177,17 @@ def test_end_to_end_with_shared_features_for_the_targets(folder, small_digits, t
         run.main(["toy", "--features", str(folder), *given])
 
 
+def test_features_of_ones_own_need_no_note_and_a_damaged_one_ends_the_run_before_its_training(folder, tmp_path):
+    (folder / "features.json").write_text('{"kind": "random"}')
+    SEEN.pop("context", None)
+    with pytest.raises(UserError, match="features.json is damaged: expected kind, seed, commit, command, found no seed, commit, command"):
+        call("cut", folder, tmp_path, out="damaged")
+    assert "context" not in SEEN
+    (folder / "features.json").unlink()
+    _, metrics = call("cut", folder, tmp_path)
+    assert metrics["features"] == {} and metrics["mode"] == "head" and "map/avg" in metrics
+
+
 def test_the_how_to_works_as_written(folder, tmp_path, monkeypatch):
     text = (Path(__file__).resolve().parents[2] / "docs" / "comparison.md").read_text()
     module = types.ModuleType("baselines.mymethod")
