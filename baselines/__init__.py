@@ -20,6 +20,7 @@ class Entry:
         title: as the paper writes it, also its row in the paper's tables; place: module and class below `baselines`.
         kind: "shallow", "deep", "hash" (ranked by its continuous code and by its signs) or "supervised".
         labels: what it learns from beside the samples; end_to_end: has a mode that trains the encoders, too.
+        joint: takes more than two modalities at once.
     """
 
     title: str
@@ -27,6 +28,7 @@ class Entry:
     kind: Literal["shallow", "deep", "hash", "supervised"]
     labels: Literal["none", "pseudo-labels", "source labels", "noisy labels"] = "none"
     end_to_end: bool = False
+    joint: bool = False
 
     @property
     def reads_truth(self) -> bool:
@@ -48,7 +50,7 @@ class Entry:
 METHODS: dict[str, Entry] = {
     "cca": Entry("CCA", "cca:CCA", "shallow"),
     "kcca": Entry("KCCA", "kcca:KCCA", "shallow"),
-    "mcca": Entry("MCCA", "mcca:MCCA", "shallow"),
+    "mcca": Entry("MCCA", "mcca:MCCA", "shallow", joint=True),
     "dcca": Entry("DCCA", "dcca:DCCA", "deep"),
     "dccae": Entry("DCCAE", "dccae:DCCAE", "deep"),
     "revgrad": Entry("RevGrad", "revgrad:RevGrad", "deep", "pseudo-labels", end_to_end=True),

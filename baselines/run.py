@@ -148,6 +148,11 @@ def _defaults(arguments: argparse.Namespace) -> list[str]:
         return []
     arguments.config = arguments.config or DEFAULT_CONFIG
     data = load_config(BaselineConfig, arguments.config, ["pla.mlm_only_epochs=0", *arguments.overrides]).data
+    if len(data.modalities) > 2 and not entry.joint:
+        raise UserError(
+            f"{entry.title} takes two modalities, found data.modalities: {list(data.modalities)}: name two of them, "
+            f"e.g. --set data.modalities=[{data.modalities[0]},{data.modalities[-1]}]"
+        )
     if not data.features and not entry.end_to_end:
         raise UserError(f"{entry.title} is trained on features: give a configuration with data.features, see docs/comparison.md")
     one_view = [f"data.views.{name}=1" for name in data.modalities]

@@ -169,6 +169,8 @@ def test_end_to_end_with_shared_features_for_the_targets(folder, small_digits, t
     assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 128)
     run.main(["toy", *given])
     assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 8)  # of the initial encoders
+    with pytest.raises(UserError, match=r"Toy takes two modalities, found data.modalities: \['GrayImg', 'RGBImg', 'PointCloud'\]"):
+        run.main(["toy", *given, "data.modalities=[GrayImg,RGBImg,PointCloud]", "model.pretrained.RGBImg=none"])
     with pytest.raises(UserError, match="Cut is trained on features"):
         run.main(["cut", *given])
     for path in folder.glob("digits_random_*_train_list.txt"):
