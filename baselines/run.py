@@ -16,7 +16,7 @@ from baselines.features import load_features, noted_facts, original_samples
 from baselines.learner import MethodLearner, make_context
 from baselines.method import ShallowMethod
 from baselines.noisy_labels import noisy_labels
-from baselines.settings import BaselineConfig, method_overrides
+from baselines.settings import BaselineConfig, check_optim, method_overrides
 from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, load_test_samples, load_training_samples
 from training import circumstances, mark_labels
@@ -146,6 +146,7 @@ def _defaults(arguments: argparse.Namespace) -> list[str]:
     entry = method_entry(arguments.method)
     if arguments.resume:
         return []
+    check_optim(entry, arguments.overrides)
     arguments.config = arguments.config or DEFAULT_CONFIG
     data = load_config(BaselineConfig, arguments.config, ["pla.mlm_only_epochs=0", *arguments.overrides]).data
     if len(data.modalities) > 2 and not entry.joint:

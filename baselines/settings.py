@@ -1,11 +1,11 @@
 """Settings of a compared method: those of step 1, whose files it reads, with its own optimiser and options."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from baselines import method_entry
+from baselines import Entry, method_entry
 from baselines.method import Method, ShallowMethod
 from utils.errors import UserError
 from utils.settings.config import SWITCHES
@@ -55,6 +55,14 @@ def method_overrides(name: str, end_to_end: bool) -> list[str]:
         training.pop("epochs")
     plain = lambda value: "null" if value is None else list(value) if isinstance(value, tuple) else value
     return texts + [f"optim.{key}={plain(value)}" for key, value in training.items()]
+
+
+def check_optim(entry: Entry, overrides: Sequence[str]) -> None:
+    """Raise a UserError if "section.key=value" texts give settings of the learner's optimiser to a method that is fitted without it."""
+    given = [text for text in overrides if text.startswith(("optim.", "optim="))]
+    if given and issubclass(cls := entry.load(), ShallowMethod):
+        own = ", ".join(f"method.options.{name}" for name in cls.defaults)
+        raise UserError(f"--set {given[0]}: {entry.title} is fitted without optim and reads none of it; its own options: {own}")
 
 
 def method_options(cls: type[Method], given: Mapping[str, str]) -> dict[str, Any]:

@@ -147,7 +147,8 @@ def _method(options: Mapping[str, Any], setup: Setup, letters: str, seed: int, n
         own = (f"optim.epochs={sum(_load(stage, setup.config, getattr(setup, stage)).optim.epochs for stage in CONFIGS)}", *own)
     given = (*setup.step1, _modalities(letters))
     identity = _identify("baseline", seed, method, [cell.id for cell in needs], own, _decisive("step1", setup.config, given))
-    arguments = (method, "--config", str(setup.config / "step1.yaml"), "--set", *given, *own)
+    shared = [text for text in given if not text.startswith("optim.")]  # every method keeps its own optimiser
+    arguments = (method, "--config", str(setup.config / "step1.yaml"), "--set", *shared, *own)
     return Cell(identity, "baseline", _named(method, letters, seed, needs, *own), arguments, seed, 1, needs)
 
 

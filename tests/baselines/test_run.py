@@ -155,6 +155,8 @@ def test_shallow_and_supervised(folder, tmp_path, monkeypatch):
     assert metrics["reads"] == "labels, 0.25 of them wrong (symmetric)" and SEEN["context"].labels.shape == (TRAIN,)
     assert metrics["reads_labels"].startswith("noisy labels of ")  # which figures and tables are marked by
     assert SEEN["context"].num_clusters == int(SEEN["context"].labels.max()) + 1
+    with pytest.raises(UserError, match="--set optim.epochs=2: PT-FUCH is fitted without optim .* method.options.rounds"):
+        call("pt_fuch", folder, tmp_path, "optim.epochs=2", out="optim")
     short = [f"method.options.{key}=1" for key in ("rounds", "private_epochs", "global_epochs")]
     _, metrics = call("pt_fuch", folder, tmp_path, *short, out="hash")  # fitted by a loop of its own, ranked as a hash method
     assert metrics["row"] == "PT-FUCH" and "sign/avg" in metrics
