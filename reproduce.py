@@ -103,7 +103,8 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
     root, cells = arguments.runs / f"{setup.dataset}-{setup.scale}", all_cells(rows)
     if arguments.list:
         found = [state["status"] for state in states(cells, root).values()]
-        print("\n".join(f"{status:12s} {cell.id}  {cell.epochs:4d} epochs  {cell.name}" for cell, status in zip(cells, found)))
+        epochs = [f"{cell.epochs:4d} epochs" if cell.epochs else " " * 11 for cell in cells]
+        print("\n".join(f"{status:12s} {cell.id}  {count}  {cell.name}" for cell, count, status in zip(cells, epochs, found)))
         print(f"{len(cells)} cells: " + ", ".join(f"{count} {status}" for status, count in Counter(found).items()))
         return COMPLETE
     stopped, path = False, arguments.results / f"{arguments.table}-{setup.dataset}-{setup.scale}.jsonl"

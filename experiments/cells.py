@@ -32,7 +32,7 @@ class Cell:
         stage: "step1", "step2", or another key of `experiments.jobs.SCRIPTS`.
         name: for people.
         arguments: of its command line, without seed, device and places.
-        epochs: that it trains, the unit of progress; 1 if it trains none.
+        epochs: that it trains, the unit of progress; 0 if it trains none, or as many as its method has on its own.
         needs: cells that must be done first. A training starts from the run of the first one: step 2 from its pseudo-labels, a repeated
             step 1 from its encoders; one on features has them from it, as has a method that is trained end
             to end, for its targets.
@@ -43,8 +43,13 @@ class Cell:
     name: str
     arguments: tuple[str, ...]
     seed: int = 0
-    epochs: int = 1
+    epochs: int = 0
     needs: tuple["Cell", ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Its part of the progress of all cells."""
+        return max(1, self.epochs)
 
     def rests_on(self) -> Iterator["Cell"]:
         """Yield every cell that it needs, and that those need, a needed one before its users."""
@@ -117,7 +122,7 @@ def _training(stage: str, setup: Setup, letters: str, overrides: Sequence[str], 
     given = (*getattr(setup, stage), *anew, _modalities(letters), *own)
     identity = _identify(stage, seed, [cell.id for cell in needs], _decisive(stage, setup.config, given))
     arguments = ("--config", str(setup.config / f"{stage}.yaml"), "--set", *given)
-    epochs = max(1, _load(stage, setup.config, given).optim.epochs)
+    epochs = _load(stage, setup.config, given).optim.epochs
     return Cell(identity, stage, _named(stage, letters, seed, needs, *["again"] * again, *own), arguments, seed, epochs, needs)
 
 
@@ -137,7 +142,7 @@ def _features(setup: Setup, kind: str, seed: int) -> Cell:
     identity = _identify("features", seed, kind, _decisive("step1", source, given))
     name = _named("features", setup.letters, seed, (), *([kind] if kind != "learned" else []))
     arguments = ("--config", str(source / "step1.yaml"), "--kind", kind, "--set", *given)
-    return Cell(identity, "features", name, arguments, seed, _load("step1", source, given).optim.epochs if kind == "learned" else 1)
+    return Cell(identity, "features", name, arguments, seed, _load("step1", source, given).optim.epochs if kind == "learned" else 0)
 
 
 def _method(options: Mapping[str, Any], setup: Setup, letters: str, seed: int, needs: tuple[Cell, ...]) -> Cell:
@@ -149,7 +154,9 @@ def _method(options: Mapping[str, Any], setup: Setup, letters: str, seed: int, n
     identity = _identify("baseline", seed, method, [cell.id for cell in needs], own, _decisive("step1", setup.config, given))
     shared = [text for text in given if not text.startswith("optim.")]  # every method keeps its own optimiser
     arguments = (method, "--config", str(setup.config / "step1.yaml"), "--set", *shared, *own)
-    return Cell(identity, "baseline", _named(method, letters, seed, needs, *own), arguments, seed, 1, needs)
+    texts = (text.partition("=") for text in own)
+    *_, epochs = 0, *(int(value) for key, _, value in texts if key == "optim.epochs" and value.isdecimal())
+    return Cell(identity, "baseline", _named(method, letters, seed, needs, *own), arguments, seed, epochs, needs)
 
 
 def all_cells(rows: Iterable[Row]) -> list[Cell]:

@@ -71,9 +71,9 @@ def is_done(folder: Path) -> bool:
 
 
 def epochs_done(cell: Cell, folder: Path) -> int:
-    """Return how many of its epochs are done."""
+    """Return how many of its steps are done."""
     logs = (REPOSITORY / folder).glob("runs/*/*/*/metrics.jsonl")
-    return cell.epochs if is_done(folder) else min(sum(len(path.read_bytes().splitlines()) for path in logs), cell.epochs)
+    return cell.steps if is_done(folder) else min(sum(len(path.read_bytes().splitlines()) for path in logs), cell.epochs)
 
 
 def checkpoint_time(folder: Path) -> float:

@@ -91,7 +91,8 @@ def run_cells(
     with ThreadPoolExecutor(len(devices)) as pool:
         start = lambda cell, device: pool.submit(_run, cell, folder_of(cell, root), device, lock, deadline, stop)
         try:
-            for _ in progress(_schedule(cells, root, list(devices), deadline, start), sum(cell.epochs for cell in cells), "epochs"):
+            title = "epochs" if all(cell.epochs for cell in cells) else "epochs, and runs that give no number of them"
+            for _ in progress(_schedule(cells, root, list(devices), deadline, start), sum(cell.steps for cell in cells), title):
                 pass
         finally:
             stop.set()  # the pool waits until its threads have ended their processes

@@ -220,10 +220,10 @@ def test_a_method_end_to_end_trains_as_long_as_both_stages_and_is_another_one_wh
     rows, longer = ({row.name: row.cells[0] for row in rows_of("table2", found)} for found in setups)
     ours = dataclasses.replace(find_setup(PROTOCOL, "digits", "head"), step1=("optim.epochs=30",))
     (cell,) = next(row for row in rows_of("table2", ours) if row.name == "CCA").cells[0].values()
-    assert not any("optim" in text for text in cell.arguments)  # which are RoMo's, and which CCA refuses
+    assert cell.epochs == 0 and not any("optim" in text for text in cell.arguments)  # which are RoMo's, and which CCA refuses
     assert not {"CCA", "RoMo, paper's settings"} & rows.keys() and [need.stage for need in rows["UCCH"]["GP"].needs] == ["features"]
     epochs = [load_config(cls, f"configs/digits/{stage}.yaml").optim.epochs for stage, cls in (("step1", Step1Config), ("step2", Step2Config))]
-    assert f"optim.epochs={sum(epochs)}" in rows["UCCH"]["GP"].arguments and rows["UCCH"]["GP"].id != longer["UCCH"]["GP"].id
+    assert rows["UCCH"]["GP"].epochs == sum(epochs) and f"optim.epochs={sum(epochs)}" in rows["UCCH"]["GP"].arguments and rows["UCCH"]["GP"].id != longer["UCCH"]["GP"].id
 
 
 @pytest.mark.parametrize("dataset,classes", [("digits", 10), ("mnist3d", 10), ("modelnet10", 10), ("modelnet40", 40)])
