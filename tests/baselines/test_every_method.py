@@ -59,7 +59,7 @@ PUBLISHED = {  # training, or the width alone of a method without a learner's; i
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*PUBLISHED, "revgrad_oracle", "meda_oracle"])
 def test_the_defaults_are_the_published_ones(name):
     method = METHODS[name].load()
     training = method.dim if issubclass(method, ShallowMethod) else dataclasses.astuple(method.training_defaults)

@@ -35,9 +35,11 @@ def test_every_table_expands_on_every_data_set():
             one = dataclasses.replace(setup, pairs=setup.pairs[-1:])
             assert len(all_cells(rows_of("table8", one))) == 8
     printed = dataclasses.replace(SMOKE, as_printed=dataclasses.replace(SMOKE, step2=("rdl.lambda_2=0.25",)))
-    assert {name: len(all_cells(rows_of(name, printed))) for name in PROTOCOL["tables"]} == {
+    found = {name: len(all_cells(rows_of(name, printed))) for name in PROTOCOL["tables"]}
+    assert found.pop("table2") >= 12 and found.pop("table3") >= 12  # docs/comparison.md says how to add rows
+    assert found == {
         "headline": 4, "unpaired": 0, "recipe": 2, "ablation": 19, "stages": 3, "clip": 3, "estimators": 4, "tasks": 6, "table2-romo": 2, "table4": 10, "table6": 15,
-        "table8": 8, "table2": 12, "table3": 12, "table2-variants": 0, "table2-rate": 5, "rono-noise": 15, "rono-ablation": 12, "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 8,
+        "table8": 8, "table2-variants": 0, "table2-rate": 5, "rono-noise": 15, "rono-ablation": 12, "table9": 1, "fig3": 1, "fig4": 26, "fig5": 7, "fidelity": 8,
     }
     with pytest.raises(UserError, match="needs as_printed of digits"):
         rows_of("headline")
