@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from baselines.hashing import cosine
 from baselines.method import Context, ShallowMethod
-from baselines.revgrad import source_labels
+from baselines.revgrad import check_clusters, source_labels
 from baselines.ucch import DEFAULTS, UnifiedContrast, random_memory
 from models import FeatureMLP
 from utils.engine.seed import derive_seed, generator_for
@@ -156,6 +156,7 @@ class PTFUCH(ShallowMethod):
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:
         settings, self.names, self.device = context.settings, context.modalities, context.device
+        check_clusters(context)  # of all pairs; of fewer ones a client has fewer prototypes
         torch.manual_seed(derive_seed(context.seed, "pt_fuch"))  # of first weights, batches and negatives
         rows = [torch.as_tensor(features[name], dtype=torch.float32, device=self.device) for name in self.names]
         hidden = ModelConfig().feature_hidden  # the encoders of all other methods

@@ -46,10 +46,18 @@ class ReverseGradient(torch.autograd.Function):
         return -ctx.strength * gradient, None
 
 
+def check_clusters(context: Context) -> None:
+    """Raise a UserError if there are fewer training pairs than clusters."""
+    clusters, count = context.num_clusters, len(context.features[context.modalities[0]])
+    if clusters > count:
+        raise UserError(f"method.num_clusters: expected at most the number of training pairs, {count}, found {clusters}: lower it")
+
+
 def source_labels(context: Context) -> Tensor:
     """Return the labels of the source domain (N,): those of the context, or clusters of the image modality's unit features."""
     if context.labels is not None:
         return context.labels
+    check_clusters(context)
     rows = F.normalize(context.features[context.modalities[0]], dim=1)
     return kmeans(rows, context.num_clusters, seed=context.seed)[1]
 

@@ -8,7 +8,7 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 from torch.nn import functional as F
 
-from baselines import meda, revgrad
+from baselines import METHODS, meda, revgrad
 from baselines.meda import MEDA, AlignedClassifier, domain_distance, flow_kernel_root
 from baselines.revgrad import ReverseGradient, RevGrad, source_labels, strength
 from utils.errors import UserError
@@ -32,6 +32,16 @@ def test_the_reversed_gradient():
     assert loss.item() == pytest.approx((z**2).sum().item())
     assert torch.allclose(torch.autograd.grad(loss, z)[0], -0.3 * wanted)
     assert [strength(epoch, 11) for epoch in (1, 11)] == pytest.approx([0, 2 / (1 + np.exp(-10)) - 1])
+
+
+@pytest.mark.parametrize("name", ["revgrad", "meda", "pt_fuch"])
+def test_more_clusters_than_pairs(name):
+    if name == "meda":
+        needs_cca_zoo()
+    few, method = pairs(14)[0], METHODS[name].load()
+    context = context_of(name, few, dim=8, num_clusters=20)
+    with pytest.raises(UserError, match="method.num_clusters: expected at most the number of training pairs, 14, found 20"):
+        method(context) if name == "revgrad" else method().fit(few, context)
 
 
 def test_the_discriminator_tells_the_domains_apart_and_the_embeddings_get_the_reversed_gradient(monkeypatch):
