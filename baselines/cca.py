@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from baselines.method import Context, ShallowMethod
+from baselines.method import NOT_NEGATIVE, Context, ShallowMethod
 from utils.errors import UserError
 
 
@@ -71,6 +71,7 @@ class CCA(ShallowMethod):
     """Linear CCA of the two modalities of a task."""
 
     defaults = {"ridge": 1e-3}
+    limits = {"ridge": NOT_NEGATIVE}
     model = "RidgeCCA"
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:

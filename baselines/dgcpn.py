@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.hashing import FeatureSimilarity, HashMethod, cosine
-from baselines.method import Context, Training
+from baselines.method import SHARE, Context, Training
 
 
 def neighbour_distribution(similarity: Tensor, count: int) -> Tensor:
@@ -41,6 +41,10 @@ class DGCPN(HashMethod):
     defaults = {
         "second": 0.5, "coherence": 0.3, "neighbours": 0.4, "kappa": 1.5, "graph_weight": 1.0, "consistency_weight": 1.0,
         "similarity": "rescaled", "scale": 2.0,
+    }
+    limits = {
+        "second": SHARE, "coherence": SHARE,
+        "neighbours": {"above": 0, "max": 1, "doc": "a share of the training pairs: 40 neighbours of 1,000 pairs are 0.04"},
     }
 
     def __init__(self, context: Context) -> None:

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.hashing import GraphHashMethod, cosine
+from baselines.method import SHARE
 
 
 class DJSRH(GraphHashMethod):
     """Deep joint-semantics reconstructing hashing."""
 
     defaults = {"mu": 1.5, "eta": 0.4, "beta": 0.5, "intra": 0.1, "similarity": "rescaled"}
+    limits = {"eta": SHARE, "beta": SHARE}
 
     def target(self, index: Tensor) -> Tensor:
         """Return S (B, B) of samples (B,)."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.hashing import GraphHashMethod, cosine
-from baselines.method import Context
+from baselines.method import COUNT, SHARE, Context
 from utils.engine.seed import generator_for
 
 
@@ -34,6 +34,7 @@ class JDSH(GraphHashMethod):
         "first": 0.4, "second": 0.3, "joint": 0.3, "mu": 1.4, "intra": 0.1, "left": 0.1, "right": 0.2, "similarity": "rescaled",
         "batches": 50, "left_share": 0.05, "right_share": 0.95, "low_share": 0.001, "high_share": 0.999,
     }
+    limits = {"batches": COUNT, **dict.fromkeys(("left_share", "right_share", "low_share", "high_share"), SHARE)}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -32,8 +32,9 @@ from sklearn.svm import LinearSVC
 
 from baselines.cca import CCA, unit_rows
 from baselines.kcca import bandwidth
-from baselines.method import Context, ShallowMethod
+from baselines.method import COUNT, NOT_NEGATIVE, Context, ShallowMethod
 from baselines.revgrad import source_labels
+from utils.errors import UserError
 
 SMALLEST_CLASS = 4  # rows of each domain, below which a class has no distance of its own
 
@@ -85,7 +86,10 @@ class AlignedClassifier:
         return rbf_kernel(rows, self.rows, gamma=self.gamma) @ self.coefficients
 
     def _laplacian(self) -> sparse.csr_array:
-        graph = kneighbors_graph(self.rows, self.settings["neighbours"], metric="cosine", mode="distance")
+        neighbours, others = self.settings["neighbours"], len(self.rows) - 1
+        if neighbours > others:
+            raise UserError(f"method.options.neighbours: expected at most {others}, the other rows of both domains, found {neighbours}")
+        graph = kneighbors_graph(self.rows, neighbours, metric="cosine", mode="distance")
         graph.data = np.maximum(1 - graph.data, 0)  # cosine similarity
         graph = graph.maximum(graph.T)
         scale = 1 / np.sqrt(np.maximum(np.asarray(graph.sum(axis=1)).ravel(), 1e-12))
@@ -118,6 +122,10 @@ class MEDA(ShallowMethod):
     defaults = {
         "ridge": 1e-3, "subspace": 20, "neighbours": 10, "lam": 10.0, "eta": 0.1, "rho": 1.0, "rounds": 10, "tau": 1.0, "pairs": 2500,
         "map": True,
+    }
+    limits = {
+        **dict.fromkeys(("subspace", "neighbours", "rounds"), COUNT), "pairs": {"min": 2},
+        **dict.fromkeys(("ridge", "lam", "eta", "rho", "tau"), NOT_NEGATIVE),
     }
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+Limits = Mapping[str, Mapping[str, Any]]  # option -> min, max (inclusive), above, below, and doc, as of `data_options.option`
+COUNT, POSITIVE, NOT_NEGATIVE, SHARE = {"min": 1}, {"above": 0}, {"min": 0}, {"min": 0, "max": 1}
+
 
 @dataclass(frozen=True)
 class Training:
@@ -65,10 +68,12 @@ class Method(nn.Module):
     Attributes:
         logged: name -> number (a scalar tensor) that `forward` puts there to be watched; its mean over an epoch goes to metrics.jsonl
             as "method/NAME".
+        defaults: option -> default of `method.options`, whose type it has; limits: of those that are numbers.
     """
 
     training_defaults: ClassVar[Training] = Training()
     defaults: ClassVar[Mapping[str, Any]] = {}
+    limits: ClassVar[Limits] = {}
 
     def __init__(self, context: Context) -> None:
         super().__init__()
@@ -98,6 +103,7 @@ class ShallowMethod:
 
     dim: ClassVar[int] = 128  # default of the width of the common space
     defaults: ClassVar[Mapping[str, Any]] = {}
+    limits: ClassVar[Limits] = {}
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:
         """Fit on modality -> (N, d) float64 training features, row i is one object."""

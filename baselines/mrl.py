@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.method import Context, Method, Training
+from baselines.method import POSITIVE, SHARE, Context, Method, Training
 from losses import ModalityInvarianceLoss
 
 SMALLEST = 1e-6  # of 1 - p_y
@@ -30,6 +30,7 @@ class MRL(Method):
 
     training_defaults = Training(dim=256, batch_size=128, epochs=100, learning_rate=1e-4, betas=(0.5, 0.999), schedule="cosine")
     defaults = {"beta": 0.5, "tau1": 1.0, "tau2": 1.0}
+    limits = {"beta": SHARE, "tau1": POSITIVE, "tau2": POSITIVE}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines.hashing import cosine
-from baselines.method import Context, ShallowMethod
+from baselines.method import COUNT, POSITIVE, Context, ShallowMethod
 from baselines.revgrad import check_clusters, source_labels
-from baselines.ucch import DEFAULTS, UnifiedContrast, random_memory
+from baselines.ucch import DEFAULTS, LIMITS, UnifiedContrast, random_memory
 from models import FeatureMLP
 from utils.engine.seed import derive_seed, generator_for
 from utils.errors import UserError
@@ -152,6 +152,10 @@ class PTFUCH(ShallowMethod):
     defaults = {
         **DEFAULTS, "rounds": 20, "private_epochs": 5, "global_epochs": 5, "clients": 1, "batch_size": 256, "learning_rate": 1e-4,
         "dirichlet": 0.1, "smallest_client": 32,
+    }
+    limits = {
+        **LIMITS, **dict.fromkeys(("rounds", "private_epochs", "global_epochs", "clients"), COUNT),
+        **dict.fromkeys(("batch_size", "smallest_client"), {"min": 2}), "learning_rate": POSITIVE, "dirichlet": POSITIVE,
     }
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.method import Context, Method, Training
+from baselines.method import POSITIVE, Context, Method, Training
 from losses import ModalityInvarianceLoss
 from utils.errors import UserError
 from utils.evaluation.clustering import kmeans
@@ -69,6 +69,7 @@ class RevGrad(Method):
         dim=256, batch_size=50, epochs=70, optimizer="sgd", learning_rate=1e-2, nesterov=True, weight_decay=5e-4
     )
     defaults = {"source": "labels", "transfer": True, "temperature": 0.22}
+    limits = {"temperature": POSITIVE}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.method import Context, Method, Training
+from baselines.method import POSITIVE, SHARE, Context, Method, Training
 from losses import ModalityInvarianceLoss
 
 HEAD_WIDTH = 128
@@ -41,6 +41,7 @@ class RONO(Method):
     defaults = {
         "rdc": 1.0, "mg": 1.0, "crc": 1.0, "theta": 0.3, "a": 0.05, "warmup": 0.5, "vanilla": False, "temperature": 0.22,
     }
+    limits = {"a": POSITIVE, "warmup": SHARE, "temperature": POSITIVE}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

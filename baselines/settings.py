@@ -8,7 +8,7 @@ from typing import Any, Literal
 from baselines import Entry, method_entry
 from baselines.method import Method, ShallowMethod
 from utils.errors import UserError
-from utils.settings.config import SWITCHES
+from utils.settings.config import SWITCHES, broken_limit
 from utils.settings.data_options import nearest, option
 from utils.settings.options import OptimConfig, Step1Config
 
@@ -66,7 +66,11 @@ def check_optim(entry: Entry, overrides: Sequence[str]) -> None:
 
 
 def method_options(cls: type[Method], given: Mapping[str, str]) -> dict[str, Any]:
-    """Return the method's `defaults` with the given texts, each read as the type of its default; a UserError says what does not fit."""
+    """Return the method's `defaults` with the given texts, each read as the type of its default.
+
+    Raises:
+        UserError: on an unknown option, a text of another type, or a number outside the `limits` of the class.
+    """
     options = dict(cls.defaults)
     for key, text in given.items():
         if key not in options:
@@ -76,4 +80,7 @@ def method_options(cls: type[Method], given: Mapping[str, str]) -> dict[str, Any
             options[key] = SWITCHES[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             raise UserError(f"method.options.{key}: expected {kind.__name__}, got {text!r}") from None
+        limits = cls.limits.get(key, {})
+        if problem := broken_limit(options[key], limits):
+            raise UserError(f"method.options.{key}: {problem}" + (f" ({limits['doc']})" if "doc" in limits else ""))
     return options

@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines.hashing import HashMethod
-from baselines.method import Context, Training
+from baselines.method import COUNT, POSITIVE, SHARE, Context, Limits, Training
 from utils.engine.seed import generator_for
 
 DEFAULTS: Mapping[str, Any] = {
     "beta": 0.9, "memory": 0.4, "temperature": 0.9, "negatives": 4096, "margin": 0.2, "smoothing": 1.0, "shift": 1.0,
 }
+LIMITS: Limits = {"beta": SHARE, "memory": SHARE, "temperature": POSITIVE, "negatives": COUNT, "smoothing": POSITIVE}
 
 
 class UnifiedContrast:
@@ -89,6 +90,7 @@ class UCCH(HashMethod):
 
     training_defaults = Training(dim=256, batch_size=256, epochs=70, learning_rate=1e-4, weight_decay=1e-6, clip=1.0)
     defaults = DEFAULTS
+    limits = LIMITS
     memory: Tensor
 
     def __init__(self, context: Context) -> None:

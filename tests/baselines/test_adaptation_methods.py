@@ -44,6 +44,12 @@ def test_more_clusters_than_pairs(name):
         method(context) if name == "revgrad" else method().fit(few, context)
 
 
+def test_more_neighbours_than_rows():
+    source, labels, target = shifted()
+    with pytest.raises(UserError, match="method.options.neighbours: expected at most 119, .* found 120"):
+        AlignedClassifier(2, {**MEDA.defaults, "neighbours": 120}).fit(source, labels, target)
+
+
 def test_the_discriminator_tells_the_domains_apart_and_the_embeddings_get_the_reversed_gradient(monkeypatch):
     monkeypatch.setattr(revgrad, "DISCRIMINATOR_WIDTH", 64)
     method = RevGrad(context_of("revgrad", FEATURES, dim=8)).eval()  # no dropout

@@ -209,6 +209,24 @@ def test_options_that_do_not_fit(given, problem):
         method_options(Toy, given)
 
 
+@pytest.mark.parametrize("name,text,problem", [
+    ("kcca", "landmarks=0", "must be at least 1, got 0"), ("meda", "rounds=0", "must be at least 1, got 0"),
+    ("jdsh", "left_share=2", "must be at most 1, got 2"), ("dgcpn", "neighbours=40", "must be at most 1, got 40 .a share of the training pairs"),
+    ("pt_fuch", "temperature=0", "must be above 0, got 0"), ("dccae", "ridge=-1", "must be at least 0, got -1"),
+])
+def test_options_out_of_range(name, text, problem):
+    key, _, value = text.partition("=")
+    with pytest.raises(UserError, match=f"^method.options.{key}: {problem}"):
+        method_options(METHODS[name].load(), {key: value})
+
+
+def test_limits_are_of_options_and_hold_for_their_defaults():
+    for entry in METHODS.values():
+        method = entry.load()
+        assert method.limits.keys() <= method.defaults.keys()
+        assert method_options(method, {key: str(method.defaults[key]) for key in method.limits}) == method.defaults
+
+
 def test_sign_codes_owe_nothing_to_the_order_of_the_gallery(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     labels = {name: torch.arange(10).repeat_interleave(30) for name in ("GrayImg", "PointCloud")}

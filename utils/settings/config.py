@@ -92,10 +92,14 @@ def _check_limits(value: Any, metadata: Mapping[str, Any], key: str, sources: So
     if isinstance(value, (tuple, dict)):
         for entry in value.values() if isinstance(value, dict) else value:
             _check_limits(entry, metadata, key, sources)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        for name, (holds, words) in _LIMITS.items():
-            if name in metadata and not holds(value, metadata[name]):
-                _fail(key, sources, f"must be {words} {metadata[name]:g}, got {value:g}", metadata.get("doc", ""))
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and (problem := broken_limit(value, metadata)):
+        _fail(key, sources, problem, metadata.get("doc", ""))
+
+
+def broken_limit(value: float, limits: Mapping[str, Any]) -> str:
+    """Return "must be at least 1, got 0" or the like of a number outside `min`, `max`, `above` or `below`; of others nothing."""
+    broken = [f"{words} {limits[name]:g}" for name, (holds, words) in _LIMITS.items() if name in limits and not holds(value, limits[name])]
+    return f"must be {broken[0]}, got {value:g}" if broken else ""
 
 
 def _build(cls: type[T], tree: Any, prefix: str, sources: Sources, default: T | None = None) -> T:
