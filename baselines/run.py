@@ -146,7 +146,6 @@ def _defaults(arguments: argparse.Namespace) -> list[str]:
     entry = method_entry(arguments.method)
     if arguments.resume:
         return []
-    check_optim(entry, arguments.overrides)
     arguments.config = arguments.config or DEFAULT_CONFIG
     data = load_config(BaselineConfig, arguments.config, ["pla.mlm_only_epochs=0", *arguments.overrides]).data
     if len(data.modalities) > 2 and not entry.joint:
@@ -154,8 +153,14 @@ def _defaults(arguments: argparse.Namespace) -> list[str]:
             f"{entry.title} takes two modalities, found data.modalities: {list(data.modalities)}: name two of them, "
             f"e.g. --set data.modalities=[{data.modalities[0]},{data.modalities[-1]}]"
         )
+    if data.pairing == "none" or data.positives == "views":
+        raise UserError(
+            f"{entry.title} learns from pairs, expected data.pairing: instance or class and data.positives: modalities, found "
+            f"{data.pairing} and {data.positives}: give a configuration whose rows are pairs"
+        )
     if not data.features and not entry.end_to_end:
         raise UserError(f"{entry.title} is trained on features: give a configuration with data.features, see docs/comparison.md")
+    check_optim(entry, arguments.overrides)
     one_view = [f"data.views.{name}=1" for name in data.modalities]
     return [f"run.seed={arguments.seed}", *one_view, *method_overrides(arguments.method, not data.features)]
 

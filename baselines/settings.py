@@ -61,7 +61,7 @@ def check_optim(entry: Entry, overrides: Sequence[str]) -> None:
     """Raise a UserError if "section.key=value" texts give settings of the learner's optimiser to a method that is fitted without it."""
     given = [text for text in overrides if text.startswith(("optim.", "optim="))]
     if given and issubclass(cls := entry.load(), ShallowMethod):
-        own = ", ".join(f"method.options.{name}" for name in cls.defaults)
+        own = ", ".join(f"method.options.{name}" for name in cls.defaults) or "none"
         raise UserError(f"--set {given[0]}: {entry.title} is fitted without optim and reads none of it; its own options: {own}")
 
 
