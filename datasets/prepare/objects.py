@@ -6,7 +6,6 @@ python -m datasets.prepare_objects --name NAME --npz MESHES.npz
 
 import argparse
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -196,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     output, configs = options.output or Path("dataset") / options.name, Path("configs") / options.name
     _check(options, output, configs)
-    items, others = (read_npz(options.npz), Counter()) if options.npz else read_folder(options.root)
+    items, passed_over = (read_npz(options.npz), []) if options.npz else read_folder(options.root)
     clouds, least = mostly_clouds(items), options.min_class_size or (NPZ_CLASS_SIZE if options.npz else 1)
     labelled = options.labels == "folder" and any(item.object_class for item in items)
     tasks, classes, reasons = make_tasks(items, options.split, labelled, least)
@@ -215,8 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
         skipped |= entry.get("unread", {})
     write_skipped(output / SKIPPED, skipped)
     print(f"{len(skipped)} of {len(tasks)} objects skipped, with their reasons in {output / SKIPPED}")
-    if others:
-        print("files of other kinds:", ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(others.items())))
+    if passed_over:
+        print("passed over:", ", ".join(passed_over))
     points = max(entry["points"] for entry in entries if "files" in entry)
     write_configs(configs, settings, output, manifest["counts"]["train"], points, options.overwrite)
     store_arrays(output, options.name)

@@ -17,7 +17,7 @@ from PIL import Image
 from datasets.images import read_image
 from datasets.prepare.ownership import SPLITS, list_paths, pairs_path
 from datasets.prepare.parallel import DIED, add_writer_options, run_tasks
-from datasets.prepare.tasks import ObjectTask, object_file, printable
+from datasets.prepare.tasks import ObjectTask, files_below, object_file, printable
 from utils.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
@@ -39,13 +39,6 @@ class Item:
     split: str
     label: int
     file: str | None
-
-
-def files_below(folder: Path, suffixes: Sequence[str] | None = None) -> list[Path]:
-    """Return the files anywhere below a folder, with one of the suffixes in any case if given, but for hidden ones; sorted."""
-    files = [path for path in sorted(folder.rglob("*")) if suffixes is None or path.suffix.lower() in suffixes]
-    shown = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    return [path for path in shown if not os.path.isdir(path)]
 
 
 def find_photographs(root: Path, known: Sequence[str]) -> tuple[list[Item], list[str], list[str]]:

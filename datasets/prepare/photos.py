@@ -17,13 +17,12 @@ from datasets.prepare.photographs import (
     IMAGE_SUFFIXES,
     add_pairing_options,
     examine_photographs,
-    files_below,
     find_photographs,
     joint_lists,
     paths_of_pairings,
 )
 from datasets.prepare.readers.modelnet import OFFICIAL, check_official, make_tasks, read_npz
-from datasets.prepare.tasks import printable
+from datasets.prepare.tasks import files_below, printable
 from datasets.prepare.writer import SKIPPED, ObjectTask, write_dataset, write_skipped
 from utils.errors import UserError
 

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +47,20 @@ Records = dict[tuple[str, int], dict]
 def printable(name: str) -> str:
     """Return the name of a file with its bytes that are not UTF-8 written as backslash sequences."""
     return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def files_below(folder: Path, suffixes: Sequence[str] | None = None, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield every file anywhere below a folder, also through links to folders, but not to one that holds the link; hidden ones are ignored.
+
+    Args:
+        suffixes: lower-case, of the files wanted in any case, None for all of them; above: the folders that hold this one.
+    """
+    above |= {folder.resolve()}
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else ():
+        if path.is_dir():
+            yield from files_below(path, suffixes, above) if path.resolve() not in above else ()
+        elif suffixes is None or path.suffix.lower() in suffixes:
+            yield path
 
 
 def object_file(modality: str, split: str, number: int, view: int = 0) -> str:

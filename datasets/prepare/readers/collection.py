@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets.prepare.ownership import SPLITS
 from datasets.prepare.readers.objects import FORMATS, is_cloud, read_archive
-from datasets.prepare.tasks import ObjectTask, printable
+from datasets.prepare.tasks import ObjectTask, files_below, printable
 from utils.errors import UserError
 
 
@@ -40,15 +40,15 @@ class Item:
     others: tuple["Item", ...] = ()
 
 
-def read_folder(folder: Path) -> tuple[list[Item], Counter]:
+def read_folder(folder: Path) -> tuple[list[Item], list[str]]:
     """List the models below a folder: FILE, CLASS/FILE, {train,test}/CLASS/FILE or CLASS/{train,test}/FILE, in any case.
 
     Returns:
-        The objects, and how many files of other kinds there are, by suffix.
+        The objects, and in words what is passed over: files of other kinds, by suffix, and class folders without a model.
     Raises:
         UserError: when there is none, or train/ and test/ lie among others.
     """
-    files = list(_files_below(folder))
+    files = list(files_below(folder))
     paths = [path for path in files if path.suffix.lower() in FORMATS]
     if not paths:
         raise UserError(f"{folder}: expected files {' '.join(FORMATS)} in it or in class folders, found none")
@@ -65,18 +65,13 @@ def read_folder(folder: Path) -> tuple[list[Item], Counter]:
         split = None if depth is None else place[depth].lower()
         classes = place if depth is None else (*place[:depth], *place[depth + 1 :])
         items.append(_examine(Item(name, str(path), "", classes[0] if classes else None, split)))
-    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in FORMATS)
-    return _with_originals(_of_one_format(items)), others
-
-
-def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Yield every file below a folder, also through links to folders, but not to one that holds the link; hidden ones are ignored."""
-    above |= {folder.resolve()}
-    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        if not path.is_dir():
-            yield path
-        elif path.resolve() not in above:
-            yield from _files_below(path, above)
+    suffixes = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in FORMATS)
+    passed_over = [f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(suffixes.items())]
+    filled = {above for path in paths for above in path.parents}
+    folders = sorted(path for level in ("*", "*/*")[: 1 if depth is None else 2] for path in folder.glob(level) if path.is_dir())
+    bare = [printable(path.relative_to(folder).as_posix()) for path in folders if path not in filled and path.name[0] != "."]
+    passed_over += [f"the folder {name}, without a model" for name in bare]
+    return _with_originals(_of_one_format(items)), passed_over
 
 
 def _examine(item: Item) -> Item:

@@ -8,7 +8,8 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from datasets.prepare.ownership import SPLITS
-from datasets.prepare.photographs import IMAGE_SUFFIXES, Item, examine_photographs, files_below
+from datasets.prepare.photographs import IMAGE_SUFFIXES, Item, examine_photographs
+from datasets.prepare.tasks import files_below
 from utils.errors import UserError
 
 NUM_CLASSES, IMAGES_PER_CLASS, VIEWS_PER_MODEL = 21, 500, 12

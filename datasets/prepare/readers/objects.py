@@ -121,6 +121,7 @@ def _unread(data: bytes) -> list[str]:
         found += sorted({*needed, *UNREAD.intersection(content.get("extensionsUsed", ()))})
         drawn, nodes = [entry for mesh in content["meshes"] for entry in mesh["primitives"]], content.get("nodes", [])
         found += ["geometry of or below a camera"] * any("camera" in node and {"children", "mesh"} & node.keys() for node in nodes)
+        found += ["meshes that no scene shows"] * (not any(scene.get("nodes") for scene in content.get("scenes", ())))
         found += ["a skin"] * any("skin" in node for node in nodes)
         found += ["a morph target with a weight"] * any(any(made.get("weights", ())) for made in (*nodes, *content["meshes"]))
         found += ["a triangle fan"] * any(entry.get("mode") == TRIANGLE_FAN for entry in drawn)

@@ -200,6 +200,8 @@ def changed(data: bytes, change) -> bytes:
     (lambda content: content["nodes"][0].update(camera=0, children=[1]), "below a camera"),
     (lambda content: [node.update(camera=0) for node in content["nodes"] if "mesh" in node], "of or below a camera"),
     (lambda content: content["nodes"][0].update(skin=0), "a skin"),
+    (lambda content: content.pop("scenes"), "no scene shows"),
+    (lambda content: content["scenes"][0].update(nodes=[]), "no scene shows"),
     (lambda content: content["meshes"][0].update(weights=[0, 0.5]), "a morph target"),
     (lambda content: content["meshes"][0].update(weights=[0, 0]), None),
     (lambda content: content.update(extensionsUsed=["KHR_lights_punctual"], extensionsRequired=["KHR_materials_unlit"]), None),
@@ -388,6 +390,15 @@ def test_layouts(tmp_path):
     assert layout(tmp_path / "i", "y/2.obj")["x/1.obj"] == ("x", None)
     with pytest.raises(UserError, match="found none"):
         layout(tmp_path / "f", "1.fbx")
+
+
+def test_what_is_passed_over_is_named(tmp_path):
+    for name in ("x/train/1.obj", "x/test/deep/2.obj", "x/test/a.MTL", "x/test/b.mtl", "y/test/1.obj", "y/train/readme", ".git/c"):
+        put(tmp_path / name, "x")
+    (tmp_path / "z").mkdir()
+    assert read_folder(tmp_path)[1] == [
+        "1 without suffix", "2 .mtl", "the folder y/train, without a model", "the folder z, without a model"
+    ]
 
 
 def test_split_and_numbers_owe_nothing_to_the_class(tmp_path):

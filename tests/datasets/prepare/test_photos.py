@@ -106,16 +106,17 @@ def test_names_links_folders_and_damages_of_any_kind_are_listed_or_passed_over(s
     for name in ("x\n1.png", "x\r1.png", os.fsdecode(b"caf\xe9.png"), "album.jpg/inside.png", ".hidden/a.png", "a.gif", "b.GIF", "notes"):
         (tables / name).parent.mkdir(exist_ok=True), (tables / name).write_bytes(whole)
     (tables / "link.jpg").symlink_to("/nowhere"), os.mkfifo(tables / "pipe.jpg")
+    (source / "elsewhere").mkdir(), (source / "elsewhere/one.png").write_bytes(whole), (tables / "more").symlink_to(source / "elsewhere")
     (source / "photos" / os.fsdecode(b"caf\xe9")).mkdir()
     run(source)
     said = capsys.readouterr().out
-    assert "21 photographs of 2 classes, 6 skipped" in said and r"passed over: caf\xe9, zebra" in said
+    assert "22 photographs of 2 classes, 6 skipped" in said and r"passed over: caf\xe9, zebra" in said
     assert "files of other kinds, passed over: 1 without suffix, 2 .gif" in said
     listed = dict(list(csv.reader((source / "made/skipped.csv").open(newline="")))[1:])
     for name, words in (("x\n1", "line break"), ("x\r1", "line break"), (r"caf\xe9", "not UTF-8"), ("profile", "index out of range")):
         assert re.search(words, listed.pop(f"table/{name}.png"))
     assert listed == dict.fromkeys(("table/link.jpg", "table/pipe.jpg"), "no regular file, or a link to nothing")
-    assert sum(len(rows(source, "RGBImg", split)[0]) for split in ("train", "test")) == 21
+    assert sum(len(rows(source, "RGBImg", split)[0]) for split in ("train", "test")) == 22
 
 
 def test_unreadable_photographs_are_listed_with_their_reason(source, capsys):
