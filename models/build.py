@@ -27,7 +27,7 @@ def build_encoders(data: DataConfig, model: ModelConfig, sync_batchnorm: bool = 
     makers = {
         "DGCNN": lambda: models.DGCNN(dim, model.num_neighbors, model.point_width, model.edge_conv),
         "MeshNet": lambda: models.MeshNet(dim, model.mesh_width, model.mesh_mask_ratio, model.mesh_conv_width),
-        "ResNet18": lambda: models.ResNet18(dim, model.image_stages, model.image_precision),
+        "ResNet18": lambda: models.ResNet18(dim, model.image_stages),
     }
     make = lambda name: (
         models.FeatureMLP(data.features[name], model.feature_hidden, dim) if name in data.features else makers[MODALITIES[name].encoder]()

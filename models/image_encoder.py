@@ -17,13 +17,10 @@ class ResNet18(nn.Module):
         embedding_dim: D, dimension of the common space.
         stages: residual stages kept, 1 to 4. Four are the published network; three are for CPU configurations with
             32-pixel images, where the last stage would see a 1 x 1 map at half of the cost.
-        precision: of the trunk's products in training, "float32" or "bfloat16" (weights, statistics and the projection stay in
-            float32, and so does all of it in eval mode).
     """
 
-    def __init__(self, embedding_dim: int, stages: int = 4, precision: str = "float32") -> None:
+    def __init__(self, embedding_dim: int, stages: int = 4) -> None:
         super().__init__()
-        self.precision = precision
         self.backbone = torchvision.models.resnet18(weights=None)
         feature_dim = 64 * 2 ** (stages - 1)
         for dropped in range(stages + 1, 5):
@@ -35,9 +32,4 @@ class ResNet18(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) float, ImageNet-normalised, to embeddings (B, D), not normalised."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        if self.precision == "float32" or not self.training:
-            return self.head(self.backbone(images))
-        with torch.autocast(images.device.type, torch.bfloat16):
-            features = self.backbone(images)
-        return self.head(features.float())
+        return self.head(self.backbone(images.contiguous(memory_format=torch.channels_last)))

@@ -25,9 +25,6 @@ class ModelConfig:
     mesh_conv_width: int = option(256, "channels of MeshNet's first mesh convolution (published: 256)", min=1)
     mesh_mask_ratio: float = option(0.95, "share of faces hidden from MeshNet's maximum in training (published: 0.95)", min=0, below=1)
     image_stages: int = option(4, "residual stages of ResNet18 (published: 4); 3 for 32-pixel images on a CPU", min=1, max=4)
-    image_precision: Literal["float32", "bfloat16"] = option(
-        "float32", "of ResNet18's products in training; bfloat16 is faster where the machine has it: GPUs, CPUs with avx512_bf16 or amx_bf16"
-    )
     pretrained: dict[str, str] = option({}, "modality -> imagenet | none | PATH of a weight file or a run", path=True)
     feature_hidden: int = option(512, "hidden width of the MLP that encodes the modalities of data.features", min=1)
     reads_labels: str | None = option(None, "labels that the initial weights or the run before have read; taken from files that say so")
