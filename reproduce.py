@@ -71,8 +71,10 @@ def scale_of(arguments: argparse.Namespace, mode: str | None, scales: Container[
     """Return the scale that the command line asks for, given a table's own mode and what the protocol has of the data set.
 
     Raises:
-        UserError: on a --scale beside a mode that has a scale of its own.
+        UserError: on frozen features where the table is of trained encoders, or a --scale beside a mode that has a scale of its own.
     """
+    if (arguments.mode, mode) == ("head", "e2e"):
+        raise UserError(f"{arguments.table} is of encoders that are trained: leave --mode out")
     mode = arguments.mode or mode
     if mode != "head" and not (mode == "e2e" and mode in scales):
         return arguments.scale or "full"

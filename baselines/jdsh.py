@@ -15,6 +15,7 @@ Ours: its constants t_l, t_r, min, max belong to AlexNet and bags of words; here
 ranked by h.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from baselines.hashing import GraphHashMethod, cosine
 from baselines.method import COUNT, SHARE, Context
 from utils.engine.seed import generator_for
+from utils.errors import UserError
 
 
 class JDSH(GraphHashMethod):
@@ -39,6 +41,10 @@ class JDSH(GraphHashMethod):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         options, generator, rows = context.settings, generator_for(context.seed, "jdsh"), next(iter(context.features.values()))
+        if options["left_share"] >= options["right_share"]:
+            raise UserError(f"method.options.left_share must be below right_share, {options['right_share']}, got {options['left_share']}")
+        if not math.isclose(total := options["first"] + options["second"] + options["joint"], 1):
+            raise UserError(f"method.options.first, second and joint must sum to 1, got {total:g}")
         size = min(context.batch_size, len(rows))
         others = ~torch.eye(size, dtype=torch.bool)
         batches = (torch.randperm(len(rows), generator=generator)[:size].to(rows.device) for _ in range(options["batches"]))

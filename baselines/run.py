@@ -147,6 +147,8 @@ def _defaults(arguments: argparse.Namespace) -> list[str]:
     if arguments.resume:
         return []
     arguments.config = arguments.config or DEFAULT_CONFIG
+    if any(text.startswith("method.name=") for text in arguments.overrides):
+        raise UserError(f"--set method.name: the method is the first word of the command, found {arguments.method}; leave method.name out")
     data = load_config(BaselineConfig, arguments.config, ["pla.mlm_only_epochs=0", *arguments.overrides]).data
     if len(data.modalities) > 2 and not entry.joint:
         raise UserError(

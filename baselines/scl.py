@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines.dccae import standardised
-from baselines.method import COUNT, POSITIVE, SHARE, Context, Method, Training
+from baselines.method import COUNT, POSITIVE, Context, Method, Training
 
 CRITIC_INPUT = 1024
 BLOCK = 16  # rows of pairs at a time
@@ -86,7 +86,7 @@ class SCL(Method):
 
     training_defaults = Training(dim=512, batch_size=256, epochs=200, learning_rate=1e-4, betas=(0.5, 0.999))
     defaults = {"alpha": 10.0, "beta": 0.01, "gamma": 1.0, "temperature": 0.5, "dropout": 0.5, "critic_width": 64}
-    limits = {"temperature": POSITIVE, "dropout": SHARE, "critic_width": COUNT}
+    limits = {"temperature": POSITIVE, "dropout": {"min": 0, "below": 1}, "critic_width": COUNT}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -1,6 +1,7 @@
 """Settings of a compared method: those of step 1, whose files it reads, with its own optimiser and options."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,6 +81,8 @@ def method_options(cls: type[Method], given: Mapping[str, str]) -> dict[str, Any
             options[key] = SWITCHES[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             raise UserError(f"method.options.{key}: expected {kind.__name__}, got {text!r}") from None
+        if kind is float and not math.isfinite(options[key]):
+            raise UserError(f"method.options.{key}: expected a finite number, got {text!r}")
         limits = cls.limits.get(key, {})
         if problem := broken_limit(options[key], limits):
             raise UserError(f"method.options.{key}: {problem}" + (f" ({limits['doc']})" if "doc" in limits else ""))

@@ -14,7 +14,12 @@ import numpy as np
 from utils.errors import MissingFileError, MissingLabelsError, UserError
 from utils.modalities import MODALITIES
 
+_FEATURES = "python -m baselines.features --config configs/{}/step1.yaml"
 PREPARATION = {
+    "digits_features": _FEATURES.format("digits_small"),
+    "mnist3d_features": _FEATURES.format("mnist3d_small"),
+    "modelnet10_splat_features": _FEATURES.format("modelnet10_splat"),
+    "modelnet40_splat_features": _FEATURES.format("modelnet40_splat"),
     "digits": "python -m datasets.prepare_digits",
     "mnist3d": "python -m datasets.prepare_mnist3d",
     "modelnet10_splat": "python -m datasets.prepare_modelnet --npz modelnet10_points.npz",

@@ -1,6 +1,7 @@
 """Tables of README.md and docs/*.md: what stands between `<!-- table: NAME -->` and `<!-- end -->` is made of results/.
 
-`table: NAME` takes results/NAME.jsonl, `benchmark: NAME` every results/benchmarks/NAME-*.json.
+`table: NAME` takes results/NAME.jsonl, `averages: NAME NAME ...` the averages of several of these, `benchmark: NAME` every
+results/benchmarks/NAME-*.json.
 """
 
 import json
@@ -10,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records import load_table
-from experiments.tables import markdown, table_lines
+from experiments.tables import average_lines, markdown, table_lines
 from utils.files import atomic_write_text
 
 TIMES = ("seconds", "flop_floor_seconds", "byte_floor_seconds")
-MARKED = re.compile(r"(<!-- (table|benchmark): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (table|averages|benchmark): ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FACTS = ("speedup", "old_over_new", "first start", "later start", "items", "memory_ratio", "largest_relative_difference", "difference",
          "differences", "seconds_per_epoch", "seconds_of_both", "mean_seconds", "modelnet40_hours_extrapolated")
 
 
 def rewrite(root: Path, results: Path, protocol: Mapping[str, dict]) -> list[Path]:
     """Replace every marked table of the documents below a folder; return the documents."""
+    load = lambda name: load_table(results / f"{name}.jsonl", protocol)
     makers = {
-        "table": lambda name: "\n".join(table_lines(load_table(results / f"{name}.jsonl", protocol))),
+        "table": lambda name: "\n".join(table_lines(load(name))),
+        "averages": lambda names: "\n".join(average_lines([load(name) for name in names.split()])),
         "benchmark": lambda name: benchmark(results / "benchmarks", name),
     }
     documents = [root / "README.md", *sorted((root / "docs").glob("*.md"))]

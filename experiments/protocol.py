@@ -121,17 +121,21 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
     Args:
         tasks: names (RP, PG ...) to restrict the pairs to; a pair trains both directions. Default: the protocol's.
     Raises:
-        UserError: on an unknown data set or task, or a scale that the data set does not have.
+        UserError: on an unknown data set or task, a task without data, or a scale that the data set does not have.
     """
     known, folders = protocol["datasets"], [f"configs/{dataset}_cpu"] * (scale == "small") + [f"configs/{dataset}"]
     found = [folder for folder in folders if (REPOSITORY / folder / "step1.yaml").is_file()]
     if dataset not in known and not found:
         raise UserError(f"unknown data set {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}, and folders of configs/")
-    entry = known[dataset] if dataset in known else {scale: {"config": found[0]}}
+    entry = known[dataset] if dataset in known else {size: {"config": found[0]} for size in ("full", "small")}
     if scale not in entry:
-        raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {', '.join(key for key in SCALES if key in entry)}")
+        names = ", ".join(key for key in SCALES if key in entry)
+        raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {names}; docs/reproduce.md says how to --add one")
     options = entry[scale]
     pairs = [pair_of(task) for task in tasks] or options.get("pairs")
+    without = {task for task in tasks if pair_of(task) in options.get("absent", ()) or options.get("pairs") == []}
+    if without:
+        raise UserError(f"--tasks {' '.join(sorted(without))}: the data of {dataset} for it cannot be had; leave it out, tables say so")
     if not pairs and "pairs" not in options:  # those of its configuration
         data = load_config(Step1Config, str(REPOSITORY / options["config"] / "step1.yaml"), options.get("step1", ())).data
         pairs = [pair_of("".join(MODALITIES[name].letter for name in data.modalities))]

@@ -15,6 +15,7 @@ from utils.files import atomic_write_text
 
 FACTS = ("batch_size", "learning_rate", "lambda_1", "lambda_2", "alpha")
 NO_DATA = "not run: data"  # a task of the paper whose samples cannot be had
+PLACES = {"head scale": "features", "full scale": "end to end"}  # of a comparison's averages
 DRAWN = {"sensitivity": plots.draw_sensitivity, "curves": plots.draw_curves, "shapes": plots.draw_shapes}
 
 
@@ -39,6 +40,21 @@ def table_lines(table: Table) -> list[str]:
     calls = [f"`{record['call']}`" for record in table.shown.values() if "call" in record][-1:]
     parts = [[title], [*_settings_lines(table), *body], [f"- {note}" for note in options.get("notes", [])], calls]
     return "\n\n".join("\n".join(part).strip("\n") for part in parts if part).split("\n")
+
+
+def average_lines(tables: Sequence[Table]) -> list[str]:
+    """Return the averages of the rows of several tables side by side, the paper's in front of the first table on a data set of the paper."""
+    columns: dict[str, dict[str, str]] = {}
+    for table in tables:
+        summaries = summarize(table)
+        tasks = tasks_of(table, summaries)
+        printed = {entry.title: _printed(table, entry, "avg", tasks) for entry in summaries if "paper" in entry.options}
+        if printed:
+            columns.setdefault(f"paper, {table.paper_dataset}", printed)
+        words = (table.place or table.name).split(", ")[:2]
+        columns[", ".join(PLACES.get(word, word) for word in words)] = {entry.title: _score(entry, "avg").partition(" [")[0] for entry in summaries}
+    rows = dict.fromkeys(row for column in columns.values() for row in column)
+    return markdown([["row", *columns], *([row, *(column.get(row, "") for column in columns.values())] for row in rows)])
 
 
 def markdown(rows: Sequence[Sequence[object]]) -> list[str]:

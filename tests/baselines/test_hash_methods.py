@@ -119,6 +119,9 @@ def test_thresholds_of_jdsh_come_from_the_training_set():
     assert (joint < left).float().mean().item() == pytest.approx(0.05, abs=0.02)
     assert (joint > right).float().mean().item() == pytest.approx(0.05, abs=0.02)
     assert JDSH(context).thresholds == method.thresholds  # of a seed
+    for changed, words in (({"left_share": 0.95}, "left_share must be below right_share"), ({"first": 0.8}, "must sum to 1, got 1.4")):
+        with pytest.raises(UserError, match=words):
+            JDSH(context_of("jdsh", FEATURES, dtype=torch.float64, settings=changed))
 
 
 def test_dgcpn_graph():

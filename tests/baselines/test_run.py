@@ -140,6 +140,9 @@ def test_resumed_equals_uninterrupted(folder, tmp_path, monkeypatch):
     again = json.loads((broken / "metrics.json").read_text())
     assert {key: again[key] for key in metrics if key.startswith(("map/", "sign/"))} == {
         key: metrics[key] for key in metrics if key.startswith(("map/", "sign/"))}
+    with pytest.raises(UserError, match="first word of the command, found toy; leave method.name out"):
+        call("toy", folder, tmp_path, "method.name=cut", out="none")
+    assert not (tmp_path / "none").exists()
     with pytest.raises(UserError, match="is a run of toy, not of cut"):
         run.main(["cut", "--resume", str(broken)])
 
@@ -215,6 +218,7 @@ def test_options_that_do_not_fit(given, problem):
     ("kcca", "landmarks=0", "must be at least 1, got 0"), ("meda", "rounds=0", "must be at least 1, got 0"),
     ("jdsh", "left_share=2", "must be at most 1, got 2"), ("dgcpn", "neighbours=40", "must be at most 1, got 40 .a share of the training pairs"),
     ("pt_fuch", "temperature=0", "must be above 0, got 0"), ("dccae", "ridge=-1", "must be at least 0, got -1"),
+    ("ucch", "margin=nan", "expected a finite number, got 'nan'"), ("scl", "dropout=1", "must be below 1, got 1"),
 ])
 def test_options_out_of_range(name, text, problem):
     key, _, value = text.partition("=")

@@ -75,7 +75,10 @@ def test_missing_things_are_named(tmp_path):
     path = make(tmp_path, ["a_1.png 0", "gone_2.png 0"], files=["a_1.png"])
     with pytest.raises(UserError, match="row 2.*gone_2.png"):
         read(path)
-    for dataset, words in (("digits", "datasets.prepare_digits"), ("mnist3d", "datasets.prepare_mnist3d"), ("own", "docs/data.md")):
+    for dataset, words in (
+        ("digits", "datasets.prepare_digits"), ("mnist3d", "datasets.prepare_mnist3d"), ("own", "docs/data.md"),
+        ("digits_features", "baselines.features --config configs/digits_small/step1.yaml"),
+    ):
         with pytest.raises(UserError, match=words):
             read(default_list_path(tmp_path / "none", dataset, "RGBImg", "train"))
 

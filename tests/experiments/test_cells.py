@@ -130,6 +130,8 @@ def test_an_added_file_brings_data_sets_tables_and_rows(tmp_path):
     names = [row.name for row in expand(protocol["tables"]["table4"], setup, [0])]
     assert names[0] == "RCLL" and names[-1] == "GCE, more of it" and len(protocol["tables"]["mine"]["rows"]) == 1
     assert find_setup(protocol, "smoke", "full").config == Path("configs/smoke")  # a folder of configs/ is enough
+    with pytest.raises(UserError, match="smoke has no scale 'head' in the protocol, it has: full, small; .*--add"):
+        find_setup(protocol, "smoke", "head")  # it names no features
     for text, message in (("{rows: {GCE: {step3: []}}}", "rows.GCE: unknown key 'step3', did you mean"),
                           ("{baseline: nothing}", "compared with 'nothing'"), ("{rows: {GCE: {by: luck}}}", "ranked by 'luck'; known: embedding; "), ("{rows: {GCE: {against: none}}}", "compared with 'none'")):
         added.write_text(f"tables: {{table4: {text}}}")
@@ -214,6 +216,9 @@ def test_the_comparison_trains_every_row_of_a_seed_on_the_same_features():
     order = [cell.id for cell in all_cells(rows_of("table2", setup))]
     assert all(order.index(need.id) < order.index(cell.id) for cells in rows.values() for cell in cells[0].values() for need in cell.rests_on())
     assert not any(row.cells[0] for row in rows_of("table3", find_setup(PROTOCOL, "mi3dor", "head")))
+    for dataset, task in (("modelnet10", "MR"), ("mi3dor", "RM"), ("rgbd_object", "GP")):
+        with pytest.raises(UserError, match=f"--tasks {task}: the data of {dataset} for it cannot be had"):
+            find_setup(PROTOCOL, dataset, "head", ["RP", task] if dataset == "modelnet10" else [task])
 
 
 def test_a_method_end_to_end_trains_as_long_as_both_stages_and_is_another_one_where_they_are_longer():

@@ -167,5 +167,8 @@ def test_the_scale_of_a_comparison(line, scales, scale):
             reproduce.scale_of(arguments, "head", scales)
         return
     assert reproduce.scale_of(arguments, "head", scales) == scale
+    if arguments.mode == "head":
+        with pytest.raises(UserError, match="table2 is of encoders that are trained: leave --mode out"):
+            reproduce.scale_of(arguments, "e2e", scales)
     words = reproduce.command_of(arguments, scale).split()
     assert ("--scale" in words) == (scale in ("small", "full")) and (scale not in ("small", "full") or scale in words)
