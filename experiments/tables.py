@@ -43,7 +43,7 @@ def table_lines(table: Table) -> list[str]:
 
 
 def average_lines(tables: Sequence[Table]) -> list[str]:
-    """Return the averages of the rows of several tables side by side, the paper's in front of the first table on a data set of the paper."""
+    """Return the averages of several tables' rows side by side, the paper's in front of the first table on a data set of the paper."""
     columns: dict[str, dict[str, str]] = {}
     for table in tables:
         summaries = summarize(table)
@@ -52,7 +52,8 @@ def average_lines(tables: Sequence[Table]) -> list[str]:
         if printed:
             columns.setdefault(f"paper, {table.paper_dataset}", printed)
         words = (table.place or table.name).split(", ")[:2]
-        columns[", ".join(PLACES.get(word, word) for word in words)] = {entry.title: _score(entry, "avg").partition(" [")[0] for entry in summaries}
+        ours = {entry.title: _score(entry, "avg").partition(" [")[0] for entry in summaries}
+        columns[", ".join(PLACES.get(word, word) for word in words)] = ours
     rows = dict.fromkeys(row for column in columns.values() for row in column)
     return markdown([["row", *columns], *([row, *(column.get(row, "") for column in columns.values())] for row in rows)])
 
