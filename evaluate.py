@@ -75,7 +75,7 @@ def training_anchors(trained: TrainedRun, test: PairedSamples, device: torch.dev
             check_disjoint(rows, test.lists[name])
         learned = trained.state["learner"]["inputs"]
         if any(learned.get(name, found) != found for name, found in samples.fingerprints.items()):
-            raise UserError(f"the training lists in {data.root} are not those that it learned from")
+            raise UserError(f"the training lists in {data.root} are not those that it learned from, so test objects may be among those")
     except UserError as reason:
         print(f"no ranking by way of the training set of {trained.run.folder}: {reason}", file=sys.stderr)
         return None

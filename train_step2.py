@@ -143,7 +143,7 @@ def train_round(arguments: argparse.Namespace) -> Session | None:
 
     def build(samples: PairedSamples) -> RDLLearner:
         rdl = session.config.rdl
-        labels = load_pseudo_labels(rdl.pseudo_labels, samples.lists, session.config.data, rdl.num_clusters, rdl.confidence)
+        labels = load_pseudo_labels(rdl.pseudo_labels, samples, session.config.data, rdl.num_clusters, rdl.confidence)
         note_origin(session, labels)
         return RDLLearner(session.config, samples, labels, session.device)
 

@@ -114,7 +114,7 @@ def write_annotation(
     provenance = {
         "run_id": run.run_id, "stage": learner.stage, "epoch": config.optim.epochs, "config_hash": config_hash(config),
         "git_sha": environment.get("git_sha"), "seed": config.run.seed, "pairing": config.data.pairing,
-        "reads_labels": config.model.reads_labels,
+        "reads_labels": config.model.reads_labels, "inputs": learner.samples.contents,
         "agreement": annotation.agreement, "reliability": annotation.reliability, "clusters": dict(clusters),
     }
     for name, labels in annotation.ids.items():

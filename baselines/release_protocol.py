@@ -80,7 +80,7 @@ def train(request: argparse.Namespace, stage: str, given: list[str]) -> tuple[Ru
             samples, labels = pair_by_class(samples, labels, config.run.seed)
         if stage == "step1":
             return ReleasePLA(config, samples, device, departures, labels)
-        found = load_pseudo_labels(config.rdl.pseudo_labels, samples.lists, config.data)
+        found = load_pseudo_labels(config.rdl.pseudo_labels, samples, config.data)
         note_origin(session, found)
         return ReleaseRDL(config, samples, found, device, departures)
 

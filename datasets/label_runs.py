@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets.lists import SampleList
 from datasets.pseudo_labels import COMMAND, posteriors_path, pseudo_label_path, read_origin, read_posteriors, read_pseudo_labels
+from datasets.samples import PairedSamples
 from utils.engine.run_log import RunLog
 from utils.errors import UserError
 from utils.settings.data_options import DataConfig
@@ -81,18 +81,19 @@ class PseudoLabels:
 
 
 def load_pseudo_labels(
-    folder: str, lists: Mapping[str, SampleList], data: DataConfig, num_clusters: int | None = None, confidence: bool = False
+    folder: str, samples: PairedSamples, data: DataConfig, num_clusters: int | None = None, confidence: bool = False
 ) -> PseudoLabels:
     """Read the pseudo-label file of every modality.
 
     Args:
-        folder: of the files; lists: modality -> training list; data: settings of the run that will learn from them.
+        folder: of the files; samples: of training; data: settings of the run that will learn from them.
         num_clusters: K, for files without a meta file.
         confidence: whether to read the posteriors too.
     Raises:
         UserError: as `read_pseudo_labels`, and if the files disagree on K, come from different runs, were made with another
-            pairing, or by a round that did not help.
+            pairing or of other samples under the same names, or by a round that did not help.
     """
+    lists = samples.lists
     paths = {name: pseudo_label_path(folder, data.dataset, name) for name in lists}
     read = {name: read_pseudo_labels(path, lists[name], dataset=data.dataset, num_clusters=num_clusters) for name, path in paths.items()}
     counts = {name: count for name, (_, count) in read.items()}
@@ -110,6 +111,14 @@ def load_pseudo_labels(
         raise UserError(
             f"the labels in {folder} were made with data.pairing: {pairing}, this run has {data.pairing}; what the labels of one "
             "run taught must not pass as another: use the same pairing in both steps"
+        )
+    made_of = origin.get("inputs") or {}
+    equal_shapes = {name: now for name, now in samples.contents.items() if made_of.get(name, [])[:1] == now[:1]}
+    others = [name for name, now in equal_shapes.items() if made_of[name] != now]
+    if others:
+        raise UserError(
+            f"the labels in {folder} were made of other samples of {', '.join(others)} than {data.root} has now under the same names: "
+            f"repeat {COMMAND}. If they are the same objects, prepared anew, remove \"inputs\" from the .meta.json files in {folder}"
         )
     check_it_helped(folder, origin)
     labels = {name: torch.from_numpy(values) for name, (values, _) in read.items()}

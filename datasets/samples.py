@@ -48,6 +48,11 @@ class PairedSamples:
         """Number of samples of every modality."""
         return {name: len(array) for name, array in self.arrays.items()}
 
+    @property
+    def contents(self) -> dict[str, list]:
+        """Modality -> [shape, sha256] of its array, where that is known: of one shape, others are other samples."""
+        return {name: [list(self.arrays[name].shape), digest] for name, digest in self.fingerprints.items()}
+
 
 def load_training_samples(data: DataConfig, device: torch.device) -> PairedSamples:
     """Read the training lists of `data.modalities` and their files, without labels.

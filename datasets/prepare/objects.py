@@ -17,7 +17,7 @@ import yaml
 from datasets.prepare.first_use import store_arrays
 from datasets.prepare.ownership import mesh_packages, read_journal
 from datasets.prepare.parallel import add_writer_options, user_path
-from datasets.prepare.readers.collection import Item, make_tasks, mostly_clouds, read_folder, read_npz
+from datasets.prepare.readers.collection import Item, make_tasks, mostly_clouds, read_folder, read_npz, remarks
 from datasets.prepare.readers.modelnet import to_z_up
 from datasets.prepare.readers.objects import FORMATS, GLTF, joined, read_cloud, read_npz_parts, read_parts, vertical_axis
 from datasets.prepare.recipe import Recipe, add_recipe_options, modalities_of_cloud, modalities_of_mesh, thinned
@@ -35,6 +35,7 @@ SHARED = Path("configs/shared")  # of the repository, where the command must run
 BATCH, POINTS, SUBSETS = 128, 128, 4  # of configs/shared/ours_cpu_*
 SAMPLES_SEEN = 48_000  # in training, as in configs/modelnet10_splat
 MOST_EPOCHS = 100
+FEWEST = 2  # training objects
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,9 @@ def write_configs(folder: Path, settings: Mapping, root: Path, size: int, points
     epochs = min(max(round(SAMPLES_SEEN / size), 12), MOST_EPOCHS)
     texts = {"data": yaml.safe_dump({"data": data}, sort_keys=False, default_flow_style=None, allow_unicode=True)}
     from utils.evaluation.consensus import NEIGHBOURS  # with what clusters; the processes that read files do without
-    few = ", num_clusters: 2" if size <= NEIGHBOURS else ""
+    few = "pla: {num_clusters: 2}   # too few objects for a neighbour graph\n" if size <= NEIGHBOURS else ""
     lasts = {
-        1: f"pla: {{mlm_only_epochs: {epochs}{few}}}   # the communities at the end are the pseudo-labels\n",
+        1: few,
         2: "eval: {representation: joint}   # kinds of few objects make unsure clusters, which the embedding makes up for\n",
     }
     for step, last in lasts.items():
@@ -197,6 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
     _check(options, output, configs)
     items, passed_over = (read_npz(options.npz), []) if options.npz else read_folder(options.root)
     clouds, least = mostly_clouds(items), options.min_class_size or (NPZ_CLASS_SIZE if options.npz else 1)
+    if clouds and options.texture:
+        raise UserError("--texture is for meshes, and these are clouds, whose pictures are always neutral: leave it out")
     labelled = options.labels == "folder" and any(item.object_class for item in items)
     tasks, classes, reasons = make_tasks(items, options.split, labelled, least)
     named = f"{len(classes)} classes ({', '.join(classes[:8])}{', ...' * (len(classes) > 8)})" if classes else "no classes"
@@ -216,9 +219,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{len(skipped)} of {len(tasks)} objects skipped, with their reasons in {output / SKIPPED}")
     if passed_over:
         print("passed over:", ", ".join(passed_over))
-    points = max(entry["points"] for entry in entries if "files" in entry)
-    write_configs(configs, settings, output, manifest["counts"]["train"], points, options.overwrite)
+    print("".join(f"note: {remark}\n" for remark in remarks(items, classes, entries)), end="")
+    points, size = max(entry["points"] for entry in entries if "files" in entry), manifest["counts"]["train"]
+    write_configs(configs, settings, output, size, points, options.overwrite)
     store_arrays(output, options.name)
     if not classes:
         print("no labels: both steps train without them; evaluation will say that it needs them")
+    if size < FEWEST:
+        print(f"{size} training object, both steps need {FEWEST}: add objects or choose another --split, and repeat this with --overwrite")
+        return
     print(f"train on it:\n  python train_step1.py --config {configs}/step1.yaml\n  python train_step2.py --config {configs}/step2.yaml")

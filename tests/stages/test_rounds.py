@@ -172,6 +172,28 @@ def test_a_round_that_did_not_help_starts_no_other(recipe, small_digits, tmp_pat
         train_step2.main(settings(small_digits, tmp_path, 2, *STEP2, f"rdl.pseudo_labels={labels}"))
 
 
+def test_labels_of_other_samples_under_the_same_names_are_refused(recipe, small_digits, tmp_path):
+    _, runs = recipe
+    labels = tmp_path / "run" / "pseudo_labels"
+    shutil.copytree(runs[1] / "pseudo_labels", labels)
+    metas = [path.with_name(f"{path.name}.meta.json") for path in (pseudo_label_path(labels, "digits", name) for name in ("GrayImg", "PointCloud"))]
+    written = [json.loads(meta.read_text()) for meta in metas]
+    made_of = written[0]["provenance"]["inputs"]
+    assert made_of.keys() == {"GrayImg", "PointCloud"} and made_of["PointCloud"][0][1::2] == [1, 3] and len(made_of["PointCloud"][1]) == 64
+    shape, digest = made_of["PointCloud"]
+    command = [*settings(small_digits, tmp_path, 2, *STEP2, f"rdl.pseudo_labels={labels}", "optim.epochs=1", "rdl.start=fresh")]
+    for inputs, words in (({"PointCloud": [shape, digest[::-1]]}, "made of other samples of PointCloud.*repeat.*remove"),
+                          ({"PointCloud": [[*shape[:2], 9, 3], digest[::-1]]}, None), (None, None)):
+        for meta, content in zip(metas, written):
+            content["provenance"]["inputs"] = inputs
+            meta.write_text(json.dumps(content))
+        if words:
+            with pytest.raises(UserError, match=words):
+                train_step2.main(command)
+        else:
+            train_step2.main(command)
+
+
 def test_confidence_weighs_samples(recipe, small_digits, tmp_path):
     _, runs = recipe
     (weighted,) = log_lines(trained(small_digits, tmp_path, 2, *STEP2, "rdl.confidence=true", "optim.epochs=1", "--from", str(runs[1])))

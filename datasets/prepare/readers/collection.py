@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ from datasets.prepare.ownership import SPLITS
 from datasets.prepare.readers.objects import FORMATS, is_cloud, read_archive
 from datasets.prepare.tasks import ObjectTask, files_below, printable
 from utils.errors import UserError
+
+HALVES = {*SPLITS, "val", "valid", "validation"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def read_folder(folder: Path) -> tuple[list[Item], list[str]]:
     places = [tuple(name.split("/")[:-1]) for name in names]
     levels = [{place[depth].lower() if len(place) > depth else "" for place in places} for depth in (0, 1)]
     depth = next((depth for depth, level in enumerate(levels) if set(SPLITS) <= level), None)
+    _check_root(folder, places, levels[0], depth)
     if depth is not None and levels[depth] != set(SPLITS):
         others = ", ".join(sorted(f"{name}/" if name else "files" for name in levels[depth] - set(SPLITS)))
         where = f"{folder} holds" if depth == 0 else f"the class folders of {folder} hold"
@@ -69,9 +72,40 @@ def read_folder(folder: Path) -> tuple[list[Item], list[str]]:
     passed_over = [f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(suffixes.items())]
     filled = {above for path in paths for above in path.parents}
     folders = sorted(path for level in ("*", "*/*")[: 1 if depth is None else 2] for path in folder.glob(level) if path.is_dir())
-    bare = [printable(path.relative_to(folder).as_posix()) for path in folders if path not in filled and path.name[0] != "."]
-    passed_over += [f"the folder {name}, without a model" for name in bare]
+    bare = [path.relative_to(folder) for path in folders if path not in filled and path.parent in {folder, *filled}]
+    passed_over += [f"the folder {printable(path.as_posix())}, without a model" for path in bare if path.name[0] != "."]
     return _with_originals(_of_one_format(items)), passed_over
+
+
+def _check_root(folder: Path, places: list[tuple[str, ...]], first: set[str], depth: int | None) -> None:
+    """Refuse a folder above or beside the one that is meant, whose halves or whose own name would pass for classes."""
+    deeper = {place[2].lower() if len(place) > 2 else "" for place in places}
+    if len(first) == 1 and first != {""} and ((depth == 1 and deeper != {""}) or (depth is None and deeper == set(SPLITS))):
+        inner = folder / Path(places[0][0])
+        raise UserError(f"{folder} holds {inner.name}/ alone, with train/ and test/ or class folders with these in it: give --root {inner}")
+    if depth is None and first <= HALVES:
+        names = ", ".join(f"{name}/" for name in sorted(first))
+        raise UserError(f"{folder} holds {names}; expected train/ and test/, or class folders: rename them, or give --root one of them")
+
+
+def remarks(items: Sequence[Item], classes: Sequence[str], entries: Collection[Mapping]) -> list[str]:
+    """Say what makes scores of a finished data set worthless: copies in both halves, classes that one half lacks.
+
+    Args:
+        entries: of its journal.
+    """
+    found, splits = [], {}
+    for item in (item for item in items if item.split and not item.reason):
+        splits.setdefault(item.original, []).append(item.split)
+    copies = sum(halves.count("test") for halves in splits.values() if set(halves) == set(SPLITS))
+    if copies:
+        found.append(f"{copies} test objects have the content of training ones: scores will count what was learned by heart")
+    labels = {split: {entry["label"] for entry in entries if entry["split"] == split and "files" in entry} for split in SPLITS}
+    for split in SPLITS:
+        bare = [name for label, name in enumerate(classes) if label not in labels[split]]
+        if bare:
+            found.append(f"{len(bare)} of {len(classes)} classes have no {split} object: {', '.join(bare[:8])}{', ...' * (len(bare) > 8)}")
+    return found
 
 
 def _examine(item: Item) -> Item:

@@ -14,7 +14,7 @@ from datasets.prepare.readers.modelnet import read_arrays
 from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.readers.off import read_off
 from datasets.prepare.readers.pcd import read_pcd
-from datasets.prepare.readers.ply import read_ply
+from datasets.prepare.readers.ply import read_ply, widened
 from datasets.prepare.shapes.looks import Part, keep_vertex_colours, look_of
 from datasets.prepare.shapes.mesh import MeshError, triangle_areas
 
@@ -35,6 +35,10 @@ def is_cloud(path: Path, data: bytes) -> bool:
     suffix = path.suffix.lower()
     surface = _promised(data, "face") + _promised(data, "tristrips")
     return suffix in CLOUDS or (suffix == ".ply" and _promised(data, "vertex") > 0 == surface)
+
+
+def _content(path: Path) -> bytes:
+    return widened(path.read_bytes()) if path.suffix.lower() == ".ply" else path.read_bytes()
 
 
 def _promised(data: bytes, element: str) -> int:
@@ -70,7 +74,7 @@ def read_parts(path: Path, texture: bool) -> list[Part]:
         MeshError: when it is cut short, has no triangle, a vertex that is not finite, or lacks one. trimesh's readers raise
             anything on other damages.
     """
-    suffix, data = path.suffix.lower(), path.read_bytes()
+    suffix, data = path.suffix.lower(), _content(path)
     reader = {".off": read_off, ".obj": read_obj, ".ply": read_ply}.get(suffix)
     if reader is None:
         return _painted(path, data) if texture else _scene(path, data, texture=False)
@@ -104,7 +108,8 @@ def _load(path: Path, data: bytes, texture: bool = False) -> list[Any]:
     unread = _unread(data) if gltf else ()
     if unread:
         raise MeshError(f"not read: {', '.join(unread)}; export it without, uncompressed")
-    resolver = trimesh.resolvers.FilePathResolver(str(path))  # finds textures and buffers; a path must be UTF-8 to be loaded
+    # finds buffers, in and below the folder of the file, and textures, anywhere; a path must be UTF-8 to be loaded
+    resolver = trimesh.resolvers.FilePathResolver(str(path), allow_anywhere=texture)
     plain = {"skip_materials": True} if gltf and not texture else {}
     scene = trimesh.load_scene(io.BytesIO(data), file_type=path.suffix[1:].lower(), resolver=resolver, process=False, **plain)
     for mesh in scene.geometry.values() if gltf and texture else ():
@@ -174,7 +179,7 @@ def read_cloud(path: Path) -> tuple[np.ndarray, int]:
     Raises:
         MeshError: when it is cut short, holds no points, or something else. trimesh and NumPy raise anything on other damages.
     """
-    suffix, data = path.suffix.lower(), path.read_bytes()
+    suffix, data = path.suffix.lower(), _content(path)
     if suffix == ".pcd":
         return read_pcd(data)
     least = max(_promised(data, "vertex"), 1) if suffix == ".ply" else 1

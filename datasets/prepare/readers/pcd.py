@@ -106,6 +106,9 @@ def _split(data: bytes) -> tuple[dict[str, list[str]], bytes]:
         lines.update(WIDTH=lines.get("POINTS", ["none"]), HEIGHT=["1"])
     if "POINTS" not in lines and lines["WIDTH"][0].isdecimal() and lines["HEIGHT"][0].isdecimal():
         lines["POINTS"] = [str(int(lines["WIDTH"][0]) * int(lines["HEIGHT"][0]))]
+    if lines["DATA"] == ["ascii"]:  # text may have more digits than the single precision that it promises
+        kinds = zip(lines["SIZE"], [*lines["TYPE"], *lines["SIZE"]], strict=False)
+        lines["SIZE"] = ["8" if kind == ("4", "F") else kind[0] for kind in kinds]
     return {**lines, "VERSION": ["0.7"]}, data[start:]
 
 

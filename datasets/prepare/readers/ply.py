@@ -1,6 +1,7 @@
 """Reads PLY meshes that trimesh does not: with plyfile, which is slow, but notices where a text ends and knows polygons of any size."""
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -8,7 +9,14 @@ import numpy as np
 from datasets.prepare.readers.polygons import triangulate
 from datasets.prepare.shapes.mesh import MeshError
 
+SINGLE = re.compile(rb"(?m)^(\s*property\s+)float(?:32)?\b")
 CORNERS = ("vertex_indices", "vertex_index")
+
+
+def widened(data: bytes) -> bytes:
+    """Return a PLY file whose text is read in double precision: coordinates of the world have more digits than the single they promise."""
+    header, end, body = data.partition(b"end_header")
+    return SINGLE.sub(rb"\1double", header) + end + body if b"format ascii" in header else data
 
 
 def read_ply(data: bytes) -> tuple[np.ndarray, np.ndarray]:

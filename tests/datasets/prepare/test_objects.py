@@ -17,7 +17,7 @@ import train_step1
 from datasets.lists import read_labelled_list
 from datasets.prepare import objects
 from datasets.prepare.ownership import read_journal
-from datasets.prepare.readers.collection import Item, make_tasks, read_folder, read_npz
+from datasets.prepare.readers.collection import Item, make_tasks, read_folder, read_npz, remarks
 from datasets.prepare.readers.objects import joined, read_cloud, read_npz_parts, read_parts
 from datasets.prepare.shapes.looks import look_of
 from datasets.prepare.shapes.mesh import MeshError, triangle_areas
@@ -271,6 +271,41 @@ def test_no_colour_is_invented_and_none_lost(tmp_path, trimesh):
         assert look.shape == (12, 3) and np.abs(look.astype(int) - [200, green, 20]).max() <= 1
 
 
+def test_a_texture_may_lie_beside_the_folder_of_its_model(tmp_path, trimesh):
+    """As in ShapeNet: models/model_normalized.obj and .mtl, images/texture0.png."""
+    models, images = tmp_path / "1/models", tmp_path / "1/images"
+    models.mkdir(parents=True), images.mkdir()
+    textured_box(trimesh).export(models / "model.obj", mtl_name="model.mtl")
+    (picture,) = re.findall(r"map_Kd (\S+)", (models / "model.mtl").read_text())
+    (models / picture).rename(images / picture)
+    (models / "model.mtl").write_text((models / "model.mtl").read_text().replace(picture, f"../images/{picture}"))
+    ((_, triangles, look),) = read_parts(models / "model.obj", True)
+    assert look is not None and read_parts(models / "model.obj", False)[0][2] is None and len(triangles) == 12
+    shutil.rmtree(images)
+    assert read_parts(models / "model.obj", True)[0][2] is None
+
+
+@pytest.mark.parametrize("faces", [0, 1])
+def test_text_has_more_digits_than_the_single_precision_that_its_header_promises(tmp_path, trimesh, faces):
+    points = np.random.default_rng(0).uniform(size=(40, 3)) + [691000, 5335000, 500]
+    header = ["ply", "format ascii 1.0", "element vertex 40", *(f"property float {axis}" for axis in "xyz"), "property uchar red"]
+    header += ["element face 1", "property list uchar int vertex_indices"] * faces + ["end_header"]
+    rows = [f"{' '.join(f'{value:.6f}' for value in row)} 7" for row in points] + ["3 0 1 2"] * faces
+    path = put(tmp_path / "a.ply", "\n".join([*header, *rows, ""]))
+    read = read_parts(path, False)[0][0][:3] if faces else read_cloud(path)[0]
+    assert np.abs(read - points[: len(read)]).max() < 1e-5
+
+
+def test_what_clouds_cannot_do_or_too_few_objects_is_said(here, capsys):
+    for number in range(2):
+        (here / "scans").mkdir(exist_ok=True), np.save(here / f"scans/{number}.npy", np.random.default_rng(number).normal(size=(40, 3)))
+    with pytest.raises(UserError, match="--texture is for meshes, and these are clouds"):
+        objects.main(["--name", "two", "--root", "scans", "--texture", *SMALL])
+    objects.main(["--name", "two", "--root", "scans", *SMALL])
+    said = capsys.readouterr().out
+    assert "1 training object, both steps need 2" in said and "train on it" not in said
+
+
 def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
     rng = np.random.default_rng(0)
     for number in range(24):
@@ -287,7 +322,7 @@ def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
     rows = Path("dataset/scans/scans_PointCloud_train_list.txt").read_text().splitlines()
     assert all(row.endswith(".npy") for row in rows) and np.load(Path("dataset/scans") / rows[0]).shape == (32, 3)
     assert not Path("dataset/scans/scans_Mesh_train_list.txt").exists()
-    train_step1.main(["--config", "configs/scans/step1.yaml", "--set", "optim.epochs=1", "pla.mlm_only_epochs=1", "run.device=cpu",
+    train_step1.main(["--config", "configs/scans/step1.yaml", "--set", "optim.epochs=1", "run.device=cpu",
                       "data.modalities=[GrayImg,PointCloud]", "data.image_size=16", "data.image_resize=16", "model.point_width=32",
                       "model.embedding_dim=16", "run.figures=false"])
     (run,) = Path("runs/scans/step1").iterdir()
@@ -390,10 +425,34 @@ def test_layouts(tmp_path):
     assert layout(tmp_path / "i", "y/2.obj")["x/1.obj"] == ("x", None)
     with pytest.raises(UserError, match="found none"):
         layout(tmp_path / "f", "1.fbx")
+    assert layout(tmp_path / "j", "02691156/one/models/m.obj") == {"02691156/one/models/m.obj": ("02691156", None)}
+
+
+@pytest.mark.parametrize("names,words", [
+    (("train/x/1.obj", "val/x/1.obj"), "holds train/, val/; expected train/ and test/, or class folders: rename them, or give --root one"),
+    (("Train/x/1.obj", "Train/y/1.obj"), "holds train/; expected"), (("Net/train/x/1.obj", "Net/test/x/1.obj"), "holds Net/ alone.*give --root .*Net$"),
+    (("Net/x/train/1.obj", "Net/y/test/1.obj"), "holds Net/ alone.*give --root .*Net$"),
+])
+def test_a_folder_beside_or_above_the_one_that_is_meant(tmp_path, names, words):
+    with pytest.raises(UserError, match=words):
+        layout(tmp_path, *names)
+
+
+def test_what_makes_scores_worthless_is_said(tmp_path):
+    for number, name in enumerate(("train/x/1.obj", "train/y/1.obj", "test/x/1.obj", "test/x/2.obj")):
+        put(tmp_path / name, f"{min(number, 2)}")
+    put(tmp_path / "test/x/3.obj", "1")
+    entries = [{"label": label, "split": split, "files": {}} for split, label in (("train", 0), ("train", 1), ("test", 0))]
+    entries.append({"label": 1, "split": "test", "left_out": "broken"})
+    assert remarks(read_folder(tmp_path)[0], ["x", "y"], entries) == [
+        "1 test objects have the content of training ones: scores will count what was learned by heart",
+        "1 of 2 classes have no test object: y",
+    ]
+    assert remarks([Item("1.obj", "", "", "x", original="1.obj")] * 2, [], entries) == []
 
 
 def test_what_is_passed_over_is_named(tmp_path):
-    for name in ("x/train/1.obj", "x/test/deep/2.obj", "x/test/a.MTL", "x/test/b.mtl", "y/test/1.obj", "y/train/readme", ".git/c"):
+    for name in ("x/train/1.obj", "x/test/deep/2.obj", "x/test/a.MTL", "x/test/b.mtl", "y/test/1.obj", "y/train/readme", ".git/c/d"):
         put(tmp_path / name, "x")
     (tmp_path / "z").mkdir()
     assert read_folder(tmp_path)[1] == [

@@ -78,7 +78,7 @@ def test_other_fields_types_and_orders(encoding):
 def test_what_ascii_writers_do(old, new):
     original = write_pcd(POINTS.tolist())
     assert old in original
-    np.testing.assert_array_equal(read_pcd(original.replace(old, new))[0], POINTS.astype(np.float32))
+    np.testing.assert_array_equal(read_pcd(original.replace(old, new))[0], POINTS)
 
 
 @pytest.mark.parametrize("changes", [
@@ -122,7 +122,9 @@ def test_every_cut_is_noticed(encoding):
 def test_small_things_far_away_keep_their_shape(encoding):
     """Scans in coordinates of the world have eight bytes, of which four would be lost before the cloud is centred."""
     points = np.random.default_rng(0).normal(size=(20, 3)) + [5e5, 5.4e6, 100]
-    np.testing.assert_array_equal(read_pcd(write_pcd(points.tolist(), encoding, [(name, "F", 8, 1) for name in "xyz"]))[0], points)
+    for size in (8, 4) if encoding == "ascii" else (8,):  # text has all digits, whatever its header promises
+        fields = [*((name, "F", size, 1) for name in "xyz"), ("rgb", "U", 4, 1)]
+        np.testing.assert_array_equal(read_pcd(write_pcd(points.tolist(), encoding, fields))[0], points)
 
 
 @needs_pypcd4
