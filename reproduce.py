@@ -99,6 +99,8 @@ def reproduce(arguments: argparse.Namespace, protocol: dict[str, dict]) -> int:
     table = protocol["tables"][arguments.table]
     scale = scale_of(arguments, table.get("mode"), protocol["datasets"].get(arguments.dataset, {}))
     setup = find_setup(protocol, arguments.dataset, scale, arguments.tasks)
+    if scale == "head" and setup.source is None:
+        raise UserError(f"{setup.dataset} names no frozen features: use --mode e2e, or --add a head: with a source:, see docs/reproduce.md")
     rows = expand(table, setup, range(arguments.seeds))
     if not rows:
         raise UserError(f"every row of {arguments.table} is of frozen features: use --mode head")

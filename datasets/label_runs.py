@@ -112,14 +112,7 @@ def load_pseudo_labels(
             f"the labels in {folder} were made with data.pairing: {pairing}, this run has {data.pairing}; what the labels of one "
             "run taught must not pass as another: use the same pairing in both steps"
         )
-    made_of = origin.get("inputs") or {}
-    equal_shapes = {name: now for name, now in samples.contents.items() if made_of.get(name, [])[:1] == now[:1]}
-    others = [name for name, now in equal_shapes.items() if made_of[name] != now]
-    if others:
-        raise UserError(
-            f"the labels in {folder} were made of other samples of {', '.join(others)} than {data.root} has now under the same names: "
-            f"repeat {COMMAND}. If they are the same objects, prepared anew, remove \"inputs\" from the .meta.json files in {folder}"
-        )
+    check_samples(folder, origin, samples)
     check_it_helped(folder, origin)
     labels = {name: torch.from_numpy(values) for name, (values, _) in read.items()}
     sure = None
@@ -128,6 +121,27 @@ def load_pseudo_labels(
         beliefs = read_posteriors(posteriors_path(folder, data.dataset), labels, origin.get("run_id"), *shape)
         sure = {name: torch.from_numpy(rows).gather(1, labels[name][:, None]).squeeze(1) for name, rows in beliefs.items()}
     return PseudoLabels(labels, sure, num_clusters, origin, paths)
+
+
+def check_samples(folder: str | Path, origin: Mapping[str, Any], samples: PairedSamples) -> None:
+    """Refuse the labels of other samples that had the same names: files are numbered anew when a collection grows.
+
+    Args:
+        folder: of the pseudo-labels; origin: what they say of the run that wrote them; samples: of the run that will learn from them.
+    Raises:
+        UserError: if rows and shape of an array are the same, and its content is not.
+    """
+    made_of = origin.get("inputs")
+    differing = {
+        name: {key for key in now if made_of[name].get(key) != now[key]}
+        for name, now in samples.contents.items() if isinstance(made_of, dict) and isinstance(made_of.get(name), dict)
+    }
+    others = [name for name, keys in differing.items() if keys == {"array"}]
+    if others:
+        raise UserError(
+            f"the labels in {folder} were made of other samples of {', '.join(others)} than there are now under the same names: repeat "
+            f"{COMMAND}. If they are the same objects, prepared anew, remove \"inputs\" from the .meta.json files in {folder}"
+        )
 
 
 def check_it_helped(folder: str | Path, origin: Mapping[str, Any]) -> None:

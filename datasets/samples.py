@@ -3,6 +3,8 @@
 Training samples carry no labels: `load_training_samples` drops the label column, `load_test_samples` alone returns it.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,9 +51,16 @@ class PairedSamples:
         return {name: len(array) for name, array in self.arrays.items()}
 
     @property
-    def contents(self) -> dict[str, list]:
-        """Modality -> [shape, sha256] of its array, where that is known: of one shape, others are other samples."""
-        return {name: [list(self.arrays[name].shape), digest] for name, digest in self.fingerprints.items()}
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """Modality -> shape of its array, and sha256 of its rows' names and of itself, where that is known.
+
+        Where shape and rows are equal, another array means other samples under the same names.
+        """
+        rows = {name: hashlib.sha256(json.dumps([found.names, found.instance_ids]).encode()) for name, found in self.lists.items()}
+        return {
+            name: {"shape": list(self.arrays[name].shape), "rows": rows[name].hexdigest(), "array": digest}
+            for name, digest in self.fingerprints.items()
+        }
 
 
 def load_training_samples(data: DataConfig, device: torch.device) -> PairedSamples:

@@ -127,10 +127,9 @@ def find_setup(protocol: Mapping[str, dict], dataset: str, scale: str, tasks: Se
     found = [folder for folder in folders if (REPOSITORY / folder / "step1.yaml").is_file()]
     if dataset not in known and not found:
         raise UserError(f"unknown data set {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}, and folders of configs/")
-    entry = known[dataset] if dataset in known else {size: {"config": found[0]} for size in ("full", "small")}
+    entry = known[dataset] if dataset in known else {scale: {"config": found[0]}}
     if scale not in entry:
-        names = ", ".join(key for key in SCALES if key in entry)
-        raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {names}; docs/reproduce.md says how to --add one")
+        raise UserError(f"{dataset} has no scale {scale!r} in the protocol, it has: {', '.join(key for key in SCALES if key in entry)}")
     options = entry[scale]
     pairs = [pair_of(task) for task in tasks] or options.get("pairs")
     without = {task for task in tasks if pair_of(task) in options.get("absent", ()) or options.get("pairs") == []}

@@ -53,7 +53,8 @@ def average_lines(tables: Sequence[Table]) -> list[str]:
             columns.setdefault(f"paper, {table.paper_dataset}", printed)
         words = (table.place or table.name).split(", ")[:2]
         ours = {entry.title: _score(entry, "avg").partition(" [")[0] for entry in summaries}
-        columns[", ".join(PLACES.get(word, word) for word in words)] = ours
+        head = ", ".join(PLACES.get(word, word) for word in words)
+        columns[f"{head} ({table.name})" if head in columns else head] = ours
     rows = dict.fromkeys(row for column in columns.values() for row in column)
     return markdown([["row", *columns], *([row, *(column.get(row, "") for column in columns.values())] for row in rows)])
 

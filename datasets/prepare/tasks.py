@@ -49,18 +49,22 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def files_below(folder: Path, suffixes: Sequence[str] | None = None, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Yield every file anywhere below a folder, also through links to folders, but not to one that holds the link; hidden ones are ignored.
+def files_below(folder: Path, suffixes: Sequence[str] | None = None) -> Iterator[Path]:
+    """Yield every file anywhere below a folder, also through links to folders, but no folder twice; hidden ones are ignored.
 
     Args:
-        suffixes: lower-case, of the files wanted in any case, None for all of them; above: the folders that hold this one.
+        suffixes: lower-case, of the files wanted in any case, None for all of them.
     """
-    above |= {folder.resolve()}
-    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else ():
-        if path.is_dir():
-            yield from files_below(path, suffixes, above) if path.resolve() not in above else ()
-        elif suffixes is None or path.suffix.lower() in suffixes:
-            yield path
+    seen, folders, links = set(), [folder], []
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)  # those reached without a link first: their names count
+        if not here.is_dir() or here.resolve() in seen:
+            continue
+        seen.add(here.resolve())
+        inside = sorted(path for path in here.iterdir() if not path.name.startswith("."))
+        yield from (path for path in inside if not path.is_dir() and (suffixes is None or path.suffix.lower() in suffixes))
+        folders += [path for path in reversed(inside) if path.is_dir() and not path.is_symlink()]
+        links += [path for path in inside if path.is_dir() and path.is_symlink()]
 
 
 def object_file(modality: str, split: str, number: int, view: int = 0) -> str:

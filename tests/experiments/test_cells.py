@@ -130,8 +130,6 @@ def test_an_added_file_brings_data_sets_tables_and_rows(tmp_path):
     names = [row.name for row in expand(protocol["tables"]["table4"], setup, [0])]
     assert names[0] == "RCLL" and names[-1] == "GCE, more of it" and len(protocol["tables"]["mine"]["rows"]) == 1
     assert find_setup(protocol, "smoke", "full").config == Path("configs/smoke")  # a folder of configs/ is enough
-    with pytest.raises(UserError, match="smoke has no scale 'head' in the protocol, it has: full, small; .*--add"):
-        find_setup(protocol, "smoke", "head")  # it names no features
     for text, message in (("{rows: {GCE: {step3: []}}}", "rows.GCE: unknown key 'step3', did you mean"),
                           ("{baseline: nothing}", "compared with 'nothing'"), ("{rows: {GCE: {by: luck}}}", "ranked by 'luck'; known: embedding; "), ("{rows: {GCE: {against: none}}}", "compared with 'none'")):
         added.write_text(f"tables: {{table4: {text}}}")

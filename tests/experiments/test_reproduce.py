@@ -144,6 +144,7 @@ def test_a_table_from_end_to_end(tmp_path, small_digits, monkeypatch):
     (["table5", "--dataset", "digits"], "unknown table 'table5', did you mean"),
     (["table4", "--dataset", "digit"], "unknown data set 'digit', did you mean 'digits'"),
     (["table4", "--dataset", "digits", "--tasks", "RG"], "one letter of R, G"),
+    (["table2", "--dataset", "smoke", "--list"], "smoke names no frozen features: use --mode e2e, or --add a head:"),
     (["table4", "--dataset", "digits", "--add", "no.yaml"], "no file no.yaml"),
     (["table4"], "--dataset is needed"), (["table4", "--dataset", "digits", "--seeds", "0"], "at least 1"),
     (["table4", "--dataset", "digits", "--budget", "-1"], "at least 0"), (["record", "mine"], "at least one run folder"),

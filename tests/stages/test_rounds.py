@@ -179,11 +179,12 @@ def test_labels_of_other_samples_under_the_same_names_are_refused(recipe, small_
     metas = [path.with_name(f"{path.name}.meta.json") for path in (pseudo_label_path(labels, "digits", name) for name in ("GrayImg", "PointCloud"))]
     written = [json.loads(meta.read_text()) for meta in metas]
     made_of = written[0]["provenance"]["inputs"]
-    assert made_of.keys() == {"GrayImg", "PointCloud"} and made_of["PointCloud"][0][1::2] == [1, 3] and len(made_of["PointCloud"][1]) == 64
-    shape, digest = made_of["PointCloud"]
+    cloud = made_of["PointCloud"]
+    assert made_of.keys() == {"GrayImg", "PointCloud"} and cloud["shape"][1::2] == [1, 3] and len(cloud["array"]) == len(cloud["rows"]) == 64
+    other = {**cloud, "array": cloud["array"][::-1]}
     command = [*settings(small_digits, tmp_path, 2, *STEP2, f"rdl.pseudo_labels={labels}", "optim.epochs=1", "rdl.start=fresh")]
-    for inputs, words in (({"PointCloud": [shape, digest[::-1]]}, "made of other samples of PointCloud.*repeat.*remove"),
-                          ({"PointCloud": [[*shape[:2], 9, 3], digest[::-1]]}, None), (None, None)):
+    for inputs, words in ((made_of | {"PointCloud": other}, "made of other samples of PointCloud .*repeat.*remove"),
+                          ({"PointCloud": {**other, "shape": [40, 1, 9, 3]}}, None), ({"PointCloud": {**other, "rows": ""}}, None), ([1], None)):
         for meta, content in zip(metas, written):
             content["provenance"]["inputs"] = inputs
             meta.write_text(json.dumps(content))

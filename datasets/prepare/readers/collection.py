@@ -94,12 +94,12 @@ def remarks(items: Sequence[Item], classes: Sequence[str], entries: Collection[M
     Args:
         entries: of its journal.
     """
-    found, splits = [], {}
-    for item in (item for item in items if item.split and not item.reason):
+    found, splits, kept = [], {}, {entry["name"] for entry in entries if "files" in entry}
+    for item in (item for item in items if item.split and item.name in kept):
         splits.setdefault(item.original, []).append(item.split)
     copies = sum(halves.count("test") for halves in splits.values() if set(halves) == set(SPLITS))
     if copies:
-        found.append(f"{copies} test objects have the content of training ones: scores will count what was learned by heart")
+        found.append(f"content of training objects in the test half, {copies} times: scores will count what was learned by heart")
     labels = {split: {entry["label"] for entry in entries if entry["split"] == split and "files" in entry} for split in SPLITS}
     for split in SPLITS:
         bare = [name for label, name in enumerate(classes) if label not in labels[split]]

@@ -165,8 +165,8 @@ def _checked(parts: list[Part]) -> list[Part]:
     for vertices, triangles, _ in parts:
         if not len(triangles) or triangles.min() < 0 or triangles.max() >= len(vertices):
             raise MeshError(f"{len(triangles)} triangles that do not fit the {len(vertices)} vertices")
-        if not np.isfinite(vertices[triangles]).all():
-            raise MeshError("a vertex is not finite")
+        if not (np.abs(vertices[triangles]) <= np.finfo(np.float32).max).all():
+            raise MeshError("a vertex is not finite, or beyond single precision")
     return parts
 
 

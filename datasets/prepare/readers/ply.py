@@ -10,13 +10,14 @@ from datasets.prepare.readers.polygons import triangulate
 from datasets.prepare.shapes.mesh import MeshError
 
 SINGLE = re.compile(rb"(?m)^(\s*property\s+)float(?:32)?\b")
+TEXT = re.compile(rb"(?m)^\s*format\s+ascii\b")
 CORNERS = ("vertex_indices", "vertex_index")
 
 
 def widened(data: bytes) -> bytes:
     """Return a PLY file whose text is read in double precision: coordinates of the world have more digits than the single they promise."""
     header, end, body = data.partition(b"end_header")
-    return SINGLE.sub(rb"\1double", header) + end + body if b"format ascii" in header else data
+    return SINGLE.sub(rb"\1double", header) + end + body if TEXT.search(header) else data
 
 
 def read_ply(data: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -294,6 +294,12 @@ def test_text_has_more_digits_than_the_single_precision_that_its_header_promises
     path = put(tmp_path / "a.ply", "\n".join([*header, *rows, ""]))
     read = read_parts(path, False)[0][0][:3] if faces else read_cloud(path)[0]
     assert np.abs(read - points[: len(read)]).max() < 1e-5
+    if faces:
+        with pytest.raises(MeshError, match="beyond single precision"):
+            read_parts(put(path, path.read_text().replace(rows[0].split()[0], "1e39")), False)
+    values = points.astype("<f4").tobytes()  # of a binary file the header is as it is, whatever a comment says
+    binary = ["ply", "format binary_little_endian 1.0", "comment was format ascii 1.0", *header[2:6], "end_header", ""]
+    assert np.abs(read_cloud(put(tmp_path / "b.ply", "\n".join(binary).encode() + values))[0] - points).max() < 1
 
 
 def test_what_clouds_cannot_do_or_too_few_objects_is_said(here, capsys):
@@ -422,7 +428,8 @@ def test_layouts(tmp_path):
         layout(tmp_path / "h", "x/train/1.obj", "x/test/1.obj", "y/val/1.obj", "y/1.obj")
     put(tmp_path / "far/1.obj", "x"), (tmp_path / "i/y").mkdir(parents=True)
     (tmp_path / "i/x").symlink_to(tmp_path / "far"), (tmp_path / "i/y/again").symlink_to(tmp_path / "i")
-    assert layout(tmp_path / "i", "y/2.obj")["x/1.obj"] == ("x", None)
+    (tmp_path / "i/a").symlink_to(tmp_path / "i/y")  # the same folder under another name: its files count once, under their own
+    assert layout(tmp_path / "i", "y/2.obj") == {"x/1.obj": ("x", None), "y/2.obj": ("y", None)}
     with pytest.raises(UserError, match="found none"):
         layout(tmp_path / "f", "1.fbx")
     assert layout(tmp_path / "j", "02691156/one/models/m.obj") == {"02691156/one/models/m.obj": ("02691156", None)}
@@ -442,13 +449,13 @@ def test_what_makes_scores_worthless_is_said(tmp_path):
     for number, name in enumerate(("train/x/1.obj", "train/y/1.obj", "test/x/1.obj", "test/x/2.obj")):
         put(tmp_path / name, f"{min(number, 2)}")
     put(tmp_path / "test/x/3.obj", "1")
-    entries = [{"label": label, "split": split, "files": {}} for split, label in (("train", 0), ("train", 1), ("test", 0))]
-    entries.append({"label": 1, "split": "test", "left_out": "broken"})
-    assert remarks(read_folder(tmp_path)[0], ["x", "y"], entries) == [
-        "1 test objects have the content of training ones: scores will count what was learned by heart",
-        "1 of 2 classes have no test object: y",
-    ]
-    assert remarks([Item("1.obj", "", "", "x", original="1.obj")] * 2, [], entries) == []
+    items = read_folder(tmp_path)[0]
+    entries = [{"name": item.name, "label": int(item.object_class == "y"), "split": item.split, "files": {}} for item in items]
+    copies = "content of training objects in the test half, 1 times: scores will count what was learned by heart"
+    assert remarks(items, ["x", "y"], entries) == [copies, "1 of 2 classes have no test object: y"]
+    unread = [{**entry, "left_out": "broken"} for entry in entries if entry["name"] == "test/x/3.obj"]
+    del unread[0]["files"]
+    assert remarks(items, [], [entry for entry in entries if entry["name"] != "test/x/3.obj"] + unread) == []
 
 
 def test_what_is_passed_over_is_named(tmp_path):
