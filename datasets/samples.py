@@ -3,8 +3,6 @@
 Training samples carry no labels: `load_training_samples` drops the label column, `load_test_samples` alone returns it.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from datasets.kinds import KINDS
 from datasets.lists import SampleList, check_disjoint, check_paired, default_list_path, read_labelled_list, read_training_list
-from datasets.stored import stored_array
+from datasets.stored import digest_of, stored_array
 from utils.errors import MissingLabelsError, UserError
 from utils.evaluation.features import Features, extract_features
 from utils.settings.options import DataConfig
@@ -56,10 +54,9 @@ class PairedSamples:
 
         Where shape and rows are equal, another array means other samples under the same names.
         """
-        rows = {name: hashlib.sha256(json.dumps([found.names, found.instance_ids]).encode()) for name, found in self.lists.items()}
+        rows = lambda name: digest_of([self.lists[name].names, self.lists[name].instance_ids])
         return {
-            name: {"shape": list(self.arrays[name].shape), "rows": rows[name].hexdigest(), "array": digest}
-            for name, digest in self.fingerprints.items()
+            name: {"shape": list(self.arrays[name].shape), "rows": rows(name), "array": found} for name, found in self.fingerprints.items()
         }
 
 

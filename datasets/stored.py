@@ -50,11 +50,12 @@ def stored_array(sample_list: SampleList, kind: Kind, data: DataConfig) -> tuple
 def _place(sample_list: SampleList, kind: Kind, data: DataConfig) -> Path:
     settings, files = kind.sources(sample_list, data)
     content = [FORMAT, sample_list.names, sample_list.instance_ids, [(entry.st_size, entry.st_mtime_ns) for entry in map(os.stat, files)]]
-    made = _digest([sample_list.modality, settings])
-    return sample_list.path.parent / FOLDER / f"{sample_list.path.stem}-{made[:12]}-{_digest(content)[:24]}.npy"
+    made = digest_of([sample_list.modality, settings])
+    return sample_list.path.parent / FOLDER / f"{sample_list.path.stem}-{made[:12]}-{digest_of(content)[:24]}.npy"
 
 
-def _digest(content: Sequence) -> str:
+def digest_of(content: Sequence) -> str:
+    """Return the sha256 of JSON values."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
