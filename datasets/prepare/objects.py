@@ -59,7 +59,8 @@ def make_object(
         reasons: name -> why an object is left out without being read.
     Returns:
         As `modalities_of_mesh` or `modalities_of_cloud`; facts: `size`, the longest side, in metres where the unit is known,
-        `points`, the number of points, and, of one of the others, `read`, its name, and `unread`, name -> reason.
+        `points`, the number of points, `neutral`, where textures are asked for and it has no look, and, of one of the others, `read`,
+        its name, and `unread`, name -> reason.
     """
     if task.name in reasons:
         raise MeshError(reasons[task.name])
@@ -99,6 +100,7 @@ def _from_mesh(recipe: ObjectRecipe, archive: Path | None, task: ObjectTask) -> 
     vertices, triangles = clean_mesh(*joined(parts))
     painted = parts if any(look is not None for *_, look in parts) else ()
     arrays, facts = modalities_of_mesh(recipe, vertices, triangles, task.name, parts=painted)
+    facts |= {"neutral": True} if recipe.texture and not painted else {}
     return arrays, {**facts, "size": _size(vertices, "m" if task.member.lower().endswith(GLTF) else recipe.unit)}
 
 

@@ -89,7 +89,7 @@ def _check_root(folder: Path, places: list[tuple[str, ...]], first: set[str], de
 
 
 def remarks(items: Sequence[Item], classes: Sequence[str], entries: Collection[Mapping]) -> list[str]:
-    """Say what makes scores of a finished data set worthless: copies in both halves, classes that one half lacks.
+    """Say what makes scores of a finished data set worthless, copies in both halves and classes that one half lacks, or pictures gray.
 
     Args:
         entries: of its journal.
@@ -105,6 +105,9 @@ def remarks(items: Sequence[Item], classes: Sequence[str], entries: Collection[M
         bare = [name for label, name in enumerate(classes) if label not in labels[split]]
         if bare:
             found.append(f"{len(bare)} of {len(classes)} classes have no {split} object: {', '.join(bare[:8])}{', ...' * (len(bare) > 8)}")
+    neutral = sum("neutral" in entry for entry in entries)
+    if neutral:
+        found.append(f"{neutral} objects have no colour or texture that was found, and are drawn neutral")
     return found
 
 

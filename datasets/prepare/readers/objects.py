@@ -104,12 +104,15 @@ def joined(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
 def _load(path: Path, data: bytes, texture: bool = False) -> list[Any]:
     """Return the meshes, clouds and paths of a file, moved to their places; a MeshError if some are of a kind that is not read."""
     import trimesh
+
+    from datasets.prepare.readers.neighbours import Neighbours
+
     gltf = path.suffix.lower() in GLTF
     unread = _unread(data) if gltf else ()
     if unread:
         raise MeshError(f"not read: {', '.join(unread)}; export it without, uncompressed")
     # finds buffers, in and below the folder of the file, and textures, anywhere; a path must be UTF-8 to be loaded
-    resolver = trimesh.resolvers.FilePathResolver(str(path), allow_anywhere=texture)
+    resolver = Neighbours(str(path), allow_anywhere=texture)
     plain = {"skip_materials": True} if gltf and not texture else {}
     scene = trimesh.load_scene(io.BytesIO(data), file_type=path.suffix[1:].lower(), resolver=resolver, process=False, **plain)
     for mesh in scene.geometry.values() if gltf and texture else ():

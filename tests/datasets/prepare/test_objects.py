@@ -225,7 +225,7 @@ def test_a_damaged_texture_does_not_cost_its_object(tmp_path, trimesh):
     assert read_parts(put(path, data), True)[0][2] is not None
 
 
-def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, monkeypatch):
+def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, monkeypatch, capsys):
     monkeypatch.setattr(objects, "probe_renderer", lambda: None)
     box = textured_box(trimesh)
     put(here / "models/a.glb", box.export(file_type="glb"))
@@ -238,6 +238,11 @@ def test_textures_are_drawn_where_they_are_asked_for(here, trimesh, renderer, mo
             rows = [np.nonzero(excess > 100)[0] for excess in (blue - red, red - blue)]
             assert [len(found) > 5 for found in rows] == [kind == "painted"] * 2
             assert kind == "neutral" or rows[0].mean() < rows[1].mean() - 2  # the upper half of the texture is blue
+    for number in range(2):
+        put(here / f"bare/{number}.stl", trimesh.creation.box((1, 2, 2 + number)).export(file_type="stl"))
+    assert "drawn neutral" not in capsys.readouterr().out
+    objects.main(["--name", "bare", "--root", "bare", *SMALL, "--texture"])
+    assert "note: 2 objects have no colour or texture that was found" in capsys.readouterr().out
 
 
 def test_textures_take_the_factor_of_their_material_and_no_quantised_coordinates(trimesh):
@@ -283,6 +288,25 @@ def test_a_texture_may_lie_beside_the_folder_of_its_model(tmp_path, trimesh):
     assert look is not None and read_parts(models / "model.obj", False)[0][2] is None and len(triangles) == 12
     shutil.rmtree(images)
     assert read_parts(models / "model.obj", True)[0][2] is None
+
+
+@pytest.mark.parametrize("written", ["-s 1 1 1 Wood 2.png", "-clamp on -o 0.5 -mm 0 1 Wood 2.png", "maps\\Wood 2.png", r"C:\x\wood 2.PNG", "MAPS/WOOD 2.png"])
+def test_pictures_are_found_by_the_names_that_other_systems_write(tmp_path, trimesh, written):
+    textured_box(trimesh).export(tmp_path / "model.obj", mtl_name="model.mtl")
+    material = (tmp_path / "model.mtl").read_text()
+    (picture,) = re.findall(r"map_Kd (\S+)", material)
+    place = tmp_path / ("maps" if written.startswith("maps") else "") / "Wood 2.png"
+    place.parent.mkdir(exist_ok=True), (tmp_path / picture).rename(place)
+    put(tmp_path / "model.mtl", material.replace(picture, written))
+    assert read_parts(tmp_path / "model.obj", True)[0][2] is not None
+    place.unlink()
+    assert read_parts(tmp_path / "model.obj", True)[0][2] is None
+
+
+def test_buffers_are_found_by_the_escaped_names_of_gltf(tmp_path, trimesh):
+    for name, content in trimesh.creation.box(BOX).export(file_type="gltf").items():
+        put(tmp_path / name.replace("gltf_buffer", "ein Würfel"), content.replace(b"gltf_buffer", b"ein%20W%C3%BCrfel"))
+    assert len(read_parts(tmp_path / "model.gltf", False)[0][1]) == 12
 
 
 @pytest.mark.parametrize("faces", [0, 1])
@@ -453,6 +477,7 @@ def test_what_makes_scores_worthless_is_said(tmp_path):
     entries = [{"name": item.name, "label": int(item.object_class == "y"), "split": item.split, "files": {}} for item in items]
     copies = "content of training objects in the test half, 1 times: scores will count what was learned by heart"
     assert remarks(items, ["x", "y"], entries) == [copies, "1 of 2 classes have no test object: y"]
+    assert "1 objects have no colour" in remarks(items, [], [{**entries[0], "neutral": True}, *entries[1:]])[-1]
     unread = [{**entry, "left_out": "broken"} for entry in entries if entry["name"] == "test/x/3.obj"]
     del unread[0]["files"]
     assert remarks(items, [], [entry for entry in entries if entry["name"] != "test/x/3.obj"] + unread) == []
