@@ -143,9 +143,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = [evaluate_checkpoint(path, device, arguments.overrides) for path in checkpoints]
     print(format_table(rows))
     for name, scores in rows:
-        modalities = [name for name in MODALITIES if f"map/{task_name(name, name)}" in scores]
+        modalities = [name for name in MODALITIES if any(f"map/{task_name(name, other)}" in scores for other in MODALITIES)]
         print(f"\nmAP@All [%] {name}, all pairs (same modality: the query itself is left out)\n{format_matrix(scores, modalities)}")
-        variants = [(variant, {**found, "map/chance": scores["map/chance"]}) for variant, found in scores["variants"].items()]
+        chances = {key: value for key, value in scores.items() if "chance" in key}
+        variants = [(variant, chances | found) for variant, found in scores["variants"].items()]
         print(f"\n{name}, by what is compared (anchored: by way of the training set; "
               "diffusion is transductive: it uses the whole gallery's neighbour graph)")
         print(format_table(variants))

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import yaml
 from torch import Tensor, nn
 
 from baselines.extract import read_out
+from baselines.stored_features import SOURCE, provenance
 from datasets.batches import BatchSource
 from datasets.lists import SampleList, default_list_path, text_rows
 from datasets.prepare.parallel import user_path
-from datasets.samples import PairedSamples, list_path, load_test_samples, load_training_samples
+from datasets.samples import PairedSamples, list_path, load_training_samples
 from losses import ModalityInvarianceLoss
 from models.build import build_encoders, load_pretrained
 from training import FEATURES_NOTE, circumstances, mark_labels
@@ -28,13 +29,12 @@ from utils.engine.run_log import environment
 from utils.engine.seed import BatchGenerator
 from utils.engine.session import fit, open_session, run_command
 from utils.errors import UserError
-from utils.files import atomic_write_json, atomic_write_text, read_json
+from utils.files import atomic_write_json, atomic_write_text
 from utils.modalities import MODALITIES
 from utils.settings.config import SET, config_hash, load_config, to_dict
 from utils.settings.data_options import DataConfig
 from utils.settings.options import Step1Config
 
-SOURCE = "source.yaml"
 GRID = 16  # cells per axis of the occupancy grid of raw clouds and meshes
 SUFFIXES = {"learned": "features", "raw": "raw", "random": "random", "initial": "initial"}
 
@@ -98,15 +98,19 @@ def make_features(
     if config.data.features:
         raise UserError(f"{config_path} is of features already: give the configuration of the samples")
     out = out or default_folder(config.data, kind, seed)
-    if not out.exists():
+    is_there = out.exists()
+    if not is_there:
         arguments = argparse.Namespace(config=config_path, resume=resume, overrides=texts)
         session = open_session(Step1Config, "features", arguments, config_path, mark)
         with session.run.failures_logged():
-            encoders, samples = _encoders(session, kind)
-            _write(session.config, kind, encoders, samples, out, command, session.device)
+            splits = _splits(session.config.data, session.device)
+            _write(session.config, kind, _encoders(session, kind, splits["train"]), splits, out, command, session.device)
     note = provenance(out)
     if (note["kind"], note["seed"], note["config_hash"]) != (kind, seed, config_hash(config)):
         raise UserError(f"{out} holds {note['kind']} features of seed {note['seed']} with other settings: give another --out")
+    found = _contents(_splits(config.data, torch.device("cpu"))) if is_there and "contents" in note else {}
+    if any(note["contents"].get(key, entry) != entry for key, entry in found.items()):
+        raise UserError(f"{out} holds features of other samples than {config.data.root} has now: remove it, or give another --out")
     settings = [f"data.root={out}", *note["settings"], f"data.modalities=[{','.join(config.data.modalities)}]"]
     print(f"{out} holds these features; train on them with --set {' '.join(settings)}")
     return note
@@ -117,14 +121,23 @@ def default_folder(data: DataConfig, kind: str, seed: int) -> Path:
     return Path("dataset") / (f"{data.dataset}_{SUFFIXES[kind]}" + f"_seed{seed}" * (seed > 0))
 
 
-def _encoders(session: Any, kind: str) -> tuple[nn.ModuleDict, PairedSamples]:
-    """Return what turns samples into features, and the training samples."""
+def _splits(data: DataConfig, device: torch.device) -> dict[str, PairedSamples]:
+    """Return the samples of both splits without their labels, which no feature needs."""
+    test = dataclasses.replace(data, train_lists={name: str(list_path(data, name, "test")) for name in data.modalities})
+    return {split: load_training_samples(source, device) for split, source in (("train", data), ("test", test))}
+
+
+def _contents(splits: Mapping[str, PairedSamples]) -> dict[str, dict[str, Any]]:
+    return {f"{split}/{name}": entry for split, samples in splits.items() for name, entry in samples.contents.items()}
+
+
+def _encoders(session: Any, kind: str, samples: PairedSamples) -> nn.ModuleDict:
+    """Return what turns samples into features, trained on `samples` where the kind is learned."""
     config, device = session.config, session.device
-    samples = load_training_samples(config.data, device)
     session.run.log(circumstances(samples, session))
     if kind == "raw":  # a sample is written down as one vector, without any learning
         make = lambda name: RawImage(name == "GrayImg") if config.data.kind_of(name) == "image" else Occupancy()
-        return nn.ModuleDict({name: make(name) for name in config.data.modalities}), samples
+        return nn.ModuleDict({name: make(name) for name in config.data.modalities})
     learner = ViewsLearner(config, samples, device)
     if kind == "initial":
         for name in [name for name in learner.encoders if config.model.pretrained[name] == "none"]:
@@ -136,19 +149,18 @@ def _encoders(session: Any, kind: str) -> tuple[nn.ModuleDict, PairedSamples]:
         fit(session, learner, None)
     for encoder in learner.encoders.values():
         encoder.head = nn.Identity()  # the pooled features, which transfer better than what the loss saw
-    return learner.encoders, samples
+    return learner.encoders
 
 
 def _write(
-    config: Step1Config, kind: str, encoders: nn.ModuleDict, train: PairedSamples, out: Path, command: str, device: torch.device
+    config: Step1Config, kind: str, encoders: nn.ModuleDict, splits: Mapping[str, PairedSamples], out: Path, command: str,
+    device: torch.device,
 ) -> None:
     data, staging = config.data, out.with_name(f"{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
-    as_training = dataclasses.replace(data, train_lists={name: str(list_path(data, name, "test")) for name in data.modalities})
-    test = load_training_samples(as_training, device)  # without their labels, which no feature needs
     dataset, widths = f"{data.dataset}_{SUFFIXES[kind]}", {}
     shown = dataclasses.replace(data, eval_view="mean") if kind == "initial" else data  # all views, each by itself
-    for split, samples in (("train", train), ("test", test)):
+    for split, samples in splits.items():
         for name, rows in read_out(encoders, samples, shown, device, average=kind != "initial").items():
             widths[name] = rows.shape[-1]
             _write_list(staging, dataset, split, samples.lists[name], rows.cpu().numpy())
@@ -160,7 +172,8 @@ def _write(
         "kind": kind, "seed": config.run.seed, "instance_id": data.instance_id, "command": command,
         "settings": [f"data.dataset={dataset}", *(f"data.features.{name}={width}" for name, width in widths.items())],
         "reads_labels": None if kind == "raw" else config.model.reads_labels,
-        "config_hash": config_hash(config), "commit": noted["git_sha"], "dirty": noted["git_dirty"], "device": noted["gpu"] or noted["cpu"],
+        "config_hash": config_hash(config), "contents": _contents(splits),
+        "commit": noted["git_sha"], "dirty": noted["git_dirty"], "device": noted["gpu"] or noted["cpu"],
     }
     atomic_write_text(staging / SOURCE, yaml.safe_dump(to_dict(config), sort_keys=False))
     atomic_write_json(staging / FEATURES_NOTE, note)
@@ -183,49 +196,6 @@ def _copy_list(root: Path, dataset: str, split: str, source: SampleList, paths: 
     texts = text_rows(source.path.read_bytes(), source.path, "path label")
     lines = [f"{path}{text.removeprefix(name)}\n" for path, name, text in zip(paths, source.names, texts)]
     atomic_write_text(default_list_path(root, dataset, source.modality, split), "".join(lines))
-
-
-def provenance(folder: Path) -> dict[str, Any]:
-    """Return features.json of a folder; a UserError if it is none of `baselines.features`."""
-    if not (folder / FEATURES_NOTE).is_file():
-        raise UserError(f"{folder} holds no {FEATURES_NOTE}: make features with python -m baselines.features --config FILE --out {folder}")
-    return read_json(folder / FEATURES_NOTE)
-
-
-def noted_facts(folder: Path) -> dict[str, Any]:
-    """Return kind, seed, commit and command of the features in a folder; nothing of one's own, which have no note, so that nobody knows.
-
-    Raises:
-        UserError: on a damaged note.
-    """
-    if not (folder / FEATURES_NOTE).is_file():
-        return {}
-    note, wanted = provenance(folder), ("kind", "seed", "commit", "command")
-    if missing := [key for key in wanted if key not in note]:
-        raise UserError(
-            f"{folder / FEATURES_NOTE} is damaged: expected {', '.join(wanted)}, found no {', '.join(missing)}: make the features anew, "
-            "or remove the file if they are your own"
-        )
-    return {key: note[key] for key in wanted}
-
-
-def load_features(folder: Path, modalities: Sequence[str], device: torch.device) -> PairedSamples:
-    """Return the training features in a folder."""
-    note = provenance(folder)
-    texts = [f"data.root={folder}", *note["settings"], f"data.modalities=[{', '.join(modalities)}]"]
-    texts += [f"data.instance_id={note['instance_id']}"] + [f"model.pretrained.{name}=none" for name in modalities]
-    return load_training_samples(load_config(Step1Config, None, texts).data, device)
-
-
-def original_samples(data: DataConfig, device: torch.device) -> PairedSamples | None:
-    """Return the test samples that features were made of, for pictures of them; None if `data` is not of features or they are gone."""
-    if not data.features or not (Path(data.root) / SOURCE).is_file():
-        return None
-    source = load_config(Step1Config, str(Path(data.root) / SOURCE), [f"data.modalities=[{', '.join(data.modalities)}]"]).data
-    try:
-        return load_test_samples(source, device)[0]
-    except UserError:
-        return None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baselines import Entry, method_entry
-from baselines.features import load_features, noted_facts, original_samples
 from baselines.learner import MethodLearner, make_context
 from baselines.method import ShallowMethod
 from baselines.noisy_labels import noisy_labels
 from baselines.settings import BaselineConfig, check_optim, method_overrides
+from baselines.stored_features import load_features, noted_facts, original_samples
 from datasets.prepare.parallel import user_path
 from datasets.samples import PairedSamples, load_test_samples, load_training_samples
 from training import circumstances, mark_labels

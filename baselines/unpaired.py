@@ -22,8 +22,8 @@ from torch import Tensor
 
 from baselines.cca import unit_rows
 from baselines.extract import read_out
-from baselines.features import SOURCE, provenance
 from baselines.matching import SOFTNESS, Codes, agree, agreement, next_round, shared_axes, soft_clusters, standardise
+from baselines.stored_features import SOURCE, provenance
 from baselines.true_labels import true_labels
 from datasets.prepare.ownership import MANIFEST, read_manifest
 from datasets.prepare.parallel import user_path

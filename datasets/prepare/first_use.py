@@ -13,7 +13,8 @@ SIDE = 128  # of pictures without a GPU, pixels
 
 
 def store_arrays(root: str | Path, dataset: str) -> None:
-    """Store the arrays of `configs/{dataset}/step1.yaml` unless they are there. Where that is impossible, the reason is printed.
+    """Store the arrays of `configs/{dataset}/step1.yaml` unless they are there. Where that is impossible, the reason is printed: of a full
+    disk, which a training needs not, or what is wrong with the data and will stop a training, too.
 
     Without a GPU it is `configs/{dataset}_cpu/step1.yaml` where there is one, and nothing for pictures that only a GPU would train on.
     """
@@ -33,7 +34,8 @@ def store_arrays(root: str | Path, dataset: str) -> None:
         if data.image_resize > SIDE and not gpu:
             return
         lists = [read_training_list(**list_options(data, name, split)) for name in data.modalities for split in SPLITS]
-        failures = [failure for rows in lists if (failure := store_array(rows, KINDS[data.kind_of(rows.modality)], data))]
+        failure = next((found for rows in lists if (found := store_array(rows, KINDS[data.kind_of(rows.modality)], data))), None)
     except UserError as error:
-        failures = [str(error)]
-    print(f"no arrays for {config} yet, training will make them: {failures[0]}" if failures else f"arrays for {config} in {root}/{FOLDER}")
+        print(f"no arrays for {config}: {error}")
+        return
+    print(f"no arrays for {config} yet, training will make them: {failure}" if failure else f"arrays for {config} in {root}/{FOLDER}")

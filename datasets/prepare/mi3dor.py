@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     packages = mesh_packages()
     release, differences = _read_accepted(options)
     tasks = [ObjectTask(number, m.name, m.split, m.label, m.file) for number, m in enumerate(by_name_hash(release.models))]
-    sizes = [(options.root / task.member).stat().st_size if task.member else None for task in tasks]
-    listing = "".join(f"{task.name} {task.label} {size}\n" for task, size in zip(tasks, sizes, strict=True))
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+    listing = "".join(f"{task.name} {task.label} {task.member and digest(options.root / task.member)}\n" for task in tasks)
     settings = {
         "format": 1, "dataset": DATASET, "generator": GENERATOR, "modalities": ["Mesh"], "layout": release.layout,
         "official_counts": differences["models"] is None, "class_to_index": release.class_to_index,

@@ -6,16 +6,16 @@ python -m datasets.prepare_objects --name NAME --npz MESHES.npz
 
 import argparse
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from datasets.prepare.configurations import MARK, SHARED, misfits, write_configs
 from datasets.prepare.first_use import store_arrays
-from datasets.prepare.ownership import mesh_packages, read_journal
+from datasets.prepare.ownership import SPLITS, mesh_packages, read_journal
 from datasets.prepare.parallel import add_writer_options, user_path
 from datasets.prepare.readers.collection import Item, make_tasks, mostly_clouds, read_folder, read_npz, remarks
 from datasets.prepare.readers.modelnet import to_z_up
@@ -25,16 +25,10 @@ from datasets.prepare.shapes.mesh import MeshError, clean_mesh, normalise
 from datasets.prepare.shapes.render import probe_renderer
 from datasets.prepare.writer import SKIPPED, ObjectTask, write_dataset, write_skipped
 from utils.errors import UserError
-from utils.files import atomic_write_text
 from utils.settings.options import DataConfig
 
 UNITS = {"mm": 0.001, "cm": 0.01, "in": 0.0254, "m": 1.0}
 NPZ_CLASS_SIZE = 10
-MARK = "# Written by datasets.prepare_objects"
-SHARED = Path("configs/shared")  # of the repository, where the command must run
-BATCH, POINTS, SUBSETS = 128, 128, 4  # of configs/shared/ours_cpu_*
-SAMPLES_SEEN = 48_000  # in training, as in configs/modelnet10_splat
-MOST_EPOCHS = 100
 FEWEST = 2  # training objects
 
 
@@ -108,45 +102,6 @@ def _size(points: np.ndarray, unit: str | None) -> float:
     return float(np.ptp(points, axis=0).max() * UNITS.get(unit, 1.0))
 
 
-def write_configs(folder: Path, settings: Mapping, root: Path, size: int, points: int, overwrite: bool) -> None:
-    """Write data.yaml, step1.yaml and step2.yaml, sized for a CPU; files that are there stay unless `overwrite`.
-
-    Args:
-        settings: of the data set; root: its folder; size: of its training split; points: of its largest cloud.
-    """
-    data = {"dataset": settings["dataset"], "root": str(root), "modalities": settings["modalities"]}
-    if settings["classes"]:
-        data["num_classes"] = len(settings["classes"])
-    data["num_views"] = settings["views"]
-    if "Mesh" in settings["modalities"]:
-        data["max_faces"] = settings["max_faces"]
-    if points < POINTS * SUBSETS:
-        data.update(num_points=min(points, POINTS), eval_subsets=max(points // POINTS, 1))
-    data["augment"] = {"image_elastic": 0.04, "point_warp": 0.05}
-    batch = BATCH if size >= 2 * BATCH else 2 ** max(size.bit_length() - 2, 1)
-    epochs = min(max(round(SAMPLES_SEEN / size), 12), MOST_EPOCHS)
-    texts = {"data": yaml.safe_dump({"data": data}, sort_keys=False, default_flow_style=None, allow_unicode=True)}
-    from utils.evaluation.consensus import NEIGHBOURS  # with what clusters; the processes that read files do without
-    few = "pla: {num_clusters: 2}   # too few objects for a neighbour graph\n" if size <= NEIGHBOURS else ""
-    lasts = {
-        1: few,
-        2: "eval: {representation: joint}   # kinds of few objects make unsure clusters, which the embedding makes up for\n",
-    }
-    for step, last in lasts.items():
-        texts[f"step{step}"] = (
-            f"# command: python train_step{step}.py --config {folder}/step{step}.yaml\n"
-            "# Two modalities train faster: --set data.modalities=[RGBImg,PointCloud]\n"
-            f"extends: [../shared/ours_cpu_step{step}.yaml, data.yaml]\noptim: {{epochs: {epochs}, batch_size: {batch}}}\n{last}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        path, text = folder / f"{name}.yaml", f"{MARK} for {size} training objects; yours to change.\n{text}"
-        if overwrite or not path.exists():
-            atomic_write_text(path, text)
-        elif path.read_text(encoding="utf-8") != text:
-            print(f"{path} is there already and stays as it is; --overwrite writes it anew")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="of the data set, in file names and configs/NAME")
@@ -193,6 +148,15 @@ def _settings(options: argparse.Namespace, recipe: ObjectRecipe, items: Sequence
     }
 
 
+def _skipped(manifest: Mapping, entries: Collection[Mapping]) -> dict[str, str]:
+    """Return name -> reason of the objects that are left out, and of the files in whose place others were read."""
+    read = {entry.get("read") for entry in entries}
+    skipped = {entry["name"]: entry["left_out"] for entry in manifest["left_out"] if entry["name"] not in read}
+    for entry in entries:
+        skipped |= entry.get("unread", {})
+    return skipped
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` default to those of the process."""
     options = _parser().parse_args(arguments)
@@ -213,17 +177,18 @@ def main(arguments: list[str] | None = None) -> None:
     make = partial(make_object, recipe, options.npz, reasons)
     _, manifest = write_dataset(output, settings, tasks, make, workers=options.workers, overwrite=options.overwrite)
     entries = read_journal(output)[1].values()
-    read = {entry.get("read") for entry in entries}
-    skipped = {entry["name"]: entry["left_out"] for entry in manifest["left_out"] if entry["name"] not in read}
-    for entry in entries:
-        skipped |= entry.get("unread", {})
-    write_skipped(output / SKIPPED, skipped)
+    write_skipped(output / SKIPPED, skipped := _skipped(manifest, entries))
     print(f"{len(skipped)} of {len(tasks)} objects skipped, with their reasons in {output / SKIPPED}")
     if passed_over:
         print("passed over:", ", ".join(passed_over))
     print("".join(f"note: {remark}\n" for remark in remarks(items, classes, entries)), end="")
-    points, size = max(entry["points"] for entry in entries if "files" in entry), manifest["counts"]["train"]
+    made = [entry for entry in entries if "files" in entry]
+    points = min(max(entry["points"] for entry in made if entry["split"] == split) for split in SPLITS)  # arrays are as wide as that
+    size = manifest["counts"]["train"]
     write_configs(configs, settings, output, size, points, options.overwrite)
+    if differing := misfits(configs / "step1.yaml", settings, output):
+        print(f"it stays as it is, and does not fit what was made: {'; '.join(differing)}. Change it, or write it anew with --overwrite")
+        return
     store_arrays(output, options.name)
     if not classes:
         print("no labels: both steps train without them; evaluation will say that it needs them")

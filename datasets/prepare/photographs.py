@@ -82,6 +82,17 @@ def examine_photographs(root: str | Path, images: Sequence[Item], workers: int) 
     return hashes, broken
 
 
+def with_copies_together(images: Sequence[Item], hashes: Mapping[str, str]) -> list[Item]:
+    """Return photographs with all of one content in the split of the first of them; how many are copies is printed."""
+    splits: dict[str, str] = {}
+    joined = [replace(image, split=splits.setdefault(hashes[image.name], image.split)) for image in images]
+    labels = Counter(digest for digest, _ in {(hashes[image.name], image.label) for image in images})
+    if len(splits) < len(images):
+        twice = sum(count > 1 for count in labels.values())
+        print(f"{len(images) - len(splits)} photographs are copies of others, and lie in their half; {twice} lie in several classes")
+    return joined
+
+
 def _check_photograph(root: Path, image: Item) -> tuple[str, str, str | None]:
     """Return name, sha256, and what is wrong with it, if anything."""
     path, data, error = root / image.file, b"", None

@@ -20,6 +20,7 @@ from datasets.prepare.photographs import (
     find_photographs,
     joint_lists,
     paths_of_pairings,
+    with_copies_together,
 )
 from datasets.prepare.readers.modelnet import OFFICIAL, check_official, make_tasks, read_npz
 from datasets.prepare.tasks import files_below, printable
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     check_root(options.root, settings, options.overwrite)
     hashes, broken = examine_photographs(options.photos, photographs, options.workers)
-    kept = [item for item in photographs if item.name not in broken]
+    kept = with_copies_together([item for item in photographs if item.name not in broken], hashes)
     lost = [name for label, name in enumerate(classes) if label not in {item.label for item in kept}]
     if lost:
         raise UserError(f"--photos {options.photos}: no photograph of {', '.join(lost)} can be read; fetch them again or remove the folder")

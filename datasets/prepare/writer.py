@@ -68,10 +68,11 @@ def _report(root: Path, made: bool, manifest: dict) -> None:
 
 
 def write_skipped(path: Path, reasons: Mapping[str, str]) -> None:
-    """Write a CSV file of what was left out: name -> reason."""
+    """Write a CSV file of what was left out: name -> reason; one that says so already is left alone, as the folder may be read-only."""
     stream = io.StringIO()
     csv.writer(stream).writerows([("object", "reason"), *reasons.items()])
-    atomic_write_text(path, stream.getvalue())
+    if not path.is_file() or path.read_bytes() != stream.getvalue().encode():
+        atomic_write_text(path, stream.getvalue())
 
 
 def _write(

@@ -1,6 +1,7 @@
 """Frozen features: no label and no pair is read, lists are the source's, and every training runs on them by configuration alone."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from conftest import TEST, TRAIN, add_views, write_lists
 import train_step1
 import train_step2
 from baselines import features
-from baselines.features import Occupancy, RawImage, make_features, provenance
+from baselines.features import Occupancy, RawImage, make_features
+from baselines.stored_features import provenance
 from datasets import lists, samples
 from datasets.arrays import load_vectors
 from datasets.batches import BatchSource
@@ -86,6 +88,17 @@ def test_features_copy_the_lists_print_all_settings_that_a_run_needs_and_are_nev
         make(small_digits, tmp_path, seed=1)
     with pytest.raises(UserError, match="holds no features.json"):
         provenance(small_digits)
+
+
+def test_features_of_samples_that_changed_since_are_refused(small_digits, tmp_path):
+    root = tmp_path / "digits"
+    shutil.copytree(small_digits, root)
+    note = make(root, tmp_path)
+    assert set(note["contents"]) == {f"{split}/{name}" for split in ("train", "test") for name in ("GrayImg", "PointCloud")}
+    first, second = sorted((root / "test").rglob("PointCloud*.npy"))[:2]
+    shutil.copy(second, first)
+    with pytest.raises(UserError, match=f"features holds features of other samples than {root} has now: remove it"):
+        make(root, tmp_path)
 
 
 def test_features_have_a_folder_of_their_own_by_default():

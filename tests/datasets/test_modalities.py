@@ -68,6 +68,8 @@ def test_search_within_a_modality_leaves_the_query_out():
     assert retrieval_metrics(rows, labels, rows, labels, exclude_self=True)["map"] == pytest.approx(expected)
     table = retrieval_table({"RGBImg": rows, "Mesh": rows}, {"RGBImg": labels, "Mesh": labels}, within=True)
     assert table["map/RR"] == pytest.approx(expected) and table["map/RM"] > expected
+    alone = retrieval_table({"RGBImg": rows[:1], "Mesh": rows}, {"RGBImg": labels[:1], "Mesh": labels}, within=True)
+    assert "map/RR" not in alone and "map/MM" in alone and "map/RM" in alone
     with pytest.raises(ValueError, match="exclude_self"):
         retrieval_metrics(rows, labels, rows[:3], labels[:3], exclude_self=True)
 
@@ -81,6 +83,12 @@ def test_tables_of_sets_of_different_size_average_the_tasks_between_2d_and_3d():
     assert table["map/RM"] == retrieval_metrics(rows["RGBImg"], labels["RGBImg"], rows["Mesh"], labels["Mesh"])["map"]
     assert table["map/avg"] == pytest.approx(sum(table[f"map/{task}"] for task in ("RM", "RP", "MR", "PR")) / 4)
     assert table["map/chance"] == pytest.approx(sum(chance_map(labels[a], labels[b]) for a, b in pairs) / 4)
+    assert table["chance/MP"] == chance_map(labels["Mesh"], labels["PointCloud"]) != table["chance/RM"]
+    heads, levels = (line.split()[-7:] for line in format_table([("x", table)]).splitlines()[:2])
+    chance = dict(zip(heads, levels, strict=True))
+    assert chance["MP"] == f"{100 * table['chance/MP']:.1f}" != chance["avg"] == f"{100 * table['map/chance']:.1f}"
+    equal = retrieval_table({name: rows[name] for name in ("Mesh", "PointCloud")}, dict.fromkeys(("Mesh", "PointCloud"), labels["Mesh"]))
+    assert not any(key.startswith("chance/") for key in equal)
     lines = format_matrix({"map/RR": 0.9, "map/RP": 0.5, "map/PR": 0.25}, ["RGBImg", "PointCloud"]).splitlines()
     assert [line.split()[1:] for line in lines[1:]] == [["RR", "90.0", "RP", "50.0"], ["PR", "25.0", "-"]]
     runs = [("one", {"map/RP": 0.5, "map/avg": 0.5, "map/chance": 0.1}), ("two", {"map/RM": 0.6, "map/avg": 0.6, "map/chance": 0.3})]

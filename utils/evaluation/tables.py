@@ -25,24 +25,26 @@ def retrieval_table(
     Args:
         embeddings: modality -> (N, D), rows of `Features.represent`, compared by dot products; N may differ between modalities.
         labels: modality -> (N,) int64 ground truth.
-        within: also search each modality with itself, "map/RR" ..., where no query may find itself.
+        within: also search each modality of two or more items with itself, "map/RR" ..., where no query may find itself.
         ranking: "plain" or "diffusion", see `retrieval_metrics`.
     Returns:
         "map/RP", "r@1/RP", "r@5/RP", "r@10/RP", "ndcg/RP" ... for every task, fractions; "map/avg", the mean mAP over
-        the paper's tasks (one side 2D, the other 3D), and "map/chance", the expected mAP of a random ranking there.
+        the paper's tasks (one side 2D, the other 3D), and "map/chance", the expected mAP of a random ranking there; where that of
+        tasks differs, also "chance/RP" ...
     """
     table = {}
     pairs = list(permutations(embeddings, 2))
-    for query, gallery in pairs + ([(name, name) for name in embeddings] if within else []):
+    for query, gallery in pairs + [(name, name) for name in embeddings if within and len(embeddings[name]) > 1]:
         scores = retrieval_metrics(
             embeddings[query], labels[query], embeddings[gallery], labels[gallery], exclude_self=query == gallery,
             ranking=ranking, similarity="dot",
         )
         table.update({f"{metric}/{task_name(query, gallery)}": value for metric, value in scores.items()})
-    pairs = scored_tasks(embeddings)
-    table["map/avg"] = sum(table[f"map/{task_name(*pair)}"] for pair in pairs) / len(pairs)
-    table["map/chance"] = sum(chance_map(labels[query], labels[gallery]) for query, gallery in pairs) / len(pairs)
-    return table
+    chances = {task_name(query, gallery): chance_map(labels[query], labels[gallery]) for query, gallery in pairs}
+    tasks = [task_name(*pair) for pair in scored_tasks(embeddings)]
+    table["map/avg"] = sum(table[f"map/{task}"] for task in tasks) / len(tasks)
+    table["map/chance"] = sum(chances[task] for task in tasks) / len(tasks)
+    return table | ({f"chance/{task}": level for task, level in chances.items()} if len({*chances.values()}) > 1 else {})
 
 
 def score_variants(
@@ -128,10 +130,11 @@ def format_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     cross = lambda key: key.startswith("map/") and not (len(key) == 6 and key[4] == key[5])
     keys = dict.fromkeys(key for _, scores in rows for key in scores if cross(key))  # tasks differ between runs
     columns = [*(key for key in keys if key not in ("map/avg", "map/chance")), "map/avg"]
-    levels = list(dict.fromkeys(scores["map/chance"] for _, scores in rows))  # test sets differ: one line each
-    known = lambda key, level: any(key in scores and scores["map/chance"] == level for _, scores in rows)
-    chances = [("chance", {key: level for key in columns if known(key, level)}) for level in levels]
+    chances: dict[float, dict[str, float]] = {}  # test sets differ: one line each
+    for _, scores in rows:
+        of_task = lambda key, scores=scores: scores.get(key.replace("map/", "chance/"), scores["map/chance"])
+        chances.setdefault(scores["map/chance"], {}).update({key: of_task(key) for key in columns if key in scores})
     lines = [["mAP@All [%]", *(key.removeprefix("map/") for key in columns)]]
-    for name, scores in [*chances, *rows]:
+    for name, scores in [*(("chance", found) for found in chances.values()), *rows]:
         lines.append([name, *(f"{100 * scores[key]:.1f}" if key in scores else "-" for key in columns)])
     return align(lines)

@@ -89,7 +89,7 @@ def _check_root(folder: Path, places: list[tuple[str, ...]], first: set[str], de
 
 
 def remarks(items: Sequence[Item], classes: Sequence[str], entries: Collection[Mapping]) -> list[str]:
-    """Say what makes scores of a finished data set worthless, copies in both halves and classes that one half lacks, or pictures gray.
+    """Say what makes scores of a finished data set worthless, copies or classes in the wrong halves, and how many objects are neutral.
 
     Args:
         entries: of its journal.
@@ -105,6 +105,8 @@ def remarks(items: Sequence[Item], classes: Sequence[str], entries: Collection[M
         bare = [name for label, name in enumerate(classes) if label not in labels[split]]
         if bare:
             found.append(f"{len(bare)} of {len(classes)} classes have no {split} object: {', '.join(bare[:8])}{', ...' * (len(bare) > 8)}")
+    if len(classes) == 1:
+        found.append("one class alone, so every score will be 100 %: does --root lie a folder too high?")
     neutral = sum("neutral" in entry for entry in entries)
     if neutral:
         found.append(f"{neutral} objects have no colour or texture that was found, and are drawn neutral")
@@ -211,7 +213,8 @@ def make_tasks(items: Sequence[Item], share: float, labelled: bool, least: int) 
         All objects; the classes, in the order of their labels; and name -> why an object is left out.
     """
     original = lambda item: item.original or item.name
-    ordered = sorted(items, key=lambda item: hashlib.sha256(original(item).rsplit(".", 1)[0].encode()).digest())
+    stem = lambda name: name.rsplit(".", 1)[0] if name.lower().endswith(FORMATS) else name  # rows of an archive have no suffix
+    ordered = sorted(items, key=lambda item: hashlib.sha256(stem(original(item)).encode()).digest())
     clouds = mostly_clouds(items)
     reasons = {item.name: reason for item in ordered if (reason := _reason(item, clouds, labelled))}
     usable = [item for item in ordered if item.name not in reasons]

@@ -210,8 +210,13 @@ def _id2file(path: Path) -> list[str]:
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Return arrays of an .npz file by name, each read to its end; a UserError names the one that cannot be."""
     member, arrays = names[0], {}
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if set(names) - set(archive.files):
+                found = ", ".join(archive.files) or "none"
+                raise UserError(f"{path}: expected the arrays {', '.join(names)} (docs/data.md), found {found}")
             for member in names:
                 arrays[member] = archive[member]
     except (*READ_ERRORS, KeyError, AttributeError, TypeError) as error:

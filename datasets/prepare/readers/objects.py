@@ -1,7 +1,6 @@
 """Reads one 3D model, from its file or from an archive of meshes. Called by `datasets.prepare.objects` and by search."""
 
 import io
-import json
 import re
 from contextlib import suppress
 from functools import lru_cache
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from datasets.prepare.readers.gltf import moves_textures, passed_over
 from datasets.prepare.readers.modelnet import read_arrays
 from datasets.prepare.readers.obj import read_obj
 from datasets.prepare.readers.off import read_off
@@ -22,11 +22,9 @@ MESHES = (".glb", ".gltf", ".obj", ".ply", ".off", ".stl")
 GLTF = (".glb", ".gltf")  # by their standard in metres and y up
 CLOUDS = (".npz", ".npy", ".pcd")
 FORMATS = (*MESHES, *CLOUDS)  # of files of one name in one folder, the first of these is taken
-UNREAD = {"KHR_draco_mesh_compression", "EXT_meshopt_compression", "EXT_mesh_gpu_instancing"}  # extensions that trimesh passes over
-READ = ("KHR_materials", "KHR_texture", "EXT_texture", "KHR_lights", "KHR_mesh_quantization")  # those that files may require
-TRIANGLE_FAN = 6  # a mode of GLTF
 NPZ_ARRAYS = ("vertices", "faces", "vertex_offset", "face_offset", "label", "classes", "instance_id")
 NPZ_UNIT = 30000
+BESIDE_POINTS = re.compile(r"normal|colou?r|rgb", re.IGNORECASE)
 MOST_COLUMNS = 12  # of a cloud: place, normal, colour and the like
 
 
@@ -65,8 +63,8 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
 def read_parts(path: Path, texture: bool) -> list[Part]:
     """Read the mesh of a file: all parts of a scene, moved to their places.
 
-    OFF, OBJ and PLY files have readers of their own. Of these trimesh's reading counts, with `texture`, where it finds the same surface,
-    and of binary PLY files, which it notices to be cut short and reads fast, where every face is a triangle.
+    OFF, OBJ and PLY files have readers of their own. Of these trimesh's reading counts, with `texture`, where it finds the same surface
+    in the same place, and of binary PLY files, which it notices to be cut short and reads fast, where every face is a triangle.
 
     Returns:
         At least one part; with a look if `texture` and the file has one.
@@ -85,8 +83,19 @@ def read_parts(path: Path, texture: bool) -> list[Part]:
     if binary and sum(len(triangles) for _, triangles, _ in seen) == _promised(data, "face") > 0:
         return seen
     own = _checked([(*reader(data), None)])
-    areas = [sum(triangle_areas(vertices, triangles).sum() for vertices, triangles, _ in parts) for parts in (own, seen)]
-    return seen if seen and np.isclose(*areas, rtol=1e-4) else own
+    return seen if seen and _same_surface(own, seen) else own
+
+
+def _same_surface(one: list[Part], other: list[Part]) -> bool:
+    """Whether two readings of a file have the same area, bounds and centre."""
+    areas, places = [], []
+    for vertices, triangles in map(joined, (one, other)):
+        corners, area = vertices[triangles], triangle_areas(vertices, triangles)
+        centre = (corners.mean(axis=1) * area[:, None]).sum(axis=0) / max(area.sum(), np.finfo(float).tiny)
+        areas.append(area.sum())
+        places.append([*corners.min(axis=(0, 1)), *corners.max(axis=(0, 1)), *centre])
+    size = np.ptp(np.reshape(places[0][:6], (2, 3)), axis=0).max()
+    return bool(np.isclose(*areas, rtol=1e-4) and np.allclose(*places, rtol=0, atol=1e-4 * size))
 
 
 def vertical_axis(path: str, up: str | None) -> str:
@@ -108,7 +117,7 @@ def _load(path: Path, data: bytes, texture: bool = False) -> list[Any]:
     from datasets.prepare.readers.neighbours import Neighbours
 
     gltf = path.suffix.lower() in GLTF
-    unread = _unread(data) if gltf else ()
+    unread = passed_over(data) if gltf else ()
     if unread:
         raise MeshError(f"not read: {', '.join(unread)}; export it without, uncompressed")
     # finds buffers, in and below the folder of the file, and textures, anywhere; a path must be UTF-8 to be loaded
@@ -120,32 +129,15 @@ def _load(path: Path, data: bytes, texture: bool = False) -> list[Any]:
     return scene.dump()
 
 
-def _unread(data: bytes) -> list[str]:
-    """Return what of a GLB or GLTF file trimesh would pass over without a word; nothing of a damaged one, where it says so."""
-    found = []
-    with suppress(ValueError, LookupError, TypeError, AttributeError):
-        content = json.loads(data[20 : 20 + int.from_bytes(data[12:16], "little")] if data[:4] == b"glTF" else data)
-        needed = [name for name in content.get("extensionsRequired", ()) if not name.startswith(READ)]
-        found += sorted({*needed, *UNREAD.intersection(content.get("extensionsUsed", ()))})
-        drawn, nodes = [entry for mesh in content["meshes"] for entry in mesh["primitives"]], content.get("nodes", [])
-        found += ["geometry of or below a camera"] * any("camera" in node and {"children", "mesh"} & node.keys() for node in nodes)
-        found += ["meshes that no scene shows"] * (not any(scene.get("nodes") for scene in content.get("scenes", ())))
-        found += ["a skin"] * any("skin" in node for node in nodes)
-        found += ["a morph target with a weight"] * any(any(made.get("weights", ())) for made in (*nodes, *content["meshes"]))
-        found += ["a triangle fan"] * any(entry.get("mode") == TRIANGLE_FAN for entry in drawn)
-        places = [content["accessors"][entry["attributes"]["POSITION"]] for entry in drawn]
-        corners = [content["accessors"][entry["indices"]] for entry in drawn if "indices" in entry]
-        found += ["normalised integer positions"] * any(entry.get("normalized") for entry in places)
-        found += ["a sparse accessor"] * any("sparse" in entry for entry in places + corners)
-    return found
-
-
 def _stl(data: bytes) -> tuple[bytes, int]:
     """Return the content of an STL file, without what follows a binary one, and how many triangles it promises."""
     count = int.from_bytes(data[80:84], "little")
     if 84 <= 84 + 50 * count <= len(data):
         return data[: 84 + 50 * count], count
-    return data, len(re.findall(rb"(?m)^\s*facet\b", data.lower()))
+    facets, corners = (len(re.findall(rb"(?m)^\s*%s\b" % word, data.lower())) for word in (b"facet", b"vertex"))
+    if corners > 3 * facets:
+        raise MeshError(f"no STL file: {corners} corners of {facets} triangles")
+    return data, facets
 
 
 def _scene(path: Path, data: bytes, texture: bool) -> list[Part]:
@@ -158,9 +150,9 @@ def _scene(path: Path, data: bytes, texture: bool) -> list[Part]:
 
 
 def _painted(path: Path, data: bytes) -> list[Part]:
-    """As `_scene` with textures, or without if one of them is damaged."""
+    """As `_scene` with textures, or without if one of them is damaged or lies elsewhere than trimesh puts it."""
     with suppress(Exception):
-        return _scene(path, data, texture=True)
+        return _scene(path, data, texture=not moves_textures(data))
     return _scene(path, data, texture=False)
 
 
@@ -175,7 +167,7 @@ def _checked(parts: list[Part]) -> list[Part]:
 
 def read_cloud(path: Path) -> tuple[np.ndarray, int]:
     """Read a PCD or PLY file, the points of a GLB or GLTF file, an .npy array (n, 3 to 12), or of an .npz file the array `points`, else
-    the one such array of floats.
+    the one such array of floats whose name is not that of normals or colours.
 
     Returns:
         (n, 3) points, and how many of a PCD file were dropped as not valid.
@@ -214,7 +206,8 @@ def _array(path: Path) -> np.ndarray:
         for name in loaded.files:
             with suppress(ValueError):  # of objects, which are never unpickled
                 arrays[name] = loaded[name]
-        found = [array for array in arrays.values() if _has_points(array) and array.dtype.kind == "f"]
+        likely = {name: array for name, array in arrays.items() if not BESIDE_POINTS.search(name)}
+        found = [array for array in likely.values() if _has_points(array) and array.dtype.kind == "f"]
         if len(found) != 1:
             raise MeshError(f"expected an array points, or one other of floats of shape (n, 3), found {', '.join(loaded.files) or 'none'}")
         return found[0]

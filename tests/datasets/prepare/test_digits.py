@@ -190,7 +190,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
         prepare_digits.main(["--root", str(tmp_path / "d"), "--points", "9", "--workers", "1"])
     first, arrays, second, _ = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1].split(";")[0] for line in (first, second)] == ["written", "already prepared, nothing to do"]
-    assert arrays.startswith("no arrays for configs/digits/step1.yaml yet, training will make them: ") and "clouds hold 9 points" in arrays
+    assert arrays.startswith("no arrays for configs/digits/step1.yaml: ") and "clouds hold 9 points" in arrays
     write_mnist(tmp_path)
     with pytest.raises(UserError, match="of the data set 'digits', not 'mnist3d'"):
         mnist3d.main(["--root", str(tmp_path / "d")])  # before anything is downloaded into it

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -254,6 +255,16 @@ def test_changed_photographs_are_noticed(folder_release, tmp_path):
     after = json.loads((tmp_path / "o/mi3dor_pairs.json").read_text())
     assert after["test_photographs_also_in_training"] == 1 and after["content_sha256"]["train"] == before["train"]
     assert after["content_sha256"]["test"] != before["test"]
+
+
+def test_changed_models_of_the_same_size_are_noticed(folder_release, tmp_path):
+    release = tmp_path / "r"
+    shutil.copytree(folder_release, release)
+    run(release, tmp_path / "o")
+    path = next(release.rglob("*.obj"))
+    path.write_bytes(re.sub(rb"\d(?=\s*$)", lambda found: b"%d" % (9 - int(found[0])), path.read_bytes()))
+    with pytest.raises(UserError, match="input_sha256 differs"):
+        run(release, tmp_path / "o")
 
 
 def test_official_counts(folder_release, tmp_path):

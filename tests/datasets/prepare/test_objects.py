@@ -257,6 +257,26 @@ def test_textures_take_the_factor_of_their_material_and_no_quantised_coordinates
     assert look_of(box) is not None
 
 
+def test_parts_that_trimesh_puts_on_one_place_keep_theirs(tmp_path):
+    """Equal legs of a table with indices that count backwards, which trimesh takes from the end of the file."""
+    text = []
+    for x, y in ((0, 0), (9, 0), (9, 9), (0, 9)):
+        text += ["g leg", *(f"v {x + a} {y + b} {c}" for a in (0, 1) for b in (0, 1) for c in (0, 5)), "f -8 -7 -5 -6", "f -8 -7 -3 -4", "f -2 -1 -3 -4"]
+    path = put(tmp_path / "legs.obj", "\n".join([*text, ""]))
+    for texture in (False, True):
+        vertices, triangles = joined(read_parts(path, texture))
+        assert np.ptp(vertices[triangles], axis=(0, 1)).tolist() == [10, 10, 5]
+
+
+@pytest.mark.parametrize("change,kept", [({}, True), ({"texCoord": 0, "extensions": {"KHR_texture_transform": {"scale": [1, 1]}}}, True),
+                                         ({"texCoord": 1}, False), ({"extensions": {"KHR_texture_transform": {"offset": [0.5, 0]}}}, False)])
+def test_a_texture_that_lies_elsewhere_is_not_drawn(tmp_path, trimesh, change, kept):
+    alter = lambda content: content["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"].update(change)
+    path = put(tmp_path / "a.glb", changed(textured_box(trimesh).export(file_type="glb"), alter))
+    ((_, triangles, look),) = read_parts(path, True)
+    assert (look is not None) == kept and len(triangles) == 12
+
+
 def test_no_colour_is_invented_and_none_lost(tmp_path, trimesh):
     box, red = trimesh.creation.box(BOX), np.tile(np.array([200, 20, 20, 255], np.uint8), (8, 1))
     plain = box.export(file_type="obj").splitlines()
@@ -326,6 +346,39 @@ def test_text_has_more_digits_than_the_single_precision_that_its_header_promises
     assert np.abs(read_cloud(put(tmp_path / "b.ply", "\n".join(binary).encode() + values))[0] - points).max() < 1
 
 
+def test_clouds_of_other_sizes_in_the_halves_and_one_test_object_train(here, capsys):
+    rng = np.random.default_rng(0)
+    for split, count, sizes in (("train", 16, [700]), ("test", 1, [40])):
+        for number in range(count):
+            put(here / f"scans/{split}/x/y", "")
+            np.save(here / f"scans/{split}/x/{number}.npy", rng.normal(size=(sizes[0], 3)) * [1, 1, 1 + number % 2])
+    objects.main(["--name", "scans", "--root", "scans", *SMALL[:4], "--num-points", "512", "--workers", "1"])
+    said = capsys.readouterr().out
+    assert "arrays for configs/scans/step1.yaml in" in said and "note: one class alone, so every score will be 100 %" in said
+    assert load_config(Step1Config, "configs/scans/step1.yaml").data.num_points == 40
+    quick = ["optim.epochs=1", "pla.mlm_only_epochs=0", "run.figures=false", "model.point_width=32", "model.num_neighbors=4", "data.image_size=16",
+             "data.image_resize=16", "model.embedding_dim=8", "run.device=cpu"]
+    train_step1.main(["--config", "configs/scans/step1.yaml", "--set", *quick])
+    (run,) = Path("runs/scans/step1").iterdir()
+    evaluate.main(["--run", str(run)])
+    assert "all pairs" in capsys.readouterr().out
+
+
+def test_a_configuration_that_does_not_fit_is_named_in_place_of_the_commands(here, capsys):
+    for number in range(8):
+        (here / "scans").mkdir(exist_ok=True), np.save(here / f"scans/{number}.npy", np.random.default_rng(number).normal(size=(40, 3)))
+    make = lambda *more: objects.main(["--name", "scans", "--root", "scans", *SMALL, *more])
+    make(), make()
+    assert capsys.readouterr().out.count("train on it") == 2
+    before = (here / "dataset/scans/skipped.csv").stat().st_mtime_ns
+    make("--output", "other")
+    said = capsys.readouterr().out
+    assert "configs/scans/step1.yaml has data.root dataset/scans, made was other. Change it, or" in said and "train on it" not in said
+    make()
+    assert "train on it" in capsys.readouterr().out
+    assert (here / "dataset/scans/skipped.csv").stat().st_mtime_ns == before  # a folder that is complete may be read-only
+
+
 def test_what_clouds_cannot_do_or_too_few_objects_is_said(here, capsys):
     for number in range(2):
         (here / "scans").mkdir(exist_ok=True), np.save(here / f"scans/{number}.npy", np.random.default_rng(number).normal(size=(40, 3)))
@@ -366,6 +419,7 @@ def test_unlabelled_clouds_train_and_evaluation_asks_for_labels(here, capsys):
     (np.zeros((40, 2)), r"\(n, 3\)"), ({"points": np.zeros((3, 2048))}, "transposed"), ({"depth": np.zeros((480, 640))}, "found depth"),
     ({"faces": np.zeros((3, 3), int), "vertices": np.zeros((4, 3))}, "a mesh in .npz"), ({"ids": np.zeros((9, 3), int)}, "found ids"),
     ({"a": np.zeros((9, 3)), "b": np.zeros((9, 3))}, "one other of floats"),
+    ({"xyz": np.zeros((9, 3), int), "Normals": np.zeros((9, 3))}, "found xyz, Normals"), ({"coord": np.zeros((9, 3), int), "rgb": np.zeros((9, 3))}, "found coord"),
 ])
 def test_no_cloud_is_made_of_other_arrays(tmp_path, arrays, words):
     path = tmp_path / ("a.npz" if isinstance(arrays, dict) else "a.npy")
@@ -477,6 +531,7 @@ def test_what_makes_scores_worthless_is_said(tmp_path):
     entries = [{"name": item.name, "label": int(item.object_class == "y"), "split": item.split, "files": {}} for item in items]
     copies = "content of training objects in the test half, 1 times: scores will count what was learned by heart"
     assert remarks(items, ["x", "y"], entries) == [copies, "1 of 2 classes have no test object: y"]
+    assert "one class alone" in remarks(items, ["x"], entries)[-1]
     assert "1 objects have no colour" in remarks(items, [], [{**entries[0], "neutral": True}, *entries[1:]])[-1]
     unread = [{**entry, "left_out": "broken"} for entry in entries if entry["name"] == "test/x/3.obj"]
     del unread[0]["files"]
@@ -504,6 +559,12 @@ def test_split_and_numbers_owe_nothing_to_the_class(tmp_path):
     assert all(task.label is None for task in make_tasks(items, 0.8, False, 10)[0]) and not make_tasks(items, 0.8, False, 10)[2]
 
 
+def test_ids_with_a_dot_in_an_archive_are_split_by_all_of_their_name():
+    items = [Item(f"scan.{number:04d}", str(number), "", "abcd"[number // 10]) for number in range(40)]
+    tasks = make_tasks(items, 0.8, True, 10)[0]
+    assert len({task.label for task in tasks if task.split == "test"}) > 2 and np.mean(np.diff([task.label for task in tasks]) != 0) > 0.3
+
+
 def test_copies_stay_in_one_split(tmp_path):
     for number in range(20):
         put(tmp_path / f"a/{number:02d}.obj", f"{number % 4}")
@@ -529,6 +590,11 @@ def test_mesh_archives(tmp_path):
     assert [(item.name, item.object_class, item.place) for item in read_npz(path)] == [("m1", "b", "0"), ("m2", "a", "1")]
     vertices, faces, _ = read_npz_parts(path, 1)[0]
     assert vertices[:3].tolist() == [[0, 0, 0], [0, 0.5, 0], [0, 0, 0.5]] and faces.tolist() == [[0, 1, 2], [0, 1, 3]]
+    np.savez(tmp_path / "clouds.npz", points=np.zeros((2, 3)))
+    with pytest.raises(UserError, match="expected the arrays vertices, faces, .*docs/data.md.*, found points"):
+        read_npz(tmp_path / "clouds.npz")
+    with pytest.raises(UserError, match="none.npz: no such file"):
+        read_npz(tmp_path / "none.npz")
     with pytest.raises(MeshError, match="do not fit"):
         read_npz_parts(write_meshes(tmp_path / "b.npz", faces=np.array([[0, 1, 3]] * 3)), 0)
     for number, (key, value) in enumerate({"vertex_offset": [0, 3], "face_offset": [0, 2, 1], "label": [0, 2], "instance_id": ["m", "m"]}.items()):

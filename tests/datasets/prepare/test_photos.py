@@ -87,12 +87,23 @@ def test_class_pairs_have_one_label_in_a_row_and_say_that_they_read_it(source, c
 def test_the_half_of_a_photograph_depends_on_its_name_alone(source):
     run(source)
     chosen = {Path(path).name for path in rows(source, "RGBImg", "test")[0].files}
-    for path in (source / "photos").glob("*/*"):
-        Image.new("RGB", (30, 30), (9, 8, 7)).save(path)
+    for number, path in enumerate((source / "photos").glob("*/*")):
+        Image.new("RGB", (30 + number, 30), (9, 8, 7)).save(path)
     with pytest.raises(UserError, match="other settings or input"):
         run(source)
     run(source, "--overwrite")
     assert {Path(path).name for path in rows(source, "RGBImg", "test")[0].files} == chosen
+
+
+def test_copies_of_a_photograph_lie_in_the_half_of_the_first(source, capsys):
+    for number in (1, 3, 5, 7, 9):
+        path = source / f"photos/bathtub/bathtub {number}.JPG"
+        path.with_name(f"copy of {number}.jpg").write_bytes(path.read_bytes())
+    (source / "photos/table/another.jpg").write_bytes((source / "photos/bathtub/bathtub 1.JPG").read_bytes())
+    run(source)
+    contents = [{Path(path).read_bytes() for path in rows(source, "RGBImg", split)[0].files} for split in ("train", "test")]
+    assert min(map(len, contents)) > 0 and not contents[0] & contents[1]
+    assert "6 photographs are copies of others, and lie in their half; 1 lie in several classes" in capsys.readouterr().out
 
 
 def chunk(name, data):
