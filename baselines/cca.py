@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from baselines.method import NOT_NEGATIVE, Context, ShallowMethod
+from baselines.method import Context, ShallowMethod
 from utils.errors import UserError
 
 
@@ -61,17 +61,21 @@ def ridge_cca(views: Sequence[np.ndarray], dim: int, ridge: float, model: str = 
         ridge: in units of the mean variance of each view.
         model: of cca-zoo, for two views or more.
     """
-    added = [ridge * float(view.var(axis=0, ddof=1).mean()) for view in views]  # r of each
-    shrinkage = [r / (1 + r) for r in added]  # c of (1 - c) S + c I, which is S + r I up to its scale
-    width = min(dim, *(view.shape[1] for view in views))
-    return load_model(model)(n_components=width, shrinkage=shrinkage).fit(list(views))
+    deviations = [max(float(view.var(axis=0, ddof=1).mean()) ** 0.5, 1e-150) for view in views]  # of a column
+    rank = np.linalg.matrix_rank if model == "MCCA" else lambda view: view.shape[1]  # RidgeCCA itself cuts to the rank
+    width = min(dim, *(int(rank(view - view.mean(axis=0))) for view in views))
+    # of views of mean variance 1, S + ridge I is (1 + ridge) ((1 - c) S + c I), with one factor for all of them
+    fitted = load_model(model)(n_components=width, shrinkage=[ridge / (1 + ridge)] * len(views))
+    fitted.fit([view / deviation for view, deviation in zip(views, deviations, strict=True)])
+    fitted.means_ = [mean * deviation for mean, deviation in zip(fitted.means_, deviations, strict=True)]
+    fitted.weights_ = [weights / deviation / (1 + ridge) ** 0.5 for weights, deviation in zip(fitted.weights_, deviations, strict=True)]
+    return fitted
 
 
 class CCA(ShallowMethod):
     """Linear CCA of the two modalities of a task."""
 
     defaults = {"ridge": 1e-3}
-    limits = {"ridge": NOT_NEGATIVE}
     model = "RidgeCCA"
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:

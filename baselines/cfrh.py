@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from baselines.dccae import inputs_and_decoders
 from baselines.hashing import GraphHashMethod, cosine
-from baselines.method import COUNT, NOT_NEGATIVE, Context
+from baselines.method import COUNT, Context
 
 
 class CFRH(GraphHashMethod):
@@ -28,7 +28,7 @@ class CFRH(GraphHashMethod):
         "first": 0.4, "second": 0.3, "fused": 0.3, "mu": 1.5, "intra": 0.1, "reconstruction": 0.01, "similarity": "rescaled",
         "hidden": 1024,
     }
-    limits = {"reconstruction": NOT_NEGATIVE, "hidden": COUNT}
+    limits = {"hidden": COUNT}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from baselines.cca import load_model, ridge_cca
-from baselines.method import NOT_NEGATIVE, Context, Method, Training
+from baselines.method import POSITIVE, Context, Method, Training
 
 
 class TotalCorrelation(torch.autograd.Function):
@@ -58,7 +58,7 @@ class DCCA(Method):
 
     training_defaults = Training(dim=64, batch_size=1024, epochs=100, learning_rate=1e-3)
     defaults = {"ridge": 1e-3}
-    limits = {"ridge": NOT_NEGATIVE}
+    limits = {"ridge": POSITIVE}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

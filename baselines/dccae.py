@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from baselines.dcca import DCCA
-from baselines.method import COUNT, NOT_NEGATIVE, Context
+from baselines.method import COUNT, Context
 
 
 class DCCAE(DCCA):
     """Deep canonically correlated autoencoders."""
 
     defaults = {"ridge": 1e-3, "reconstruction": 1e-3, "hidden": 1024}
-    limits = {**DCCA.limits, "reconstruction": NOT_NEGATIVE, "hidden": COUNT}
+    limits = {**DCCA.limits, "hidden": COUNT}
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -98,13 +98,15 @@ def make_features(
     if config.data.features:
         raise UserError(f"{config_path} is of features already: give the configuration of the samples")
     out = out or default_folder(config.data, kind, seed)
-    is_there = out.exists()
+    is_there = out.is_dir() and any(out.iterdir())
     if not is_there:
         arguments = argparse.Namespace(config=config_path, resume=resume, overrides=texts)
         session = open_session(Step1Config, "features", arguments, config_path, mark)
         with session.run.failures_logged():
             splits = _splits(session.config.data, session.device)
             _write(session.config, kind, _encoders(session, kind, splits["train"]), splits, out, command, session.device)
+    if is_there and not (out / FEATURES_NOTE).is_file():
+        raise UserError(f"{out} is there and not of this command: remove it, or give another --out")
     note = provenance(out)
     if (note["kind"], note["seed"], note["config_hash"]) != (kind, seed, config_hash(config)):
         raise UserError(f"{out} holds {note['kind']} features of seed {note['seed']} with other settings: give another --out")

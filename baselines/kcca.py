@@ -19,7 +19,7 @@ from scipy.spatial.distance import pdist
 from sklearn.kernel_approximation import Nystroem
 
 from baselines.cca import Preparation, ridge_cca
-from baselines.method import COUNT, NOT_NEGATIVE, Context, ShallowMethod
+from baselines.method import COUNT, Context, ShallowMethod
 from utils.engine.seed import derive_seed
 from utils.errors import UserError
 
@@ -31,7 +31,7 @@ class KCCA(ShallowMethod):
     """Kernel CCA by Nystroem features."""
 
     defaults = {"kernel": "rbf", "landmarks": 1000, "ridge": 0.1}
-    limits = {"landmarks": COUNT, "ridge": NOT_NEGATIVE}
+    limits = {"landmarks": COUNT}
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:
         kernel, landmarks = context.settings["kernel"], context.settings["landmarks"]

@@ -35,7 +35,8 @@ class MethodLearner(StageLearner):
     ) -> None:
         self.samples, self.epoch = samples, 0
         encoders = build_encoders(config.data, config.model)
-        inputs = {**samples.arrays, **({} if labels is None else {"labels": labels})}
+        targets = {f"features/{name}": rows for name, rows in (shared or {}).items()}
+        inputs = {**samples.arrays, **targets, **({} if labels is None else {"labels": labels})}
         super().__init__("baseline", config, BatchSource(samples, config.data, device), inputs, encoders, nn.ModuleDict(), device)
         load_pretrained(self.encoders, config.model.pretrained)
         context = make_context(config, cls, samples, labels, shared or self._initial_features(), device)

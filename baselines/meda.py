@@ -32,7 +32,7 @@ from sklearn.svm import LinearSVC
 
 from baselines.cca import CCA, unit_rows
 from baselines.kcca import bandwidth
-from baselines.method import COUNT, NOT_NEGATIVE, Context, ShallowMethod
+from baselines.method import COUNT, POSITIVE, Context, ShallowMethod
 from baselines.revgrad import source_labels
 from utils.errors import UserError
 
@@ -125,7 +125,7 @@ class MEDA(ShallowMethod):
     }
     limits = {
         **dict.fromkeys(("subspace", "neighbours", "rounds"), COUNT), "pairs": {"min": 2},
-        **dict.fromkeys(("ridge", "lam", "eta", "rho", "tau"), NOT_NEGATIVE),
+        "eta": POSITIVE,  # without it the system of a round may be singular
     }
 
     def fit(self, features: Mapping[str, np.ndarray], context: Context) -> None:

@@ -14,7 +14,7 @@ COUNT, POSITIVE, NOT_NEGATIVE, SHARE = {"min": 1}, {"above": 0}, {"min": 0}, {"m
 
 @dataclass(frozen=True)
 class Training:
-    """Optimisation of a deep method as its paper or release has it, for training on features; all of it is a default of the settings.
+    """Optimisation of a deep method for training on features, as its paper or release has it, but for what its docstring calls ours.
 
     Attributes:
         dim: L, width of the common space; clip: largest norm of the gradient, None for any; the rest as in `OptimConfig`.
@@ -68,7 +68,7 @@ class Method(nn.Module):
     Attributes:
         logged: name -> number (a scalar tensor) that `forward` puts there to be watched; its mean over an epoch goes to metrics.jsonl
             as "method/NAME".
-        defaults: option -> default of `method.options`, whose type it has; limits: of those that are numbers.
+        defaults: option -> default of `method.options`, whose type it has; limits: of those that are numbers, default NOT_NEGATIVE.
     """
 
     training_defaults: ClassVar[Training] = Training()

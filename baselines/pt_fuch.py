@@ -87,7 +87,11 @@ class Client:
             self.shared.train_epoch(self.rows, lambda index, outputs: sum(prototype_loss(outputs, centres) for centres in known))
 
     def _cluster(self, seed: int) -> None:
-        fused = F.normalize(sum(outputs_of(self.private.encoders, self.rows)), dim=1)
+        fused = sum(outputs_of(self.private.encoders, self.rows))
+        if not torch.isfinite(fused).all():
+            raise UserError("PT-FUCH: outputs are not finite: scale the features, or lower method.options.learning_rate")
+        fused[(fused == 0).all(dim=1)] = 1  # as of zero rows before the first step: one direction for all of them
+        fused = F.normalize(fused, dim=1)
         start = {"num_init": 1, "seed": seed} if self.prototypes is None else {"init": self.prototypes}
         self.prototypes, self.ids = kmeans(fused, self.num_prototypes, spherical=True, **start)
 

@@ -50,8 +50,9 @@ def run_method(session: Session) -> None:
             seconds = time.perf_counter() - start
         else:
             features = _shared_features(config.method.features, samples, device) if config.method.features else None
+            start = time.perf_counter()
             learner = MethodLearner(config, entry.load(), samples, labels, features, device)
-            seconds = sum(row["seconds/train"] for row in fit(session, learner, None))
+            seconds = time.perf_counter() - start + sum(row["seconds/train"] for row in fit(session, learner, None))
             codes = learner.codes(test)
         metrics = {**score_codes(codes, test_labels, entry.kind == "hash"), **_facts(entry, config, device), **label_note(run)}
         metrics |= {"features": features_noted, "seconds": round(seconds, 2)}
@@ -132,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--figures", action="store_true", help="draw t-SNE and the five best of some queries")
     arguments = parser.parse_args(argv)
     features = [f"method.features={arguments.features}"] if arguments.features else []
-    arguments.overrides = [*_defaults(arguments), f"run.figures={str(arguments.figures).lower()}", *features, *arguments.overrides]
+    figures = [] if arguments.resume and not arguments.figures else [f"run.figures={str(arguments.figures).lower()}"]
+    arguments.overrides = [*_defaults(arguments), *figures, *features, *arguments.overrides]
     entry = method_entry(arguments.method)
     mark = lambda config: mark_labels(config, None, f"{entry.labels} of {config.data.dataset}" if entry.reads_truth else None)
     session = open_session(BaselineConfig, "baseline", arguments, DEFAULT_CONFIG, mark)
@@ -142,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _defaults(arguments: argparse.Namespace) -> list[str]:
-    """Return the "section.key=value" texts that a new run has beside its configuration: its method's published training."""
+    """Return the "section.key=value" texts that a new run has beside its configuration: its method's own training."""
     entry = method_entry(arguments.method)
     if arguments.resume:
         return []
@@ -162,6 +164,8 @@ def _defaults(arguments: argparse.Namespace) -> list[str]:
         )
     if not data.features and not entry.end_to_end:
         raise UserError(f"{entry.title} is trained on features: give a configuration with data.features, see docs/comparison.md")
+    if data.features and (arguments.features or any(text.startswith("method.features=") for text in arguments.overrides)):
+        raise UserError(f"--features is for training end to end, and {arguments.config} is of features already: leave it out")
     check_optim(entry, arguments.overrides)
     one_view = [f"data.views.{name}=1" for name in data.modalities]
     return [f"run.seed={arguments.seed}", *one_view, *method_overrides(arguments.method, not data.features)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from baselines import Entry, method_entry
-from baselines.method import Method, ShallowMethod
+from baselines.method import NOT_NEGATIVE, Method, ShallowMethod
 from utils.errors import UserError
 from utils.settings.config import SWITCHES, broken_limit
 from utils.settings.data_options import nearest, option
@@ -45,7 +45,7 @@ class BaselineConfig(Step1Config):
 
 
 def method_overrides(name: str, end_to_end: bool) -> list[str]:
-    """Return the "section.key=value" texts that give a method its published training; end to end, epochs are the configuration's."""
+    """Return the "section.key=value" texts that give a method its own training; end to end, epochs are the configuration's."""
     cls = method_entry(name).load()
     texts = [f"method.name={name}", "pla.mlm_only_epochs=0", "mlm.self_term=false", "eval.representation=embedding", "run.eval_every=0"]
     if issubclass(cls, ShallowMethod):
@@ -83,7 +83,7 @@ def method_options(cls: type[Method], given: Mapping[str, str]) -> dict[str, Any
             raise UserError(f"method.options.{key}: expected {kind.__name__}, got {text!r}") from None
         if kind is float and not math.isfinite(options[key]):
             raise UserError(f"method.options.{key}: expected a finite number, got {text!r}")
-        limits = cls.limits.get(key, {})
+        limits = cls.limits.get(key, NOT_NEGATIVE if kind in (int, float) else {})
         if problem := broken_limit(options[key], limits):
             raise UserError(f"method.options.{key}: {problem}" + (f" ({limits['doc']})" if "doc" in limits else ""))
     return options

@@ -86,6 +86,8 @@ def test_where_revgrad_takes_its_labels_from():
     assert clusters.shape == (120,) and clusters.unique().tolist() == list(range(CLASSES))
     other = {**FEATURES, "PointCloud": FEATURES["PointCloud"][::-1].copy()}
     assert torch.equal(source_labels(context_of("revgrad", other)), clusters)  # of the images alone
+    scaled = {**FEATURES, "GrayImg": FEATURES["GrayImg"] * np.geomspace(1, 100, 120)[:, None]}
+    assert torch.equal(source_labels(context_of("revgrad", scaled)), clusters)  # of unit rows
     assert source_labels(context_of("revgrad", FEATURES, LABELS)).tolist() == LABELS.tolist()
     embeddings, index = {name: torch.randn(9, 8) for name in NAMES}, torch.arange(9)
     losses = {}

@@ -78,12 +78,16 @@ def test_without_the_library_a_user_is_told_how_to_get_it(monkeypatch):
 
 def test_mcca_of_two_is_cca_and_of_four_serves_every_pair():
     needs_cca_zoo()
-    joint, linear = fitted(MCCA, "mcca", dim=6), fitted(CCA, "cca", dim=6)
-    for name in NAMES:
-        agree(joint.transform(name, FEATURES[name]), linear.transform(name, FEATURES[name]))
+    few = {name: rows[:8] for name, rows in FEATURES.items()}  # of rank 7
+    for features, dim, width in ((FEATURES, 6, 6), (few, 9, 7)):
+        joint, linear = fitted(MCCA, "mcca", features, dim=dim), fitted(CCA, "cca", features, dim=dim)
+        for name in NAMES:
+            assert joint.transform(name, features[name]).shape == (len(features[name]), width)
+            agree(joint.transform(name, features[name]), linear.transform(name, features[name]))
     names = ("RGBImg", "GrayImg", "PointCloud", "Mesh")
     features, _ = pairs(120, widths=(9, 9, 12, 10), names=names)
     four = fitted(MCCA, "mcca", features, dim=6)
+    strong = fitted(MCCA, "mcca", features, dim=6, settings={"ridge": 10.0})
     codes = [four.transform(name, features[name]) for name in names]
     for a in range(4):
         for b in range(a):
@@ -92,10 +96,12 @@ def test_mcca_of_two_is_cca_and_of_four_serves_every_pair():
     views = [Preparation().fit(features[name]) for name in names]
     own = [np.cov(view.T) for view in views]
     off = np.cov(np.concatenate(views, 1).T) - block_diag(*own)
-    diagonal = block_diag(*(s + 1e-3 * s.trace() / len(s) * np.eye(len(s)) for s in own))
-    weights = np.concatenate([four.weights[name] for name in names])
-    found = np.diag(weights.T @ off @ weights) / np.diag(weights.T @ diagonal @ weights)
-    assert np.allclose(found, eigh(off, diagonal, eigvals_only=True)[::-1][:6], rtol=1e-6)
+    for method, ridge in ((four, 1e-3), (strong, 10.0)):
+        diagonal = block_diag(*(s + ridge * s.trace() / len(s) * np.eye(len(s)) for s in own))
+        weights = np.concatenate([method.weights[name] for name in names])
+        values, vectors = eigh(off, diagonal)
+        assert np.allclose(np.diag(weights.T @ off @ weights) / np.diag(weights.T @ diagonal @ weights), values[::-1][:6], rtol=1e-6)
+        agree(weights[:, :1], vectors[:, ::-1][:, :1])
 
 
 def test_kcca_with_a_linear_kernel_is_ridge_cca():

@@ -88,6 +88,11 @@ def test_features_copy_the_lists_print_all_settings_that_a_run_needs_and_are_nev
         make(small_digits, tmp_path, seed=1)
     with pytest.raises(UserError, match="holds no features.json"):
         provenance(small_digits)
+    (tmp_path / "empty").mkdir(), (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.txt").write_text("mine")
+    assert make(small_digits, tmp_path, out="empty")["kind"] == "random"
+    with pytest.raises(UserError, match="other is there and not of this command"):
+        make(small_digits, tmp_path, out="other")
 
 
 def test_features_of_samples_that_changed_since_are_refused(small_digits, tmp_path):

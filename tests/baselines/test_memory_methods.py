@@ -154,6 +154,23 @@ def test_networks_train_on_both_terms_and_remember():
         wanted = [F.normalize(encoder(part[index]).tanh(), dim=1) for encoder, part in zip(networks.encoders, rows)]
         assert len(index) == 12 and all(torch.equal(*both) for both in zip(codes, wanted))
     assert networks.optimizer.defaults["lr"] == 1e-4 and networks.optimizer.defaults["weight_decay"] == 1e-6
+    networks.train_epoch(rows, lambda index, outputs: 1e6 * sum(phi.square().sum() for phi in outputs))
+    assert sum(part.grad.square().sum() for part in networks.encoders.parameters()).sqrt().item() == pytest.approx(1)  # the clip
+
+
+@pytest.mark.parametrize("scale,problem", [(1.0, None), (1e38, "outputs are not finite")])
+def test_rows_of_zeros_cluster_and_rows_that_overflow_are_named(scale, problem):
+    rows = [torch.randn(12, 6) * scale, torch.randn(12, 7) * scale]
+    rows[0][::3], rows[1][::3] = 0, 0
+    server = nn.ModuleList([nn.Linear(6, 4, bias=False), nn.Linear(7, 4, bias=False)])
+    client = Client(server, rows, 3, PTFUCH.defaults, [torch.zeros(12, 4)] * 2)
+    if problem:
+        nn.init.constant_(client.private.encoders[0].weight, 9)
+        with pytest.raises(UserError, match=problem):
+            client._cluster(0)
+    else:
+        client._cluster(0)
+        assert len(client.ids[::3].unique()) == 1 and client.prototypes.isfinite().all()
 
 
 def test_what_a_client_trains_on(monkeypatch):

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TRAIN
@@ -147,6 +149,19 @@ def test_resumed_equals_uninterrupted(folder, tmp_path, monkeypatch):
         run.main(["cut", "--resume", str(broken)])
 
 
+@pytest.mark.parametrize("name,kind,given", [
+    ("toy", torch.optim.Adam, {"betas": (0.5, 0.9), "weight_decay": 0.25}), ("sgd", torch.optim.SGD, {"nesterov": True, "weight_decay": 0.125}),
+])
+def test_the_optimiser_and_the_clip_of_a_method_are_used(folder, tmp_path, monkeypatch, name, kind, given):
+    seen, step = [], kind.step
+    norms = lambda groups: torch.cat([p.grad.flatten() for group in groups for p in group["params"] if p.grad is not None]).norm().item()
+    monkeypatch.setattr(kind, "step", lambda self, *more: (seen.append((self.defaults, norms(self.param_groups))), step(self, *more))[1])
+    texts = [f"optim.{key}={list(value) if key == 'betas' else value}" for key, value in given.items()]
+    call(name, folder, tmp_path, *texts, "optim.clip=1e-3", "optim.epochs=1", "optim.learning_rate=0.02")
+    wanted = {**given, "lr": 0.02, **({"momentum": 0.9} if name == "sgd" else {})}
+    assert seen and all({key: defaults[key] for key in wanted} == wanted and norm == pytest.approx(1e-3, rel=1e-3) for defaults, norm in seen)
+
+
 def test_shallow_and_supervised(folder, tmp_path, monkeypatch):
     clock, load = [0.0], run.load_test_samples
     monkeypatch.setattr(run, "load_test_samples", lambda *given: (clock.append(clock[-1] + 9), load(*given))[1])
@@ -171,7 +186,13 @@ def test_end_to_end_with_shared_features_for_the_targets(folder, small_digits, t
     assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 128) and SEEN["context"].epochs == 1
     (found,) = (tmp_path / "e2e" / "digits" / "baseline").iterdir()
     run.main(["toy", "--resume", str(found)])  # which knows where its targets came from
-    assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 128)
+    assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 128) and not (found / "figures").exists()
+    vector = next((folder / "train").rglob("GrayImg*.npy"))
+    kept = vector.read_bytes()
+    np.save(vector, np.load(vector) + 1)
+    with pytest.raises(UserError, match="features/GrayImg"):
+        run.main(["toy", "--resume", str(found)])
+    vector.write_bytes(kept)
     run.main(["toy", *given])
     assert SEEN["context"].features["GrayImg"].shape == (TRAIN, 8)  # of the initial encoders
     with pytest.raises(UserError, match=r"Toy takes two modalities, found data.modalities: \['GrayImg', 'RGBImg', 'PointCloud'\]"):
@@ -180,6 +201,8 @@ def test_end_to_end_with_shared_features_for_the_targets(folder, small_digits, t
         run.main(["toy", *given, "data.pairing=none", "data.positives=views"])
     with pytest.raises(UserError, match="Cut is trained on features"):
         run.main(["cut", *given])
+    with pytest.raises(UserError, match="is of features already: leave it out"):
+        call("toy", folder, tmp_path, flags=["--features", str(folder)])
     for path in folder.glob("digits_random_*_train_list.txt"):
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     with pytest.raises(UserError, match="do not list the same objects in one order"):
@@ -206,6 +229,9 @@ def test_the_how_to_works_as_written(folder, tmp_path, monkeypatch):
     found, metrics = call("mymethod", folder, tmp_path, "optim.epochs=1", flags=["--figures"])
     assert metrics["row"] == "My method" and "sign/avg" not in metrics and metrics["map/avg"] > 0
     assert {path.name for path in (found / "figures").iterdir()} == {"tsne.png", "retrieval_GP.png", "retrieval_PG.png"}
+    shutil.rmtree(found / "figures")
+    run.main(["mymethod", "--resume", str(found)])
+    assert (found / "figures/tsne.png").is_file()
 
 
 @pytest.mark.parametrize("given,problem", [({"wieght": "1"}, "did you mean 'weight'"), ({"weight": "much"}, "expected float, got 'much'")])
@@ -217,7 +243,8 @@ def test_options_that_do_not_fit(given, problem):
 @pytest.mark.parametrize("name,text,problem", [
     ("kcca", "landmarks=0", "must be at least 1, got 0"), ("meda", "rounds=0", "must be at least 1, got 0"),
     ("jdsh", "left_share=2", "must be at most 1, got 2"), ("dgcpn", "neighbours=40", "must be at most 1, got 40 .a share of the training pairs"),
-    ("pt_fuch", "temperature=0", "must be above 0, got 0"), ("dccae", "ridge=-1", "must be at least 0, got -1"),
+    ("pt_fuch", "temperature=0", "must be above 0, got 0"), ("dccae", "ridge=0", "must be above 0, got 0"),
+    ("djsrh", "intra=-50", "must be at least 0, got -50"),
     ("ucch", "margin=nan", "expected a finite number, got 'nan'"), ("scl", "dropout=1", "must be below 1, got 1"),
 ])
 def test_options_out_of_range(name, text, problem):
@@ -254,7 +281,7 @@ def test_the_table_of_methods_has_what_was_published(capsys):
     assert METHODS["cca"].published()["3D MNIST"] == pytest.approx(0.3945, abs=5e-5)
     assert {name: METHODS[name].published()["3D MNIST"] for name in ("rono", "mrl")} == pytest.approx({"rono": 0.955, "mrl": 0.9495})  # 20 % wrong labels
     assert METHODS["revgrad_oracle"].published() == {}
-    baselines.__main__.main()
+    baselines.__main__.main([])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(METHODS) and next(line for line in lines if line.startswith("ucch")).split()[-4:] == ["79.3", "76.9", "66.9", "76.4"]
 

@@ -119,8 +119,8 @@ def _load_last(run: RunLog, stage: str) -> dict | None:
     last = run.folder / LAST
     if not last.is_file() and run.has_record:
         raise UserError(
-            f"cannot resume {run.folder}: {LAST} is gone, though metrics of its epochs are there. Nothing was changed; put {LAST} "
-            f"back, or train anew into another folder: python train_{stage}.py --config {run.folder / 'config.yaml'}"
+            f"cannot resume {run.folder}: metrics are there and {LAST} is not, as in finished runs of methods that are fitted without "
+            f"epochs; else it is gone. Nothing was changed; put {LAST} back, or train anew by the command in {run.folder / 'env.json'}"
         )
     if not last.is_file():
         return None
