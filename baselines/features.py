@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from utils.engine.learner import StageLearner
 from utils.engine.run_log import environment
 from utils.engine.seed import BatchGenerator
 from utils.engine.session import fit, open_session, run_command
-from utils.errors import UserError
+from utils.errors import MissingFileError, UserError
 from utils.files import atomic_write_json, atomic_write_text
 from utils.modalities import MODALITIES
 from utils.settings.config import SET, config_hash, load_config, to_dict
@@ -98,7 +99,7 @@ def make_features(
     if config.data.features:
         raise UserError(f"{config_path} is of features already: give the configuration of the samples")
     out = out or default_folder(config.data, kind, seed)
-    is_there = out.is_dir() and any(out.iterdir())
+    is_there = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if not is_there:
         arguments = argparse.Namespace(config=config_path, resume=resume, overrides=texts)
         session = open_session(Step1Config, "features", arguments, config_path, mark)
@@ -110,9 +111,10 @@ def make_features(
     note = provenance(out)
     if (note["kind"], note["seed"], note["config_hash"]) != (kind, seed, config_hash(config)):
         raise UserError(f"{out} holds {note['kind']} features of seed {note['seed']} with other settings: give another --out")
-    found = _contents(_splits(config.data, torch.device("cpu"))) if is_there and "contents" in note else {}
-    if any(note["contents"].get(key, entry) != entry for key, entry in found.items()):
-        raise UserError(f"{out} holds features of other samples than {config.data.root} has now: remove it, or give another --out")
+    with suppress(MissingFileError):  # the samples may be gone
+        found = _contents(_splits(config.data, torch.device("cpu"))) if is_there else {}
+        if any(note.get("contents", {}).get(key, entry) != entry for key, entry in found.items()):
+            raise UserError(f"{out} holds features of other samples than {config.data.root} has now: remove it, or give another --out")
     settings = [f"data.root={out}", *note["settings"], f"data.modalities=[{','.join(config.data.modalities)}]"]
     print(f"{out} holds these features; train on them with --set {' '.join(settings)}")
     return note

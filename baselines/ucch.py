@@ -10,8 +10,8 @@ Unit codes h = hat(tanh z) of both modalities, a memory row v_i per pair and its
 From paper and release: delta 0.4, t 0.9 (soft on purpose), Kn 4096, m 0.2, beta 0.9, k = eps = 1, Adam 1e-4 with weight decay 1e-6, norm
 clip 1, batch 256; memory starts as random signs; in the first epoch the keys are sign(hx + hy) / sqrt(L) of the batch instead.
 
-Ours: at most N - 1 negatives, drawn once per batch for all its rows, the own key left out where it is drawn; 70 epochs as the other hashing methods
-(published 20); 256 dimensions, ranked by h; the MLP that every method here trains in place of the published heads of 8,192.
+Ours: at most N - 1 negatives, drawn once per batch for all its rows, the own key left out where it is drawn; 70 epochs as the other hash
+methods (published 20); 256 dimensions, ranked by h; the MLP that every method here trains in place of the published heads of 8,192.
 """
 
 import math

@@ -57,11 +57,11 @@ def write_configs(folder: Path, settings: Mapping, root: Path, size: int, points
 
 def misfits(path: Path, settings: Mapping, root: Path) -> list[str]:
     """Say where a configuration, which may be of an earlier call or changed by hand, does not fit the data set that was made."""
-    data, wanted = load_config(Step1Config, str(path)).data, {"root": str(root)}
-    wanted |= {"num_classes": len(settings["classes"])} if settings["classes"] else {}
-    wanted |= {"max_faces": settings["max_faces"]} if "Mesh" in data.modalities else {}
-    differing = {key: value for key, value in wanted.items() if getattr(data, key) != value}
-    found = [f"{path} has data.{key} {getattr(data, key)}, made was {value}" for key, value in differing.items()]
-    if data.num_views > settings["views"] or not set(data.modalities) <= set(settings["modalities"]):
-        found.append(f"{path} wants {data.num_views} views of {data.modalities}, made were {settings['views']} of {settings['modalities']}")
-    return found
+    data, classes = load_config(Step1Config, str(path)).data, len(settings["classes"])
+    fits = {
+        f"root {root}": Path(data.root).resolve() == root.resolve(), f"num_classes {classes}": classes in (0, data.num_classes),
+        f"num_views {settings['views']}": data.num_views <= settings["views"],
+        f"modalities {settings['modalities']}": set(data.modalities) <= set(settings["modalities"]),
+        f"max_faces {settings['max_faces']}": "Mesh" not in data.modalities or data.max_faces >= settings["max_faces"],
+    }
+    return [f"made was {made}, it has {getattr(data, made.split()[0])}" for made, right in fits.items() if not right]

@@ -13,8 +13,8 @@ SIDE = 128  # of pictures without a GPU, pixels
 
 
 def store_arrays(root: str | Path, dataset: str) -> None:
-    """Store the arrays of `configs/{dataset}/step1.yaml` unless they are there. Where that is impossible, the reason is printed: of a full
-    disk, which a training needs not, or what is wrong with the data and will stop a training, too.
+    """Store the arrays of `configs/{dataset}/step1.yaml` unless they are there. Where that is impossible, the reason is printed: why
+    they cannot be written, which stops no training, or what is wrong with the data, which will.
 
     Without a GPU it is `configs/{dataset}_cpu/step1.yaml` where there is one, and nothing for pictures that only a GPU would train on.
     """

@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     size = manifest["counts"]["train"]
     write_configs(configs, settings, output, size, points, options.overwrite)
     if differing := misfits(configs / "step1.yaml", settings, output):
-        print(f"it stays as it is, and does not fit what was made: {'; '.join(differing)}. Change it, or write it anew with --overwrite")
+        print(f"{configs}/step1.yaml does not fit: {'; '.join(differing)}. Change it, or repeat the command with --overwrite")
         return
     store_arrays(output, options.name)
     if not classes:

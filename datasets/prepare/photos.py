@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.prepare.first_use import store_arrays
-from datasets.prepare.ownership import check_root, publish_lists
+from datasets.prepare.ownership import SPLITS, check_root, publish_lists
 from datasets.prepare.parallel import user_path
 from datasets.prepare.photographs import (
     IMAGE_SUFFIXES,
@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_root(options.root, settings, options.overwrite)
     hashes, broken = examine_photographs(options.photos, photographs, options.workers)
     kept = with_copies_together([item for item in photographs if item.name not in broken], hashes)
+    if {item.split for item in kept} != {*SPLITS}:
+        raise UserError(f"--photos {options.photos}: {len(kept)} photographs, whose contents leave one half empty; add some")
     lost = [name for label, name in enumerate(classes) if label not in {item.label for item in kept}]
     if lost:
         raise UserError(f"--photos {options.photos}: no photograph of {', '.join(lost)} can be read; fetch them again or remove the folder")

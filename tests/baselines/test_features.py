@@ -104,6 +104,11 @@ def test_features_of_samples_that_changed_since_are_refused(small_digits, tmp_pa
     shutil.copy(second, first)
     with pytest.raises(UserError, match=f"features holds features of other samples than {root} has now: remove it"):
         make(root, tmp_path)
+    shutil.rmtree(root)
+    assert make(root, tmp_path) == note
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is there and not of this command"):
+        make(small_digits, tmp_path, out="file")
 
 
 def test_features_have_a_folder_of_their_own_by_default():

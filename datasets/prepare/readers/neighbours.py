@@ -1,8 +1,9 @@
 """Finds the files that a 3D model names: materials, pictures, buffers. Called by `datasets.prepare.readers.objects`."""
 
 import re
-from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
 from urllib.parse import unquote
 
 from trimesh.resolvers import FilePathResolver
@@ -19,14 +20,22 @@ class Neighbours(FilePathResolver):
         for meant in _meanings(name):
             with suppress(OSError, ValueError):
                 return super().get(meant)
-            with suppress(OSError, ValueError):
-                wanted = self.absolute(meant)
-                (found,) = (path for path in wanted.parent.iterdir() if path.name.lower() == wanted.name.lower())
-                return found.read_bytes()
+        for meant in _meanings(name):
+            with suppress(OSError, ValueError, LookupError):
+                place = Path(self.parent)
+                for part in Path(meant).parts:
+                    place = place / (part if part == ".." else _entries(place)[part.lower()])
+                return self.absolute(str(place)).read_bytes()
         return super().get(name)
 
 
-def _meanings(name: str) -> Iterator[str]:
-    """Yield a name as it is; as a URI of GLTF; without options of MTL files and with slashes for backslashes; and without its folder."""
+def _meanings(name: str) -> tuple[str, ...]:
+    """Return a name as it is; as a URI of GLTF; without options of MTL files and with slashes for backslashes; and without its folder."""
     plain = OPTIONS.sub("", name.strip(), count=1).replace("\\", "/")
-    yield from (name, unquote(name), plain, plain.rpartition("/")[2])
+    return tuple(dict.fromkeys((name, unquote(name), plain, plain.rpartition("/")[2])))
+
+
+@lru_cache(maxsize=4)
+def _entries(folder: Path) -> dict[str, str]:
+    """Return lower-case name -> name of what lies in a folder."""
+    return {path.name.lower(): path.name for path in folder.iterdir()}

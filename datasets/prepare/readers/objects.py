@@ -24,7 +24,7 @@ CLOUDS = (".npz", ".npy", ".pcd")
 FORMATS = (*MESHES, *CLOUDS)  # of files of one name in one folder, the first of these is taken
 NPZ_ARRAYS = ("vertices", "faces", "vertex_offset", "face_offset", "label", "classes", "instance_id")
 NPZ_UNIT = 30000
-BESIDE_POINTS = re.compile(r"normal|colou?r|rgb", re.IGNORECASE)
+BESIDE_POINTS = re.compile(r"((point|vertex)_?)?(normals?|colou?rs?|rgba?)", re.IGNORECASE)  # names of other arrays
 MOST_COLUMNS = 12  # of a cloud: place, normal, colour and the like
 
 
@@ -206,7 +206,7 @@ def _array(path: Path) -> np.ndarray:
         for name in loaded.files:
             with suppress(ValueError):  # of objects, which are never unpickled
                 arrays[name] = loaded[name]
-        likely = {name: array for name, array in arrays.items() if not BESIDE_POINTS.search(name)}
+        likely = {name: array for name, array in arrays.items() if not BESIDE_POINTS.fullmatch(name)}
         found = [array for array in likely.values() if _has_points(array) and array.dtype.kind == "f"]
         if len(found) != 1:
             raise MeshError(f"expected an array points, or one other of floats of shape (n, 3), found {', '.join(loaded.files) or 'none'}")

@@ -104,6 +104,10 @@ def test_copies_of_a_photograph_lie_in_the_half_of_the_first(source, capsys):
     contents = [{Path(path).read_bytes() for path in rows(source, "RGBImg", split)[0].files} for split in ("train", "test")]
     assert min(map(len, contents)) > 0 and not contents[0] & contents[1]
     assert "6 photographs are copies of others, and lie in their half; 1 lie in several classes" in capsys.readouterr().out
+    for path in (source / "photos").glob("*/*"):
+        Image.new("RGB", (30, 30), (9, 8, 7)).save(path, "PNG")
+    with pytest.raises(UserError, match="leave one half empty"):
+        run(source, "--overwrite")
 
 
 def chunk(name, data):
