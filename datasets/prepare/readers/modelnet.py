@@ -214,13 +214,13 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: no such file")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if set(names) - set(archive.files):
-                found = ", ".join(archive.files) or "none"
-                raise UserError(f"{path}: expected the arrays {', '.join(names)} (docs/data.md), found {found}")
-            for member in names:
+            found = archive.files
+            for member in names if set(names) <= set(found) else ():
                 arrays[member] = archive[member]
     except (*READ_ERRORS, KeyError, AttributeError, TypeError) as error:
         raise UserError(problem(path, f"{member}.npy", error)) from error
+    if not arrays:
+        raise UserError(f"{path}: expected the arrays {', '.join(names)} (docs/data.md), found {', '.join(found) or 'none'}")
     return arrays
 
 

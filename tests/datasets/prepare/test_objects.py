@@ -591,7 +591,7 @@ def test_mesh_archives(tmp_path):
     vertices, faces, _ = read_npz_parts(path, 1)[0]
     assert vertices[:3].tolist() == [[0, 0, 0], [0, 0.5, 0], [0, 0, 0.5]] and faces.tolist() == [[0, 1, 2], [0, 1, 3]]
     np.savez(tmp_path / "clouds.npz", points=np.zeros((2, 3)))
-    with pytest.raises(UserError, match="expected the arrays vertices, faces, .*docs/data.md.*, found points"):
+    with pytest.raises(UserError, match="clouds.npz: expected the arrays vertices, faces, .*docs/data.md.*, found points$"):
         read_npz(tmp_path / "clouds.npz")
     with pytest.raises(UserError, match="none.npz: no such file"):
         read_npz(tmp_path / "none.npz")
