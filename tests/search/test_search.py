@@ -548,8 +548,11 @@ def test_meshes_become_points_and_every_shape_a_view(run, root, tmp_path):
         extents = mesh.bounds[1] - mesh.bounds[0]
         assert len(mesh.faces) == 4 and extents[1] == pytest.approx(2 * extents[0], rel=1e-5)  # z up became y up
     whole = {suffix: (tmp_path / f"solid.{suffix}").read_bytes() for suffix in ("ply", "glb")}
-    for name, content in (("head.ply", whole["ply"][:60]), ("cut.ply", whole["ply"][:-9]), ("cut.glb", whole["glb"][:-9]),
-                          ("packed.glb", whole["glb"].replace(b"{", b'{"extensionsUsed": ["KHR_draco_mesh_compression"],', 1))):
+    size = lambda place, more: (int.from_bytes(whole["glb"][place : place + 4], "little") + more).to_bytes(4, "little")
+    used = b'{"extensionsUsed": ["KHR_draco_mesh_compression"],   '
+    more = len(used) - 1  # a multiple of 4, as chunks are
+    packed = whole["glb"][:8] + size(8, more) + size(12, more) + whole["glb"][16:20] + used + whole["glb"][21:]
+    for name, content in (("head.ply", whole["ply"][:60]), ("cut.ply", whole["ply"][:-9]), ("cut.glb", whole["glb"][:-9]), ("packed.glb", packed)):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(files.Unusable, match="compressed" if name == "packed.glb" else None) as caught:
             files.read_sample(str(tmp_path / name), "PointCloud", data)
