@@ -106,7 +106,7 @@ def make_features(
         with session.run.failures_logged():
             splits = _splits(session.config.data, session.device)
             _write(session.config, kind, _encoders(session, kind, splits["train"]), splits, out, command, session.device)
-    if is_there and not (out / FEATURES_NOTE).is_file():
+    elif not (out / FEATURES_NOTE).is_file():
         raise UserError(f"{out} is there and not of this command: remove it, or give another --out")
     note = provenance(out)
     if (note["kind"], note["seed"], note["config_hash"]) != (kind, seed, config_hash(config)):

@@ -20,7 +20,7 @@ def write_configs(folder: Path, settings: Mapping, root: Path, size: int, points
     """Write data.yaml, step1.yaml and step2.yaml, sized for a CPU; files that are there stay unless `overwrite`.
 
     Args:
-        settings: of the data set; root: its folder; size: of its training split; points: of its largest cloud.
+        settings: of the data set; root: its folder; size: of its training split; points: that each half has a cloud of.
     """
     data = {"dataset": settings["dataset"], "root": str(root), "modalities": settings["modalities"]}
     if settings["classes"]:
